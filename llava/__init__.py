@@ -1,0 +1,20 @@
+"""AVG-LLaVA: a large multimodal model that chooses how many visual tokens an image and a question deserve."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llava.model import LlavaLlamaForCausalLM
+
+__version__ = "1.0.0"
+__all__ = ["LlavaLlamaForCausalLM", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the model class on first use, so that `import llava` alone does not load torch."""
+    if name == "LlavaLlamaForCausalLM":
+        from llava.model import LlavaLlamaForCausalLM
+
+        return LlavaLlamaForCausalLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Evaluation: answering from the command line, and measuring what granularity buys."""

@@ -1,0 +1,256 @@
+"""The one way from what a user names to an RGB picture: file, bytes, data URL, base64 text, web address.
+
+Every input either becomes the same picture every time or is refused with one sentence. The rules:
+
+- A file has at most 20 MB, a picture at most 64 megapixels; the size is read from the header, before any pixel is
+  decoded.
+- The longer side is at most 200 times the shorter one. Thinner pictures hold nothing that a patch of the vision tower
+  could see and make the intermediate sizes explode.
+- EXIF orientation is applied. Transparent pictures are laid on white. Animations give their first frame.
+- 16-bit grey is scaled to 8 bits (not clipped); palettes, CMYK and the other modes are converted by Pillow.
+- A truncated file is refused, not filled up.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import os
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from llava.fetch import FetchError, fetch
+
+MAX_PIXELS = 64_000_000
+"""Largest picture, width times height."""
+MAX_BYTES = 20_000_000
+"""Largest file."""
+MAX_ASPECT_RATIO = 200
+"""Longest side over shortest side."""
+FETCH_TIMEOUT = 10.0
+"""Seconds for one remote picture."""
+
+# Pillow knows more formats, some of which start other programs (EPS) or hold documents (PDF).
+_FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
+_GREY16_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+class ImageError(ValueError):
+    """An image that cannot be used, in one sentence: what was found and what is wanted."""
+
+
+def load_image(
+    source: str | os.PathLike[str] | bytes,
+    *,
+    allow_local: bool = True,
+    allow_remote: bool = False,
+    allow_private: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+    timeout: float = FETCH_TIMEOUT,
+) -> Image.Image:
+    """Load one picture as RGB, upright, without transparency.
+
+    Args:
+        source: bytes of an image file; a path; or a text that starts with `data:` (base64), `http://` or `https://`.
+        allow_local: read files. A server passes False for what its clients send.
+        allow_remote: fetch web addresses.
+        allow_private: fetch them also from addresses that are not public; see `llava.fetch`.
+        max_pixels: largest width times height. Pillow's own limit, 179 million, stays in force.
+        max_bytes: largest file.
+        timeout: seconds for a remote picture.
+
+    Raises:
+        ImageError: the picture is missing, broken, too large, too thin, or its source is not allowed.
+    """
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return decode_image(bytes(source), max_pixels=max_pixels, max_bytes=max_bytes)
+    text = os.fspath(source)
+    scheme = text[:8].lower()
+    if scheme.startswith("data:"):
+        data = _decode_data_url(text, max_bytes)
+    elif scheme.startswith(("http://", "https://")):
+        data = _fetch_remote(text, allow_remote, allow_private, max_bytes, timeout)
+    else:
+        data = _read_file(text, allow_local, max_bytes)
+    return decode_image(data, max_pixels=max_pixels, max_bytes=max_bytes)
+
+
+def load_images(
+    sources: Sequence[str],
+    *,
+    allow_local: bool = True,
+    allow_remote: bool = False,
+    allow_private: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+    timeout: float = FETCH_TIMEOUT,
+) -> list[Image.Image]:
+    """Load several pictures in order, each under the limits of `load_image`."""
+    if isinstance(sources, (str, bytes)):
+        raise ImageError("the sources are one text, expected a list of them: wrap it in a list")
+    return [
+        load_image(
+            source,
+            allow_local=allow_local,
+            allow_remote=allow_remote,
+            allow_private=allow_private,
+            max_pixels=max_pixels,
+            max_bytes=max_bytes,
+            timeout=timeout,
+        )
+        for source in sources
+    ]
+
+
+def load_image_from_base64(image: str | bytes) -> Image.Image:
+    """Load a picture from base64 text (without a `data:` prefix), under the limits of `load_image`."""
+    text = image.decode("ascii", errors="replace") if isinstance(image, bytes) else image
+    return decode_image(_decode_base64(text, MAX_BYTES))
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> Image.Image:
+    """Decode the bytes of an image file to an upright RGB picture; see `load_image` for the rules and errors."""
+    if not data:
+        raise ImageError("the image holds 0 bytes, expected an image file: check how it was written or sent")
+    _check_bytes(len(data), max_bytes)
+    image = _open_header(data)
+    _check_size(image.size, max_pixels)
+    try:
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+    except Exception as error:  # a decoder fails on broken bytes with whatever its parser happens to meet
+        raise ImageError(
+            f"the {image.format} image is truncated or broken, expected a whole file: save it again"
+        ) from error
+    return to_rgb(upright)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a decoded picture of any mode to RGB: transparency on white, 16-bit grey scaled to 8 bits.
+
+    Raises:
+        ImageError: floating-point pixels, 32-bit integers above 65535, or a mode that Pillow cannot convert.
+    """
+    if image.mode in _GREY16_MODES:
+        return _grey16_to_rgb(image)
+    if image.mode == "F":
+        raise ImageError("the image has floating-point pixels, expected 8 or 16 bits per channel: convert it first")
+    try:
+        if image.has_transparency_data:
+            layer = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except (ValueError, OSError) as error:
+        raise ImageError(f"the image mode {image.mode} cannot become RGB: convert the file to PNG or JPEG") from error
+
+
+def _grey16_to_rgb(image: Image.Image) -> Image.Image:
+    pixels = np.asarray(image).astype(np.int64)  # (height, width)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ImageError(
+            f"the image has 32-bit pixels from {pixels.min()} to {pixels.max()}, expected 0 to 65535: "
+            "convert it to 8 or 16 bits"
+        )
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        pixels[pixels == transparent] = 65535
+    return Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")  # 65535 = 255 * 257
+
+
+@functools.cache
+def _readable_formats() -> tuple[str, ...]:
+    """Return those of our formats that this machine's Pillow was built with (WebP and AVIF are optional)."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _open_header(data: bytes) -> Image.Image:
+    """Read the header alone; no pixel is decoded yet."""
+    try:
+        return Image.open(BytesIO(data), formats=_readable_formats())
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"the image is too large to decode: {error}; scale it down") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"the {len(data):,} bytes are not a readable image, expected one of {', '.join(_readable_formats())}"
+        ) from error
+    except Exception as error:  # a broken header fails in whatever way its parser happens to meet it
+        raise ImageError("the image has a broken header, expected a whole file: save it again") from error
+
+
+def _check_bytes(found: int, max_bytes: int) -> None:
+    if found > max_bytes:
+        raise ImageError(f"the image file has {found:,} bytes, expected at most {max_bytes:,}: use a smaller one")
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise ImageError(f"the image is {width} x {height} pixels, expected at least 1 x 1")
+    if width * height > max_pixels:
+        raise ImageError(
+            f"the image is {width} x {height} = {width * height:,} pixels, "
+            f"expected at most {max_pixels:,}: scale it down"
+        )
+    check_aspect_ratio(size)
+
+
+def check_aspect_ratio(size: tuple[int, int]) -> None:
+    """Refuse a picture of (width, height) `size` that is longer than `MAX_ASPECT_RATIO` times its shorter side."""
+    width, height = size
+    if max(size) > MAX_ASPECT_RATIO * min(size):
+        raise ImageError(
+            f"the image is {width} x {height} pixels, expected sides that differ at most {MAX_ASPECT_RATIO}-fold: "
+            "crop it or cut it into pieces"
+        )
+
+
+def _read_file(path_text: str, allow_local: bool, max_bytes: int) -> bytes:
+    if not allow_local:
+        raise ImageError("the image names a file, but files are not read here: send a data URL")
+    path = Path(path_text)
+    try:
+        if not path.is_file():
+            raise ImageError(f"there is no image file at {path_text!r}: check the path")
+        _check_bytes(path.stat().st_size, max_bytes)
+        with path.open("rb") as file:
+            return file.read(max_bytes + 1)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f"the image file {path_text[:200]!r} cannot be read: check the path and its rights") from error
+
+
+def _fetch_remote(url: str, allow_remote: bool, allow_private: bool, max_bytes: int, timeout: float) -> bytes:
+    if not allow_remote:
+        raise ImageError("the image is a web address, but fetching is off here: allow it or give a file or data URL")
+    try:
+        return fetch(url, max_bytes=max_bytes, timeout=timeout, allow_private=allow_private)
+    except FetchError as error:
+        raise ImageError(f"the image cannot be fetched: {error}") from error
+
+
+def _decode_data_url(text: str, max_bytes: int) -> bytes:
+    header, comma, body = text.partition(",")
+    media_type, *options = header[len("data:") :].lower().split(";")
+    if not comma or not media_type.startswith("image/") or "base64" not in options:
+        raise ImageError(f"the data URL starts with {header[:60]!r}, expected 'data:image/...;base64,' and the data")
+    return _decode_base64(body, max_bytes)
+
+
+def _decode_base64(text: str, max_bytes: int) -> bytes:
+    """Decode base64 text; its length is checked before anything is allocated for it."""
+    if len(text) > 2 * max_bytes:  # four characters for three bytes, and room for line breaks
+        raise ImageError(f"the base64 text has {len(text):,} characters, too many for {max_bytes:,} bytes")
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError(f"the image is not valid base64 ({error}): encode the whole file") from error
+    _check_bytes(len(data), max_bytes)
+    return data

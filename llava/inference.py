@@ -1,0 +1,348 @@
+"""The one path from (images, messages, options) to text and a routing report.
+
+The command line, the evaluation and the engines call this; it composes what the package has: `conversation` writes the prompt,
+`mm_utils` prepares ids and views, `model.encode_prompt` encodes, routes and splices, transformers generates.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from queue import Queue
+from time import perf_counter
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
+
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
+from llava.conversation import SeparatorStyle, get_template
+from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+from llava.model.llava_arch import EncodedPrompt
+from llava.model.routing import RoutingReport, RoutingRequest
+from llava.timing import StageTimer
+
+MICRO_MODEL = Path(__file__).resolve().parents[1] / "playground" / "avg-llava-micro"
+"""The model that ships with the repository and is used where none is given."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn: `role` is `user` or `assistant`. `<image>` in the text marks where a picture goes."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to answer.
+
+    conv_mode: the conversation template; `None` takes the checkpoint's.
+    temperature: 0 is greedy. top_p, num_beams, max_new_tokens: transformers' own.
+    seed: makes sampling repeatable.
+    stop: texts that end the answer, besides the template's separator.
+    routing: granularity, budget and bias, see `RoutingRequest`.
+    """
+
+    conv_mode: str | None = None
+    temperature: float = 0.0
+    top_p: float | None = None
+    num_beams: int = 1
+    max_new_tokens: int = 512
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    routing: RoutingRequest = field(default_factory=RoutingRequest)
+
+    def __post_init__(self) -> None:
+        errors = []
+        if self.temperature < 0:
+            errors.append(f"temperature is {self.temperature}, expected 0 (greedy) or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            errors.append(f"top_p is {self.top_p}, expected a share above 0 and up to 1")
+        if self.num_beams < 1:
+            errors.append(f"num_beams is {self.num_beams}, expected 1 or more")
+        if self.max_new_tokens < 1:
+            errors.append(f"max_new_tokens is {self.max_new_tokens}, expected 1 or more")
+        if self.num_beams > 1 and self.temperature > 0:
+            errors.append(f"num_beams {self.num_beams} and temperature {self.temperature} exclude each other; set one back")
+        if errors:
+            raise ValueError("The options cannot work: " + "; ".join(errors) + ".")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came out.
+
+    text: the answer, without its end marker. token_ids: the new tokens.
+    finish_reason: `stop`, or `length` when max_new_tokens or the context ran out.
+    prompt_tokens: positions the prompt took, visual tokens included.
+    reports: one per image.
+    milliseconds: per part: vision, router, splice, prefill (up to the first token), decode; and `ttft`, the sum up to the first token.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    prompt_tokens: int
+    reports: list[RoutingReport]
+    milliseconds: dict[str, float]
+
+
+def write_prompt(messages: Sequence[Message], num_images: int, template: str, use_start_end: bool = False) -> str:
+    """The prompt of a conversation, open for the next answer.
+
+    Args:
+        messages: turns, users' and assistants' in alternation, the last one the user's. `<image>` (or `<image-placeholder>`) marks a
+            picture's place; where no turn has one, the first turn begins with all of them.
+        num_images: how many pictures there are.
+        template: a name from `conv_templates`.
+        use_start_end: wrap each placeholder in LLaVA's start and end tokens.
+
+    Raises:
+        ValueError: no text, turns out of order, or placeholders unlike pictures.
+    """
+    roles = [message.role for message in messages]
+    if roles != [("user", "assistant")[index % 2] for index in range(len(roles))] or len(roles) % 2 == 0:
+        raise ValueError(f"The turns are {roles}, expected user and assistant in alternation, the last one the user's.")
+    texts = [message.text.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN) for message in messages]
+    empty = [index for index, text in enumerate(texts) if not text.replace(DEFAULT_IMAGE_TOKEN, "").strip()]
+    if empty:
+        raise ValueError(f"Turn {empty[0]} is empty; give a question.")
+    written = sum(text.count(DEFAULT_IMAGE_TOKEN) for text in texts)
+    if written == 0:
+        texts[0] = (DEFAULT_IMAGE_TOKEN + "\n") * num_images + texts[0]
+    elif written != num_images:
+        raise ValueError(f"The text holds {written} <image> placeholders, but {num_images} pictures were given; make them agree or leave them out.")
+    conversation = get_template(template).copy()
+    for message_role, text in zip(roles, texts, strict=True):
+        if use_start_end:
+            text = text.replace(DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN)
+        conversation.append_message(conversation.roles[message_role == "assistant"], text)
+    conversation.append_message(conversation.roles[1], None)
+    return conversation.get_prompt()
+
+
+class _TokenClock(TextStreamer):
+    """Notes when the first token arrives, and hands finished pieces of text on as they come."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, pieces: Queue[str] | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        self.pieces = pieces
+        self.first_token: float | None = None
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt and self.first_token is None:
+            self.first_token = perf_counter()
+        if self.pieces is None:
+            self.next_tokens_are_prompt = False
+            return
+        super().put(value)
+
+    def end(self) -> None:
+        if self.pieces is not None:
+            super().end()
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text and self.pieces is not None:
+            self.pieces.put(text)
+
+
+class _Cancelled(StoppingCriteria):
+    """Ends a generation whose reader went away."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
+class AnswerStream:
+    """Iterate for pieces of text; afterwards `answer` is the whole `Answer`. Closing it early ends the generation."""
+
+    def __init__(self, pieces: Iterator[str], box: list[Answer]) -> None:
+        self._pieces, self._box = pieces, box
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    @property
+    def answer(self) -> Answer:
+        if not self._box:
+            raise RuntimeError("The stream has not been read to its end, so there is no whole answer yet.")
+        return self._box[0]
+
+
+@dataclass
+class Assistant:
+    """A loaded model that answers: `Assistant.load(path).answer([image], "What is this?")`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    model: Any
+    image_processor: Any
+
+    @classmethod
+    def load(cls, model_path: str | None = None, model_base: str | None = None, **options: Any) -> Assistant:
+        """Load a checkpoint; the shipped micro model where no path is given.
+
+        Args:
+            options: those of `load_pretrained_model`.
+        """
+        tokenizer, model, image_processor, _ = load_pretrained_model(model_path or micro_model_path(), model_base, **options)
+        return cls(tokenizer, model, image_processor)
+
+    def answer(self, images: Sequence[Image.Image], messages: str | Sequence[Message], options: Options | None = None) -> Answer:
+        """Answer the last turn of a conversation.
+
+        Args:
+            images: RGB pictures, in the order of their placeholders.
+            messages: a question, or turns.
+
+        Raises:
+            ValueError: input that cannot work. FloatingPointError: non-finite logits.
+        """
+        return self._generate(images, messages, options or Options(), None, None)
+
+    def stream(self, images: Sequence[Image.Image], messages: str | Sequence[Message], options: Options | None = None) -> AnswerStream:
+        """Like `answer`, piece by piece; an error surfaces where the pieces are read."""
+        box: list[Answer] = []
+        return AnswerStream(self._pieces(images, messages, options or Options(), box), box)
+
+    def _pieces(
+        self, images: Sequence[Image.Image], messages: str | Sequence[Message], options: Options, box: list[Answer]
+    ) -> Iterator[str]:
+        if options.num_beams > 1:
+            raise ValueError(f"num_beams is {options.num_beams}, but beams cannot be streamed; use 1 or answer().")
+        pieces: Queue[Any] = Queue()
+        cancelled = _Cancelled()
+
+        def work() -> None:
+            try:
+                box.append(self._generate(images, messages, options, pieces, cancelled))
+                pieces.put(None)
+            except BaseException as error:  # handed to the reader's thread, which raises it
+                pieces.put(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            cancelled.event.set()
+            thread.join()
+
+    def _generate(
+        self,
+        images: Sequence[Image.Image],
+        messages: str | Sequence[Message],
+        options: Options,
+        pieces: Queue[str] | None,
+        cancelled: _Cancelled | None,
+    ) -> Answer:
+        turns = [Message("user", messages)] if isinstance(messages, str) else messages
+        template = options.conv_mode or self.model.config.conv_version
+        prompt = write_prompt(turns, len(images), template, self.model.config.mm_use_im_start_end)
+        timer = StageTimer(self.model.device)
+        with torch.inference_mode():
+            encoded = self._encode(images, prompt, options.routing, timer)
+            length = encoded.inputs.inputs_embeds.shape[1]
+            room = self.model.config.context_length - length
+            if room < 1:
+                raise ValueError(f"The prompt takes all {length} positions of the context; shorten it or choose a coarser granularity.")
+            stop = (*_template_stops(template), *options.stop)
+            clock = _TokenClock(self.tokenizer, pieces) if options.num_beams == 1 else None
+            start = perf_counter()
+            ids = self._new_tokens(encoded, options, min(options.max_new_tokens, room), stop, clock, cancelled)
+            end = perf_counter()
+        first = clock.first_token if clock is not None and clock.first_token is not None else end
+        milliseconds = {**timer.milliseconds, "prefill": 1000 * (first - start), "decode": 1000 * (end - first)}
+        milliseconds["ttft"] = sum(milliseconds.values()) - milliseconds["decode"]
+        text, stopped = cut_at_stop(self.tokenizer.decode(ids, skip_special_tokens=True), stop)
+        finished = stopped or (bool(ids) and ids[-1] in _end_ids(self.model))
+        return Answer(text.strip(), ids, "stop" if finished else "length", length, encoded.reports, milliseconds)
+
+    def _encode(self, images: Sequence[Image.Image], prompt: str, routing: RoutingRequest, timer: StageTimer) -> EncodedPrompt:
+        device = self.model.device
+        ids = tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt")
+        assert isinstance(ids, torch.Tensor)
+        with timer("views"):
+            views = process_images(images, self.image_processor, self.model.config) if images else None
+        sizes = [image.size for image in images]
+        return self.model.encode_prompt(ids[None].to(device), views, sizes, request=routing, timer=timer)
+
+    def _new_tokens(
+        self,
+        encoded: EncodedPrompt,
+        options: Options,
+        max_new_tokens: int,
+        stop: Sequence[str],
+        clock: _TokenClock | None,
+        cancelled: _Cancelled | None,
+    ) -> list[int]:
+        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if options.temperature > 0:
+            sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
+        if stop:
+            sampling |= {"stop_strings": list(stop), "tokenizer": self.tokenizer}
+        with torch.random.fork_rng(enabled=options.seed is not None):
+            if options.seed is not None:
+                torch.manual_seed(options.seed)
+            output = self.model.generate(
+                inputs_embeds=encoded.inputs.inputs_embeds,
+                attention_mask=encoded.inputs.attention_mask.long(),
+                num_beams=options.num_beams,
+                max_new_tokens=max_new_tokens,
+                streamer=clock,
+                stopping_criteria=None if cancelled is None else [cancelled],
+                pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id,
+                **sampling,
+            )
+        return output[0].tolist()
+
+
+def _template_stops(template: str) -> tuple[str, ...]:
+    """Texts that end an answer under a template whose separator is not the model's own end token."""
+    conversation = get_template(template)
+    separators = {
+        SeparatorStyle.SINGLE: conversation.sep,
+        SeparatorStyle.MPT: conversation.sep,
+    }
+    separator = separators.get(conversation.sep_style)
+    return (separator,) if separator else ()
+
+
+def _end_ids(model: Any) -> list[int]:
+    end = model.generation_config.eos_token_id
+    return [] if end is None else [end] if isinstance(end, int) else list(end)
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """Cut a text at the first stop text in it; tell whether there was one."""
+    places = [text.find(marker) for marker in stop if marker in text]
+    return (text[: min(places)], True) if places else (text, False)
+
+
+def micro_model_path() -> str:
+    """The shipped micro model.
+
+    Raises:
+        ValueError: the package was installed without the repository around it.
+    """
+    if not MICRO_MODEL.is_dir():
+        raise ValueError("No model was given and the micro model is not here: it ships with the repository; give a model path.")
+    return str(MICRO_MODEL)
+
+
+@lru_cache(maxsize=1)
+def cached_assistant(model_path: str | None, model_base: str | None = None, **options: Any) -> Assistant:
+    """`Assistant.load`, once per process for calls with the same arguments; another model takes its place."""
+    return Assistant.load(model_path, model_base, **options)

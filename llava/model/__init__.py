@@ -1,0 +1,7 @@
+"""The model: stage files, the page that composes them (`llava_arch.py`), and thin language model families."""
+
+from llava.model.config import LlavaConfig, LlavaMistralConfig
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
+
+__all__ = ["LlavaConfig", "LlavaLlamaForCausalLM", "LlavaMistralConfig", "LlavaMistralForCausalLM"]

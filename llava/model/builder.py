@@ -1,0 +1,187 @@
+"""`load_pretrained_model`: one call from a path to everything an answer needs. The kind of model is read from its config."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, CLIPImageProcessorPil, PreTrainedTokenizerBase
+
+from llava.model.config import LlavaConfig, LlavaMistralConfig
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
+from llava.model.loading import resolve_tower
+from llava.tokenizer import load_tokenizer
+from llava.utils import pick_device
+
+logger = logging.getLogger(__name__)
+
+MODEL_CLASSES: dict[str, Any] = {
+    LlavaConfig.model_type: LlavaLlamaForCausalLM,
+    LlavaMistralConfig.model_type: LlavaMistralForCausalLM,
+}
+"""Model type in config.json -> the class that reads it."""
+
+WHOLE_PARTS = ["model.mm_projector", "model.vision_tower", "model.router", "lm_head"]
+"""Never quantised: small, and what the answers' precision hangs on."""
+
+PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+
+
+def load_pretrained_model(
+    model_path: str,
+    model_base: str | None = None,
+    model_name: str | None = None,
+    load_8bit: bool = False,
+    load_4bit: bool = False,
+    device_map: Any = "auto",
+    device: str | None = None,
+    use_flash_attn: bool = False,
+    **kwargs: Any,
+) -> tuple[PreTrainedTokenizerBase, Any, CLIPImageProcessorPil | None, int]:
+    """Load a checkpoint for inference.
+
+    Args:
+        model_path: a folder or hub id: a full checkpoint, or a folder with a config and only a projector (then give `model_base`).
+        model_base: the language model that a projector-only folder belongs to.
+        model_name: accepted for LLaVA's callers; nothing is decided by a name.
+        load_8bit, load_4bit: quantise the language model with bitsandbytes; tower, projector and router stay whole.
+        device_map: "auto" puts the model on the best device here, and spreads it where there are several; otherwise transformers' own.
+        device: cuda, mps or cpu; by default the best that is there. A device other than cuda overrides `device_map`.
+        use_flash_attn: the language model uses flash attention 2.
+        kwargs: `dtype` or `torch_dtype` (default: the checkpoint's), `attn_implementation`, `use_safetensors`, and transformers' others.
+            LLaVA's `multimodal` is accepted.
+
+    Returns:
+        (tokenizer, model in eval mode, image processor or `None` for a plain language model, context length).
+
+    Raises:
+        ValueError: a folder that is not a checkpoint, another model type, flags that contradict, or keys that do not fit.
+    """
+    options = _loading_options(load_8bit, load_4bit, device_map, device, use_flash_attn, kwargs)
+    if model_base is not None:
+        model = _load_with_base(model_path, model_base, options)
+    else:
+        model_class = _model_class(model_path)
+        if load_4bit and options["device_map"] == {"": "cpu"}:
+            _check_4bit_on_cpu(model_path)
+        model = model_class.from_pretrained(model_path, **options)
+    tokenizer = load_tokenizer(model_base or model_path)
+    _add_image_tokens(tokenizer, model)
+    model.eval()
+    tower = getattr(model.model, "vision_tower", None)
+    context = getattr(model.config, "context_length", None) or model.config.max_position_embeddings
+    return tokenizer, model, None if tower is None else tower.image_processor, context
+
+
+def _loading_options(
+    load_8bit: bool, load_4bit: bool, device_map: Any, device: str | None, use_flash_attn: bool, given: dict[str, Any]
+) -> dict[str, Any]:
+    if load_8bit and load_4bit:
+        raise ValueError("load_8bit and load_4bit are both on; choose one.")
+    options = {key: value for key, value in given.items() if key not in ("multimodal", "torch_dtype", "dtype")}
+    if "torch_dtype" in given and "dtype" in given:
+        raise ValueError(f"torch_dtype={given['torch_dtype']} and dtype={given['dtype']} are both given; they mean the same, give one.")
+    options["dtype"] = given.get("dtype", given.get("torch_dtype")) or "auto"
+    if use_flash_attn:
+        if options.setdefault("attn_implementation", "flash_attention_2") != "flash_attention_2":
+            raise ValueError(f"use_flash_attn contradicts attn_implementation={options['attn_implementation']!r}; give one.")
+    chosen = device or pick_device()
+    _check_device(chosen)
+    options["device_map"] = device_map if chosen == "cuda" and device_map is not None else {"": chosen}
+    if load_8bit or load_4bit:
+        compute = options["dtype"] if isinstance(options["dtype"], torch.dtype) else torch.float32 if chosen == "cpu" else torch.bfloat16
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=load_8bit,
+            load_in_4bit=load_4bit,
+            bnb_4bit_compute_dtype=compute,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_quant_type="nf4",
+            llm_int8_skip_modules=list(WHOLE_PARTS),
+        )
+    return options
+
+
+def _check_device(device: str) -> None:
+    kind = str(device).split(":")[0]
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if kind not in present:
+        raise ValueError(f"device is {device!r}, expected cuda, mps or cpu.")
+    if not present[kind]:
+        raise ValueError(f"device is {device!r}, but this machine has no {kind}; use {pick_device()}.")
+
+
+def _check_4bit_on_cpu(path: str) -> None:
+    """bitsandbytes packs 4-bit weights for the CPU in blocks of 64 inputs and fails in the first forward where they do not fit."""
+    stored = LlavaConfig.get_config_dict(path)[0]
+    odd = {name: stored[name] for name in ("hidden_size", "intermediate_size") if name in stored and stored[name] % 64}
+    if odd:
+        raise ValueError(f"4-bit on the CPU needs widths that are multiples of 64, but {path} has {odd}; use load_8bit or a GPU.")
+
+
+def _model_class(path: str) -> Any:
+    """The class for a checkpoint, from the `model_type` in its config.json."""
+    folder = Path(path)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ValueError(f"{path} has no config.json, so it is not a checkpoint folder.")
+    try:
+        kind = LlavaConfig.get_config_dict(path)[0].get("model_type")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"No checkpoint could be read at {path!r} ({type(error).__name__}); give a folder or a hub id that can be reached.") from error
+    if kind in MODEL_CLASSES:
+        return MODEL_CLASSES[kind]
+    if kind in (LlavaConfig.language_model_type, LlavaMistralConfig.language_model_type):
+        return AutoModelForCausalLM
+    raise ValueError(f"{path} is of model type {kind!r}, expected one of {', '.join(MODEL_CLASSES)}, or a plain llama or mistral.")
+
+
+def _load_with_base(model_path: str, model_base: str, options: dict[str, Any]) -> Any:
+    """A projector-only folder over its language model: the config and projector are ours, the rest is the base's and the tower's."""
+    use_safetensors = options.get("use_safetensors", True)
+    weights = read_projector(Path(model_path), use_safetensors)
+    model_class = _model_class(model_path)
+    config = AutoConfig.from_pretrained(model_path)
+    tower = model_class._complete_tower(config, model_path)
+    if tower is None:
+        raise ValueError(f"{model_path} names no mm_vision_tower, so its projector has nothing to project; use the config.json saved with it.")
+    model = model_class.from_base(model_base, config, resolve_tower(tower, model_path), **options)
+    expected = {key for key in model.state_dict() if key.startswith(("model.mm_projector.", "model.image_newline"))}
+    missing, unknown = expected - set(weights) - {"model.image_newline"}, set(weights) - set(model.state_dict())
+    if missing or unknown:
+        raise ValueError(f"The projector in {model_path} does not fit: missing {sorted(missing)}, unexpected {sorted(unknown)}.")
+    model.load_state_dict(weights, strict=False)
+    return model
+
+
+def read_projector(folder: Path, use_safetensors: bool = True) -> dict[str, torch.Tensor]:
+    """Read a projector file: parameter names as in a full checkpoint.
+
+    Args:
+        use_safetensors: `False` also reads LLaVA's pickled `mm_projector.bin`, with `weights_only`.
+
+    Raises:
+        ValueError: no projector there, or only a pickled one that the caller did not ask for.
+    """
+    safe, pickled = (folder / name for name in PROJECTOR_FILES)
+    if safe.is_file():
+        return load_file(safe)
+    if pickled.is_file() and not use_safetensors:
+        stored = torch.load(pickled, map_location="cpu", weights_only=True)
+        return {key.removeprefix("base_model.model."): value for key, value in stored.items()}
+    if pickled.is_file():
+        raise ValueError(f"{folder} holds a pickled projector only; pass use_safetensors=False if you trust it.")
+    raise ValueError(f"{folder} holds no projector: expected {PROJECTOR_FILES[0]}.")
+
+
+def _add_image_tokens(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+    """LLaVA's optional extra tokens, for checkpoints that were trained with them."""
+    from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+
+    wanted = [DEFAULT_IMAGE_PATCH_TOKEN] if getattr(model.config, "mm_use_im_patch_token", False) else []
+    if getattr(model.config, "mm_use_im_start_end", False):
+        wanted += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
+    if wanted and tokenizer.add_tokens(wanted, special_tokens=True):
+        model.resize_token_embeddings(len(tokenizer))

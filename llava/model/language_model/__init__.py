@@ -1,0 +1,1 @@
+"""Language model families: thin classes that mix the multimodal parts into transformers' own."""

@@ -1,0 +1,42 @@
+"""Llama-shaped language models: Vicuna, Llama, SmolLM2."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
+
+from llava.model.config import LlavaConfig
+from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from llava.model.loading import CheckpointLoading
+
+
+class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
+    """Llama's inner module with the multimodal parts beside its layers."""
+
+    config_class = LlavaConfig
+
+    def __init__(self, config: LlavaConfig) -> None:
+        LlamaModel.__init__(self, config)
+        self.build_multimodal()
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if not self.init_multimodal_weights(module):
+            super()._init_weights(module)
+
+
+class LlavaLlamaForCausalLM(CheckpointLoading, LlavaMetaForCausalLM, LlamaForCausalLM):
+    """AVG-LLaVA over a Llama-shaped language model. The path from image to answer is in `llava_arch.py`."""
+
+    config_class = LlavaConfig
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super(LlamaForCausalLM, self).__init__(config)
+        self.model = LlavaLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+AutoConfig.register(LlavaConfig.model_type, LlavaConfig)
+AutoModelForCausalLM.register(LlavaConfig, LlavaLlamaForCausalLM)

@@ -1,0 +1,182 @@
+"""Reading checkpoints: where the vision tower comes from, which keys must be there, and one clear error when something is not.
+
+Only safetensors are read. Pickled weights (`.bin`) are read when the caller passes `use_safetensors=False`, and then with
+`weights_only`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+
+from llava.model.config import LlavaConfig
+
+logger = logging.getLogger(__name__)
+
+TOWER_PREFIX = "model.vision_tower."
+MULTIMODAL_PREFIXES = (TOWER_PREFIX, "model.mm_projector.", "model.image_newline", "model.router.")
+IGNORED_UNEXPECTED = (r"rotary_emb\.inv_freq$", r"embeddings\.position_ids$")
+"""Buffers that older libraries stored and today's compute."""
+
+
+def resolve_tower(name: str, checkpoint: str | Path | None = None) -> str:
+    """Where a tower named in a configuration is: a folder as given, beside or in the checkpoint, or else a hub id, unchanged."""
+    candidates = [Path(name)]
+    if checkpoint is not None and not Path(name).is_absolute():
+        candidates += [Path(checkpoint) / name, Path(checkpoint).parent / name]
+    return next((str(folder) for folder in candidates if folder.is_dir()), name)
+
+
+def read_tower_config(tower: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A tower's vision configuration and its image processor's arguments, from a folder or the hub.
+
+    Raises:
+        ValueError: nothing of the kind is there.
+    """
+    try:
+        vision = CLIPVisionConfig.from_pretrained(tower).to_diff_dict()
+        processor = CLIPImageProcessorPil.from_pretrained(tower).to_dict()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The vision tower {tower!r} could not be read ({type(error).__name__}); give mm_vision_tower a local CLIP folder with config.json "
+            "and preprocessor_config.json, or a hub id that can be reached."
+        ) from error
+    defaults = {key: getattr(CLIPVisionConfig(), key) for key in ("image_size", "patch_size", "hidden_size", "num_hidden_layers")}
+    kept = ("size", "crop_size", "image_mean", "image_std", "do_resize", "do_center_crop", "do_rescale", "rescale_factor", "do_normalize")
+    kept += ("resample", "do_convert_rgb")
+    return {**defaults, **_plain(vision)}, {key: processor[key] for key in kept if key in processor}
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    dropped = ("transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path")
+    return {key: value for key, value in config.items() if key not in dropped}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder: those of its index, or the single one."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else []
+
+
+def check_folder(path: str | Path, safetensors_only: bool) -> bool:
+    """Refuse a local folder that cannot be a checkpoint, before anything is built.
+
+    Returns:
+        Whether safetensors are to be read: always, unless the caller allows pickled weights and there is nothing else.
+
+    Raises:
+        ValueError: no config.json, no weights, missing shards, or pickled weights that the caller did not ask for.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        return safetensors_only
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json, so it is not a checkpoint folder.")
+    files = weight_files(folder)
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ValueError(f"{folder} lacks the weight files {missing} that its index names; copy the checkpoint again.")
+    if files:
+        return True
+    if not list(folder.glob("*.bin")):
+        raise ValueError(f"{folder} holds no weights: expected model.safetensors or model.safetensors.index.json.")
+    if safetensors_only:
+        raise ValueError(
+            f"{folder} holds pickled weights (.bin) only; convert them to safetensors, or pass use_safetensors=False if you trust them."
+        )
+    return False
+
+
+class CheckpointLoading:
+    """`from_pretrained` that finds the vision tower and refuses incomplete checkpoints."""
+
+    _keys_to_ignore_on_load_unexpected = list(IGNORED_UNEXPECTED)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint: LLaVA's released layout, our own, or a plain language model without multimodal parts.
+
+        Args:
+            pretrained_model_name_or_path: a folder or hub id.
+            use_safetensors: `False` also reads pickled weights; only for files you trust.
+            kwargs: transformers' own; `config` is read from the checkpoint when missing.
+
+        Raises:
+            ValueError: a folder without weights, another model type, or keys that are missing or unexpected.
+        """
+        kwargs["use_safetensors"] = check_folder(pretrained_model_name_or_path, kwargs.get("use_safetensors", True))
+        output_loading_info = kwargs.pop("output_loading_info", False)
+        config = kwargs.pop("config", None) or cls._read_config(pretrained_model_name_or_path)
+        tower = cls._complete_tower(config, pretrained_model_name_or_path)
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
+        )
+        missing = set(info["missing_keys"])
+        if tower is not None and missing and all(key.startswith(TOWER_PREFIX) for key in missing):
+            load_tower_weights(model, tower)
+            missing = set()
+        if missing or info["unexpected_keys"]:
+            raise ValueError(
+                f"The weights of {pretrained_model_name_or_path} do not fit its configuration: missing {_some(missing)}, unexpected "
+                f"{_some(info['unexpected_keys'])}; use the config.json that was saved with them."
+            )
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def from_base(cls, base: Any, config: LlavaConfig, tower: str, **kwargs: Any) -> Any:
+        """A language model's weights under a multimodal configuration: the tower is read, projector, newline and router are fresh.
+
+        Args:
+            base: folder or hub id of the language model. tower: folder or hub id of the vision tower.
+
+        Raises:
+            ValueError: language model weights that do not fit the configuration.
+        """
+        kwargs["use_safetensors"] = check_folder(base, kwargs.get("use_safetensors", True))
+        model, info = super().from_pretrained(base, config=config, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        missing = [key for key in info["missing_keys"] if not key.startswith(MULTIMODAL_PREFIXES)]
+        if missing or info["unexpected_keys"]:
+            raise ValueError(
+                f"The language model {base} does not fit the configuration: missing {_some(missing)}, unexpected {_some(info['unexpected_keys'])}."
+            )
+        load_tower_weights(model, tower)
+        return model
+
+    @classmethod
+    def _read_config(cls, path: Any) -> Any:
+        config_class = cls.config_class  # type: ignore[attr-defined]
+        stored, _ = config_class.get_config_dict(path)
+        kinds = (config_class.model_type, config_class.language_model_type)
+        if stored.get("model_type") not in kinds:
+            raise ValueError(f"{path} is of model type {stored.get('model_type')!r}, but {cls.__name__} reads {' or '.join(kinds)}.")
+        return config_class.from_dict(stored)
+
+    @staticmethod
+    def _complete_tower(config: LlavaConfig, path: Any) -> str | None:
+        """Put the tower's configuration into ours where only its name is given; tell where its weights may be."""
+        if config.mm_vision_tower is None:
+            return None
+        tower = resolve_tower(config.mm_vision_tower, path)
+        if config.vision_config is None:
+            config.vision_config, config.image_processor = read_tower_config(tower)
+        return tower
+
+
+def load_tower_weights(model: Any, tower: str) -> None:
+    """Fill the model's vision tower from a CLIP folder or hub id."""
+    module = model.get_vision_tower().vision_tower.vision_model
+    weights = CLIPVisionModel.from_pretrained(tower, dtype=module.dtype).state_dict()
+    module.load_state_dict(weights)
+    logger.info("Vision tower weights read from %s", tower)
+
+
+def _some(keys: Any) -> str:
+    names = sorted(keys)
+    return "none" if not names else f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"

@@ -1,0 +1,118 @@
+"""The visual granularity router (paper, section 3.2): one transformer layer, an MLP and a voter.
+
+It reads every granularity of an image and the instruction's most relevant tokens, and gives one logit per granularity.
+Legend: C views, P patches, T tokens of all levels, K text slots, G granularities, D language width, R router width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from llava.model.granularity import Granularity, pool_all
+
+NUM_HEADS = 8
+
+
+def select_text(text: Tensor, eligible: Tensor, first_view: Tensor, slots: int, fill_hidden: bool = False) -> Tensor:
+    """The `slots` instruction tokens most similar to the picture, most similar first.
+
+    Similarity is the mean cosine with the un-pooled patches of the first view. The text vectors are raw token embeddings; image
+    placeholders and padding are not text and must not be passed.
+
+    Args:
+        text: (L, D) token embeddings.
+        eligible: (L,) bool, false where a token is hidden from the router (the answer).
+        first_view: (P, D) projected features of the first view.
+        slots: K.
+        fill_hidden: when fewer than K tokens are eligible, fill up with hidden ones, lowest position first (as published).
+
+    Returns:
+        (K, D); missing places are zeros.
+    """
+    similarity = F.normalize(text, dim=-1).mv(F.normalize(first_view, dim=-1).mean(0).to(text.dtype))
+    ranked = similarity.masked_fill(~eligible, -torch.inf).sort(descending=True, stable=True).indices[:slots]
+    chosen = text[ranked]
+    if not fill_hidden:
+        chosen = chosen * eligible[ranked, None]
+    return F.pad(chosen, (0, 0, 0, slots - chosen.shape[0]))
+
+
+class GranularityRouter(nn.Module):
+    """Scores the granularities of an image.
+
+    Args:
+        width: D, the language model's width.
+        patch_grid: (height, width) of one view's patches.
+        levels: the granularities, coarse to fine.
+        text_slots: K.
+        attention_axis: `views`: each position attends to the same position of the image's other views, as published;
+            `tokens`: the positions of one view attend to each other, as the paper describes.
+        router_width: R; `None` works at D and has the published parameters, otherwise one shared reduction comes first.
+        dropout: of the encoder layer.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        patch_grid: tuple[int, int],
+        levels: Sequence[Granularity],
+        text_slots: int,
+        attention_axis: str,
+        router_width: int | None = None,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.patch_grid, self.levels, self.attention_axis = patch_grid, tuple(levels), attention_axis
+        inner = router_width or width
+        positions = sum(level.tokens for level in levels) + text_slots
+        self.reduce = nn.Identity() if router_width is None else nn.Linear(width, inner)
+        self.merger = nn.TransformerEncoderLayer(inner, NUM_HEADS, dim_feedforward=inner, dropout=dropout)
+        self.router = nn.Sequential(nn.Linear(inner, inner), nn.GELU(), nn.Linear(inner, len(levels)))
+        self.voter = nn.Parameter(torch.empty(positions, 1))
+        self.norm = nn.LayerNorm(len(levels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw fresh weights. Every vote starts equal, so that no position is silenced by its draw."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init.xavier_uniform_(module.weight)
+                init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                init.ones_(module.weight)
+                init.zeros_(module.bias)
+        init.xavier_uniform_(self.merger.self_attn.in_proj_weight)
+        init.zeros_(self.merger.self_attn.in_proj_bias)
+        init.constant_(self.voter, 1.0 / self.voter.shape[0])
+
+    def forward(self, features: Tensor, text: Tensor) -> Tensor:
+        """Score the granularities of B images that have the same number of views.
+
+        Args:
+            features: (B, C, P, D) projected, un-pooled features.
+            text: (B, K, D) selected text vectors.
+
+        Returns:
+            (B, G) logits, layer-normalised over the granularities.
+        """
+        images, views = features.shape[:2]
+        # Reducing before pooling is the same linear map on fewer numbers' worth of copies.
+        reduced = self.reduce(features).flatten(0, 1)  # (B*C, P, R)
+        visual = torch.cat(pool_all(reduced, self.patch_grid, self.levels), dim=1).unflatten(0, (images, views))  # (B, C, T, R)
+        words = self.reduce(text)[:, None].expand(-1, views, -1, -1)  # (B, C, K, R)
+        votes = self.router(self._attend(torch.cat([visual, words], dim=2)))  # (B, C, T+K, G)
+        return self.norm((votes * self.voter).sum(dim=2).mean(dim=1))
+
+    def _attend(self, tokens: Tensor) -> Tensor:
+        """The encoder layer over (B, C, N, R), along the chosen axis; `merger` takes (sequence, batch, R)."""
+        images, views, positions, width = tokens.shape
+        if self.attention_axis == "views":
+            sequence = tokens.transpose(0, 1).reshape(views, images * positions, width)
+            return self.merger(sequence).reshape(views, images, positions, width).transpose(0, 1)
+        sequence = tokens.reshape(images * views, positions, width).transpose(0, 1)
+        return self.merger(sequence).transpose(0, 1).reshape(images, views, positions, width)

@@ -1,0 +1,105 @@
+"""The vision tower: views in, patch features out. Knows nothing of pooling, text or projection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+
+
+class _NamedEncoder(nn.Module):
+    """Gives the encoder's weights the names that LLaVA checkpoints have (`vision_tower.vision_model.*`)."""
+
+    def __init__(self, vision_model: CLIPVisionModel) -> None:
+        super().__init__()
+        self.vision_model = vision_model
+
+
+class CLIPVisionTower(nn.Module):
+    """A CLIP vision transformer whose features are taken from one of its layers.
+
+    Args:
+        vision_config: arguments of `CLIPVisionConfig`.
+        image_processor: arguments of `CLIPImageProcessor`; `None` gives CLIP's own at the tower's size.
+        select_layer: which hidden state is the feature: -1 after the last layer, -2 the one before.
+        select_feature: `patch`, or `cls_patch` to keep the class token.
+    """
+
+    def __init__(
+        self,
+        vision_config: dict[str, Any],
+        image_processor: dict[str, Any] | None = None,
+        select_layer: int = -2,
+        select_feature: str = "patch",
+    ) -> None:
+        super().__init__()
+        self.config = CLIPVisionConfig(**{k: v for k, v in vision_config.items() if k != "model_type"})
+        self.select_feature = select_feature
+        self.num_layers_used = self._layers_used(select_layer)
+        self.vision_tower = _NamedEncoder(CLIPVisionModel._from_config(self.config))
+        size = self.config.image_size
+        self.image_processor = CLIPImageProcessorPil(
+            **(image_processor or {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}})
+        )
+
+    def _layers_used(self, select_layer: int) -> int:
+        layers = self.config.num_hidden_layers
+        used = select_layer if select_layer >= 0 else layers + 1 + select_layer
+        if not 0 <= used <= layers:
+            raise ValueError(f"mm_vision_select_layer is {select_layer}, but the tower has {layers} layers; use -{layers + 1} to {layers}.")
+        return used
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """Patches of one view as (height, width)."""
+        side = self.config.image_size // self.config.patch_size
+        return side, side
+
+    @property
+    def num_patches_per_side(self) -> int:
+        return self.patch_grid[0]
+
+    @property
+    def num_patches(self) -> int:
+        return self.patch_grid[0] * self.patch_grid[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vision_tower.vision_model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.vision_tower.vision_model.device
+
+    @property
+    def is_loaded(self) -> bool:
+        """Always true: the weights live in the model. LLaVA's users ask."""
+        return True
+
+    def forward(self, views: Tensor) -> Tensor:
+        """Encode views.
+
+        Args:
+            views: (N, 3, S, S) with S the tower's image size, normalised by its image processor.
+
+        Returns:
+            (N, P, Dv) patch features, row by row.
+
+        Raises:
+            ValueError: views of another size.
+        """
+        size = self.config.image_size
+        if views.shape[1:] != (3, size, size):
+            raise ValueError(f"Views have shape {tuple(views.shape[1:])}, expected (3, {size}, {size}); prepare them with process_images.")
+        encoder = self.vision_tower.vision_model
+        hidden = encoder.pre_layrnorm(encoder.embeddings(views.to(self.device, self.dtype)))
+        # The layers behind the selected one are not run: nobody reads them.
+        for layer in encoder.encoder.layers[: self.num_layers_used]:
+            hidden = layer(hidden, attention_mask=None)
+        return hidden[:, 1:] if self.select_feature == "patch" else hidden

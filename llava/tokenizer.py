@@ -1,0 +1,99 @@
+"""Loading a tokenizer whose ids are the ones the checkpoint was trained with.
+
+transformers 5 rebuilds every SentencePiece Llama tokenizer on the `tokenizers` library, with the pre-tokenizer
+`Metaspace(prepend_scheme=...)`. SentencePiece puts one space in front of a text *always* (`add_dummy_prefix`);
+Metaspace does so *unless the text already starts with a space*. A chunk such as `" please."`, which is what follows an
+image placeholder in `"Look at <image> please."`, therefore loses one space piece, and the checkpoint reads ids that it
+was not trained on. Saving loses a second thing: the `legacy` switch, which says whether the text after a special token
+such as `</s>` gets the extra space too, is not written back.
+
+`load_tokenizer` repairs both inside the backend itself, so that `tokenizer(...)`, `encode` and whatever is saved later
+are right. Tokenizers of other kinds (Qwen, Llama 3, ...) pass through untouched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import cached_file
+
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space inside a piece
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# Rebuilt from the backend; passing these on would make the new tokenizer load or describe another one.
+_BACKEND_OPTIONS = ("vocab", "merges", "vocab_file", "tokenizer_file", "tokenizer_object", "sp_model_kwargs", "legacy")
+
+
+def load_tokenizer(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder or a hub id, with the ids of the SentencePiece model where there is one.
+
+    Args:
+        path: folder (or hub id) with `tokenizer.model` or `tokenizer.json`.
+        **kwargs: passed to `AutoTokenizer.from_pretrained` (`padding_side`, `model_max_length`, `legacy`, ...).
+            `legacy=True` also puts a space in front of every text that follows a special token. When neither the call
+            nor `tokenizer_config.json` says, a folder with `tokenizer.model` alone is legacy, which was the default of
+            the libraries that wrote such folders.
+
+    Returns:
+        For a SentencePiece Llama tokenizer a `PreTrainedTokenizerFast`, which `save_pretrained` and then any
+        `from_pretrained` restore as it is; for any other kind what `AutoTokenizer` gives.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return tokenizer
+    backend = tokenizer.backend_tokenizer
+    if not _is_sentencepiece_bpe(backend):
+        return tokenizer
+    _prefix_like_sentencepiece(backend, "always" if _is_legacy(path, kwargs) else "first")
+    options = {key: value for key, value in tokenizer.init_kwargs.items() if key not in _BACKEND_OPTIONS}
+    options["chat_template"] = tokenizer.chat_template
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+
+
+def _is_sentencepiece_bpe(backend: Tokenizer) -> bool:
+    """Whether the backend is what transformers builds for a SentencePiece BPE model with a dummy prefix."""
+    if backend.normalizer is not None or not isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):
+        return False
+    metaspace = backend.pre_tokenizer
+    has_prefix = metaspace.prepend_scheme in ("first", "always") and metaspace.replacement == _SPACE
+    return has_prefix and not metaspace.split and bool(getattr(backend.model, "byte_fallback", False))
+
+
+def _prefix_like_sentencepiece(backend: Tokenizer, prepend_scheme: str) -> None:
+    """Make the backend add its space in front of a text whatever the text starts with.
+
+    Metaspace skips the prefix when the text starts with its own replacement character. So the spaces of the text become
+    space pieces first; then a Metaspace whose replacement is a plain space finds none at the start and always adds
+    one; then a second one turns that plain space into a space piece.
+
+    Args:
+        prepend_scheme: "first" (only at the start of the whole text) or "always" (also after each special token).
+    """
+    backend.normalizer = normalizers.Replace(" ", _SPACE)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(replacement=" ", prepend_scheme=prepend_scheme, split=False),
+            pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="never", split=False),
+        ]
+    )
+
+
+def _is_legacy(path: str | os.PathLike[str], options: dict[str, Any]) -> bool:
+    """Whether a space goes in front of texts after special tokens: the caller's word, the config's, or the files'."""
+    if options.get("legacy") is not None:
+        return bool(options["legacy"])
+    hub = {key: options[key] for key in _HUB_OPTIONS if key in options}
+    config = get_tokenizer_config(path, **hub)
+    if config.get("legacy") is not None:
+        return bool(config["legacy"])
+    tokenizer_file = cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub)
+    if tokenizer_file is None:
+        return True
+    with open(tokenizer_file, encoding="utf-8") as file:
+        pre_tokenizer = json.load(file).get("pre_tokenizer") or {}
+    # Without a Metaspace of scheme "first" the file writes its prefix with a normalizer, which acts on every text.
+    return bool(pre_tokenizer.get("prepend_scheme") != "first")

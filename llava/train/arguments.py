@@ -1,0 +1,286 @@
+"""Flags of a training run: LLaVA's names, mapped to what today's transformers calls them.
+
+Three dataclasses are filled from one command line. `check_arguments` looks at them together and refuses what contradicts
+itself, all findings at once.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, field
+
+import transformers
+
+from llava.train.stages import STAGES, Stage, get_stage
+
+PUBLISHED_SCHEDULE = "cosine"
+PUBLISHED_WARMUP = 0.03
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained and what it is made of."""
+
+    model_name_or_path: str = field(metadata={"help": "Language model or AVG-LLaVA checkpoint to start from."})
+    version: str | None = field(default=None, metadata={"help": "Conversation template; the stage's own by default."})
+    vision_tower: str | None = field(
+        default=None, metadata={"help": "CLIP folder or hub id; needed unless the checkpoint holds a tower."}
+    )
+    mm_vision_select_layer: int | None = field(
+        default=None, metadata={"help": "Tower layer whose output is the feature (new models: -2)."}
+    )
+    mm_vision_select_feature: str | None = field(
+        default=None, metadata={"help": "patch or cls_patch (new models: patch)."}
+    )
+    pretrain_mm_mlp_adapter: str | None = field(
+        default=None, metadata={"help": "Projector weights to start from: mm_projector.safetensors or a folder with it."}
+    )
+    allow_bin_weights: bool = field(
+        default=False, metadata={"help": "Also read a projector in PyTorch's .bin format (weights only)."}
+    )
+    mm_projector_type: str | None = field(
+        default=None, metadata={"help": "linear, mlpNx_gelu or identity; must be given for a new model."}
+    )
+    mm_patch_merge_type: str | None = field(
+        default=None, metadata={"help": "flat, spatial or spatial_unpad (new models: spatial_unpad)."}
+    )
+    mm_use_im_start_end: bool | None = field(
+        default=None, metadata={"help": "Surround each picture with start and end tokens."}
+    )
+    mm_use_im_patch_token: bool | None = field(default=None, metadata={"help": "Add LLaVA's patch token."})
+    vis_token_granularity: str | None = field(
+        default=None, metadata={"help": "Tokens per view of each level, coarse to fine, as in 36,72,144,288,576."}
+    )
+    unpad_rule: str | None = field(default=None, metadata={"help": "picture (new models) or pooled_grid (released)."})
+    router_attention_axis: str | None = field(default=None, metadata={"help": "views or tokens."})
+    router_hidden_size: int | None = field(default=None, metadata={"help": "Width of a narrow router."})
+    router_dropout: float | None = field(default=None, metadata={"help": "Dropout of the router's encoder layer."})
+    filtered_text_num: int | None = field(default=None, metadata={"help": "Instruction tokens that the router sees."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention kernel of the language model."})
+
+    @property
+    def granularities(self) -> list[int] | None:
+        """The levels as numbers, coarse to fine.
+
+        Raises:
+            ValueError: not a comma-separated list of rising numbers.
+        """
+        if self.vis_token_granularity is None:
+            return None
+        try:
+            levels = [int(part) for part in self.vis_token_granularity.strip("[] ").split(",")]
+        except ValueError:
+            levels = []
+        if not levels or levels != sorted(set(levels)) or levels[0] < 1:
+            raise ValueError(
+                f"--vis_token_granularity is {self.vis_token_granularity!r}; give tokens per view, coarse to fine, "
+                'separated by commas, as in "36,72,144,288,576".'
+            )
+        return levels
+
+
+@dataclass
+class DataArguments:
+    """Which rows and pictures are learnt from."""
+
+    data_path: str = field(metadata={"help": "LLaVA's JSON, or JSONL."})
+    eval_data_path: str | None = field(default=None, metadata={"help": "Rows for evaluation during training."})
+    image_folder: str | None = field(default=None, metadata={"help": "Folder that picture names are relative to."})
+    lazy_preprocess: bool = field(
+        default=True, metadata={"help": "Write ids and labels when a row is read; otherwise all before the first step."}
+    )
+    is_multimodal: bool = field(default=True, metadata={"help": "Whether rows may have pictures."})
+    image_aspect_ratio: str | None = field(default=None, metadata={"help": "square, pad or anyres."})
+    image_grid_pinpoints: str | None = field(
+        default=None, metadata={"help": 'Canvases of anyres, (width, height), as in "[[336, 672], [672, 336]]".'}
+    )
+    on_bad_sample: str = field(
+        default="raise", metadata={"help": "raise, or skip: count and log a broken row and read the next instead."}
+    )
+    max_bad_share: float = field(
+        default=0.01, metadata={"help": "With skip: stop when more than this share of the rows is broken."}
+    )
+    cache_image_features_gb: float = field(
+        default=0.0, metadata={"help": "Memory for features of a frozen vision tower, so that a picture is encoded once."}
+    )
+
+    @property
+    def canvases(self) -> list[list[int]] | None:
+        """The canvases as numbers, (width, height).
+
+        Raises:
+            ValueError: not a list of pairs.
+        """
+        if self.image_grid_pinpoints is None:
+            return None
+        try:
+            canvases = [[int(width), int(height)] for width, height in ast.literal_eval(self.image_grid_pinpoints)]
+        except (ValueError, SyntaxError, TypeError) as error:
+            raise ValueError(
+                f"--image_grid_pinpoints is {self.image_grid_pinpoints!r}; give a list of (width, height) pairs."
+            ) from error
+        return canvases
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """How training runs. `None` means the stage's published value."""
+
+    learning_rate: float | None = field(default=None, metadata={"help": "The stage's own by default."})  # type: ignore[assignment]
+    lr_scheduler_type: str = field(default=PUBLISHED_SCHEDULE, metadata={"help": "Schedule of the learning rate."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Rows hold pictures the model's forward does not name."})
+    report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, wandb or none."})
+    stage: str | None = field(default=None, metadata={"help": f"{', '.join(STAGES)}; inferred from the flags without it."})
+    tune_mm_mlp_adapter: bool | None = field(default=None, metadata={"help": "Train the projector only (align)."})
+    freeze_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Leave the projector as it is."})
+    freeze_backbone: bool = field(default=False, metadata={"help": "Leave the language model as it is."})
+    unfreeze_mm_vision_tower: bool | None = field(
+        default=None, metadata={"help": "Whether the vision tower learns; the stage decides by default."}
+    )
+    tune_router: bool | None = field(default=None, metadata={"help": "Train the router only (rglf)."})
+    router_select: bool | None = field(default=None, metadata={"help": "Whether the model has a router."})
+    mm_vision_tower_lr: float | None = field(default=None, metadata={"help": "Learning rate of the vision tower."})
+    mm_projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
+    group_by_modality_length: bool = field(
+        default=False, metadata={"help": "Batches of like length that hold only pictures or only text."}
+    )
+    model_max_length: int | None = field(
+        default=None, metadata={"help": "Longest row, text and visual tokens together; the checkpoint's context by default."}
+    )
+    evaluation_strategy: str | None = field(default=None, metadata={"help": "Older name of --eval_strategy."})
+    warmup_ratio: float | None = field(default=None, metadata={"help": "Share of the steps that warm up."})
+    margin: float = field(default=1.0, metadata={"help": "Scale of the ranking margins (rglf)."})
+    rank_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the ranking loss (rglf)."})
+    ce_loss_weight: float = field(default=0.1, metadata={"help": "Weight of the cross-entropy (rglf)."})
+    granularity_cost_weight: float = field(
+        default=0.0, metadata={"help": "Nats per doubling of visual tokens that the router weighs (rglf); 0 is the paper."}
+    )
+    granularity_scores: str | None = field(
+        default=None, metadata={"help": "Parquet of score_granularities: train the router without the language model."}
+    )
+    router_without_instruction: bool = field(
+        default=False, metadata={"help": "Control experiment: the router sees the picture only (rglf)."}
+    )
+
+    def __post_init__(self) -> None:
+        given_stage = self.stage
+        self.stage = given_stage or self._inferred_stage()
+        stage = STAGES.get(self.stage)
+        if self.learning_rate is None:
+            self.learning_rate = stage.learning_rate if stage else 5e-5
+        if self.mm_vision_tower_lr is None and stage is not None:
+            self.mm_vision_tower_lr = stage.mm_vision_tower_lr
+        if self.evaluation_strategy is not None:
+            self.eval_strategy = self.evaluation_strategy
+        if self.warmup_ratio is None and not self.warmup_steps:
+            self.warmup_ratio = PUBLISHED_WARMUP
+        if self.warmup_ratio:
+            self.warmup_steps = self.warmup_ratio
+        super().__post_init__()
+
+    def _inferred_stage(self) -> str:
+        if self.tune_router:
+            return "rglf"
+        return "align" if self.tune_mm_mlp_adapter else "instruct"
+
+    @property
+    def stage_plan(self) -> Stage:
+        """The line of the stage table that this run follows."""
+        return get_stage(self.stage or "")
+
+    @property
+    def frozen_parts(self) -> set[str]:
+        """Parts that a flag takes out of the stage."""
+        frozen = set()
+        if self.freeze_mm_mlp_adapter:
+            frozen |= {"projector", "newline"}
+        if self.freeze_backbone:
+            frozen.add("llm")
+        if self.unfreeze_mm_vision_tower is False:
+            frozen.add("vision_tower")
+        return frozen
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rate of every part."""
+        assert self.learning_rate is not None
+        rates = dict.fromkeys(("llm", "projector", "newline", "vision_tower", "router"), self.learning_rate)
+        if self.mm_projector_lr is not None:
+            rates["projector"] = self.mm_projector_lr
+        if self.mm_vision_tower_lr is not None:
+            rates["vision_tower"] = self.mm_vision_tower_lr
+        return rates
+
+
+def check_arguments(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
+    """Refuse flags that contradict each other or the stage.
+
+    Raises:
+        ValueError: one sentence per contradiction, all of them at once.
+    """
+    errors = _stage_errors(training_args) + _data_errors(data_args) + _router_errors(training_args)
+    for value in ("granularities", "canvases"):
+        try:
+            getattr(model_args if value == "granularities" else data_args, value)
+        except ValueError as error:
+            errors.append(str(error))
+    if data_args.cache_image_features_gb and "vision_tower" in (
+        training_args.stage_plan.trains - training_args.frozen_parts if training_args.stage in STAGES else ()
+    ):
+        errors.append(
+            "--cache_image_features_gb keeps features of a vision tower that this run trains; freeze it with "
+            "--unfreeze_mm_vision_tower False or drop the cache."
+        )
+    if errors:
+        raise ValueError("these flags cannot work together:\n- " + "\n- ".join(errors))
+
+
+def _stage_errors(args: TrainingArguments) -> list[str]:
+    if args.stage not in STAGES:
+        return [f"--stage is {args.stage!r}; choose one of {', '.join(STAGES)}."]
+    stage = STAGES[args.stage]
+    errors = []
+    implied = {"--tune_mm_mlp_adapter": (args.tune_mm_mlp_adapter, "align"), "--tune_router": (args.tune_router, "rglf")}
+    for flag, (value, meant) in implied.items():
+        if value is True and stage.name != meant:
+            errors.append(f"{flag} True belongs to stage {meant}, but the stage is {stage.name}; drop one of the two.")
+        if value is False and stage.name == meant:
+            errors.append(f"{flag} False contradicts stage {meant}; drop one of the two.")
+    if args.unfreeze_mm_vision_tower and "vision_tower" not in stage.trains:
+        errors.append(f"--unfreeze_mm_vision_tower True, but stage {stage.name} does not train the vision tower.")
+    if args.mm_projector_lr is not None and "projector" not in stage.trains - args.frozen_parts:
+        errors.append(f"--mm_projector_lr is given, but stage {stage.name} with these flags does not train the projector.")
+    if not stage.trains - args.frozen_parts:
+        errors.append(f"stage {stage.name} trains {', '.join(sorted(stage.trains))}, and the flags freeze all of it.")
+    if args.router_select is False and stage.name == "rglf":
+        errors.append("--router_select False contradicts stage rglf, which trains the router.")
+    return errors
+
+
+def _router_errors(args: TrainingArguments) -> list[str]:
+    errors = []
+    if args.stage != "rglf":
+        for flag in ("granularity_scores", "router_without_instruction", "granularity_cost_weight"):
+            if getattr(args, flag):
+                errors.append(f"--{flag} is read by stage rglf only, but the stage is {args.stage}.")
+    for flag in ("margin", "rank_loss_weight", "ce_loss_weight", "granularity_cost_weight"):
+        if getattr(args, flag) < 0:
+            errors.append(f"--{flag} is {getattr(args, flag)}; give 0 or more.")
+    if args.rank_loss_weight == 0 and args.ce_loss_weight == 0:
+        errors.append("--rank_loss_weight and --ce_loss_weight are both 0; one must be above, or nothing is learnt.")
+    return errors
+
+
+def _data_errors(args: DataArguments) -> list[str]:
+    errors = []
+    if args.on_bad_sample not in ("raise", "skip"):
+        errors.append(f"--on_bad_sample is {args.on_bad_sample!r}; choose raise or skip.")
+    if not 0 <= args.max_bad_share <= 1:
+        errors.append(f"--max_bad_share is {args.max_bad_share}; give a share between 0 and 1.")
+    if args.image_aspect_ratio not in (None, "square", "pad", "anyres"):
+        errors.append(f"--image_aspect_ratio is {args.image_aspect_ratio!r}; choose square, pad or anyres.")
+    if args.cache_image_features_gb < 0:
+        errors.append(f"--cache_image_features_gb is {args.cache_image_features_gb}; give 0 or more.")
+    if args.image_folder is not None and not args.is_multimodal:
+        errors.append("--image_folder is given, but --is_multimodal False lets no row have pictures.")
+    return errors

@@ -1,0 +1,195 @@
+"""The model and tokenizer that a run starts from: a language model plus a new multimodal part, or a checkpoint of ours."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.conversation import conv_templates
+from llava.model.builder import MODEL_CLASSES
+from llava.model.loading import load_tower_weights, read_tower_config, resolve_tower
+from llava.tokenizer import load_tokenizer
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.train.checkpoint import load_projector
+
+logger = logging.getLogger(__name__)
+
+FLAG_FIELDS = (
+    "mm_vision_select_layer",
+    "mm_vision_select_feature",
+    "mm_projector_type",
+    "mm_patch_merge_type",
+    "mm_use_im_start_end",
+    "mm_use_im_patch_token",
+    "unpad_rule",
+    "router_attention_axis",
+    "router_hidden_size",
+    "router_dropout",
+    "filtered_text_num",
+)
+"""Flags of `ModelArguments` that are configuration fields of the same name."""
+
+WEIGHT_FIELDS = ("mm_projector_type", "mm_vision_select_feature")
+"""Fields that decide what weights a checkpoint with a vision tower holds."""
+
+ROUTER_FIELDS = ("vis_token_granularity", "router_attention_axis", "router_hidden_size", "filtered_text_num")
+"""Fields that decide what weights a trained router holds."""
+
+
+def config_overrides(
+    model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments
+) -> dict[str, Any]:
+    """The configuration fields that flags set, and their values."""
+    fields = {name: getattr(model_args, name) for name in FLAG_FIELDS}
+    fields["vis_token_granularity"] = model_args.granularities
+    fields["image_aspect_ratio"] = data_args.image_aspect_ratio
+    fields["image_grid_pinpoints"] = data_args.canvases
+    if training_args.router_without_instruction:
+        fields["filtered_text_num"] = 0
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def load_model(
+    model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load or assemble the model that a stage starts from, with its tokenizer.
+
+    Raises:
+        ValueError: flags that do not fit the checkpoint.
+    """
+    path = model_args.model_name_or_path
+    kind = PretrainedConfig.get_config_dict(path)[0].get("model_type")
+    overrides = config_overrides(model_args, data_args, training_args)
+    options: dict[str, Any] = {"dtype": _weights_dtype(training_args)}
+    if model_args.attn_implementation is not None:
+        options["attn_implementation"] = model_args.attn_implementation
+    if kind in MODEL_CLASSES:
+        model = _from_checkpoint(path, MODEL_CLASSES[kind], overrides, model_args, options)
+    else:
+        model = _from_language_model(path, kind, overrides, model_args, options)
+    if model_args.pretrain_mm_mlp_adapter is not None:
+        load_projector(model, Path(model_args.pretrain_mm_mlp_adapter), model_args.allow_bin_weights)
+    if training_args.router_select or training_args.stage == "rglf":
+        model.model.initialize_router()
+    _check_stage_fits(model, training_args)
+    tokenizer = _load_tokenizer(path, model, model_args, training_args)
+    return model, tokenizer
+
+
+def _weights_dtype(training_args: TrainingArguments) -> torch.dtype:
+    """Master weights are float32; only DeepSpeed keeps its own float32 copy of 16-bit weights."""
+    if training_args.deepspeed and training_args.bf16:
+        return torch.bfloat16
+    return torch.float16 if training_args.deepspeed and training_args.fp16 else torch.float32
+
+
+def _from_language_model(
+    path: str, kind: str | None, overrides: dict[str, Any], model_args: ModelArguments, options: dict[str, Any]
+) -> Any:
+    families = {family.config_class.language_model_type: family for family in MODEL_CLASSES.values()}
+    if kind not in families:
+        raise ValueError(f"{path} is of model type {kind!r}; expected one of {', '.join([*families, *MODEL_CLASSES])}.")
+    missing = [
+        f"--{name}" for name in ("vision_tower", "mm_projector_type") if getattr(model_args, name) is None
+    ]
+    if missing:
+        raise ValueError(f"{path} is a plain language model; give {' and '.join(missing)} to make it multimodal.")
+    family = families[kind]
+    assert model_args.vision_tower is not None
+    tower = resolve_tower(model_args.vision_tower, path)
+    vision_config, image_processor = read_tower_config(tower)
+    stored = PretrainedConfig.get_config_dict(path)[0]
+    language_fields = {name: value for name, value in stored.items() if name not in ("model_type", "architectures")}
+    config = family.config_class(
+        **language_fields,
+        **{
+            **overrides,
+            "mm_vision_tower": model_args.vision_tower,
+            "vision_config": vision_config,
+            "image_processor": image_processor,
+        },
+    )
+    return family.from_base(path, config, tower, **options)
+
+
+def _from_checkpoint(
+    path: str, family: Any, overrides: dict[str, Any], model_args: ModelArguments, options: dict[str, Any]
+) -> Any:
+    model = family.from_pretrained(path, **options)
+    config = model.config
+    changed = {name: value for name, value in overrides.items() if _plain(getattr(config, name)) != _plain(value)}
+    fixed = [name for name in WEIGHT_FIELDS if name in changed]
+    if model.model.router is not None:
+        fixed += [name for name in ROUTER_FIELDS if name in changed]
+    if fixed:
+        differences = ", ".join(f"{name} {getattr(config, name)!r} against {changed[name]!r}" for name in fixed)
+        raise ValueError(f"checkpoint {path} was trained with other values than the flags ask for: {differences}; drop the flags.")
+    for name, value in changed.items():
+        logger.info("%s: %r of the checkpoint becomes %r", name, getattr(config, name), value)
+        setattr(config, name, value)
+    config.check_multimodal_fields()
+    if model_args.vision_tower is not None and model_args.vision_tower != config.mm_vision_tower:
+        load_tower_weights(model, resolve_tower(model_args.vision_tower, path))
+        config.mm_vision_tower = model_args.vision_tower
+    if config.mm_patch_merge_type == "spatial_unpad" and not hasattr(model.model, "image_newline"):
+        like = model.model.mm_projector_parameter
+        vector = torch.randn(config.hidden_size, dtype=like.dtype, device=like.device) * config.hidden_size**-0.5
+        model.model.image_newline = nn.Parameter(vector)
+    return model
+
+
+def _check_stage_fits(model: Any, training_args: TrainingArguments) -> None:
+    if training_args.stage_plan.needs_granularities and len(model.levels) < 2:
+        raise ValueError(
+            f"stage {training_args.stage} compares granularities, but the model has {len(model.levels)}; give "
+            '--vis_token_granularity, as in "36,72,144,288,576".'
+        )
+
+
+def _load_tokenizer(
+    path: str, model: Any, model_args: ModelArguments, training_args: TrainingArguments
+) -> PreTrainedTokenizerBase:
+    config = model.config
+    version = model_args.version or training_args.stage_plan.version
+    if version not in conv_templates:
+        raise ValueError(f"--version is {version!r}; choose one of {', '.join(conv_templates)}.")
+    limit = training_args.model_max_length or config.tokenizer_model_max_length or config.context_length
+    if limit > config.context_length:
+        raise ValueError(
+            f"--model_max_length is {limit}, but the language model was built for {config.context_length}; give at most that."
+        )
+    tokenizer = load_tokenizer(path, model_max_length=limit, padding_side="right")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    config.tokenizer_model_max_length = limit
+    config.tokenizer_padding_side = "right"
+    if training_args.stage_plan.name != "align":
+        config.conv_version = version
+    _add_image_tokens(model, tokenizer)
+    return tokenizer
+
+
+def _add_image_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """LLaVA's extra tokens around pictures; a new token starts as the mean of the old ones."""
+    wanted = [DEFAULT_IMAGE_PATCH_TOKEN] if model.config.mm_use_im_patch_token else []
+    if model.config.mm_use_im_start_end:
+        wanted += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
+    if not wanted or not tokenizer.add_tokens(wanted, special_tokens=True):
+        return
+    old = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) <= old:
+        return
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+            embeddings.weight[old:] = embeddings.weight[:old].mean(dim=0)
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

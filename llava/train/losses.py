@@ -1,0 +1,192 @@
+"""The losses of the four stages, as pure functions of tensors.
+
+"The paper" is arXiv 2410.02745. The model, the trainer and files are unknown here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a position that nothing is learnt from."""
+
+
+@dataclass(frozen=True)
+class SupervisedTokens:
+    """The positions of a batch that predict a supervised token, in reading order.
+
+    Attributes:
+        rows: row of each position, (T,).
+        columns: position whose hidden state predicts, (T,).
+        targets: token to be predicted, (T,).
+        num_rows: rows of the batch.
+        labels_per_row: supervised labels of each row before the one-step shift, (B,).
+    """
+
+    rows: Tensor
+    columns: Tensor
+    targets: Tensor
+    num_rows: int
+    labels_per_row: Tensor
+
+    def gather(self, hidden_states: Tensor) -> Tensor:
+        """Hidden states (B, L, D) at these positions: (T, D)."""
+        return hidden_states[self.rows, self.columns]
+
+
+def supervised_tokens(labels: Tensor) -> SupervisedTokens:
+    """Find which positions of `labels` (B, L) are learnt from; position i predicts label i + 1."""
+    rows, columns = torch.nonzero(labels[:, 1:] != IGNORE, as_tuple=True)
+    return SupervisedTokens(
+        rows=rows,
+        columns=columns,
+        targets=labels[rows, columns + 1],
+        num_rows=labels.shape[0],
+        labels_per_row=(labels != IGNORE).sum(dim=1),
+    )
+
+
+def token_losses(logits: Tensor, tokens: SupervisedTokens) -> Tensor:
+    """Cross-entropy of every supervised token in float32, (T,), from its logits (T, V)."""
+    return F.cross_entropy(logits.float(), tokens.targets.to(logits.device), reduction="none")
+
+
+def token_mean(losses: Tensor) -> Tensor:
+    """Mean over the tokens of the whole batch; 0, with a gradient of 0, where there are none."""
+    if losses.numel() == 0:
+        return losses.sum()
+    return losses.mean()
+
+
+def per_sample_losses(losses: Tensor, tokens: SupervisedTokens) -> Tensor:
+    """One loss per row, (B,): its token losses summed and divided by its labels.
+
+    As in the published code the labels are counted before the one-step shift, which differs from the number of
+    predicted tokens only where a row's very first token is supervised. A row without labels gets nan.
+    """
+    sums = losses.new_zeros(tokens.num_rows).index_add(0, tokens.rows.to(losses.device), losses)
+    return sums / tokens.labels_per_row.to(losses.device)
+
+
+def cost_adjusted(losses: Tensor, visual_tokens: Tensor, cost_weight: float) -> Tensor:
+    """Add the price of visual tokens, `cost_weight * log2(tokens / fewest)`, to the losses that the router ranks.
+
+    Args:
+        losses: (N, G) answer loss of every sample at every granularity.
+        visual_tokens: (N, G) visual tokens of every sample at every granularity.
+        cost_weight: nats per doubling of the tokens; 0 is the paper.
+    """
+    if cost_weight == 0:
+        return losses
+    tokens = visual_tokens.to(losses.dtype).clamp(min=1)
+    return losses + cost_weight * torch.log2(tokens / tokens.min(dim=1, keepdim=True).values)
+
+
+def ranking_loss(sorted_logits: Tensor, sorted_losses: Tensor, margin: float) -> Tensor:
+    """Pairwise hinge that asks a better granularity for a higher logit (RGLF).
+
+    For ranks i < j the margin is `margin * (j - i) * (loss_j - loss_i)`. Pairs of equal distance are averaged, and
+    the distances are summed.
+
+    Args:
+        sorted_logits: (N, G) router logits in the order of `sorted_losses`.
+        sorted_losses: (N, G) losses, smallest first.
+        margin: scale of the margins.
+    """
+    total = sorted_logits.new_zeros(())
+    for distance in range(1, sorted_logits.shape[1]):
+        wanted = margin * distance * (sorted_losses[:, distance:] - sorted_losses[:, :-distance])
+        gap = sorted_logits[:, :-distance] - sorted_logits[:, distance:]
+        total = total + F.relu(wanted - gap).mean()
+    return total
+
+
+@dataclass(frozen=True)
+class RouterLoss:
+    """The stage-4 loss and its parts (scalars), with what the router should have chosen.
+
+    Attributes:
+        loss: weighted sum that is differentiated.
+        ranking: ranking part, unweighted.
+        cross_entropy: cross-entropy part, unweighted.
+        best: (N,) index of the granularity ranked first.
+    """
+
+    loss: Tensor
+    ranking: Tensor
+    cross_entropy: Tensor
+    best: Tensor
+
+
+def rglf_loss(
+    router_logits: Tensor,
+    answer_losses: Tensor,
+    margin: float,
+    rank_loss_weight: float = 1.0,
+    ce_loss_weight: float = 0.1,
+) -> RouterLoss:
+    """Ranking granularity to align LMM feedback.
+
+    Args:
+        router_logits: (N, G) with a gradient.
+        answer_losses: (N, G) constants to rank by; ties go to the coarser granularity.
+        margin: scale of the ranking margins.
+        rank_loss_weight: weight of the ranking part.
+        ce_loss_weight: weight of the cross-entropy against the best granularity.
+    """
+    logits = router_logits.float()
+    if logits.shape[0] == 0:
+        nothing = logits.sum()
+        return RouterLoss(nothing, nothing.detach(), nothing.detach(), logits.new_zeros(0, dtype=torch.long))
+    ordered, order = torch.sort(answer_losses.detach().float(), dim=1, stable=True)
+    ranking = ranking_loss(logits.gather(1, order), ordered, margin)
+    best = order[:, 0]
+    cross_entropy = F.cross_entropy(logits, best)
+    loss = rank_loss_weight * ranking + ce_loss_weight * cross_entropy
+    return RouterLoss(loss, ranking.detach(), cross_entropy.detach(), best)
+
+
+@dataclass(frozen=True)
+class RouterFeedback:
+    """What a batch says about the router, for the log: sums over `rows` samples.
+
+    Attributes:
+        rows: samples counted.
+        chosen: how often each granularity was chosen, (G,).
+        agreements: how often the choice was the best.
+        regret: loss of the choice above the loss of the best, summed (in nats).
+        visual_tokens: visual tokens of the choices, summed.
+    """
+
+    rows: int
+    chosen: tuple[int, ...]
+    agreements: int
+    regret: float
+    visual_tokens: float
+
+
+def router_feedback(router_logits: Tensor, ranked_losses: Tensor, visual_tokens: Tensor) -> RouterFeedback:
+    """Compare the router's choices with the best granularities.
+
+    Args:
+        router_logits: (N, G).
+        ranked_losses: (N, G) what the router is taught to rank, its cost included.
+        visual_tokens: (N, G).
+    """
+    choice = router_logits.detach().argmax(dim=1, keepdim=True)
+    best = ranked_losses.sort(dim=1, stable=True).indices[:, :1]
+    regret = ranked_losses.gather(1, choice) - ranked_losses.gather(1, best)
+    counts = torch.bincount(choice.flatten(), minlength=router_logits.shape[1])
+    return RouterFeedback(
+        rows=router_logits.shape[0],
+        chosen=tuple(int(count) for count in counts),
+        agreements=int((choice == best).sum()),
+        regret=float(regret.sum()),
+        visual_tokens=float(visual_tokens.gather(1, choice).sum()),
+    )
+
+

@@ -1,0 +1,277 @@
+"""The offline pass of stage 4: what every row's answer costs at every granularity, written to Parquet once.
+
+    python -m llava.train.score_granularities --model_name_or_path DIR --data_path rows.json --image_folder images \
+        --output_file scores.parquet
+
+The language model is frozen in stage 4, so these losses are constants; with `--granularity_scores scores.parquet` the
+router then trains without the language model. Rows about one picture are scored together and the picture is encoded once.
+Finished parts lie in `scores.parquet.parts/`, and a run that was stopped goes on after them. The file says which weights,
+rows and settings it belongs to, and the trainer refuses it for others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from llava.conversation import conv_templates
+from llava.train.dataset import Collator, ConversationDataset, Row, RowReader, image_names
+from llava.train.features import FeatureCache
+from llava.train.objectives import granularities, image_features, score_rows
+from llava.train.stages import part_of
+from llava.utils import pick_device, setup_logging
+
+if TYPE_CHECKING:
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = "1"
+SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("losses", pa.list_(pa.float32()), nullable=False),
+        pa.field("visual_tokens", pa.list_(pa.int32()), nullable=False),
+    ]
+)
+"""One line per row: its number, its id, answer loss and visual tokens at every granularity, coarse to fine."""
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """A digest of every weight that answers depend on: all parts but the router."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if part_of(name) == "router":
+            continue
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def data_fingerprint(path: str | Path, reader: RowReader) -> str:
+    """A digest of the rows' file and of everything that decides how a row is read."""
+    config = reader.model_config
+    digest = hashlib.sha256(Path(path).read_bytes())
+    settings = {
+        "template": asdict(reader.template, dict_factory=lambda items: {key: str(value) for key, value in items}),
+        "image_aspect_ratio": config.image_aspect_ratio,
+        "image_grid_pinpoints": config.image_grid_pinpoints,
+        "mm_patch_merge_type": config.mm_patch_merge_type,
+        "unpad_rule": config.unpad_rule,
+        "mm_use_im_start_end": config.mm_use_im_start_end,
+    }
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class GranularityScores:
+    """Losses and visual tokens of rows, by row number.
+
+    Attributes:
+        losses: (R, G), nan for rows that were not scored or have no labels.
+        visual_tokens: (R, G).
+    """
+
+    losses: Tensor
+    visual_tokens: Tensor
+
+    @classmethod
+    def load(
+        cls, path: str | Path, model_digest: str, data_digest: str, levels: Sequence[int]
+    ) -> GranularityScores:
+        """Read a score file.
+
+        Raises:
+            ValueError: no such file, or the scores of another model, other data or other granularities.
+        """
+        if not Path(path).is_file():
+            raise ValueError(f"there is no score file {path}; write it with python -m llava.train.score_granularities.")
+        table = pq.read_table(path)
+        stored = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        wanted = _metadata(model_digest, data_digest, levels)
+        different = [name for name, value in wanted.items() if stored.get(name) != value]
+        if different:
+            raise ValueError(
+                f"the scores in {path} are of another {' and '.join(different)} than this run's; score again with "
+                "python -m llava.train.score_granularities."
+            )
+        rows = torch.tensor(table["row"].to_pylist())
+        losses = torch.full((int(rows.max()) + 1, len(levels)), torch.nan)
+        tokens = torch.zeros(losses.shape, dtype=torch.long)
+        losses[rows] = torch.tensor(table["losses"].to_pylist())
+        tokens[rows] = torch.tensor(table["visual_tokens"].to_pylist())
+        return cls(losses, tokens)
+
+    def lookup(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(B, G) losses and (B, G) visual tokens of these rows."""
+        index = torch.tensor(rows)
+        return self.losses[index], self.visual_tokens[index]
+
+
+def _metadata(model_digest: str, data_digest: str, levels: Sequence[int]) -> dict[str, str]:
+    return {
+        "schema version": SCHEMA_VERSION,
+        "model": model_digest,
+        "data": data_digest,
+        "granularities": ",".join(map(str, levels)),
+    }
+
+
+def parts_of_rows(rows: Sequence[Row], part_size: int) -> list[list[int]]:
+    """Row numbers in the order they are scored: rows about one picture together, in parts of at least `part_size`."""
+    order = sorted(range(len(rows)), key=lambda index: (image_names(rows[index]), index))
+    parts: list[list[int]] = [[]]
+    for index in order:
+        same_picture = bool(parts[-1]) and image_names(rows[parts[-1][-1]]) == image_names(rows[index])
+        if len(parts[-1]) >= part_size and not (same_picture and image_names(rows[index])):
+            parts.append([])
+        parts[-1].append(index)
+    return parts
+
+
+@torch.no_grad()
+def score_part(
+    model: Any, dataset: ConversationDataset, rows: Sequence[int], batch_size: int, collator: Collator
+) -> pa.Table:
+    """Score some rows; every picture among them is encoded once."""
+    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    device = next(model.parameters()).device
+    cache = FeatureCache(limit_bytes=2**62)
+    for start in range(0, len(rows), batch_size):
+        batch = collator([dataset[index] for index in rows[start : start + batch_size]])
+        batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        losses, tokens = score_rows(model, batch, image_features(model, batch, cache))
+        columns["row"] += batch["rows"]
+        columns["id"] += batch["ids"]
+        columns["losses"] += losses.float().cpu().tolist()
+        columns["visual_tokens"] += tokens.tolist()
+    return pa.table(columns, schema=SCHEMA)
+
+
+@dataclass
+class ScoreArguments:
+    """Flags of the scoring pass."""
+
+    model_name_or_path: str = field(metadata={"help": "The checkpoint whose answers are scored."})
+    data_path: str = field(metadata={"help": "LLaVA's JSON, or JSONL."})
+    output_file: str = field(metadata={"help": "Parquet file to write."})
+    image_folder: str | None = field(default=None, metadata={"help": "Folder that picture names are relative to."})
+    version: str | None = field(default=None, metadata={"help": "Conversation template; the checkpoint's by default."})
+    vis_token_granularity: str | None = field(default=None, metadata={"help": "Levels; the checkpoint's by default."})
+    batch_size: int = field(default=8, metadata={"help": "Rows per pass of the language model."})
+    part_rows: int = field(default=512, metadata={"help": "Rows per part; a stopped run repeats at most one part."})
+    device: str | None = field(default=None, metadata={"help": "cuda, mps or cpu; the best there is by default."})
+    dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})
+
+
+def score(args: ScoreArguments) -> Path:
+    """Score every row of a data set and write one file.
+
+    Parts are dealt to the processes of a distributed run by `RANK` and `WORLD_SIZE`; the first process joins them when
+    all are there.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ValueError: a model with one granularity only, or parts of another model or other data in the way.
+    """
+    model, dataset, collator = _prepare(args)
+    metadata = _metadata(
+        model_fingerprint(model), data_fingerprint(args.data_path, dataset.reader), granularities(model)
+    )
+    output = Path(args.output_file)
+    folder = output.with_name(output.name + ".parts")
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = parts_of_rows(dataset.rows, args.part_rows)
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    for number, rows in tqdm(list(_own_parts(parts, rank, world_size)), desc="scoring", unit="part"):
+        file = folder / f"part-{number:05d}-of-{len(parts):05d}.parquet"
+        if file.is_file() and _belongs(file, metadata):
+            continue
+        table = score_part(model, dataset, rows, args.batch_size, collator)
+        _write(table.replace_schema_metadata(metadata), file)
+    if rank == 0:
+        _join(folder, len(parts), metadata, output)
+    return output
+
+
+def _own_parts(parts: Sequence[list[int]], rank: int, world_size: int) -> Iterator[tuple[int, list[int]]]:
+    return ((number, rows) for number, rows in enumerate(parts) if number % world_size == rank)
+
+
+def _prepare(args: ScoreArguments) -> tuple[Any, ConversationDataset, Collator]:
+    from llava.model.builder import load_pretrained_model
+    from llava.train.arguments import DataArguments, ModelArguments
+    from llava.train.train import make_dataset
+
+    device = args.device or pick_device()
+    tokenizer, model, _, _ = load_pretrained_model(
+        args.model_name_or_path, None, None, device=device, dtype=getattr(torch, args.dtype)
+    )
+    levels = ModelArguments(args.model_name_or_path, vis_token_granularity=args.vis_token_granularity).granularities
+    if levels is not None:
+        model.config.vis_token_granularity = levels
+    if len(model.levels) < 2:
+        raise ValueError(f"{args.model_name_or_path} has one granularity, so there is nothing to rank; give --vis_token_granularity.")
+    version = args.version or model.config.conv_version
+    if version not in conv_templates:
+        raise ValueError(f"--version is {version!r}; choose one of {', '.join(conv_templates)}.")
+    model.config.tokenizer_model_max_length = model.config.tokenizer_model_max_length or model.config.context_length
+    data_args = DataArguments(args.data_path, image_folder=args.image_folder)
+    dataset = make_dataset(args.data_path, model, tokenizer, version, data_args)
+    return model, dataset, Collator(tokenizer.pad_token_id or 0)
+
+
+def _belongs(file: Path, metadata: dict[str, str]) -> bool:
+    stored = pq.read_schema(file).metadata or {}
+    return all(stored.get(key.encode()) == value.encode() for key, value in metadata.items())
+
+
+def _write(table: pa.Table, file: Path) -> None:
+    """Write a file under a hidden name and rename it when it is complete."""
+    unfinished = file.with_name(f".unfinished-{file.name}")
+    pq.write_table(table, unfinished)
+    os.replace(unfinished, file)
+
+
+def _join(folder: Path, count: int, metadata: dict[str, str], output: Path) -> None:
+    files = [folder / f"part-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
+    missing = [file.name for file in files if not (file.is_file() and _belongs(file, metadata))]
+    if missing:
+        logger.warning("%d of %d parts are still missing; run again to join them", len(missing), count)
+        return
+    table = pa.concat_tables([pq.read_table(file) for file in files]).sort_by("row")
+    _write(table.replace_schema_metadata(metadata), output)
+    shutil.rmtree(folder)
+    logger.info("wrote the scores of %d rows to %s", table.num_rows, output)
+
+
+def main() -> None:
+    """The command line: one sentence per error, and a non-zero exit."""
+    (args,) = HfArgumentParser(ScoreArguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    setup_logging()
+    try:
+        score(args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"scoring stopped: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

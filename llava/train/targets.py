@@ -1,0 +1,210 @@
+"""Ids and labels of a conversation, written together, turn by turn.
+
+What is learnt is what the model would have to say: the text by which a closed prompt is longer than the open prompt that
+generation starts from. Both come from the conversation template itself, so every template works, an answer may hold
+anything (a role tag, a separator, `<unk>`), and no text is split again to find out who said what. The predecessor did
+split, and dropped all labels of rows where its count was off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_TOKEN,
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+)
+from llava.conversation import Conversation, SeparatorStyle
+from llava.mm_utils import tokenizer_image_token
+
+SPEAKERS = ("human", "gpt")
+"""Values of `from` in LLaVA's data, in the order of a template's roles."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """One row for the language model.
+
+    Attributes:
+        input_ids: token ids, `IMAGE_TOKEN_INDEX` where a picture goes.
+        labels: the id where it is learnt, `IGNORE_INDEX` elsewhere.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def num_supervised(self) -> int:
+        """How many tokens are learnt."""
+        return sum(label != IGNORE_INDEX for label in self.labels)
+
+    @property
+    def num_images(self) -> int:
+        """How many pictures the row asks for."""
+        return self.input_ids.count(IMAGE_TOKEN_INDEX)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of the prompt that is either given to the model or learnt by it."""
+
+    text: str
+    supervised: bool
+
+
+def place_images(
+    turns: Sequence[dict[str, str]], num_images: int, version: str = "", use_start_end: bool = False
+) -> list[dict[str, str]]:
+    """Put the placeholders of a row where training expects them.
+
+    A single picture goes in front of its turn, on a line of its own, as in LLaVA; several keep their places.
+
+    Args:
+        turns: LLaVA's list of `{"from", "value"}`.
+        num_images: pictures of the row.
+        version: the template's `version`; those with "mmtag" wrap a picture in `<Image>` tags.
+        use_start_end: surround each placeholder with start and end tokens.
+
+    Raises:
+        ValueError: placeholders and pictures differ in number.
+    """
+    placed = []
+    for turn in turns:
+        text = turn["value"]
+        if DEFAULT_IMAGE_TOKEN in text and num_images == 1:
+            text = f"{DEFAULT_IMAGE_TOKEN}\n{text.replace(DEFAULT_IMAGE_TOKEN, '').strip()}".strip()
+        placed.append({**turn, "value": text})
+    found = sum(turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in placed)
+    if found != num_images:
+        raise ValueError(
+            f"the row has {num_images} pictures but its turns hold {found} {DEFAULT_IMAGE_TOKEN} placeholders; "
+            "write one placeholder per picture."
+        )
+    wrapped = DEFAULT_IMAGE_TOKEN
+    if "mmtag" in version:
+        wrapped = f"<Image>{wrapped}</Image>"
+    if use_start_end:
+        wrapped = wrapped.replace(DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN)
+    return [{**turn, "value": turn["value"].replace(DEFAULT_IMAGE_TOKEN, wrapped)} for turn in placed]
+
+
+def segments_of(turns: Sequence[dict[str, str]], template: Conversation) -> list[Segment]:
+    """The prompt of a conversation as given and learnt stretches, which joined are the template's closed prompt.
+
+    An answer of no text closes nothing and teaches nothing. Answers before the first question are dropped, as in LLaVA.
+
+    Args:
+        turns: LLaVA's list of `{"from", "value"}`.
+        template: a conversation template; its own example turns are not used.
+
+    Raises:
+        ValueError: an unknown speaker, speakers that do not take turns, or turns that do not fit the template.
+    """
+    exchange = _checked_turns(turns)
+    if template.sep_style is SeparatorStyle.PLAIN:
+        return _caption_segments(exchange, template)
+    conversation = template.copy()
+    conversation.messages = []
+    segments: list[Segment] = []
+    written = ""
+    for index, (speaker, text) in enumerate(exchange):
+        role = conversation.roles[SPEAKERS.index(speaker)]
+        if speaker == "human":
+            conversation.append_message(role, text)
+            if index + 1 < len(exchange):
+                continue
+        else:
+            conversation.append_message(role, None)
+            written = _write(segments, written, conversation.get_prompt(), supervised=False)
+            conversation.messages[-1][1] = text
+        written = _write(segments, written, conversation.get_prompt(), supervised=speaker == "gpt")
+    return segments
+
+
+def build_targets(turns: Sequence[dict[str, str]], template: Conversation, tokenizer: Any) -> Targets:
+    """Write ids and labels of a conversation.
+
+    Args:
+        turns: LLaVA's list of `{"from", "value"}`, placeholders placed.
+        template: conversation template.
+        tokenizer: as loaded by `llava.tokenizer.load_tokenizer`.
+
+    Raises:
+        ValueError: see `segments_of`.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    written = ""
+    for segment in segments_of(turns, template):
+        written += segment.text
+        grown = tokenizer_image_token(written, tokenizer, IMAGE_TOKEN_INDEX)
+        # A tokenizer may join the last piece of one stretch with the first of the next; it then belongs to the next.
+        kept = _common_prefix(ids, grown)
+        new = grown[kept:]
+        learnt = [IGNORE_INDEX if token == IMAGE_TOKEN_INDEX or not segment.supervised else token for token in new]
+        ids, labels = grown, labels[:kept] + learnt
+    return Targets(ids, labels)
+
+
+def _checked_turns(turns: Sequence[dict[str, str]]) -> list[tuple[str, str]]:
+    exchange = []
+    for turn in turns:
+        speaker, text = turn.get("from"), turn.get("value")
+        if speaker not in SPEAKERS or not isinstance(text, str):
+            raise ValueError(
+                f"a turn is {_shortened(turn)}; expected {{'from': 'human' or 'gpt', 'value': text}} in every turn."
+            )
+        exchange.append((speaker, text))
+    if exchange and exchange[0][0] != "human":
+        exchange = exchange[1:]
+    for index, (speaker, _) in enumerate(exchange):
+        if speaker != SPEAKERS[index % 2]:
+            raise ValueError(
+                f"turn {index} is from {speaker!r}, expected {SPEAKERS[index % 2]!r}; human and gpt must take turns."
+            )
+    if not exchange:
+        raise ValueError("the conversation has no turn of a human; write at least one question.")
+    return exchange
+
+
+def _caption_segments(exchange: Sequence[tuple[str, str]], template: Conversation) -> list[Segment]:
+    """A caption after its picture: under `plain` the words of the question are not used, as in LLaVA."""
+    if len(exchange) != 2 or DEFAULT_IMAGE_TOKEN not in exchange[0][1]:
+        raise ValueError(
+            f"template plain takes one question with {DEFAULT_IMAGE_TOKEN} and one answer, but the row has "
+            f"{len(exchange)} turns starting with {exchange[0][1][:40]!r}; choose another --version or drop the row."
+        )
+    placeholders = DEFAULT_IMAGE_TOKEN * exchange[0][1].count(DEFAULT_IMAGE_TOKEN)
+    return [Segment(template.system + placeholders, False), Segment(exchange[1][1] + template.sep, True)]
+
+
+def _write(segments: list[Segment], written: str, prompt: str, supervised: bool) -> str:
+    """Append what `prompt` adds to `written`; return the prompt."""
+    assert prompt.startswith(written), f"the template rewrote its own beginning: {prompt!r} after {written!r}"
+    if len(prompt) > len(written):
+        segments.append(Segment(prompt[len(written) :], supervised))
+    return prompt
+
+
+def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    length = 0
+    for left, right in zip(first, second, strict=False):
+        if left != right:
+            break
+        length += 1
+    return length
+
+
+def _shortened(value: object, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def count_words(turns: Iterable[dict[str, str]]) -> int:
+    """Words of a conversation: LLaVA's measure of a row's length, cheap because nothing is tokenised."""
+    return sum(len(turn["value"].split()) for turn in turns)

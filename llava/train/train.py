@@ -1,0 +1,185 @@
+"""One training run: flags, model, data, trainer, finished model.
+
+    python -m llava.train.train --stage multi_granularity --model_name_or_path DIR --data_path rows.json \
+        --image_folder images --output_dir out ...
+
+The finished model lies in `--output_dir` itself and loads with `load_pretrained_model`; checkpoints to resume from lie in
+folders under it. `llava/train/train_mem.py` is the same program under LLaVA's name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser, PreTrainedTokenizerBase, set_seed
+
+from llava.conversation import conv_templates
+from llava.crops import get_anyres_image_grid_shape
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, check_arguments
+from llava.train.build import load_model
+from llava.train.checkpoint import remove_unfinished
+from llava.train.dataset import Collator, ConversationDataset, RowReader, read_rows
+from llava.train.features import FeatureCache
+from llava.train.llava_trainer import LlavaTrainer
+from llava.train.objectives import RouterSettings, granularities
+from llava.train.score_granularities import GranularityScores, data_fingerprint, model_fingerprint
+from llava.train.stages import apply_stage, log_training_table
+from llava.utils import setup_logging
+
+logger = logging.getLogger(__name__)
+
+Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
+    """Read and check the flags of a run; `None` reads the command line.
+
+    Raises:
+        ValueError: flags that contradict each other, all of them at once.
+    """
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))  # type: ignore[arg-type]
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses(args=argv)
+    check_arguments(model_args, data_args, training_args)
+    return model_args, data_args, training_args
+
+
+def visual_token_counter(model: Any) -> Callable[[tuple[int, int]], int]:
+    """A function from a picture's (width, height) to the visual tokens it costs at full granularity."""
+    config = model.config
+    finest = granularities(model)[-1]
+
+    def count(image_size: tuple[int, int]) -> int:
+        views = 1
+        if config.image_aspect_ratio == "anyres":
+            across, down = get_anyres_image_grid_shape(
+                image_size, config.image_grid_pinpoints, config.vision_config["image_size"]
+            )
+            views += across * down
+        return model.num_visual_tokens(image_size, finest, views)
+
+    return count
+
+
+def make_dataset(
+    path: str,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    version: str,
+    data_args: DataArguments,
+    cache: FeatureCache | None = None,
+) -> ConversationDataset:
+    """The rows of a file as the model reads them."""
+    reader = RowReader(
+        tokenizer=tokenizer,
+        template=conv_templates[version],
+        image_processor=model.get_vision_tower().image_processor,
+        model_config=model.config,
+        image_folder=Path(data_args.image_folder) if data_args.image_folder else None,
+        max_length=model.config.tokenizer_model_max_length,
+        visual_tokens=visual_token_counter(model),
+        is_multimodal=data_args.is_multimodal,
+        cache=cache,
+    )
+    return ConversationDataset(
+        read_rows(path), reader, data_args.on_bad_sample, data_args.max_bad_share, data_args.lazy_preprocess
+    )
+
+
+def make_trainer(arguments: Arguments) -> LlavaTrainer:
+    """Everything that a run needs, ready to train."""
+    model_args, data_args, training_args = arguments
+    set_seed(training_args.seed)
+    model, tokenizer = load_model(model_args, data_args, training_args)
+    stage = training_args.stage_plan
+    summaries = apply_stage(model, stage, training_args.frozen_parts)
+    log_training_table(stage, summaries, training_args.learning_rates, training_args.weight_decay)
+    version = model_args.version or stage.version
+    cache = None
+    if data_args.cache_image_features_gb:
+        cache = FeatureCache(int(data_args.cache_image_features_gb * 2**30))
+    dataset = make_dataset(data_args.data_path, model, tokenizer, version, data_args, cache)
+    evaluation = None
+    if data_args.eval_data_path:
+        evaluation = make_dataset(data_args.eval_data_path, model, tokenizer, version, data_args, cache)
+    return LlavaTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=dataset,
+        eval_dataset=evaluation,
+        data_collator=Collator(tokenizer.pad_token_id or 0),
+        processing_class=tokenizer,
+        router_settings=router_settings(model, dataset, training_args, data_args),
+        feature_cache=cache,
+    )
+
+
+def router_settings(
+    model: Any, dataset: ConversationDataset, training_args: TrainingArguments, data_args: DataArguments
+) -> RouterSettings:
+    """How stage 4 teaches the router, with the scores of an offline pass where one is named.
+
+    Raises:
+        ValueError: scores of another model or other data.
+    """
+    scores = None
+    if training_args.granularity_scores:
+        table = GranularityScores.load(
+            training_args.granularity_scores,
+            model_fingerprint(model),
+            data_fingerprint(data_args.data_path, dataset.reader),
+            granularities(model),
+        )
+        scores = table.lookup
+    return RouterSettings(
+        margin=training_args.margin,
+        rank_loss_weight=training_args.rank_loss_weight,
+        ce_loss_weight=training_args.ce_loss_weight,
+        granularity_cost_weight=training_args.granularity_cost_weight,
+        scores=scores,
+    )
+
+
+def train(argv: Sequence[str] | None = None) -> LlavaTrainer:
+    """Run one stage from flags to the finished model.
+
+    Returns:
+        The trainer, after the model was saved.
+
+    Raises:
+        ValueError: flags, data or checkpoints that cannot work.
+        FloatingPointError: a loss that is not finite.
+    """
+    arguments = parse_arguments(argv)
+    training_args = arguments[2]
+    setup_logging()
+    if training_args.should_save:
+        remove_unfinished(Path(training_args.output_dir))
+    trainer = make_trainer(arguments)
+    trainer.train(resume_from_checkpoint=_resume_point(training_args))
+    trainer.save_final()
+    trainer.save_state()
+    return trainer
+
+
+def _resume_point(training_args: TrainingArguments) -> str | bool | None:
+    """The flag takes a folder, or `True` for the newest checkpoint of the output folder."""
+    value = training_args.resume_from_checkpoint
+    if value is not None and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    return value
+
+
+def main() -> None:
+    """The command line: one sentence per error, and a non-zero exit."""
+    try:
+        train()
+    except (ValueError, FloatingPointError, OSError) as error:
+        logger.debug("stopped", exc_info=True)
+        raise SystemExit(f"training stopped: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Whose word counts: the router's, the caller's, the budget's."""
+
+from __future__ import annotations
+
+import pytest
+
+from llava.model.routing import RoutingRequest, allowed_levels, choose_levels
+
+LEVELS = [36, 72, 144]
+COSTS = [40, 80, 160]
+
+
+def choose(logits, request, costs=COSTS, has_router=True):
+    allowed = allowed_levels(LEVELS, request, has_router)
+    return choose_levels(logits, [costs] * len(logits), allowed, request)
+
+
+def test_the_router_chooses_unless_told():
+    assert choose([[0.1, 0.9, 0.5]], RoutingRequest()) == [1]
+    assert choose([[0.1, 0.9, 0.5]], RoutingRequest(144)) == [2]
+    assert choose([[0.1, 0.9, 0.5]], RoutingRequest([144, 36])) == [2]
+    assert choose([None], RoutingRequest(), has_router=False) == [2]
+
+
+def test_the_bias_counts_per_doubling_of_tokens():
+    assert choose([[0.0, 0.9, 1.7]], RoutingRequest(bias=-0.85)) == [1]  # 0, 0.05, 0.0
+    assert choose([[0.0, 0.9, 1.7]], RoutingRequest(bias=-1.0)) == [0]
+    assert choose([[1.0, 0.9, 0.7]], RoutingRequest(bias=0.5)) == [2]
+
+
+def test_a_budget_takes_the_best_level_that_fits():
+    assert choose([[0.1, 0.0, 0.9]], RoutingRequest(max_visual_tokens=159)) == [0]
+    assert choose([[0.1, 0.2, 0.9]], RoutingRequest(max_visual_tokens=80)) == [1]
+    assert choose([[0.1, 0.2, 0.9]], RoutingRequest(max_visual_tokens=160)) == [2]
+    assert choose([None], RoutingRequest(max_visual_tokens=100), has_router=False) == [1]
+
+
+def test_a_budget_is_shared_by_the_images_of_a_prompt():
+    logits = [[0.0, 0.5, 1.0], [0.0, 0.9, 1.0]]  # the second image loses less by stepping down
+    assert choose(logits, RoutingRequest(max_visual_tokens=240)) == [2, 1]
+    assert choose(logits, RoutingRequest(max_visual_tokens=160)) == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (RoutingRequest(50), "is 50, but this model has"),
+        (RoutingRequest([36, 50]), r"is \[36, 50\], but this model has"),
+        (RoutingRequest([]), r"is \[\], but this model has"),
+        (RoutingRequest(max_visual_tokens=0), "is 0, expected 1 or more"),
+        (RoutingRequest(max_visual_tokens=39), "is 39, but the coarsest granularity allowed costs 40"),
+        (RoutingRequest(144, max_visual_tokens=80), "is 80, but the coarsest granularity allowed costs 160"),
+    ],
+)
+def test_refusals_name_what_was_asked_and_what_there_is(request_, message):
+    with pytest.raises(ValueError, match=message):
+        choose([[0.0, 0.0, 0.0]], request_)
+
+
+def test_a_bias_needs_a_router():
+    with pytest.raises(ValueError, match="no router to bias"):
+        choose([None], RoutingRequest(bias=1.0), has_router=False)

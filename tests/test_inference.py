@@ -1,0 +1,144 @@
+"""The one path from pictures and a question to an answer, a stream and a report."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from llava import inference
+from llava.inference import Answer, Assistant, Message, Options, cached_assistant, cut_at_stop, write_prompt
+from llava.model.routing import RoutingRequest
+
+QUESTION = "What is written on the sign?"
+SHORT = Options(max_new_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def assistant(oracle):
+    return Assistant.load(str(oracle / "checkpoint"), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def picture(oracle):
+    return Image.open(oracle / "images" / "wide.png").convert("RGB")
+
+
+def test_the_prompt_follows_the_template():
+    prompt = write_prompt([Message("user", "Hi?")], 1, "v1")
+    assert prompt.endswith("questions. USER: <image>\nHi? ASSISTANT:")
+    turns = [Message("user", "One <image-placeholder>?"), Message("assistant", "Yes."), Message("user", "And?")]
+    assert write_prompt(turns, 1, "v1").endswith("USER: One <image>? ASSISTANT: Yes.</s>USER: And? ASSISTANT:")
+    assert write_prompt([Message("user", "Both?")], 2, "v1").count("<image>\n") == 2
+    assert "<im_start><image><im_end>\nHi?" in write_prompt([Message("user", "Hi?")], 1, "v1", use_start_end=True)
+
+
+@pytest.mark.parametrize(
+    ("messages", "count", "message"),
+    [
+        ([Message("user", "  ")], 1, "Turn 0 is empty"),
+        ([Message("user", "<image>\n ")], 1, "Turn 0 is empty"),
+        ([Message("user", "<image> <image> same?")], 1, "holds 2 <image> placeholders, but 1 pictures"),
+        ([Message("user", "<image> what?")], 0, "holds 1 <image> placeholders, but 0 pictures"),
+        ([Message("user", "a"), Message("assistant", "b")], 0, "expected user and assistant in alternation"),
+        ([], 0, "expected user and assistant in alternation"),
+    ],
+)
+def test_prompts_that_cannot_be_written(messages, count, message):
+    with pytest.raises(ValueError, match=message):
+        write_prompt(messages, count, "v1")
+
+
+def test_all_impossible_options_are_named_at_once():
+    with pytest.raises(ValueError, match="temperature is -1.*top_p is 2.*num_beams is 0.*max_new_tokens is 0"):
+        Options(temperature=-1, top_p=2, num_beams=0, max_new_tokens=0)
+    with pytest.raises(ValueError, match="exclude each other"):
+        Options(num_beams=2, temperature=0.5)
+
+
+def test_an_answer_says_what_it_cost(assistant, picture):
+    answer = assistant.answer([picture], QUESTION, SHORT)
+    report = answer.reports[0]
+    assert report.num_visual_tokens == report.tokens_per_level[report.granularity] < answer.prompt_tokens
+    assert set(answer.milliseconds) == {"views", "vision", "router", "splice", "prefill", "decode", "ttft"}
+    parts = sum(value for part, value in answer.milliseconds.items() if part not in ("decode", "ttft"))
+    assert answer.milliseconds["ttft"] == pytest.approx(parts)
+    assert (answer.finish_reason == "length") == (len(answer.token_ids) == 6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_stream_gives_the_same_answer_in_pieces(assistant, picture, temperature):
+    options = Options(max_new_tokens=12, temperature=temperature, seed=3)
+    whole = assistant.answer([picture], QUESTION, options)
+    stream = assistant.stream([picture], QUESTION, options)
+    with pytest.raises(RuntimeError, match="not been read to its end"):
+        _ = stream.answer
+    pieces = list(stream)
+    assert "".join(pieces).strip() == whole.text and len(pieces) > 1
+    assert stream.answer.token_ids == whole.token_ids
+
+
+def test_a_seed_repeats_and_leaves_the_callers_generator_alone(assistant, picture):
+    options = Options(max_new_tokens=8, temperature=2.0, seed=5)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = assistant.answer([picture], QUESTION, options).token_ids
+    assert torch.equal(torch.get_rng_state(), before)
+    assert assistant.answer([picture], QUESTION, options).token_ids == first
+    assert assistant.answer([picture], QUESTION, Options(max_new_tokens=8, temperature=2.0, seed=6)).token_ids != first
+
+
+def test_an_error_in_a_stream_reaches_its_reader_and_a_closed_stream_stops(assistant, picture):
+    with pytest.raises(ValueError, match="placeholders"):
+        list(assistant.stream([picture], "<image> <image>?", SHORT))
+    with pytest.raises(ValueError, match="beams cannot be streamed"):
+        list(assistant.stream([picture], QUESTION, Options(num_beams=2)))
+    stream = assistant.stream([picture], QUESTION, Options(max_new_tokens=400))
+    pieces = iter(stream)
+    next(pieces)
+    pieces.close()
+    assert len(stream.answer.token_ids) < 400
+
+
+def test_the_caller_has_the_last_word_on_cost(assistant, picture):
+    fixed = assistant.answer([picture], QUESTION, Options(max_new_tokens=2, routing=RoutingRequest(36)))
+    assert fixed.reports[0].granularity == 36
+    cheap = assistant.answer([picture], QUESTION, Options(max_new_tokens=2, routing=RoutingRequest(max_visual_tokens=60)))
+    assert cheap.reports[0].num_visual_tokens <= 60
+
+
+def test_a_prompt_that_fills_the_context_is_refused_and_an_answer_ends_at_it(assistant, monkeypatch):
+    length = assistant.answer([], QUESTION, SHORT).prompt_tokens
+    monkeypatch.setattr(assistant.model.config, "max_position_embeddings", length)
+    with pytest.raises(ValueError, match=f"takes all {length} positions"):
+        assistant.answer([], QUESTION, SHORT)
+    monkeypatch.setattr(assistant.model.config, "max_position_embeddings", length + 2)
+    answer = assistant.answer([], QUESTION, Options(max_new_tokens=50))
+    assert (len(answer.token_ids), answer.finish_reason) == (2, "length")
+
+
+def test_text_is_cut_at_the_first_stop():
+    assert cut_at_stop("yes. ### no END", ["END", "###"]) == ("yes. ", True)
+    assert cut_at_stop("yes", ["###"]) == ("yes", False)
+
+
+def test_a_stop_text_ends_the_answer(assistant, picture):
+    whole = assistant.answer([picture], QUESTION, Options(max_new_tokens=12)).text
+    marker = whole[3:5]
+    answer = assistant.answer([picture], QUESTION, Options(max_new_tokens=12, stop=(marker,)))
+    assert answer.text == whole[: whole.index(marker)].strip() and answer.finish_reason == "stop"
+
+
+def test_a_model_is_loaded_once_per_process(oracle):
+    first = cached_assistant(str(oracle / "checkpoint"), None, device="cpu")
+    assert cached_assistant(str(oracle / "checkpoint"), None, device="cpu") is first
+
+
+def test_without_the_repository_around_it_a_model_must_be_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(inference, "MICRO_MODEL", tmp_path / "gone")
+    with pytest.raises(ValueError, match="give a model path"):
+        Assistant.load()
+
+
+def test_answers_are_plain_data():
+    assert Answer("a", [1], "stop", 3, [], {}) == Answer("a", [1], "stop", 3, [], {})

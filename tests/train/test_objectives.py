@@ -1,0 +1,162 @@
+"""Losses and gradients of stages 3 and 4 equal the recorded ones; the tower learns exactly when it may."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from llava.train.losses import rglf_loss, token_mean
+from llava.train.objectives import (
+    LESSONS,
+    RouterSettings,
+    granularities,
+    image_features,
+    language_losses,
+    multi_granularity_lesson,
+    rglf_lesson,
+    score_rows,
+    token_mean_lesson,
+)
+from llava.train.features import FeatureCache
+from llava.train.stages import STAGES, apply_stage
+
+BATCHES = ["A_two_images", "B_padded_three", "C_mixed_text", "D_text_only", "E_no_labels_row", "F_single", "G_short_instruction"]
+Recorded = Callable[[str], dict[str, Any]]
+DEFAULT = RouterSettings()
+
+
+def _norms_match(model: Any, record: dict[str, float | None]) -> None:
+    parameters = dict(model.named_parameters())
+    for name, norm in record.items():
+        gradient = parameters[name].grad
+        found = 0.0 if gradient is None else float(gradient.norm())
+        assert found == pytest.approx(norm or 0.0, rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_recorded_stage3(name: str, tiny_model: Any, recorded_batch: Recorded, training_records: Any) -> None:
+    record = training_records["stage3"][name]
+    apply_stage(tiny_model, STAGES["multi_granularity"], frozen={"vision_tower"})
+    batch = recorded_batch(name)
+    lesson = multi_granularity_lesson(tiny_model, batch, image_features(tiny_model, batch), DEFAULT)
+    lesson.loss.backward()
+    assert lesson.loss.item() == pytest.approx(record["loss"], rel=1e-4)
+    for level, loss in record["per_granularity_loss"].items():
+        if lesson.metrics:
+            assert float(lesson.metrics[f"loss_{level}"][0]) == pytest.approx(loss, rel=1e-4)
+    _norms_match(tiny_model, record["grad_norm_by_param"])
+
+
+@pytest.mark.parametrize("name", ["A_two_images", "B_padded_three", "F_single", "G_short_instruction"])
+def test_recorded_stage4(name: str, tiny_model: Any, recorded_batch: Recorded, training_records: Any) -> None:
+    record = training_records["stage4"]["script_settings"]["batches"][name]
+    apply_stage(tiny_model, STAGES["rglf"])
+    batch = recorded_batch(name)
+    features = [image.detach() for image in image_features(tiny_model, batch)]
+    lesson = rglf_lesson(tiny_model, batch, features, RouterSettings(margin=1.0))
+    lesson.loss.backward()
+    assert lesson.loss.item() == pytest.approx(record["loss"], rel=1e-4)
+    assert lesson.metrics["router_rows_skipped"][0] == 0
+    _norms_match(tiny_model, record["grad_norm_by_param"])
+    assert all(p.grad is None for n, p in tiny_model.named_parameters() if "router" not in n)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_recorded_answer_losses(name: str, tiny_model: Any, recorded_batch: Recorded, training_records: Any) -> None:
+    record = training_records["stage4"]["script_settings"]["batches"][name]
+    batch = recorded_batch(name)
+    losses, tokens = score_rows(tiny_model, batch, image_features(tiny_model, batch))
+    recorded = torch.tensor([[float(value) for value in row] for row in record["llm_loss_rows_samples_cols_granularities"]])
+    torch.testing.assert_close(losses, recorded, rtol=1e-4, atol=0, equal_nan=True)
+    assert tokens.shape == losses.shape and tiny_model.training
+
+
+@pytest.mark.parametrize("name", ["C_mixed_text", "D_text_only", "E_no_labels_row"])
+def test_rows_that_teach_the_router_nothing(
+    name: str, tiny_model: Any, recorded_batch: Recorded, training_records: Any
+) -> None:
+    record = training_records["stage4"]["script_settings"]["batches"][name]
+    apply_stage(tiny_model, STAGES["rglf"])
+    batch = recorded_batch(name)
+    features = [image.detach() for image in image_features(tiny_model, batch)]
+    lesson = rglf_lesson(tiny_model, batch, features, RouterSettings(margin=1.0))
+    lesson.loss.backward()
+    rows = {"C_mixed_text": [0, 2], "D_text_only": [], "E_no_labels_row": [0]}[name]
+    logits = torch.tensor([record["router_logits"][row] for row in rows]).reshape(len(rows), 5)
+    losses = torch.tensor(
+        [[float(value) for value in record["llm_loss_rows_samples_cols_granularities"][row]] for row in rows]
+    )
+    expected = rglf_loss(logits, losses.reshape(len(rows), 5), 1.0).loss.item()
+    assert lesson.loss.item() == pytest.approx(expected, rel=1e-4)
+    assert lesson.metrics["router_rows_skipped"][0] == len(batch["rows"]) - len(rows)
+
+
+def test_equals_a_naive_loop_and_reaches_the_tower(tiny_model: Any, recorded_batch: Recorded) -> None:
+    apply_stage(tiny_model, STAGES["multi_granularity"])
+    batch = recorded_batch("B_padded_three")
+    calls: list[int] = []
+    handle = tiny_model.get_vision_tower().register_forward_hook(lambda *_: calls.append(1))
+    multi_granularity_lesson(tiny_model, batch, image_features(tiny_model, batch), DEFAULT).loss.backward()
+    assert len(calls) == 1
+    handle.remove()
+    gradients = {n: p.grad.clone() for n, p in tiny_model.named_parameters() if p.grad is not None}
+    tiny_model.zero_grad()
+    for level in granularities(tiny_model):
+        loss = token_mean(language_losses(tiny_model, batch, image_features(tiny_model, batch), level)[0])
+        (loss / 5).backward()
+    for name, parameter in tiny_model.named_parameters():
+        if parameter.grad is None:
+            assert name not in gradients
+        else:
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
+    tower = [name for name in gradients if "vision_tower" in name]
+    assert any("layers.0" in name for name in tower) and any("patch_embedding" in name for name in tower)
+    assert not any("router" in name for name in gradients)
+
+
+def test_full_granularity_equals_the_models_own_loss(tiny_model: Any, recorded_batch: Recorded) -> None:
+    batch = recorded_batch("C_mixed_text")
+    lesson = token_mean_lesson(tiny_model, batch, image_features(tiny_model, batch), DEFAULT)
+    own = tiny_model(
+        batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        labels=batch["labels"],
+        images=batch["images"],
+        image_sizes=batch["image_sizes"],
+        vis_token_granularity=144,
+    ).loss
+    assert lesson.loss.item() == pytest.approx(own.item(), rel=1e-5)
+
+
+def test_known_scores_give_the_same_lesson(tiny_model: Any, recorded_batch: Recorded) -> None:
+    apply_stage(tiny_model, STAGES["rglf"])
+    batch = recorded_batch("C_mixed_text")
+    features = [image.detach() for image in image_features(tiny_model, batch)]
+    online = RouterSettings(granularity_cost_weight=0.02)
+    offline = RouterSettings(granularity_cost_weight=0.02, scores=lambda rows: known)
+    known = score_rows(tiny_model, batch, features)
+    forwards: list[int] = []
+    expected = LESSONS["rglf"](tiny_model, batch, features, online)
+    tiny_model.model.layers[0].register_forward_hook(lambda *_: forwards.append(1))
+    found = LESSONS["rglf"](tiny_model, batch, features, offline)
+    assert found.loss.item() == expected.loss.item() and not forwards
+
+
+def test_cached_features_are_encoded_once_and_equal(tiny_model: Any, recorded_batch: Recorded) -> None:
+    batch = recorded_batch("B_padded_three")
+    cache = FeatureCache(10_000_000)
+    calls: list[int] = []
+    tiny_model.get_vision_tower().register_forward_hook(lambda *_: calls.append(1))
+    first = image_features(tiny_model, batch, cache)
+    assert len(calls) == 3 == len(cache)
+    again = image_features(tiny_model, {**batch, "images": [None] * 3}, cache)
+    assert len(calls) == 3
+    for one, two, plain in zip(first, again, image_features(tiny_model, batch), strict=True):
+        assert torch.equal(one, two)
+        torch.testing.assert_close(one, plain, atol=3e-5, rtol=0)
+    full = FeatureCache(10)
+    image_features(tiny_model, batch, full)
+    assert len(full) == 0

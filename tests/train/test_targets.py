@@ -1,0 +1,102 @@
+"""Ids and labels: equal to the recorded ones where those are well-formed, right where labels were dropped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.conversation import conv_templates
+from llava.tokenizer import load_tokenizer
+from llava.train.targets import build_targets, place_images, segments_of
+
+ORACLE = Path(__file__).parents[1] / "oracle"
+RECORDS = json.loads((ORACLE / "labels.json").read_text())
+CASES = [(template, case) for template, cases in RECORDS["templates"].items() for case in cases]
+DROPPED = {"unk_in_answer", "eos_in_answer", "role_tag_in_answer"}
+TURNS = [
+    {"from": "human", "value": "<image>\nWhat?"},
+    {"from": "gpt", "value": "A boat."},
+    {"from": "human", "value": "Sure?"},
+    {"from": "gpt", "value": "Yes."},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> dict[bool, Any]:
+    return {legacy: load_tokenizer(str(ORACLE / "checkpoint"), legacy=legacy) for legacy in (False, True)}
+
+
+def _case_name(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value['name']}-{'legacy' if value['tokenizer_legacy'] else 'new'}"
+
+
+@pytest.mark.parametrize(("template", "case"), CASES, ids=_case_name)
+def test_recorded_ids_and_labels(template: str, case: dict[str, Any], tokenizers: dict[bool, Any]) -> None:
+    turns = place_images(case["conversation"], int(case["has_image"]))
+    targets = build_targets(turns, conv_templates[template], tokenizers[case["tokenizer_legacy"]])
+    length = len(case["input_ids"])
+    assert targets.input_ids[:length] == case["input_ids"]
+    assert (len(targets.input_ids) == length) == (case["name"] != "long_text_truncated")
+    if case["name"] in DROPPED:
+        assert case["supervised_tokens"] == 0 < targets.num_supervised
+        start = next(i for i, label in enumerate(targets.labels) if label != IGNORE_INDEX)
+        assert targets.labels[start:] == targets.input_ids[start:]
+    else:
+        assert targets.labels[:length] == case["labels"]
+
+
+@pytest.mark.parametrize("name", [name for name in conv_templates if "plain" not in name])
+def test_segments_make_up_the_closed_prompt(name: str) -> None:
+    template = conv_templates[name]
+    segments = segments_of(TURNS, template)
+    conversation = template.copy()
+    conversation.messages = [
+        [conversation.roles[index % 2], turn["value"]] for index, turn in enumerate(TURNS)
+    ]
+    assert "".join(segment.text for segment in segments) == conversation.get_prompt()
+    learnt = [segment.text for segment in segments if segment.supervised]
+    assert [text.strip().startswith(answer) for text, answer in zip(learnt, ("A boat.", "Yes."), strict=True)] == [True] * 2
+
+
+def test_learning_starts_where_generation_starts(tokenizer: Any) -> None:
+    template = conv_templates["v1"]
+    targets = build_targets(TURNS[:2], template, tokenizer)
+    start = next(i for i, label in enumerate(targets.labels) if label != IGNORE_INDEX)
+    opened = build_targets([TURNS[0], {"from": "gpt", "value": ""}], template, tokenizer)
+    assert targets.input_ids[:start] == opened.input_ids
+    assert targets.input_ids[-1] == tokenizer.eos_token_id == targets.labels[-1]
+
+
+def test_placeholder_in_an_answer_is_never_a_label(tokenizer: Any) -> None:
+    turns = [{"from": "human", "value": "Show it."}, {"from": "gpt", "value": "Here: <image> so."}]
+    targets = build_targets(turns, conv_templates["v1"], tokenizer)
+    assert IMAGE_TOKEN_INDEX in targets.input_ids and IMAGE_TOKEN_INDEX not in targets.labels
+
+
+def test_one_picture_moves_to_the_front_and_several_stay() -> None:
+    turn = [{"from": "human", "value": "Look at <image> please."}]
+    assert place_images(turn, 1)[0]["value"] == "<image>\nLook at  please."
+    pair = [{"from": "human", "value": "First <image> then <image>?"}]
+    assert place_images(pair, 2)[0]["value"] == pair[0]["value"]
+    assert place_images(turn, 1, "v1_mmtag")[0]["value"].startswith("<Image><image></Image>\n")
+    assert place_images(turn, 1, use_start_end=True)[0]["value"].startswith("<im_start><image><im_end>\n")
+
+
+def test_refusals(tokenizer: Any) -> None:
+    template = conv_templates["v1"]
+    with pytest.raises(ValueError, match="2 pictures but its turns hold 1"):
+        place_images([{"from": "human", "value": "<image>"}], 2)
+    with pytest.raises(ValueError, match="0 pictures but its turns hold 1"):
+        place_images([{"from": "human", "value": "<image>"}], 0)
+    with pytest.raises(ValueError, match="expected 'gpt'"):
+        segments_of([TURNS[0], TURNS[2]], template)
+    with pytest.raises(ValueError, match="'human' or 'gpt'"):
+        segments_of([{"from": "user", "value": "Hi"}], template)
+    with pytest.raises(ValueError, match="no turn of a human"):
+        segments_of([], template)
+    with pytest.raises(ValueError, match="one question with <image> and one answer"):
+        segments_of(TURNS, conv_templates["plain"])

@@ -1,0 +1,216 @@
+"""Runs of the real program at toy size: every stage, one after the other, resumed, scored offline, refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llava.model.builder import load_pretrained_model
+from llava.train.score_granularities import ScoreArguments, parts_of_rows, score
+from llava.train.train import make_trainer, parse_arguments, train
+
+ORACLE = Path(__file__).parents[1] / "oracle"
+Flags = Callable[..., list[str]]
+NEW_MODEL = {
+    "vision_tower": ORACLE / "tiny-clip",
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_patch_merge_type": "spatial_unpad",
+    "image_aspect_ratio": "anyres",
+    "image_grid_pinpoints": "[[48, 96], [96, 48], [96, 96]]",
+}
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recorded rows that stage 1 can use: one picture, one answer."""
+    rows = json.loads((ORACLE / "train_data.json").read_text())
+    usable = [row for row in rows if "image" in row and len(row["conversations"]) == 2]
+    file = tmp_path_factory.mktemp("captions") / "captions.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in usable))
+    return file
+
+
+def _losses(folder: Path) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def _changed_parts(before: Path, after: Path) -> set[str]:
+    old, new = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
+    changed = {name for name in new if name not in old or not torch.equal(old[name], new[name])}
+    prefixes = ("model.mm_projector", "model.image_newline", "model.vision_tower", "model.router")
+    return {next((prefix for prefix in prefixes if name.startswith(prefix)), "llm") for name in changed}
+
+
+def test_four_stages_in_a_row(language_model: Path, captions: Path, tmp_path: Path, run_flags: Flags) -> None:
+    """Each stage starts from the one before, changes what its table says, and loads for inference."""
+    one, two, three, four = (tmp_path / name for name in ("one", "two", "three", "four"))
+    train(run_flags(one, "align", language_model, data_path=captions, **NEW_MODEL))
+    fast = {"learning_rate": 1e-2, "group_by_modality_length": True}
+    train(run_flags(two, "instruct", one, eval_data_path=captions, eval_strategy="steps", eval_steps=2, **fast))
+    train(run_flags(three, "multi_granularity", two, vis_token_granularity="9,18,36,72,144", **fast))
+    train(run_flags(four, "rglf", three, router_hidden_size=16, **fast))
+    assert (one / "mm_projector.safetensors").is_file()
+    everything = {"llm", "model.mm_projector", "model.image_newline", "model.vision_tower"}
+    assert _changed_parts(one, two) == everything == _changed_parts(two, three)
+    assert _changed_parts(three, four) == {"model.router"}
+    history = json.loads((two / "trainer_state.json").read_text())["log_history"]
+    assert any(math.isfinite(entry.get("eval_loss", math.nan)) for entry in history)
+    logged = json.loads((four / "trainer_state.json").read_text())["log_history"][0]
+    assert {"loss_9", "chosen_144", "agreement", "regret", "visual_tokens", "router_rows_skipped"} <= set(logged)
+    assert "loss_9" in json.loads((three / "trainer_state.json").read_text())["log_history"][0]
+    tokenizer, model, processor, context = load_pretrained_model(str(four), None, "x", device="cpu")
+    assert context == 1024 and processor is not None and model.model.router is not None
+    assert model.config.conv_version == "v1" and model.config.vis_token_granularity == [9, 18, 36, 72, 144]
+    assert tokenizer("Where is the man?").input_ids[0] == 1
+
+
+def test_align_can_start_from_a_projector(language_model: Path, captions: Path, tmp_path: Path, run_flags: Flags) -> None:
+    train(run_flags(tmp_path / "a", "align", language_model, data_path=captions, **NEW_MODEL))
+    adapter = {"pretrain_mm_mlp_adapter": tmp_path / "a"}
+    arguments = parse_arguments(run_flags(tmp_path / "b", "instruct", language_model, **NEW_MODEL, **adapter))
+    projector = make_trainer(arguments).model.model.mm_projector
+    saved = load_file(tmp_path / "a" / "mm_projector.safetensors")
+    assert torch.equal(projector[0].weight, saved["model.mm_projector.0.weight"])
+
+
+@pytest.mark.parametrize("stage", ["multi_granularity", "rglf"])
+def test_resuming_changes_nothing(stage: str, tmp_path: Path, run_flags: Flags) -> None:
+    """Losses and final weights of a resumed run equal an unbroken one's bit for bit (dropout of the router is on)."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    flags = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-3}
+    flags |= {"group_by_modality_length": stage == "rglf"}
+    train(run_flags(whole, stage, **flags))
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    (resumed / ".unfinished-checkpoint-4").mkdir()
+    train(run_flags(resumed, stage, resume_from_checkpoint=True, **flags))
+    assert _losses(resumed) == _losses(whole) and len(_losses(whole)) == 5
+    one, two = load_file(whole / "model.safetensors"), load_file(resumed / "model.safetensors")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert not list(resumed.glob(".unfinished-*"))
+
+
+def test_offline_scores_train_the_same_router(tmp_path: Path, run_flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scoring resumes by parts; the router learns the same from its file, without the language model."""
+    file = tmp_path / "scores.parquet"
+    arguments = ScoreArguments(
+        str(ORACLE / "checkpoint"), str(ORACLE / "train_data.json"), str(file), str(ORACLE / "images"),
+        version="v1", batch_size=2, part_rows=2, device="cpu",
+    )  # fmt: skip
+    import llava.train.score_granularities as scoring
+
+    original, scored = scoring.score_part, []
+
+    def interrupted(model: Any, dataset: Any, rows: Any, *rest: Any) -> Any:
+        scored.append(list(rows))
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        return original(model, dataset, rows, *rest)
+
+    monkeypatch.setattr(scoring, "score_part", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        score(arguments)
+    assert not file.exists() and len(list(file.with_name("scores.parquet.parts").glob("part-*"))) == 1
+    score(arguments)
+    assert scored[1] == scored[2] and sorted(row for part in [scored[0], *scored[2:]] for row in part) == list(range(7))
+    assert file.is_file() and not file.with_name("scores.parquet.parts").exists()
+
+    flags = {"max_steps": 3, "granularity_cost_weight": 0.05}
+    train(run_flags(tmp_path / "online", "rglf", **flags))
+    offline = make_trainer(parse_arguments(run_flags(tmp_path / "off", "rglf", granularity_scores=file, **flags)))
+    offline.model.model.layers[0].register_forward_pre_hook(lambda *_: pytest.fail("the language model ran"))
+    offline.train()
+    online_losses = _losses(tmp_path / "online")
+    found = [entry["loss"] for entry in offline.state.log_history if "loss" in entry]
+    assert found == pytest.approx(online_losses, rel=1e-4)
+
+    rows = tmp_path / "other.json"
+    rows.write_text(json.dumps(json.loads((ORACLE / "train_data.json").read_text())[:3]))
+    with pytest.raises(ValueError, match="are of another data than"):
+        make_trainer(parse_arguments(run_flags(tmp_path / "x", "rglf", granularity_scores=file, data_path=rows)))
+    with pytest.raises(ValueError, match="there is no score file"):
+        make_trainer(parse_arguments(run_flags(tmp_path / "x", "rglf", granularity_scores=tmp_path / "none")))
+
+
+def test_scores_of_another_model_are_refused(tmp_path: Path) -> None:
+    from llava.train.score_granularities import SCHEMA, GranularityScores, _metadata, _write
+
+    import pyarrow as pa
+
+    columns = {"row": [0], "id": ["a"], "losses": [[1.0, 2.0]], "visual_tokens": [[3, 6]]}
+    table = pa.table(columns, schema=SCHEMA).replace_schema_metadata(_metadata("m", "d", [9, 18]))
+    _write(table, tmp_path / "s.parquet")
+    losses, tokens = GranularityScores.load(tmp_path / "s.parquet", "m", "d", [9, 18]).lookup([0, 0])
+    assert losses.tolist() == [[1.0, 2.0]] * 2 and tokens.tolist() == [[3, 6]] * 2
+    with pytest.raises(ValueError, match="another model and granularities than"):
+        GranularityScores.load(tmp_path / "s.parquet", "n", "d", [9, 36])
+
+
+def test_rows_about_one_picture_are_scored_together() -> None:
+    rows = [{"image": "b"}, {"image": "a"}, {"image": "b"}, {}, {"image": "b"}, {"image": "a"}]
+    assert parts_of_rows(rows, 2) == [[3, 1, 5], [0, 2, 4]]
+
+
+def test_cached_features_train_the_same(tmp_path: Path, run_flags: Flags) -> None:
+    flags = {"unfreeze_mm_vision_tower": False, "max_steps": 4}
+    plain = train(run_flags(tmp_path / "plain", "instruct", **flags))
+    cached = train(run_flags(tmp_path / "cached", "instruct", cache_image_features_gb=0.1, **flags))
+    assert len(cached.feature_cache or ()) == 5 and plain.feature_cache is None
+    assert _losses(tmp_path / "cached") == pytest.approx(_losses(tmp_path / "plain"), rel=1e-4)
+
+
+def test_router_without_instruction_saves_a_model_that_needs_none(tmp_path: Path, run_flags: Flags, language_model: Path, captions: Path) -> None:
+    granular = {"vis_token_granularity": "9,18,36,72,144", **NEW_MODEL}
+    train(run_flags(tmp_path, "rglf", language_model, data_path=captions, router_without_instruction=True, **granular))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["filtered_text_num"] == 0 and config["router_select"]
+    load_pretrained_model(str(tmp_path), None, "x", device="cpu")
+
+
+def test_non_finite_loss_names_step_and_rows(tmp_path: Path, run_flags: Flags) -> None:
+    trainer = make_trainer(parse_arguments(run_flags(tmp_path, "instruct")))
+    with torch.no_grad():
+        trainer.model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match=r"nan at step 1, rows \['s\d', 's\d'\]"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"vis_token_granularity": "36,72,144"}, "trained with other values.*vis_token_granularity"),
+        ({"router_hidden_size": 16}, "router_hidden_size"),
+        ({"mm_projector_type": "linear"}, "mm_projector_type"),
+        ({"model_max_length": 4096}, "built for 2048"),
+        ({"version": "v9"}, "--version is 'v9'"),
+    ],
+)
+def test_flags_that_do_not_fit_the_checkpoint(flags: dict[str, object], message: str, tmp_path: Path, run_flags: Flags) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_trainer(parse_arguments(run_flags(tmp_path, "rglf", **flags)))
+
+
+def test_a_language_model_needs_its_eyes(language_model: Path, tmp_path: Path, run_flags: Flags) -> None:
+    with pytest.raises(ValueError, match="give --vision_tower and --mm_projector_type"):
+        make_trainer(parse_arguments(run_flags(tmp_path, "align", language_model)))
+    with pytest.raises(ValueError, match="compares granularities, but the model has 1"):
+        make_trainer(parse_arguments(run_flags(tmp_path, "multi_granularity", language_model, **NEW_MODEL)))
+
+
+def test_published_entry_point_stops_with_a_sentence(tmp_path: Path, run_flags: Flags) -> None:
+    program = Path(__file__).parents[2] / "llava" / "train" / "train_mem.py"
+    command = [sys.executable, str(program), *run_flags(tmp_path, "align", tune_router=True)]
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": root, "PATH": "/usr/bin:/bin"}, check=False)
+    assert done.returncode == 1 and "training stopped: these flags cannot work together" in done.stderr
+    assert not list(tmp_path.iterdir())
