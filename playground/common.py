@@ -18,7 +18,7 @@ def scaled_init(model: nn.Module, gain: float = 0.7, embedding_std: float = 0.3)
     a short schedule never recovers.
     """
     for name, parameter in model.named_parameters():
-        if "embedding" in name and "patch" not in name or "embed_tokens" in name:
+        if ("embedding" in name and "patch" not in name) or "embed_tokens" in name:
             nn.init.normal_(parameter, std=embedding_std)
         elif parameter.dim() >= 2:
             nn.init.normal_(parameter, std=gain / math.sqrt(parameter[0].numel()))

@@ -70,7 +70,8 @@ class LlavaMetaModel(nn.Module):
         config.mm_hidden_size = self.vision_tower.hidden_size
         self.mm_projector = build_projector(config.mm_projector_type, self.vision_tower.hidden_size, config.hidden_size)
         if config.mm_patch_merge_type == "spatial_unpad":
-            self.image_newline = nn.Parameter(torch.empty(config.hidden_size))
+            # Drawn here as well as in init_multimodal_weights: the language model's own post_init has already passed over this module.
+            self.image_newline = nn.Parameter(torch.randn(config.hidden_size) * config.hidden_size**-0.5)
         if config.router_select:
             self.router = self._new_router()
 

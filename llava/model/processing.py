@@ -263,4 +263,5 @@ def _picture(part: dict[str, Any]) -> Image.Image:
 
 
 for _config_class in (LlavaConfig, LlavaMistralConfig):
-    AutoProcessor.register(_config_class, AvgLlavaProcessor)
+    # transformers compares class names only and has a LlavaConfig of its own; the entry itself is kept by class.
+    AutoProcessor.register(_config_class, AvgLlavaProcessor, exist_ok=True)

@@ -99,7 +99,7 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_flags() -> Callable[..., list[str]]:
     """Flags of a short CPU run of one stage; keywords change or add flags, `None` drops one."""
 
-    def make(output: Path, stage: str, model: Path = ORACLE / "checkpoint", **changes: object) -> list[str]:
+    def make(output: Path, stage: str | None, model: Path = ORACLE / "checkpoint", **changes: object) -> list[str]:
         flags: dict[str, object] = {
             "model_name_or_path": model,
             "stage": stage,

@@ -43,8 +43,9 @@ def test_published_flags_of_stage3(tmp_path: Path, run_flags: Flags) -> None:
 def test_stage_and_published_rates(
     flags: dict[str, object], stage: str, rate: float, tower: float, tmp_path: Path, run_flags: Flags
 ) -> None:
-    changes = {"stage": None, "warmup_ratio": None, **flags}
-    _, _, args = parse_arguments(run_flags(tmp_path, "", **changes))
+    changes = {"warmup_ratio": None, **{name: value for name, value in flags.items() if name != "stage"}}
+    given = flags.get("stage")
+    _, _, args = parse_arguments(run_flags(tmp_path, given, **changes))
     assert args.stage == stage and args.learning_rates["llm"] == rate and args.learning_rates["vision_tower"] == tower
     assert (args.margin, args.rank_loss_weight, args.ce_loss_weight) == (1.0, 1.0, 0.1)
     assert args.warmup_steps == 0.03 and args.lr_scheduler_type == "cosine"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from llava.train.features import FeatureCache
 from llava.train.losses import rglf_loss, token_mean
 from llava.train.objectives import (
     LESSONS,
@@ -20,7 +21,6 @@ from llava.train.objectives import (
     score_rows,
     token_mean_lesson,
 )
-from llava.train.features import FeatureCache
 from llava.train.stages import STAGES, apply_stage
 
 BATCHES = ["A_two_images", "B_padded_three", "C_mixed_text", "D_text_only", "E_no_labels_row", "F_single", "G_short_instruction"]

@@ -143,9 +143,9 @@ def test_offline_scores_train_the_same_router(tmp_path: Path, run_flags: Flags, 
 
 
 def test_scores_of_another_model_are_refused(tmp_path: Path) -> None:
-    from llava.train.score_granularities import SCHEMA, GranularityScores, _metadata, _write
-
     import pyarrow as pa
+
+    from llava.train.score_granularities import SCHEMA, GranularityScores, _metadata, _write
 
     columns = {"row": [0], "id": ["a"], "losses": [[1.0, 2.0]], "visual_tokens": [[3, 6]]}
     table = pa.table(columns, schema=SCHEMA).replace_schema_metadata(_metadata("m", "d", [9, 18]))
