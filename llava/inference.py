@@ -118,7 +118,9 @@ def write_prompt(messages: Sequence[Message], num_images: int, template: str, us
     if written == 0:
         texts[0] = (DEFAULT_IMAGE_TOKEN + "\n") * num_images + texts[0]
     elif written != num_images:
-        raise ValueError(f"The text holds {written} <image> placeholders, but {num_images} pictures were given; make them agree or leave them out.")
+        raise ValueError(
+            f"The text holds {written} <image> placeholders, but {num_images} pictures were given; make them agree or leave them out."
+        )
     conversation = get_template(template).copy()
     for message_role, text in zip(roles, texts, strict=True):
         if use_start_end:
@@ -266,7 +268,7 @@ class Assistant:
         first = clock.first_token if clock is not None and clock.first_token is not None else end
         milliseconds = {**timer.milliseconds, "prefill": 1000 * (first - start), "decode": 1000 * (end - first)}
         milliseconds["ttft"] = sum(milliseconds.values()) - milliseconds["decode"]
-        text, stopped = cut_at_stop(self.tokenizer.decode(ids, skip_special_tokens=True), stop)
+        text, stopped = cut_at_stop(str(self.tokenizer.decode(ids, skip_special_tokens=True)), stop)
         finished = stopped or (bool(ids) and ids[-1] in _end_ids(self.model))
         return Answer(text.strip(), ids, "stop" if finished else "length", length, encoded.reports, milliseconds)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, overload
 
 import torch
 from PIL import Image
@@ -61,6 +61,18 @@ def process_images(
     if all(view.shape == views[0].shape for view in views):
         return torch.stack(views)
     return views
+
+
+@overload
+def tokenizer_image_token(prompt: str, tokenizer: Any, image_token_index: int = ..., return_tensors: None = None) -> list[int]: ...
+
+
+@overload
+def tokenizer_image_token(prompt: str, tokenizer: Any, image_token_index: int = ..., *, return_tensors: str) -> torch.Tensor: ...
+
+
+@overload
+def tokenizer_image_token(prompt: str, tokenizer: Any, image_token_index: int, return_tensors: str) -> torch.Tensor: ...
 
 
 def tokenizer_image_token(

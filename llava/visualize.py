@@ -46,7 +46,8 @@ def _image_row(image: Image.Image, report: RoutingReport, config: Any) -> Image.
         panel, layout = _tiles(image, level, config)
         panels.append(panel)
         kept = (layout.rows[1] - layout.rows[0], layout.columns[1] - layout.columns[0])
-        titles.append(f"{layout.tiles[0] * layout.tiles[1]} tiles: {kept[0]} x {kept[1]} tokens" + (f" + {layout.newlines} newlines" if layout.newlines else ""))
+        newlines = f" + {layout.newlines} newlines" if layout.newlines else ""
+        titles.append(f"{layout.tiles[0] * layout.tiles[1]} tiles: {kept[0]} x {kept[1]} tokens{newlines}")
     height = max(panel.height for panel in panels)
     row = Image.new("RGB", (sum(panel.width for panel in panels) + MARGIN * (len(panels) + 1), height + 2 * CAPTION + 2 * MARGIN), "white")
     draw, font = ImageDraw.Draw(row), ImageFont.load_default(16)
@@ -109,5 +110,10 @@ def _draw_grid(
         draw.line((round(column * cell_width), box[1], round(column * cell_width), box[3]), fill=GRID_COLOUR)
     for down in range(tiles[0]):
         for across in range(tiles[1]):
-            edges = (across * panel.width / tiles[1], down * panel.height / tiles[0], (across + 1) * panel.width / tiles[1] - 1, (down + 1) * panel.height / tiles[0] - 1)
+            edges = (
+                across * panel.width / tiles[1],
+                down * panel.height / tiles[0],
+                (across + 1) * panel.width / tiles[1] - 1,
+                (down + 1) * panel.height / tiles[0] - 1,
+            )
             draw.rectangle(tuple(round(edge) for edge in edges), outline=TILE_COLOUR, width=3)  # type: ignore[arg-type]

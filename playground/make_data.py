@@ -8,6 +8,7 @@ split, ``--part samples`` the sample pictures). Image paths in the files are rel
 ``miniatures.json``     conversations about one quadrant (64x64), all its questions in random order
 ``pairs.json``          the same about two quadrants (128x64 or 64x128), which fill a canvas without padding
 ``scenes.json``         the same about full scenes (128x128)
+``drill_*.json``        of each of these three, only the questions that are learned late (``DRILL_FAMILIES``)
 ``stage4.json``         one question per row about other full scenes, with its ``family``
 ``validation.jsonl``    questions with ``question_id, image, text, answer, family`` on the validation split
 ``test.jsonl``          the same on the test split
@@ -33,6 +34,8 @@ log = logging.getLogger("playground.make_data")
 
 FULL = (2, 2)
 PAIRS = ((2, 1), (1, 2))
+DRILL_FAMILIES = ("digit", *world.FINE_FAMILIES)
+"""What the model learns suddenly and late; asked on its own it is learned much sooner."""
 FIRST_STAGE4_SCENE = 1_000_000
 FIRST_SAMPLE_SCENE = 2_000_000
 FIRST_QUESTION_ID = {"validation": 1_000_000, "test": 2_000_000}
@@ -66,10 +69,10 @@ def caption_record(name: str, image: str, scene: world.Scene, lots: random.Rando
     return {"id": f"caption-{name}", "image": image, "conversations": turns}
 
 
-def conversation_record(name: str, image: str, scene: world.Scene, lots: random.Random) -> Record:
-    """A stage 2 and 3 row: every question of the scene in random order in one conversation."""
+def conversation_record(name: str, image: str, questions: Iterable[world.Question]) -> Record:
+    """A stage 2 and 3 row: the questions about one picture in one conversation."""
     turns: list[dict[str, str]] = []
-    for question in world.questions(scene, lots, posters=2):
+    for question in questions:
         opening = "" if turns else "<image>\n"
         turns.append({"from": "human", "value": opening + question.text})
         turns.append({"from": "gpt", "value": question.answer})
@@ -88,18 +91,23 @@ def single_question_records(name: str, image: str, scene: world.Scene, lots: ran
 
 def write_conversations(kind: str, count: int, layouts: tuple[tuple[int, int], ...], captions: int,
                         output: Path, seed: int) -> list[Record]:
-    """Write ``count`` pictures and their conversations to ``<kind>.json``; return captions of the first ``captions``
-    pictures."""
+    """Write ``count`` pictures and their conversations to ``<kind>.json``, those about what is learned late also to
+    ``drill_<kind>.json``; return captions of the first ``captions`` pictures."""
     lots = random.Random(f"{seed}/data/{kind}")
-    conversations, told = [], []
+    conversations, drill, told = [], [], []
     for number in tqdm(range(count), desc=kind, mininterval=5):
         scene = world.make_scene("train", number, seed=seed, layout=layouts[number % len(layouts)])
         name = f"{kind}-{number:06d}"
         image = _save(world.render(scene), output, f"images/{kind}/{number:06d}.png")
-        conversations.append(conversation_record(name, image, scene, lots))
+        questions = world.questions(scene, lots, posters=2)
+        conversations.append(conversation_record(name, image, questions))
+        late = [question for question in questions if question.family in DRILL_FAMILIES]
+        if late:
+            drill.append(conversation_record(f"drill-{name}", image, late))
         if number < captions:
             told.append(caption_record(name, image, scene, lots))
     _write_json(conversations, output / f"{kind}.json")
+    _write_json(drill, output / f"drill_{kind}.json")
     return told
 
 

@@ -305,10 +305,9 @@ def llava_config(source: Path, given: Any, conv_version: str | None) -> Any:
     family, config_class, model_class = FAMILIES[given.text_config.model_type]
     processor = CLIPImageProcessorPil.from_pretrained(source).to_dict()
     config = config_class(
-        **language_fields(given.text_config, family),
+        **{**language_fields(given.text_config, family), "tie_word_embeddings": given.tie_word_embeddings},
         **{name: kept[name] for name in KEPT_FIELDS if name in kept and name != "conv_version"},
         conv_version=template,
-        tie_word_embeddings=given.tie_word_embeddings,
         vision_config=vision_fields(given.vision_config),
         image_processor={name: processor[name] for name in IMAGE_PROCESSOR_FIELDS if name in processor},
         mm_hidden_size=given.vision_config.hidden_size,

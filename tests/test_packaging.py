@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 CORE = [Requirement(text) for text in PROJECT["project"]["dependencies"]]
 EXTRAS = {name: [Requirement(text) for text in texts] for name, texts in PROJECT["project"]["optional-dependencies"].items()}
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "easy_vqa": "easy-vqa", "yaml": "pyyaml", "prometheus_client": "prometheus-client"}
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "easy_vqa": "easy-vqa", "google": "protobuf", "yaml": "pyyaml"}
 """Distributions that are not called like what they are imported as."""
 
 

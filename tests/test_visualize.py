@@ -15,7 +15,8 @@ VISION = {"image_size": 64, "patch_size": 8}
 
 
 def config(**changes):
-    return LlavaConfig(**{"vision_config": VISION, "image_grid_pinpoints": [[128, 128], [128, 64]], "vis_token_granularity": [4, 16, 64], **changes})
+    fields = {"vision_config": VISION, "image_grid_pinpoints": [[128, 128], [128, 64]], "vis_token_granularity": [4, 16, 64]}
+    return LlavaConfig(**{**fields, **changes})
 
 
 @pytest.mark.parametrize("size", [(128, 128), (128, 40), (90, 128)])
@@ -23,7 +24,12 @@ def config(**changes):
 def test_the_kept_cells_and_newlines_add_up_to_the_cost(monkeypatch, size, tokens):
     drawn = []
     real = visualize._draw_grid
-    monkeypatch.setattr(visualize, "_draw_grid", lambda panel, grid, tiles, rows=None, columns=None: (drawn.append((grid, rows, columns)), real(panel, grid, tiles, rows, columns)))
+
+    def noting(panel, grid, tiles, rows=None, columns=None):
+        drawn.append((grid, rows, columns))
+        real(panel, grid, tiles, rows, columns)
+
+    monkeypatch.setattr(visualize, "_draw_grid", noting)
     tiles = (1, 2) if size == (128, 40) else (2, 2)
     level = granularity_levels((8, 8), [tokens])[0]
     layout = merged_layout(level, tiles[0] * tiles[1] + 1, tiles, size, "spatial_unpad", "picture")

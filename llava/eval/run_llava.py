@@ -89,7 +89,10 @@ def explain(answer: Answer) -> str:
     for index, report in enumerate(answer.reports):
         name = f"image {index + 1}: " if len(answer.reports) > 1 else ""
         saved = 100 * (1 - report.num_visual_tokens / report.full_visual_tokens)
-        lines.append(f"{name}granularity {report.granularity}, {report.num_visual_tokens} visual tokens of {report.full_visual_tokens} ({saved:.0f} % saved)")
+        lines.append(
+            f"{name}granularity {report.granularity}, {report.num_visual_tokens} visual tokens of {report.full_visual_tokens} "
+            f"({saved:.0f} % saved)"
+        )
         lines.append(f"  {'tokens per view':>15}  {'visual tokens':>13}  {'logit':>7}  {'probability':>11}")
         for level, (granularity, tokens) in enumerate(report.tokens_per_level.items()):
             asked = report.logits is not None and report.probabilities is not None

@@ -130,7 +130,9 @@ def _model_class(path: str) -> Any:
     try:
         kind = LlavaConfig.get_config_dict(path)[0].get("model_type")
     except (OSError, ValueError) as error:
-        raise ValueError(f"No checkpoint could be read at {path!r} ({type(error).__name__}); give a folder or a hub id that can be reached.") from error
+        raise ValueError(
+            f"No checkpoint could be read at {path!r} ({type(error).__name__}); give a folder or a hub id that can be reached."
+        ) from error
     if kind in MODEL_CLASSES:
         return MODEL_CLASSES[kind]
     if kind in (LlavaConfig.language_model_type, LlavaMistralConfig.language_model_type):
@@ -146,7 +148,9 @@ def _load_with_base(model_path: str, model_base: str, options: dict[str, Any]) -
     config = AutoConfig.from_pretrained(model_path)
     tower = model_class._complete_tower(config, model_path)
     if tower is None:
-        raise ValueError(f"{model_path} names no mm_vision_tower, so its projector has nothing to project; use the config.json saved with it.")
+        raise ValueError(
+            f"{model_path} names no mm_vision_tower, so its projector has nothing to project; use the config.json saved with it."
+        )
     model = model_class.from_base(model_base, config, resolve_tower(tower, model_path), **options)
     expected = {key for key in model.state_dict() if key.startswith(("model.mm_projector.", "model.image_newline"))}
     missing, unknown = expected - set(weights) - {"model.image_newline"}, set(weights) - set(model.state_dict())

@@ -118,7 +118,8 @@ class RefuseNonFinite(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not torch.isfinite(scores).any(dim=-1).all() or torch.isnan(scores).any():
             raise FloatingPointError(
-                "The language model produced non-finite logits; load it in the dtype it was trained in (float32 or bfloat16) and check its weights."
+                "The language model produced non-finite logits; load it in the dtype it was trained in (float32 or bfloat16) and check "
+                "its weights."
             )
         return scores
 
@@ -247,7 +248,8 @@ class LlavaMetaForCausalLM:
         """One image's (C, P, D) features at one level: (T, D)."""
         level = self.levels[level_index]
         newline = getattr(self.model, "image_newline", None)
-        return merge_views(pool(features, self.config.patch_grid, level), level, layout, features.new_zeros(0) if newline is None else newline)
+        pooled = pool(features, self.config.patch_grid, level)
+        return merge_views(pooled, level, layout, features.new_zeros(0) if newline is None else newline)
 
     def splice(
         self,
@@ -266,7 +268,8 @@ class LlavaMetaForCausalLM:
         """
         names = [level.tokens for level in self.levels]
         chosen = [names.index(granularity) for granularity in granularities]
-        layouts = [self.layouts(len(image), size) for image, size in zip(features, image_sizes or [None] * len(features), strict=True)]
+        sizes: Sequence[Size | None] = image_sizes or [None] * len(features)
+        layouts = [self.layouts(len(image), size) for image, size in zip(features, sizes, strict=True)]
         tokens = [self.visual_tokens(image, index, kept[index]) for image, index, kept in zip(features, chosen, layouts, strict=True)]
         return self._splice_rows(prompt_rows(input_ids, attention_mask, labels), tokens, padding_side)
 

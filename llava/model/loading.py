@@ -42,12 +42,12 @@ def read_tower_config(tower: str) -> tuple[dict[str, Any], dict[str, Any]]:
         processor = CLIPImageProcessorPil.from_pretrained(tower).to_dict()
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"The vision tower {tower!r} could not be read ({type(error).__name__}); give mm_vision_tower a local CLIP folder with config.json "
-            "and preprocessor_config.json, or a hub id that can be reached."
+            f"The vision tower {tower!r} could not be read ({type(error).__name__}); give mm_vision_tower a local CLIP folder with "
+            "config.json and preprocessor_config.json, or a hub id that can be reached."
         ) from error
     defaults = {key: getattr(CLIPVisionConfig(), key) for key in ("image_size", "patch_size", "hidden_size", "num_hidden_layers")}
-    kept = ("size", "crop_size", "image_mean", "image_std", "do_resize", "do_center_crop", "do_rescale", "rescale_factor", "do_normalize")
-    kept += ("resample", "do_convert_rgb")
+    kept: tuple[str, ...] = ("size", "crop_size", "image_mean", "image_std", "do_resize", "do_center_crop", "do_rescale")
+    kept += ("rescale_factor", "do_normalize", "resample", "do_convert_rgb")
     return {**defaults, **_plain(vision)}, {key: processor[key] for key in kept if key in processor}
 
 
@@ -144,7 +144,8 @@ class CheckpointLoading:
         missing = [key for key in info["missing_keys"] if not key.startswith(MULTIMODAL_PREFIXES)]
         if missing or info["unexpected_keys"]:
             raise ValueError(
-                f"The language model {base} does not fit the configuration: missing {_some(missing)}, unexpected {_some(info['unexpected_keys'])}."
+                f"The language model {base} does not fit the configuration: missing {_some(missing)}, "
+                f"unexpected {_some(info['unexpected_keys'])}."
             )
         load_tower_weights(model, tower)
         return model

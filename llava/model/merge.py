@@ -58,7 +58,9 @@ def merged_layout(
         newlines = 1 if merge_type == "spatial_unpad" else 0
         return MergedLayout(level.tokens * num_views, (0, 0), (0, 0), (0, 0), newlines)
     if tiles is None or tiles[0] * tiles[1] != num_views - 1:
-        raise ValueError(f"The image has {num_views - 1} tiles, but its size {image_size} asks for {tiles} (down, across); give its true size.")
+        raise ValueError(
+            f"The image has {num_views - 1} tiles, but its size {image_size} asks for {tiles} (down, across); give its true size."
+        )
     height, width = level.grid[0] * tiles[0], level.grid[1] * tiles[1]
     rows, columns = (0, height), (0, width)
     if merge_type == "spatial":

@@ -115,7 +115,7 @@ class AvgLlavaProcessor(ProcessorMixin):
             raise ValueError(f"return_tensors is {return_tensors!r}, expected None or 'pt'.")
         prompts = [text] if isinstance(text, str) else list(text)
         pictures = _pictures_of_rows(images, [prompt.count(DEFAULT_IMAGE_TOKEN) for prompt in prompts])
-        rows = [list(tokenizer_image_token(prompt, self.tokenizer)) for prompt in prompts]
+        rows = [tokenizer_image_token(prompt, self.tokenizer) for prompt in prompts]
         data = self._stack(rows, bool(padding), padding_side or self.tokenizer.padding_side, return_tensors)
         if pictures:
             data["images"] = process_images(pictures, self.image_processor, self)

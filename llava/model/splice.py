@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +107,7 @@ def splice(
             f"Row {row_index} has {lengths[row_index]} tokens ({sum(len(visual_tokens[i]) for i in owners[row_index])} of them visual), "
             f"but the context of this model is {max_length}; shorten the text or choose a coarser granularity."
         )
-    pad = {"batch_first": True, "padding_side": padding_side}
+    pad: dict[str, Any] = {"batch_first": True, "padding_side": padding_side}
     mask = pad_sequence([torch.ones(n, dtype=torch.bool, device=rows[0].ids.device) for n in lengths], padding_value=False, **pad)
     return SplicedInputs(
         inputs_embeds=pad_sequence([embeds for embeds, _ in built], padding_value=0.0, **pad),

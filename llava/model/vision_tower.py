@@ -58,7 +58,7 @@ class CLIPVisionTower(nn.Module):
     @property
     def patch_grid(self) -> tuple[int, int]:
         """Patches of one view as (height, width)."""
-        side = self.config.image_size // self.config.patch_size
+        side = self.config.image_size // self.config.patch_size  # type: ignore[operator]
         return side, side
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import transformers
 
@@ -182,6 +183,12 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.tune_router:
             return "rglf"
         return "align" if self.tune_mm_mlp_adapter else "instruct"
+
+    @property
+    def output_folder(self) -> Path:
+        """Where checkpoints and the finished model go; the base class fills `output_dir` in where it is not given."""
+        assert self.output_dir is not None
+        return Path(self.output_dir)
 
     @property
     def stage_plan(self) -> Stage:

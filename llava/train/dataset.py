@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.bad_rows: set[int] = set()
         self._targets: list[Targets] | None = None
         if not lazy:
-            self._targets = [self._guarded(index, lambda index=index: reader.targets(rows[index])) for index in range(len(rows))]
+            self._targets = [self._guarded(index, partial(reader.targets, rows[index])) for index in range(len(rows))]
 
     def __len__(self) -> int:
         return len(self.rows)

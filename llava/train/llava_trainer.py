@@ -92,6 +92,8 @@ class LlavaTrainer(Trainer):
     """
 
     args: TrainingArguments
+    model: Any
+    train_dataset: Any
     loss_is_scaled_for_ga = False
 
     def __init__(
@@ -202,7 +204,7 @@ class LlavaTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint under a hidden name and rename it when every process is done with it."""
-        output = Path(self.args.output_dir)
+        output = self.args.output_folder
         name = f"checkpoint-{self.state.global_step}"
         self._run_dir = staging_folder(output / name)
         try:
@@ -221,11 +223,11 @@ class LlavaTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save and self.args.stage == "align":
-            save_projector(self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir))
+            save_projector(self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_folder))
 
     def save_final(self) -> None:
         """Put the finished model, its tokenizer and its config into the output folder, complete or not at all."""
-        output = Path(self.args.output_dir)
+        output = self.args.output_folder
         with complete_or_absent(output / "final") as staging:
             self.save_model(str(staging))
         if self.args.should_save:

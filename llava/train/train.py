@@ -156,7 +156,7 @@ def train(argv: Sequence[str] | None = None) -> LlavaTrainer:
     training_args = arguments[2]
     setup_logging()
     if training_args.should_save:
-        remove_unfinished(Path(training_args.output_dir))
+        remove_unfinished(training_args.output_folder)
     trainer = make_trainer(arguments)
     trainer.train(resume_from_checkpoint=_resume_point(training_args))
     trainer.save_final()

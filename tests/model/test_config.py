@@ -22,14 +22,20 @@ def test_a_plain_language_model_is_not_an_old_llava_checkpoint():
 
 
 def test_what_was_stored_survives_reading(tmp_path):
-    LlavaConfig(unpad_rule="pooled_grid", router_hidden_size=16, filtered_text_num=5, vision_config=VISION, image_grid_pinpoints="[(336, 672)]").save_pretrained(tmp_path)
+    stored = LlavaConfig(
+        unpad_rule="pooled_grid", router_hidden_size=16, filtered_text_num=5, vision_config=VISION, image_grid_pinpoints="[(336, 672)]"
+    )
+    stored.save_pretrained(tmp_path)
     config = LlavaConfig.from_pretrained(tmp_path)
     assert (config.unpad_rule, config.router_hidden_size, config.filtered_text_num) == ("pooled_grid", 16, 5)
     assert config.image_grid_pinpoints == [[336, 672]] and config.vision_config == VISION
 
 
 def test_levels_and_context_are_derived():
-    config = LlavaConfig(vision_config=VISION, image_grid_pinpoints=[[336, 672]], vis_token_granularity=[36, 72, 144, 288, 576], max_position_embeddings=4096)
+    levels = [36, 72, 144, 288, 576]
+    config = LlavaConfig(
+        vision_config=VISION, image_grid_pinpoints=[[336, 672]], vis_token_granularity=levels, max_position_embeddings=4096
+    )
     assert [level.grid for level in config.levels] == [(6, 6), (12, 6), (12, 12), (24, 12), (24, 24)]
     assert config.context_length == 4096
 

@@ -76,7 +76,9 @@ def test_rows_of_one_batch_may_have_different_granularities(released, images):
     """The router of the recorded model chooses 72 and 18 here; each row still answers as alone."""
     names = ["wide", "tall"]
     ids = torch.tensor([[1, -200, 302, 267, 322, 270], [1, -200, 300, 376, 364, 275]])
-    together, reports = released.generate(ids, images=images.views(names), image_sizes=images.sizes_of(names), output_routing=True, **GREEDY)
+    together, reports = released.generate(
+        ids, images=images.views(names), image_sizes=images.sizes_of(names), output_routing=True, **GREEDY
+    )
     assert len({report.granularity for report in reports}) == 2
     for index, name in enumerate(names):
         alone = released.generate(ids[index : index + 1], images=images.views([name]), image_sizes=images.sizes_of([name]), **GREEDY)
@@ -124,9 +126,10 @@ def test_generation_with_a_fixed_granularity_does_not_run_the_router(new_model):
 
 def test_a_cached_step_and_text_come_back_untouched(new_model):
     ids, mask = torch.tensor([[7]]), torch.ones(1, 1)
-    assert new_model.prepare_inputs_labels_for_multimodal(ids, None, mask, "cache", None, [torch.zeros(1, 3, 32, 32)]) == (ids, None, mask, "cache", None, None)
+    prepare = new_model.prepare_inputs_labels_for_multimodal
+    assert prepare(ids, None, mask, "cache", None, [torch.zeros(1, 3, 32, 32)]) == (ids, None, mask, "cache", None, None)
     text = torch.tensor([[1, 5, 6]])
-    assert new_model.prepare_inputs_labels_for_multimodal(text, None, None, None, text, None) == (text, None, None, None, None, text)
+    assert prepare(text, None, None, None, text, None) == (text, None, None, None, None, text)
 
 
 def test_the_loss_covers_supervised_tokens_only_and_reaches_every_part(new_model):
@@ -180,13 +183,15 @@ def test_images_in_half_precision_are_taken(new_model):
 
 
 def test_a_language_model_without_a_tower_says_so():
-    model = LlavaLlamaForCausalLM(LlavaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32))
+    config = LlavaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+    model = LlavaLlamaForCausalLM(config)
     with pytest.raises(ValueError, match="no vision tower"):
         model.encode_views([torch.zeros(1, 3, 32, 32)])
 
 
 def test_mistral_takes_the_same_path(new_config):
-    shared = {name: getattr(new_config, name) for name in LlavaMistralConfig.__dataclass_fields__ if name.startswith(("mm_", "image_", "vis", "router", "filtered"))}
+    prefixes = ("mm_", "image_", "vis", "router", "filtered")
+    shared = {name: getattr(new_config, name) for name in LlavaMistralConfig.__dataclass_fields__ if name.startswith(prefixes)}
     config = LlavaMistralConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64, **shared
     )

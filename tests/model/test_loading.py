@@ -89,7 +89,8 @@ def test_the_door_gives_four_things_from_a_folder_of_any_name(checkpoint):
 
 
 def test_a_plain_language_model_loads_without_an_image_processor(oracle, tmp_path):
-    LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=420)).save_pretrained(tmp_path)
+    config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=420)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(oracle / "checkpoint" / name, tmp_path)
     assert load_pretrained_model(str(tmp_path), device="cpu")[2] is None
@@ -98,7 +99,8 @@ def test_a_plain_language_model_loads_without_an_image_processor(oracle, tmp_pat
 @pytest.mark.parametrize("pickled", [False, True])
 def test_a_projector_only_folder_goes_over_its_language_model(released, checkpoint, tmp_path, pickled):
     base = tmp_path / "base"
-    LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=420)).save_pretrained(base)
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=420)
+    LlamaForCausalLM(config).save_pretrained(base)
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(checkpoint / name, base)
     weights = {key: value for key, value in stored_weights(checkpoint).items() if "mm_projector" in key or "newline" in key}
@@ -165,9 +167,15 @@ SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
         (_remove("config.json"), "has no config.json"),
         (_remove(*SHARDS, "model.safetensors.index.json"), "holds no weights: expected model.safetensors"),
         (_remove(SHARDS[1]), "lacks the weight files"),
-        (_rewrite(lambda weights: {k: v for k, v in weights.items() if k != "lm_head.weight"}), r"missing 1 \(lm_head.weight\), unexpected none"),
+        (
+            _rewrite(lambda weights: {k: v for k, v in weights.items() if k != "lm_head.weight"}),
+            r"missing 1 \(lm_head.weight\), unexpected none",
+        ),
         (_rewrite(lambda weights: {**weights, "model.extra.weight": torch.ones(1)}), r"missing none, unexpected 1 \(model.extra.weight\)"),
-        (_rewrite(lambda weights: {k: v for k, v in weights.items() if "vision_model.encoder.layers.1" not in k and "voter" not in k}), "missing 1"),
+        (
+            _rewrite(lambda weights: {k: v for k, v in weights.items() if "vision_model.encoder.layers.1" not in k and "voter" not in k}),
+            "missing 1",
+        ),
         (lambda folder: edit_config(folder, model_type="bert"), "model type 'bert', expected one of llava_llama"),
         (lambda folder: edit_config(folder, mm_vision_tower="nowhere/tower"), "vision tower 'nowhere/tower' could not be read"),
     ],

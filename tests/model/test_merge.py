@@ -102,7 +102,9 @@ def _merge(model, case, given, images):
         with torch.no_grad():
             ids, positions, mask, _, embeds, labels = model.prepare_inputs_labels_for_multimodal(
                 given["input_ids"],
-                given["position_ids"] if given["position_ids"] is not None or not case["gives_position_ids"] else torch.zeros_like(given["input_ids"]),
+                torch.zeros_like(given["input_ids"])
+                if given["position_ids"] is None and case["gives_position_ids"]
+                else given["position_ids"],
                 given["attention_mask"].bool() if given["attention_mask"] is not None else None,
                 None,
                 given["labels"],

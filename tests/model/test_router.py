@@ -65,7 +65,8 @@ def test_two_images_of_one_row_both_read_its_text(oracle, released, images):
     words = row[row != -200][None]
     for report, name in zip(both, case["images"], strict=False):
         alone = torch.cat([words[:, :1], torch.tensor([[-200]]), words[:, 1:]], dim=1)
-        torch.testing.assert_close(report.logits, released.route(alone, images.views([name]), images.sizes_of([name]))[0].logits, atol=1e-5, rtol=0)
+        expected = released.route(alone, images.views([name]), images.sizes_of([name]))[0].logits
+        torch.testing.assert_close(report.logits, expected, atol=1e-5, rtol=0)
 
 
 def test_the_answer_is_hidden_from_the_router_while_scoring_candidates(released, images):

@@ -169,7 +169,9 @@ def test_cached_features_train_the_same(tmp_path: Path, run_flags: Flags) -> Non
     assert _losses(tmp_path / "cached") == pytest.approx(_losses(tmp_path / "plain"), rel=1e-4)
 
 
-def test_router_without_instruction_saves_a_model_that_needs_none(tmp_path: Path, run_flags: Flags, language_model: Path, captions: Path) -> None:
+def test_router_without_instruction_saves_a_model_that_needs_none(
+    tmp_path: Path, run_flags: Flags, language_model: Path, captions: Path
+) -> None:
     granular = {"vis_token_granularity": "9,18,36,72,144", **NEW_MODEL}
     train(run_flags(tmp_path, "rglf", language_model, data_path=captions, router_without_instruction=True, **granular))
     config = json.loads((tmp_path / "config.json").read_text())
