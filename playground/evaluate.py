@@ -230,7 +230,7 @@ def markdown(outcome: dict[str, Any], level_names: Sequence[int]) -> str:
     for name, seeds in outcome["seeds"].items():
         for seed, values in enumerate(seeds):
             lines.append(f"| {name} | {seed} | " + " | ".join(f"{value:.1f}" for value in values.values()) + " |")
-    lines += ["", f"Share of each granularity ({', '.join(map(str, level_names))} tokens per view) that the first router chose, in percent:", ""]
+    lines += ["", "Share of each granularity (tokens per view) that the first router chose, in percent:", ""]
     lines += ["| family | " + " | ".join(map(str, level_names)) + " |", "| --- " * (len(level_names) + 1) + "|"]
     first = next(iter(outcome["seeds"]))
     for family, share in outcome["rows"][first]["choices"].items():
@@ -252,7 +252,8 @@ def plot(outcome: dict[str, Any], level_names: Sequence[int], folder: Path) -> N
     for name, row in rows.items():
         if not name.startswith(("fixed", "random")):
             left.scatter([row["tokens"]], [row["accuracy"]], s=70, label=name, zorder=3)
-    left.set(xscale="log", xlabel="visual tokens per question (log)", ylabel="accuracy, mean over families (%)", title="Accuracy against cost")
+    left.set(xscale="log", xlabel="visual tokens per question (log)", ylabel="accuracy, mean over families (%)")
+    left.set_title("Accuracy against cost")
     left.legend(fontsize=8)
     first = next(iter(outcome["seeds"]))
     shares = np.array([rows[first]["choices"][family] for family in FAMILIES])
@@ -298,7 +299,8 @@ def main() -> None:
         args.output.write_text(json.dumps([asdict(record) for record in records]), encoding="utf-8")
         return
     if args.task == "time":
-        args.output.write_text(json.dumps(time_answers(Assistant.load(args.model, device="cpu"), args.questions), indent=1), encoding="utf-8")
+        timing = time_answers(Assistant.load(args.model, device="cpu"), args.questions)
+        args.output.write_text(json.dumps(timing, indent=1), encoding="utf-8")
         return
     records = [Record(**record) for record in json.loads(args.records.read_text(encoding="utf-8"))]
     routers, names = {}, []

@@ -23,6 +23,7 @@ def ship(source: Path, target: Path) -> int:
     tokenizer, model, _, _ = load_pretrained_model(str(source), device="cpu")
     model.config.mm_vision_tower = None  # its configuration and weights travel inside
     model.config._name_or_path = ""
+    model.config.use_cache = True
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     size = sum(file.stat().st_size for file in target.iterdir())

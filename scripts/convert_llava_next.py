@@ -500,9 +500,8 @@ def to_llava(source: Path, output: Path, conv_version: str | None = None, max_sh
     config = llava_config(source, given, conv_version)
     tensors = stored_tensors(source, TO_LLAVA)
     check_weights(tensors, FAMILIES[config.language_model_type][2], config, source)
-    tokenizer = load_tokenizer(source)
-    # Such names would make the Auto classes build transformers' processor for this checkpoint.
-    tokenizer.init_kwargs.pop("processor_class", None)
+    # The name stored there would make AutoProcessor build transformers' processor for this checkpoint.
+    tokenizer = load_tokenizer(source, processor_class=None)
     tokenizer.chat_template = None
     rows = (getattr(given, KEPT_KEY, None) or {}).get("vocab_size")
     edits: dict[str, Callable[[Tensor], Tensor]] = {}

@@ -228,6 +228,7 @@ class LlavaTrainer(Trainer):
     def save_final(self) -> None:
         """Put the finished model, its tokenizer and its config into the output folder, complete or not at all."""
         output = self.args.output_folder
+        self.model.config.use_cache = True  # transformers' trainer switches it off while it trains
         with complete_or_absent(output / "final") as staging:
             self.save_model(str(staging))
         if self.args.should_save:
