@@ -3,7 +3,7 @@
 #
 #   bash playground/train_micro.sh [OUTPUT]          (default: playground/build)
 #
-# Needs  the package with its extras: pip install -e ".[playground,train]" (DeepSpeed is not used), and no GPU.
+# Needs  the package with its extras: pip install -e ".[playground,dev]", and no GPU.
 # Costs  two CPU cores for two to three hours, and about 1 GB of disk.
 # Again  a step whose result is there is left out, so a broken run goes on where it was; the two warm-ups resume within a step.
 # Ships  COPY=1 copies the finished checkpoint to playground/avg-llava-micro and the results to playground/results.
@@ -30,7 +30,7 @@ done_before() { [[ -e $1/trainer_state.json || -e $1/.done ]]; }
 say "World"
 [[ -e $data/.done ]] || {
   python -m playground.make_data --output "$data" --miniatures "$(steps 12000)" --pairs "$(steps 6000)" --scenes "$(steps 12000)" \
-    --captions "$(steps 12000)" --stage4 "$(steps 800)" --validation "$(steps 200)" --test "$(steps 400)"
+    --captions "$(steps 12000)" --stage4 "$(steps 400)" --validation "$(steps 200)" --test "$(steps 400)"
   touch "$data/.done"
 }
 
@@ -62,9 +62,9 @@ steady=(--lr_scheduler_type constant_with_warmup)
 learn stage1 language align stage1 250 16 3e-3 --vision_tower "$out/vision" "${new[@]}" --seed 0
 learn stage2-pairs stage1 instruct pairs 300 16 1e-3 "${frozen[@]}" --seed 0
 learn stage2-scenes stage2-pairs instruct scenes 260 16 1e-3 "${frozen[@]}" --seed 0
-learn stage2-drill stage2-scenes instruct drill_miniatures "${DRILL_STEPS:-600}" 32 2e-3 "${frozen[@]}" "${steady[@]}" --seed 2
-learn stage2 stage2-drill instruct drill_scenes "${DRILL_SCENE_STEPS:-400}" 16 2e-3 "${frozen[@]}" "${steady[@]}" --seed 3
-learn stage3 stage2 multi_granularity scenes "${STAGE3_STEPS:-900}" 8 1.5e-3 "${frozen[@]}" --seed 1
+learn stage2-drill stage2-scenes instruct drill_miniatures 330 32 2e-3 "${frozen[@]}" "${steady[@]}" --seed 2
+learn stage2 stage2-drill instruct drill_scenes 200 16 2e-3 "${frozen[@]}" "${steady[@]}" --seed 3
+learn stage3 stage2 multi_granularity scenes 240 8 1.5e-3 "${frozen[@]}" --seed 1
 
 say "Scores of stage 4"
 [[ -e $out/scores.parquet ]] || python -m llava.train.score_granularities --model_name_or_path "$out/stage3" \
@@ -74,7 +74,7 @@ say "Scores of stage 4"
 route() {
   local name=$1 seed=$2
   shift 2
-  learn "$name-$seed" stage3 rglf stage4 "${ROUTER_STEPS:-750}" 32 2e-3 --granularity_scores "$out/scores.parquet" \
+  learn "$name-$seed" stage3 rglf stage4 375 32 3e-3 --granularity_scores "$out/scores.parquet" \
     --router_hidden_size 32 --filtered_text_num 16 --router_dropout 0.0 --seed "$seed" "$@"
 }
 cost=(--granularity_cost_weight "${COST:-0.03}")

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL.Image import Image
 from transformers.utils.logging import disable_progress_bar
 
@@ -99,6 +100,7 @@ def run(args: argparse.Namespace) -> bool:
     questions = read_questions(args.image_file, args.families)
     start = time.perf_counter()
     disable_progress_bar()
+    torch.set_num_threads(1)  # the model is so small that a second thread only waits for the first
     assistant = Assistant.load(args.model_path)
     images = load_images([str(args.image_file)])
     print(f"{args.image_file} ({images[0].width}x{images[0].height}); model loaded in {time.perf_counter() - start:.1f} s\n")
