@@ -59,7 +59,8 @@ enter_environment() {
   fi
   python=$folder/bin/python
   stamp=$folder/.avg-llava-installed
-  supported "$python" || stop "$folder holds $(version_of "$python"), expected Python 3.10 to 3.13; remove it or leave it, then run this again."
+  supported "$python" ||
+    stop "The Python of $folder is $(version_of "$python"), expected 3.10 to 3.13; deactivate that environment or remove the folder, then run this again."
   "$python" -m pip --version >/dev/null 2>&1 || stop "$folder has no working pip; remove the folder, or run: $python -m ensurepip"
 }
 
