@@ -1,7 +1,7 @@
 """What adaptivity buys on the micro world: one table, one JSON file and two plots from one pass over a question file.
 
     python -m playground.evaluate answer --model DIR --questions playground/eval/test.jsonl --output records.json
-    python -m playground.evaluate table --records records.json --router name=DIR[,DIR...] --shipped name --output playground/results
+    python -m playground.evaluate table --records records.json --router name=DIR[,DIR...] --output playground/results
 
 `answer` asks every question at every granularity (the language model is frozen while routers train, so this is done once); a router
 then only adds its logits, and every row of the table (fixed levels, random at equal tokens, adaptive, cheapest correct) is computed
@@ -213,7 +213,7 @@ def table(results: Results, routers: dict[str, list[np.ndarray]], level_names: S
         rows[name] = own[0]
     first = next(iter(routers))
     rows[f"random at the tokens of {first}"] = {
-        **rows[first], "accuracy": results.interpolated(rows[first]["tokens"]), "families": dict.fromkeys(FAMILIES, float("nan"))
+        **rows[first], "accuracy": results.interpolated(rows[first]["tokens"]), "families": dict.fromkeys(FAMILIES)
     }  # fmt: skip
     return {"rows": rows, "seeds": seeds, "solving levels": {family: results.solving_levels(family) for family in FAMILIES}}
 
@@ -223,7 +223,7 @@ def markdown(outcome: dict[str, Any], level_names: Sequence[int]) -> str:
     lines = ["| choice of granularity | visual tokens | saved | mean | " + " | ".join(FAMILIES) + " |"]
     lines.append("| --- " * (len(FAMILIES) + 4) + "|")
     for name, row in outcome["rows"].items():
-        families = ["" if value != value else f"{value:.1f}" for value in row["families"].values()]
+        families = ["" if value is None else f"{value:.1f}" for value in row["families"].values()]
         lines.append(f"| {name} | {row['tokens']:.0f} | {row['saved']:.0f} % | {row['accuracy']:.1f} | " + " | ".join(families) + " |")
     lines += ["", "Routers, each seed:", "", "| router | seed | " + " | ".join(next(iter(outcome["seeds"].values()))[0]) + " |"]
     lines.append("| --- " * (len(next(iter(outcome["seeds"].values()))[0]) + 2) + "|")
