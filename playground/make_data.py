@@ -8,7 +8,8 @@ split, ``--part samples`` the sample pictures). Image paths in the files are rel
 ``miniatures.json``     conversations about one quadrant (64x64), all its questions in random order
 ``pairs.json``          the same about two quadrants (128x64 or 64x128), which fill a canvas without padding
 ``scenes.json``         the same about full scenes (128x128)
-``drill_*.json``        of each of these three, only the questions that are learned late (``DRILL_FAMILIES``)
+``drill_*.json``        of each of these three: two rows in three ask only what is learned late (``DRILL_FAMILIES``,
+                        about every band of the pole), the third asks everything, so that nothing is forgotten
 ``stage4.json``         one question per row about other full scenes, with its ``family``
 ``validation.jsonl``    questions with ``question_id, image, text, answer, family`` on the validation split
 ``test.jsonl``          the same on the test split
@@ -36,6 +37,8 @@ FULL = (2, 2)
 PAIRS = ((2, 1), (1, 2))
 DRILL_FAMILIES = ("digit", *world.FINE_FAMILIES)
 """What the model learns suddenly and late; asked on its own it is learned much sooner."""
+REHEARSAL = 3
+"""Every so many pictures of a drill are asked everything."""
 FIRST_STAGE4_SCENE = 1_000_000
 FIRST_SAMPLE_SCENE = 2_000_000
 FIRST_QUESTION_ID = {"validation": 1_000_000, "test": 2_000_000}
@@ -89,9 +92,15 @@ def single_question_records(name: str, image: str, scene: world.Scene, lots: ran
     ]
 
 
+def late_questions(scene: world.Scene, lots: random.Random) -> list[world.Question]:
+    """What is learned late about ``scene``, with one question for each band of the pole."""
+    questions = world.questions(scene, lots, bands=world.BANDS)
+    return [question for question in questions if question.family in DRILL_FAMILIES]
+
+
 def write_conversations(kind: str, count: int, layouts: tuple[tuple[int, int], ...], captions: int,
                         output: Path, seed: int) -> list[Record]:
-    """Write ``count`` pictures and their conversations to ``<kind>.json``, those about what is learned late also to
+    """Write ``count`` pictures and their conversations to ``<kind>.json``, the drill about them to
     ``drill_<kind>.json``; return captions of the first ``captions`` pictures."""
     lots = random.Random(f"{seed}/data/{kind}")
     conversations, drill, told = [], [], []
@@ -101,9 +110,9 @@ def write_conversations(kind: str, count: int, layouts: tuple[tuple[int, int], .
         image = _save(world.render(scene), output, f"images/{kind}/{number:06d}.png")
         questions = world.questions(scene, lots, posters=2)
         conversations.append(conversation_record(name, image, questions))
-        late = [question for question in questions if question.family in DRILL_FAMILIES]
-        if late:
-            drill.append(conversation_record(f"drill-{name}", image, late))
+        asked = questions if number // len(layouts) % REHEARSAL == 0 else late_questions(scene, lots)
+        if asked:
+            drill.append(conversation_record(f"drill-{name}", image, asked))
         if number < captions:
             told.append(caption_record(name, image, scene, lots))
     _write_json(conversations, output / f"{kind}.json")

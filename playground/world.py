@@ -488,11 +488,12 @@ def _poster_question(poster: Poster, lots: random.Random) -> Question:
     return Question("poster", f"In the poster, {text}", answer)
 
 
-def questions(scene: Scene, lots: random.Random, posters: int = 1) -> list[Question]:
+def questions(scene: Scene, lots: random.Random, posters: int = 1, bands: int = 1) -> list[Question]:
     """One question of every family that applies to ``scene``, in random order and random phrasing.
 
     Args:
         posters: how many of easy-VQA's questions to ask about the poster (repetitions are dropped).
+        bands: about how many bands of the pole to ask by position.
     """
     asked: list[Question] = []
 
@@ -507,10 +508,11 @@ def questions(scene: Scene, lots: random.Random, posters: int = 1) -> list[Quest
         elif isinstance(quadrant, Grid):
             ask("cell", cell_name(quadrant))
         elif isinstance(quadrant, Signs):
-            item = lots.randrange(BANDS)
+            first = lots.randrange(BANDS)
             ask("number", quadrant.number)
             ask("pole", " ".join(quadrant.bands))
-            ask("pole_item", quadrant.bands[item], ORDINALS[item])
+            for item in range(first, first + bands):
+                ask("pole_item", quadrant.bands[item % BANDS], ORDINALS[item % BANDS])
         else:
             ask("shape", quadrant.shape.name)
             ask("shape_colour", quadrant.shape.colour)
