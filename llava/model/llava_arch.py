@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -31,7 +32,7 @@ from llava.model.merge import MergedLayout, merge_views, merged_layout
 from llava.model.projector import build_projector
 from llava.model.router import GranularityRouter, select_text
 from llava.model.routing import RoutingReport, RoutingRequest, allowed_levels, choose_levels
-from llava.model.splice import PromptRow, SplicedInputs, images_of_rows, prompt_rows, splice
+from llava.model.splice import PromptRow, SplicedInputs, SplicedRow, images_of_rows, prompt_rows, splice, splice_rows
 from llava.model.vision_tower import CLIPVisionTower
 
 Images = Tensor | Sequence[Tensor]
@@ -204,19 +205,14 @@ class LlavaMetaForCausalLM:
         if router is None:
             raise ValueError("This model has no router; give a vis_token_granularity.")
         config = self.config
+        text_ids = [row.ids[~row.is_image] for row in rows]
+        words_of_rows = self.model.embed_tokens(torch.cat(text_ids)).split([len(ids) for ids in text_ids])
+        fill = config.router_text_fill == "answer"
         texts: list[Tensor] = []
-        for row, owned in zip(rows, images_of_rows(rows, len(features)), strict=True):
-            words = self.model.embed_tokens(row.ids[~row.is_image])
+        for row, words, owned in zip(rows, words_of_rows, images_of_rows(rows, len(features)), strict=True):
             eligible = row.labels[~row.is_image] < 0
-            fill = config.router_text_fill == "answer"
             texts += [select_text(words, eligible, features[index][0], config.filtered_text_num, fill) for index in owned]
-        logits = [torch.empty(0)] * len(features)
-        for count in {len(image) for image in features}:
-            same = [index for index, image in enumerate(features) if len(image) == count]
-            scored = router(torch.stack([features[index] for index in same]), torch.stack([texts[index] for index in same]))
-            for index, image_logits in zip(same, scored, strict=True):
-                logits[index] = image_logits
-        return torch.stack(logits)
+        return router(pad_sequence(list(features), batch_first=True), torch.stack(texts), [len(image) for image in features])
 
     def layouts(self, num_views: int, image_size: Size | None, merge_type: str | None = None) -> list[MergedLayout]:
         """What an image keeps at each level, coarse to fine.
@@ -272,6 +268,27 @@ class LlavaMetaForCausalLM:
         layouts = [self.layouts(len(image), size) for image, size in zip(features, sizes, strict=True)]
         tokens = [self.visual_tokens(image, index, kept[index]) for image, index, kept in zip(features, chosen, layouts, strict=True)]
         return self._splice_rows(prompt_rows(input_ids, attention_mask, labels), tokens, padding_side)
+
+    def splice_levels(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        features: Sequence[Tensor],
+        image_sizes: Sequence[Size] | None,
+        granularities: Sequence[int],
+    ) -> list[list[SplicedRow]]:
+        """Every row at every one of the given granularities, before padding: [granularity][row]. Arguments as in `splice`."""
+        names = [level.tokens for level in self.levels]
+        indices = [names.index(granularity) for granularity in granularities]
+        sizes: Sequence[Size | None] = image_sizes or [None] * len(features)
+        layouts = [self.layouts(len(image), size) for image, size in zip(features, sizes, strict=True)]
+        tokens = [
+            self.visual_tokens(image, index, kept[index]) for index in indices for image, kept in zip(features, layouts, strict=True)
+        ]
+        rows = prompt_rows(input_ids, attention_mask, labels)
+        spliced = splice_rows(rows * len(indices), tokens, self.model.embed_tokens, self.config.context_length)
+        return [spliced[start : start + len(rows)] for start in range(0, len(spliced), len(rows))]
 
     def _splice_rows(self, rows: Sequence[PromptRow], tokens: Sequence[Tensor], padding_side: str) -> SplicedInputs:
         return splice(rows, tokens, self.model.embed_tokens, self.config.context_length, padding_side)

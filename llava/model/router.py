@@ -90,12 +90,13 @@ class GranularityRouter(nn.Module):
         init.zeros_(self.merger.self_attn.in_proj_bias)
         init.constant_(self.voter, 1.0 / self.voter.shape[0])
 
-    def forward(self, features: Tensor, text: Tensor) -> Tensor:
-        """Score the granularities of B images that have the same number of views.
+    def forward(self, features: Tensor, text: Tensor, num_views: Sequence[int] | None = None) -> Tensor:
+        """Score the granularities of B images.
 
         Args:
-            features: (B, C, P, D) projected, un-pooled features.
+            features: (B, C, P, D) projected, un-pooled features; images with fewer than C views are filled up at the end.
             text: (B, K, D) selected text vectors.
+            num_views: views of each image that count, (B,); `None`: all C.
 
         Returns:
             (B, G) logits, layer-normalised over the granularities.
@@ -105,14 +106,28 @@ class GranularityRouter(nn.Module):
         reduced = self.reduce(features).flatten(0, 1)  # (B*C, P, R)
         visual = torch.cat(pool_all(reduced, self.patch_grid, self.levels), dim=1).unflatten(0, (images, views))  # (B, C, T, R)
         words = self.reduce(text)[:, None].expand(-1, views, -1, -1)  # (B, C, K, R)
-        votes = self.router(self._attend(torch.cat([visual, words], dim=2)))  # (B, C, T+K, G)
-        return self.norm((votes * self.voter).sum(dim=2).mean(dim=1))
+        counts = None
+        if num_views is not None and min(num_views) < views:
+            counts = torch.tensor(num_views, device=features.device)
+        votes = self.router(self._attend(torch.cat([visual, words], dim=2), counts))  # (B, C, T+K, G)
+        ballots = (votes * self.voter).sum(dim=2)  # (B, C, G)
+        if counts is None:
+            return self.norm(ballots.mean(dim=1))
+        present = torch.arange(views, device=counts.device) < counts[:, None]
+        return self.norm((ballots * present[..., None]).sum(dim=1) / counts[:, None])
 
-    def _attend(self, tokens: Tensor) -> Tensor:
-        """The encoder layer over (B, C, N, R), along the chosen axis; `merger` takes (sequence, batch, R)."""
+    def _attend(self, tokens: Tensor, counts: Tensor | None = None) -> Tensor:
+        """The encoder layer over (B, C, N, R), along the chosen axis; `merger` takes (sequence, batch, R).
+
+        `counts` (B,) says how many views of each image are there; only attention across the views can see the others.
+        """
         images, views, positions, width = tokens.shape
         if self.attention_axis == "views":
+            absent = None
+            if counts is not None:
+                absent = (torch.arange(views, device=counts.device) >= counts[:, None]).repeat_interleave(positions, dim=0)
             sequence = tokens.transpose(0, 1).reshape(views, images * positions, width)
-            return self.merger(sequence).reshape(views, images, positions, width).transpose(0, 1)
+            attended = self.merger(sequence, src_key_padding_mask=absent)
+            return attended.reshape(views, images, positions, width).transpose(0, 1)
         sequence = tokens.reshape(images * views, positions, width).transpose(0, 1)
         return self.merger(sequence).transpose(0, 1).reshape(images, views, positions, width)

@@ -30,6 +30,18 @@ class SplicedInputs:
 
 
 @dataclass(frozen=True)
+class SplicedRow:
+    """One row before padding: `inputs_embeds` (L', D) and `labels` (L',)."""
+
+    inputs_embeds: Tensor
+    labels: Tensor
+
+    @property
+    def length(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
 class PromptRow:
     """One row without its padding: `ids` (L,) with placeholders, `labels` (L,)."""
 
@@ -94,33 +106,46 @@ def splice(
     Raises:
         ValueError: images that do not match the placeholders, or a row longer than the context.
     """
+    return pad_rows(splice_rows(rows, visual_tokens, embed, max_length), padding_side)
+
+
+def splice_rows(
+    rows: Sequence[PromptRow], visual_tokens: Sequence[Tensor], embed: Callable[[Tensor], Tensor], max_length: int
+) -> list[SplicedRow]:
+    """Put each image's tokens in place of its placeholder, row by row; arguments and errors as in `splice`."""
     owners = images_of_rows(rows, len(visual_tokens))
     text = [row.ids[~row.is_image] for row in rows]
     embedded = embed(torch.cat(text)).split([len(ids) for ids in text])
     built = [
         _splice_row(row, words, [visual_tokens[index] for index in owned]) for row, words, owned in zip(rows, embedded, owners, strict=True)
     ]
-    lengths = [len(embeds) for embeds, _ in built]
+    lengths = [row.length for row in built]
     if max(lengths) > max_length:
         row_index = lengths.index(max(lengths))
         raise ValueError(
             f"Row {row_index} has {lengths[row_index]} tokens ({sum(len(visual_tokens[i]) for i in owners[row_index])} of them visual), "
             f"but the context of this model is {max_length}; shorten the text or choose a coarser granularity."
         )
+    return built
+
+
+def pad_rows(rows: Sequence[SplicedRow], padding_side: str) -> SplicedInputs:
+    """Pad rows to one length, on the `left` or on the `right`."""
     pad: dict[str, Any] = {"batch_first": True, "padding_side": padding_side}
-    mask = pad_sequence([torch.ones(n, dtype=torch.bool, device=rows[0].ids.device) for n in lengths], padding_value=False, **pad)
+    device = rows[0].labels.device
+    mask = pad_sequence([torch.ones(row.length, dtype=torch.bool, device=device) for row in rows], padding_value=False, **pad)
     return SplicedInputs(
-        inputs_embeds=pad_sequence([embeds for embeds, _ in built], padding_value=0.0, **pad),
+        inputs_embeds=pad_sequence([row.inputs_embeds for row in rows], padding_value=0.0, **pad),
         attention_mask=mask,
         position_ids=(mask.long().cumsum(-1) - 1).clamp(min=0) * mask,
-        labels=pad_sequence([labels for _, labels in built], padding_value=IGNORE_INDEX, **pad),
+        labels=pad_sequence([row.labels for row in rows], padding_value=IGNORE_INDEX, **pad),
     )
 
 
-def _splice_row(row: PromptRow, words: Tensor, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """One row's (L', D) embeddings and (L',) labels; `words` are the embeddings of its text, in order."""
+def _splice_row(row: PromptRow, words: Tensor, images: Sequence[Tensor]) -> SplicedRow:
+    """One row; `words` are the embeddings of its text, in order."""
     if not images:
-        return words, row.labels
+        return SplicedRow(words, row.labels)
     repeats = torch.ones_like(row.ids)
     repeats[row.is_image] = torch.tensor([len(tokens) for tokens in images], device=row.ids.device)
     visual = row.is_image.repeat_interleave(repeats)
@@ -128,4 +153,4 @@ def _splice_row(row: PromptRow, words: Tensor, images: Sequence[Tensor]) -> tupl
     embeds[~visual] = words
     embeds[visual] = torch.cat(list(images)).to(words.dtype)
     labels = torch.where(row.is_image, IGNORE_INDEX, row.labels).repeat_interleave(repeats)
-    return embeds, labels
+    return SplicedRow(embeds, labels)

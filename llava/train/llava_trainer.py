@@ -1,15 +1,19 @@
 """transformers' Trainer with this model's batches, losses, learning rates and checkpoints.
 
-What is unlike the stock Trainer: the loss comes from the stage's lesson and not from the model's forward; parameter groups
-follow the parts of the model; batches may be grouped by modality; checkpoints are complete or absent; a loss that is not
-finite stops the run and says which rows made it.
+What is unlike the stock Trainer: the loss comes from the stage's lesson and not from the model's forward; it is a mean over the
+whole step, whatever processes and accumulated batches it is spread over; parameter groups follow the parts of the model; batches
+may be grouped by modality; checkpoints are complete or absent; a loss that is not finite stops the run and says which rows made it.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+import resource
+import sys
+import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +33,11 @@ from llava.train.checkpoint import (
     staging_folder,
 )
 from llava.train.features import FeatureCache
-from llava.train.objectives import LESSONS, Batch, Lesson, RouterSettings, image_features
+from llava.train.objectives import LESSONS, Batch, Lesson, RouterSettings, count_items, image_features
 from llava.train.sampler import GroupedSampler
 from llava.train.stages import part_of
+
+logger = logging.getLogger(__name__)
 
 OWN_RATE_PARTS = ("projector", "vision_tower")
 """Parts that can have a learning rate of their own, in the order of their groups."""
@@ -82,6 +88,38 @@ def optimizer_groups(
     ]
 
 
+def call_through(wrapper: nn.Module, bare: nn.Module, work: Callable[[], Tensor]) -> Tensor:
+    """Do `work` as if it were the forward of `bare`, entered through whatever wraps it.
+
+    DDP and DeepSpeed prepare their gradient and weight traffic in their own forward; a loss that goes around it is never
+    synchronised.
+
+    Args:
+        wrapper: the model as accelerate prepared it; `bare` itself in a single process.
+        bare: the model inside.
+        work: uses `bare` and returns the tensor to differentiate.
+    """
+    if wrapper is bare:
+        return work()
+    own = bare.__dict__.get("forward")
+    bare.forward = lambda *_, **__: work()
+    try:
+        return wrapper()
+    finally:
+        if own is None:
+            del bare.forward
+        else:
+            bare.forward = own
+
+
+def peak_memory_gb() -> float:
+    """Most memory this process has held so far: of its GPU where it has one, otherwise resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
 class LlavaTrainer(Trainer):
     """Trains one stage.
 
@@ -94,17 +132,19 @@ class LlavaTrainer(Trainer):
     args: TrainingArguments
     model: Any
     train_dataset: Any
-    loss_is_scaled_for_ga = False
-
     def __init__(
         self, *, router_settings: RouterSettings | None = None, feature_cache: FeatureCache | None = None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        # Our losses are means over a micro-batch; without this the Trainer would scale them by the number of processes.
-        self.model_accepts_loss_kwargs = False
+        # Our losses are divided by the items of the whole step, so the Trainer must not divide them by the accumulated batches.
+        self.model_accepts_loss_kwargs = True
         self.router_settings = router_settings or RouterSettings()
         self.feature_cache = feature_cache
         self._metrics: dict[str, list[Tensor | float]] = defaultdict(lambda: [0.0, 0.0])
+        self._counted_since = time.monotonic()
+        self._tokens_read = 0.0
+        self._loss_is_finite = True
+        self.steps_skipped = 0
         self._run_dir: Path | None = None
         self._vision_learns = any(
             parameter.requires_grad
@@ -146,30 +186,69 @@ class LlavaTrainer(Trainer):
 
     # ---- the loss
 
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
+        """What the loss of a step is a mean over: the items of all accumulated batches of all processes."""
+        own = sum(count_items(batch, self.args.stage_plan.loss) for batch in batch_samples)
+        return self.accelerator.reduce(torch.tensor(float(own), device=device), reduction="sum")
+
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The stage's loss of one batch; its parts go to the log.
 
-        Raises:
-            FloatingPointError: the loss is not finite.
-        """
-        lesson = self._lesson(model, inputs)
-        loss = float(lesson.loss.detach())
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at step {self.state.global_step + 1}, rows {inputs['ids']} (numbers "
-                f"{inputs['rows']}); look at these rows, lower --learning_rate, or use --bf16 instead of --fp16."
-            )
-        self._record(lesson, "" if model.training else "eval_")
-        return (lesson.loss, {}) if return_outputs else lesson.loss
+        Args:
+            num_items_in_batch: items of the whole step. The processes' gradients are averaged afterwards, so each process
+                contributes its share times their number; without it the loss is the batch's own mean.
 
-    def _lesson(self, model: nn.Module, batch: Batch) -> Lesson:
+        Raises:
+            FloatingPointError: the loss is not finite, unless such steps are to be skipped.
+        """
         bare = self.accelerator.unwrap_model(model)
+        taught: list[Lesson] = []
+        items = None if num_items_in_batch is None else float(num_items_in_batch) / self.accelerator.num_processes
+
+        def work() -> Tensor:
+            taught.append(self._lesson(bare, inputs, items))
+            return taught[0].loss
+
+        loss = call_through(model, bare, work)
+        self._check_finite(loss, inputs)
+        self._record(taught[0], "" if model.training else "eval_")
+        return (loss, {}) if return_outputs else loss
+
+    def _lesson(self, bare: Any, batch: Batch, items: float | None) -> Lesson:
         with self.accelerator.autocast():
             with torch.set_grad_enabled(self._vision_learns and torch.is_grad_enabled()):
                 features = image_features(bare, batch, self.feature_cache)
-            return LESSONS[self.args.stage_plan.loss](bare, batch, features, self.router_settings)
+            return LESSONS[self.args.stage_plan.loss](bare, batch, features, self.router_settings, items)
+
+    def _check_finite(self, loss: Tensor, batch: Batch) -> None:
+        value = float(loss.detach())
+        self._loss_is_finite = math.isfinite(value)
+        if self._loss_is_finite:
+            return
+        finding = f"the loss is {value} at step {self.state.global_step + 1}, rows {batch['ids']} (numbers {batch['rows']})"
+        if self.args.on_nonfinite_loss == "raise":
+            raise FloatingPointError(
+                f"{finding}; look at these rows, lower --learning_rate, or use --bf16 instead of --fp16 "
+                "(--on_nonfinite_loss skip goes on without such steps)."
+            )
+        logger.warning("skipping a step: %s", finding)
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+        """One batch forward and backward; where a loss was not finite and is to be skipped, the step's gradients are dropped.
+
+        The decision is common to all processes, since their gradients are.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.args.on_nonfinite_loss == "raise":
+            return loss
+        broken = self.accelerator.reduce(torch.tensor(float(not self._loss_is_finite), device=loss.device), reduction="sum")
+        if broken:
+            self.steps_skipped += 1
+            for parameter in model.parameters():
+                parameter.grad = None
+        return loss.nan_to_num(0.0, 0.0, 0.0) if broken else loss
 
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -186,16 +265,39 @@ class LlavaTrainer(Trainer):
             entry = self._metrics[prefix + name]
             entry[0] = entry[0] + total
             entry[1] = entry[1] + weight
+        if not prefix and "padding_share" in lesson.metrics:
+            padding, positions = lesson.metrics["padding_share"]
+            self._tokens_read += positions - float(padding)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the means of what the lessons reported since the last time."""
+        """Log, with the means over all processes of what the lessons reported since the last time.
+
+        Beside them: tokens (text and visual) that all processes together read per second, memory, and steps skipped.
+        """
         for prefix, present in (("eval_", "eval_loss" in logs), ("", "loss" in logs)):
-            names = [name for name in self._metrics if name.startswith("eval_") == (prefix == "eval_")]
-            if present:
-                for name in names:
-                    total, weight = self._metrics.pop(name)
-                    logs[name] = round(float(total) / max(float(weight), 1.0), 6)
+            names = sorted(name for name in self._metrics if name.startswith("eval_") == (prefix == "eval_"))
+            if present and names:
+                sums = self._sum_over_processes([float(part) for name in names for part in self._metrics.pop(name)])
+                for name, total, weight in zip(names, sums[::2], sums[1::2], strict=True):
+                    logs[name] = round(total / max(weight, 1.0), 6)
+        if "loss" in logs:
+            logs |= self._speed_and_memory()
         super().log(logs, start_time)
+
+    def _speed_and_memory(self) -> dict[str, float]:
+        now = time.monotonic()
+        tokens = self._sum_over_processes([self._tokens_read])[0]
+        seconds, self._counted_since, self._tokens_read = now - self._counted_since, now, 0.0
+        figures = {"tokens_per_second": round(tokens / seconds, 1), "memory_gb": round(peak_memory_gb(), 3)}
+        if self.args.on_nonfinite_loss == "skip":
+            figures["steps_skipped"] = float(self.steps_skipped)
+        return figures
+
+    def _sum_over_processes(self, values: list[float]) -> list[float]:
+        if self.accelerator.num_processes == 1:
+            return values
+        together = torch.tensor(values, device=self.accelerator.device, dtype=torch.float32)
+        return self.accelerator.reduce(together, reduction="sum").tolist()
 
     # ---- checkpoints
 
@@ -236,3 +338,10 @@ class LlavaTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         restore_weights(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if self.is_deepspeed_enabled or best is None:
+            super()._load_best_model()
+        else:
+            restore_weights(self.accelerator.unwrap_model(self.model), Path(best))

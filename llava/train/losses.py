@@ -11,65 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100
-"""Label of a position that nothing is learnt from."""
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of T tokens in float32, (T,), from their logits (T, V) and targets (T,)."""
+    return F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
 
 
-@dataclass(frozen=True)
-class SupervisedTokens:
-    """The positions of a batch that predict a supervised token, in reading order.
-
-    Attributes:
-        rows: row of each position, (T,).
-        columns: position whose hidden state predicts, (T,).
-        targets: token to be predicted, (T,).
-        num_rows: rows of the batch.
-        labels_per_row: supervised labels of each row before the one-step shift, (B,).
-    """
-
-    rows: Tensor
-    columns: Tensor
-    targets: Tensor
-    num_rows: int
-    labels_per_row: Tensor
-
-    def gather(self, hidden_states: Tensor) -> Tensor:
-        """Hidden states (B, L, D) at these positions: (T, D)."""
-        return hidden_states[self.rows, self.columns]
-
-
-def supervised_tokens(labels: Tensor) -> SupervisedTokens:
-    """Find which positions of `labels` (B, L) are learnt from; position i predicts label i + 1."""
-    rows, columns = torch.nonzero(labels[:, 1:] != IGNORE, as_tuple=True)
-    return SupervisedTokens(
-        rows=rows,
-        columns=columns,
-        targets=labels[rows, columns + 1],
-        num_rows=labels.shape[0],
-        labels_per_row=(labels != IGNORE).sum(dim=1),
-    )
-
-
-def token_losses(logits: Tensor, tokens: SupervisedTokens) -> Tensor:
-    """Cross-entropy of every supervised token in float32, (T,), from its logits (T, V)."""
-    return F.cross_entropy(logits.float(), tokens.targets.to(logits.device), reduction="none")
-
-
-def token_mean(losses: Tensor) -> Tensor:
-    """Mean over the tokens of the whole batch; 0, with a gradient of 0, where there are none."""
-    if losses.numel() == 0:
-        return losses.sum()
-    return losses.mean()
-
-
-def per_sample_losses(losses: Tensor, tokens: SupervisedTokens) -> Tensor:
-    """One loss per row, (B,): its token losses summed and divided by its labels.
-
-    As in the published code the labels are counted before the one-step shift, which differs from the number of
-    predicted tokens only where a row's very first token is supervised. A row without labels gets nan.
-    """
-    sums = losses.new_zeros(tokens.num_rows).index_add(0, tokens.rows.to(losses.device), losses)
-    return sums / tokens.labels_per_row.to(losses.device)
+def mean_over(total: Tensor, count: float) -> Tensor:
+    """A sum over `count` things as their mean; 0, with a gradient of 0, where there are none."""
+    return total / max(count, 1)
 
 
 def cost_adjusted(losses: Tensor, visual_tokens: Tensor, cost_weight: float) -> Tensor:
@@ -86,8 +36,8 @@ def cost_adjusted(losses: Tensor, visual_tokens: Tensor, cost_weight: float) -> 
     return losses + cost_weight * torch.log2(tokens / tokens.min(dim=1, keepdim=True).values)
 
 
-def ranking_loss(sorted_logits: Tensor, sorted_losses: Tensor, margin: float) -> Tensor:
-    """Pairwise hinge that asks a better granularity for a higher logit (RGLF).
+def ranking_losses(sorted_logits: Tensor, sorted_losses: Tensor, margin: float) -> Tensor:
+    """Pairwise hinge that asks a better granularity for a higher logit (RGLF), one value per sample.
 
     For ranks i < j the margin is `margin * (j - i) * (loss_j - loss_i)`. Pairs of equal distance are averaged, and
     the distances are summed.
@@ -96,39 +46,42 @@ def ranking_loss(sorted_logits: Tensor, sorted_losses: Tensor, margin: float) ->
         sorted_logits: (N, G) router logits in the order of `sorted_losses`.
         sorted_losses: (N, G) losses, smallest first.
         margin: scale of the margins.
+
+    Returns:
+        (N,); the published loss is their mean.
     """
-    total = sorted_logits.new_zeros(())
+    total = sorted_logits.new_zeros(sorted_logits.shape[0])
     for distance in range(1, sorted_logits.shape[1]):
         wanted = margin * distance * (sorted_losses[:, distance:] - sorted_losses[:, :-distance])
         gap = sorted_logits[:, :-distance] - sorted_logits[:, distance:]
-        total = total + F.relu(wanted - gap).mean()
+        total = total + F.relu(wanted - gap).mean(dim=1)
     return total
 
 
 @dataclass(frozen=True)
-class RouterLoss:
-    """The stage-4 loss and its parts (scalars), with what the router should have chosen.
+class RouterLosses:
+    """The stage-4 losses of N samples and their parts, with what the router should have chosen; the published ones are means.
 
     Attributes:
-        loss: weighted sum that is differentiated.
-        ranking: ranking part, unweighted.
-        cross_entropy: cross-entropy part, unweighted.
+        total: (N,) weighted sum that is differentiated.
+        ranking: (N,) ranking part, unweighted.
+        cross_entropy: (N,) cross-entropy part, unweighted.
         best: (N,) index of the granularity ranked first.
     """
 
-    loss: Tensor
+    total: Tensor
     ranking: Tensor
     cross_entropy: Tensor
     best: Tensor
 
 
-def rglf_loss(
+def rglf_losses(
     router_logits: Tensor,
     answer_losses: Tensor,
     margin: float,
     rank_loss_weight: float = 1.0,
     ce_loss_weight: float = 0.1,
-) -> RouterLoss:
+) -> RouterLosses:
     """Ranking granularity to align LMM feedback.
 
     Args:
@@ -139,15 +92,12 @@ def rglf_loss(
         ce_loss_weight: weight of the cross-entropy against the best granularity.
     """
     logits = router_logits.float()
-    if logits.shape[0] == 0:
-        nothing = logits.sum()
-        return RouterLoss(nothing, nothing.detach(), nothing.detach(), logits.new_zeros(0, dtype=torch.long))
     ordered, order = torch.sort(answer_losses.detach().float(), dim=1, stable=True)
-    ranking = ranking_loss(logits.gather(1, order), ordered, margin)
+    ranking = ranking_losses(logits.gather(1, order), ordered, margin)
     best = order[:, 0]
-    cross_entropy = F.cross_entropy(logits, best)
-    loss = rank_loss_weight * ranking + ce_loss_weight * cross_entropy
-    return RouterLoss(loss, ranking.detach(), cross_entropy.detach(), best)
+    cross_entropy = F.cross_entropy(logits, best, reduction="none")
+    total = rank_loss_weight * ranking + ce_loss_weight * cross_entropy
+    return RouterLosses(total, ranking.detach(), cross_entropy.detach(), best)
 
 
 @dataclass(frozen=True)

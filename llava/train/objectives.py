@@ -1,10 +1,11 @@
 """What one batch teaches: from rows and pictures to the loss of a stage.
 
-    views ── features (once) ──┬── splice at a granularity ── language model ── token losses ── mean
+    views ── features (once) ──┬── every row at every granularity, packed ── language model (once) ── (B, G) answer losses ── mean
                                └── router ── logits ── ranked by the losses of every granularity
 
-Each stage is a function of the same three arguments, and they share their parts. Vocabulary logits are made at supervised
-positions only. B rows, N images, G granularities, T supervised tokens.
+Each stage is a function of the same arguments, and they share their parts. Vocabulary logits are made at supervised positions
+only. Every process of a distributed run makes the same calls of the same modules, whatever its rows hold: under ZeRO-3 each call
+collects weights from all processes. B rows, N images, G granularities, T supervised tokens.
 """
 
 from __future__ import annotations
@@ -17,18 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava.constants import IGNORE_INDEX
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.train.features import FeatureCache
-from llava.train.losses import (
-    SupervisedTokens,
-    cost_adjusted,
-    per_sample_losses,
-    rglf_loss,
-    router_feedback,
-    supervised_tokens,
-    token_losses,
-    token_mean,
-)
+from llava.train.losses import cost_adjusted, mean_over, rglf_losses, router_feedback, token_losses
+from llava.train.packing import pack
 
 Batch = dict[str, Any]
 
@@ -61,8 +54,28 @@ class Lesson:
     metrics: dict[str, tuple[Tensor | float, float]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class AnswerLosses:
+    """What the answers of a batch cost at every granularity.
+
+    Attributes:
+        sums: (B, G) cross-entropy summed over the supervised tokens of each row.
+        labels: (B,) supervised tokens of each row.
+        positions: positions that the language model read.
+        padding: how many of them were padding.
+    """
+
+    sums: Tensor
+    labels: Tensor
+    positions: int
+    padding: int
+
+
 def image_features(model: Any, batch: Batch, cache: FeatureCache | None = None) -> list[Tensor]:
     """Projected features of every picture of a batch, (C, P, D) each, from one pass of the vision tower.
+
+    A batch without a picture gives the features of one blank view, which no row refers to: the tower and the projector are then
+    called as often as elsewhere, and their gradients are zeros instead of absent.
 
     With a cache, pictures are encoded one at a time, so that what is stored never depends on a picture's neighbours and a
     resumed run sees the same bits.
@@ -72,10 +85,11 @@ def image_features(model: Any, batch: Batch, cache: FeatureCache | None = None) 
         batch: from `Collator`.
         cache: tower features by picture name; the tower must be frozen.
     """
+    if not batch["images"]:
+        side = model.config.vision_config["image_size"]
+        return model.encode_views([torch.zeros(1, 3, side, side)])
     if cache is None:
         return model.encode_views(batch["images"])
-    if not batch["images"]:
-        return []
     encoded = [
         _tower_features(model, views, key, size, cache)
         for views, key, size in zip(batch["images"], batch["image_keys"], batch["image_sizes"], strict=True)
@@ -95,32 +109,39 @@ def _tower_features(model: Any, views: Tensor | None, key: str, size: tuple[int,
     return features
 
 
-def language_losses(model: Any, batch: Batch, features: Sequence[Tensor], granularity: int) -> tuple[Tensor, SupervisedTokens]:
-    """Cross-entropy of every supervised token of a batch at one granularity.
+def answer_losses(model: Any, batch: Batch, features: Sequence[Tensor], levels: Sequence[int]) -> AnswerLosses:
+    """Cross-entropy of every row's answer at some granularities, from one pass of the language model.
+
+    Rows of all granularities lie packed side by side. A row without a picture is the same at every granularity and is read once.
 
     Args:
-        features: N tensors (C, P, D) from `image_features`.
-        granularity: visual tokens per view.
-
-    Returns:
-        (T,) losses and the positions they belong to.
+        features: tensors (C, P, D) from `image_features`, the batch's pictures first.
+        levels: visual tokens per view of G granularities.
     """
-    inputs = model.splice(
-        batch["input_ids"],
-        batch["attention_mask"],
-        batch["labels"],
-        features,
-        batch["image_sizes"],
-        [granularity] * len(features),
+    pictured = torch.tensor(batch["images_per_row"]) > 0
+    spliced = model.splice_levels(
+        batch["input_ids"], batch["attention_mask"], batch["labels"], features[: len(batch["images"])], batch["image_sizes"], levels
     )
+    sequences = [row for number, row in enumerate(spliced[0]) if not pictured[number]]
+    place = torch.zeros(len(pictured), len(levels), dtype=torch.long)
+    place[~pictured] = torch.arange(len(sequences))[:, None]
+    for column, rows in enumerate(spliced):
+        own = [row for number, row in enumerate(rows) if pictured[number]]
+        place[pictured, column] = torch.arange(len(own)) + len(sequences)
+        sequences += own
+    packed = pack(sequences, one_row=str(model.config._attn_implementation).startswith("flash"))
     hidden = model.model(
-        inputs_embeds=inputs.inputs_embeds,
-        attention_mask=inputs.attention_mask,
-        position_ids=inputs.position_ids,
-        use_cache=False,
+        inputs_embeds=packed.inputs_embeds, attention_mask=None, position_ids=packed.position_ids, use_cache=False
     ).last_hidden_state
-    tokens = supervised_tokens(inputs.labels)
-    return token_losses(model.lm_head(tokens.gather(hidden)), tokens), tokens
+    line, before = torch.nonzero(packed.labels[:, 1:] != IGNORE_INDEX, as_tuple=True)
+    losses = token_losses(model.lm_head(hidden[line, before]), packed.labels[line, before + 1])
+    sums = losses.new_zeros(len(sequences)).index_add(0, packed.owners[line, before + 1].to(losses.device), losses)
+    return AnswerLosses(
+        sums=sums[place.to(sums.device)],
+        labels=(batch["labels"] != IGNORE_INDEX).sum(dim=1),
+        positions=packed.owners.numel(),
+        padding=int((packed.owners < 0).sum()),
+    )
 
 
 def granularities(model: Any) -> list[int]:
@@ -128,60 +149,86 @@ def granularities(model: Any) -> list[int]:
     return [level.tokens for level in model.levels]
 
 
-def token_mean_lesson(model: Any, batch: Batch, features: Sequence[Tensor], settings: RouterSettings) -> Lesson:
-    """Stages 1 and 2: the mean loss over the batch's supervised tokens, at full granularity."""
-    losses, _ = language_losses(model, batch, features, granularities(model)[-1])
-    return Lesson(token_mean(losses))
+def count_items(batch: Batch, loss_name: str) -> int:
+    """How many things the loss of a batch is a mean over: supervised tokens, or in stage 4 pictures of rows with an answer."""
+    if loss_name == "rglf":
+        answered = (batch["labels"] != IGNORE_INDEX).any(dim=1).tolist()
+        return sum(images for images, answer in zip(batch["images_per_row"], answered, strict=True) if answer)
+    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
 
 
-def multi_granularity_lesson(model: Any, batch: Batch, features: Sequence[Tensor], settings: RouterSettings) -> Lesson:
-    """Stage 3: the plain mean over the granularities of the batch's token mean.
+def token_mean_lesson(
+    model: Any, batch: Batch, features: Sequence[Tensor], settings: RouterSettings, items: float | None = None
+) -> Lesson:
+    """Stages 1 and 2: the mean loss over the supervised tokens, at full granularity.
 
-    The features, and the gradient into tower and projector, are shared by all granularities: one vision pass, one
-    backward pass. A batch without pictures is the same at every granularity and is computed once.
+    Args:
+        items: supervised tokens of the whole step, of all processes and accumulated batches; this batch's own by default.
+    """
+    answers = answer_losses(model, batch, features, granularities(model)[-1:])
+    items = count_items(batch, "token_mean") if items is None else items
+    return Lesson(mean_over(answers.sums.sum(), items) + _blank(batch, features, model), _padding_metrics(answers))
+
+
+def multi_granularity_lesson(
+    model: Any, batch: Batch, features: Sequence[Tensor], settings: RouterSettings, items: float | None = None
+) -> Lesson:
+    """Stage 3: the plain mean over the granularities of the token mean; arguments as in `token_mean_lesson`.
+
+    The features, and the gradient into tower and projector, are shared by all granularities: one vision pass, one pass of the
+    language model, one backward pass.
     """
     levels = granularities(model)
-    if not features:
-        return token_mean_lesson(model, batch, features, settings)
-    means = [token_mean(language_losses(model, batch, features, level)[0]) for level in levels]
+    answers = answer_losses(model, batch, features, levels)
+    own = count_items(batch, "multi_granularity")
+    items = own if items is None else items
+    sums = answers.sums.sum(dim=0)
     metrics: dict[str, tuple[Tensor | float, float]] = {
-        f"loss_{level}": (mean.detach(), 1.0) for level, mean in zip(levels, means, strict=True)
+        f"loss_{level}": (total.detach(), float(own)) for level, total in zip(levels, sums, strict=True)
     }
-    return Lesson(torch.stack(means).mean(), metrics)
+    loss = mean_over(sums.mean(), items) + _blank(batch, features, model)
+    return Lesson(loss, metrics | _padding_metrics(answers))
 
 
-def rglf_lesson(model: Any, batch: Batch, features: Sequence[Tensor], settings: RouterSettings) -> Lesson:
+def rglf_lesson(
+    model: Any, batch: Batch, features: Sequence[Tensor], settings: RouterSettings, items: float | None = None
+) -> Lesson:
     """Stage 4: the router learns to rank the granularities as the frozen language model's losses do.
 
     Rows without a picture or without labels teach it nothing and are counted. All pictures of a row share its losses.
+
+    Args:
+        items: pictures of rows with an answer in the whole step; this batch's own by default.
     """
     per_row = batch["images_per_row"]
     row_of_image = torch.tensor([row for row, count in enumerate(per_row) for _ in range(count)], dtype=torch.long)
-    if settings.scores is None:
-        answer_losses, visual_tokens = score_rows(model, batch, features)
-    else:
-        answer_losses, visual_tokens = settings.scores(batch["rows"])
-    usable_rows = torch.isfinite(answer_losses).all(dim=1).cpu()
-    usable = usable_rows[row_of_image].nonzero().flatten()
-    skipped = sum(not (usable_rows[row] and count) for row, count in enumerate(per_row))
-    if not len(features):
-        nothing = torch.stack([parameter.sum() for parameter in model.model.router.parameters()]).sum() * 0.0
-        return Lesson(nothing, {"router_rows_skipped": (float(skipped), 1.0)})
-    logits = model.route_logits(batch["input_ids"], batch["attention_mask"], batch["labels"], features)
-    logits = logits[usable.to(logits.device)]
-    rows = row_of_image[usable]
-    tokens = visual_tokens[rows.to(visual_tokens.device)].to(logits.device)
-    losses = answer_losses[rows.to(answer_losses.device)].to(logits.device)
+    answered = (batch["labels"] != IGNORE_INDEX).any(dim=1).cpu()
+    usable = answered[row_of_image].nonzero().flatten()
+    skipped = sum(not (answered[row] and count) for row, count in enumerate(per_row))
+    known = settings.scores(batch["rows"]) if settings.scores is not None else score_rows(model, batch, features)
+    logits = _route(model, batch, features)
+    own = logits[usable.to(logits.device)]
+    losses, tokens = (table[row_of_image[usable].to(table.device)].to(own.device) for table in known)
     ranked = cost_adjusted(losses, tokens, settings.granularity_cost_weight)
-    taught = rglf_loss(logits, ranked, settings.margin, settings.rank_loss_weight, settings.ce_loss_weight)
-    metrics = _router_metrics(granularities(model), logits, ranked, losses, tokens)
+    taught = rglf_losses(own, ranked, settings.margin, settings.rank_loss_weight, settings.ce_loss_weight)
+    # The blank picture of a batch without one has logits too; they count nothing but keep the gradients there.
+    loss = mean_over(taught.total.sum(), len(own) if items is None else items) + 0.0 * logits.sum()
+    metrics = _router_metrics(granularities(model), own, ranked, losses, tokens)
     metrics["router_rows_skipped"] = (float(skipped), 1.0)
-    metrics["ranking_loss"] = (taught.ranking, 1.0)
-    metrics["cross_entropy"] = (taught.cross_entropy, 1.0)
-    return Lesson(taught.loss, metrics)
+    metrics["ranking_loss"] = (taught.ranking.sum(), float(len(own)))
+    metrics["cross_entropy"] = (taught.cross_entropy.sum(), float(len(own)))
+    return Lesson(loss, metrics)
 
 
-LESSONS: dict[str, Callable[[Any, Batch, Sequence[Tensor], RouterSettings], Lesson]] = {
+def _route(model: Any, batch: Batch, features: Sequence[Tensor]) -> Tensor:
+    """(N, G) logits; of a batch without a picture, of the blank one."""
+    if batch["images"]:
+        return model.route_logits(batch["input_ids"], batch["attention_mask"], batch["labels"], features)
+    blank_prompt = torch.tensor([[batch["input_ids"][0, 0].item(), IMAGE_TOKEN_INDEX]], device=features[0].device)
+    return model.route_logits(blank_prompt, None, None, features)
+
+
+LESSONS: dict[str, Callable[..., Lesson]] = {
     "token_mean": token_mean_lesson,
     "multi_granularity": multi_granularity_lesson,
     "rglf": rglf_lesson,
@@ -193,16 +240,16 @@ LESSONS: dict[str, Callable[[Any, Batch, Sequence[Tensor], RouterSettings], Less
 def score_rows(model: Any, batch: Batch, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """What the answers of a batch cost at every granularity; dropout is off.
 
+    Each row's losses are summed and divided by its labels. As in the published code these are counted before the one-step shift,
+    which differs from the number of predicted tokens only where a row's very first token is supervised.
+
     Returns:
         (B, G) answer losses, nan for rows without labels, and (B, G) visual tokens of each row's pictures together.
     """
-    levels = granularities(model)
     detached = [image.detach() for image in features]
     with evaluating(model):
-        losses = torch.stack(
-            [per_sample_losses(*language_losses(model, batch, detached, level)) for level in levels], dim=1
-        )
-    return losses, visual_token_counts(model, batch, detached)
+        answers = answer_losses(model, batch, detached, granularities(model))
+    return answers.sums / answers.labels[:, None].to(answers.sums.device), visual_token_counts(model, batch, detached)
 
 
 def visual_token_counts(model: Any, batch: Batch, features: Sequence[Tensor]) -> Tensor:
@@ -210,7 +257,7 @@ def visual_token_counts(model: Any, batch: Batch, features: Sequence[Tensor]) ->
     levels = granularities(model)
     costs = [
         [model.num_visual_tokens(size, level, len(views)) for level in levels]
-        for size, views in zip(batch["image_sizes"], features, strict=True)
+        for size, views in zip(batch["image_sizes"], features, strict=False)
     ]
     counts = torch.zeros(len(batch["images_per_row"]), len(levels), dtype=torch.long)
     image = 0
@@ -221,9 +268,16 @@ def visual_token_counts(model: Any, batch: Batch, features: Sequence[Tensor]) ->
     return counts
 
 
-def num_supervised(batch: Batch) -> int:
-    """Supervised labels of a batch."""
-    return int((batch["labels"] != IGNORE_INDEX).sum())
+def _blank(batch: Batch, features: Sequence[Tensor], model: Any) -> Tensor:
+    """Zero, with a gradient of zero for the newline vector and whatever made the features of a batch without a picture."""
+    if batch["images"]:
+        return features[0].new_zeros(())
+    newline = getattr(model.model, "image_newline", None)
+    return 0.0 * (features[0].sum() + (0.0 if newline is None else newline.sum()))
+
+
+def _padding_metrics(answers: AnswerLosses) -> dict[str, tuple[Tensor | float, float]]:
+    return {"padding_share": (float(answers.padding), float(answers.positions))}
 
 
 @contextmanager
@@ -243,8 +297,6 @@ def _router_metrics(
     levels: Sequence[int], logits: Tensor, ranked: Tensor, losses: Tensor, tokens: Tensor
 ) -> dict[str, tuple[Tensor | float, float]]:
     """Loss per granularity, chosen shares, agreement with the best, regret and mean tokens."""
-    if logits.shape[0] == 0:
-        return {}
     feedback = router_feedback(logits, ranked, tokens)
     weight = float(feedback.rows)
     metrics: dict[str, tuple[Tensor | float, float]] = {

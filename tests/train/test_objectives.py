@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from llava.train.features import FeatureCache
-from llava.train.losses import rglf_loss, token_mean
+from llava.train.losses import rglf_losses
 from llava.train.objectives import (
     LESSONS,
     RouterSettings,
+    answer_losses,
+    count_items,
     granularities,
     image_features,
-    language_losses,
     multi_granularity_lesson,
     rglf_lesson,
     score_rows,
@@ -45,8 +46,8 @@ def test_recorded_stage3(name: str, tiny_model: Any, recorded_batch: Recorded, t
     lesson.loss.backward()
     assert lesson.loss.item() == pytest.approx(record["loss"], rel=1e-4)
     for level, loss in record["per_granularity_loss"].items():
-        if lesson.metrics:
-            assert float(lesson.metrics[f"loss_{level}"][0]) == pytest.approx(loss, rel=1e-4)
+        total, weight = lesson.metrics[f"loss_{level}"]
+        assert float(total) / weight == pytest.approx(loss, rel=1e-4)
     _norms_match(tiny_model, record["grad_norm_by_param"])
 
 
@@ -84,37 +85,81 @@ def test_rows_that_teach_the_router_nothing(
     features = [image.detach() for image in image_features(tiny_model, batch)]
     lesson = rglf_lesson(tiny_model, batch, features, RouterSettings(margin=1.0))
     lesson.loss.backward()
+    assert all(p.grad is not None for p in tiny_model.model.router.parameters())
     rows = {"C_mixed_text": [0, 2], "D_text_only": [], "E_no_labels_row": [0]}[name]
     logits = torch.tensor([record["router_logits"][row] for row in rows]).reshape(len(rows), 5)
     losses = torch.tensor(
         [[float(value) for value in record["llm_loss_rows_samples_cols_granularities"][row]] for row in rows]
     )
-    expected = rglf_loss(logits, losses.reshape(len(rows), 5), 1.0).loss.item()
+    expected = rglf_losses(logits, losses.reshape(len(rows), 5), 1.0).total.sum().item() / max(len(rows), 1)
     assert lesson.loss.item() == pytest.approx(expected, rel=1e-4)
     assert lesson.metrics["router_rows_skipped"][0] == len(batch["rows"]) - len(rows)
 
 
-def test_equals_a_naive_loop_and_reaches_the_tower(tiny_model: Any, recorded_batch: Recorded) -> None:
+def naive_loss(model: Any, batch: dict[str, Any], level: int) -> torch.Tensor:
+    """The stock path: the model's own forward with labels, images encoded again, rows padded."""
+    keys = ("input_ids", "attention_mask", "labels", "image_sizes")
+    pictures = batch["images"] or None
+    return model(**{key: batch[key] for key in keys}, images=pictures, vis_token_granularity=level).loss
+
+
+@pytest.mark.parametrize("name", ["A_two_images", "B_padded_three", "C_mixed_text"])
+def test_equals_a_naive_loop_and_reaches_the_tower(name: str, tiny_model: Any, recorded_batch: Recorded) -> None:
     apply_stage(tiny_model, STAGES["multi_granularity"])
-    batch = recorded_batch("B_padded_three")
-    calls: list[int] = []
-    handle = tiny_model.get_vision_tower().register_forward_hook(lambda *_: calls.append(1))
-    multi_granularity_lesson(tiny_model, batch, image_features(tiny_model, batch), DEFAULT).loss.backward()
-    assert len(calls) == 1
-    handle.remove()
+    tiny_model.double()
+    batch = recorded_batch(name)
+    calls: list[str] = []
+    parts = {"tower": tiny_model.get_vision_tower(), "llm": tiny_model.model.layers[0], "words": tiny_model.lm_head}
+    handles = [part.register_forward_hook(lambda *_, name=name: calls.append(name)) for name, part in parts.items()]
+    lesson = multi_granularity_lesson(tiny_model, batch, image_features(tiny_model, batch), DEFAULT)
+    lesson.loss.backward()
+    assert sorted(calls) == ["llm", "tower", "words"]
+    for handle in handles:
+        handle.remove()
     gradients = {n: p.grad.clone() for n, p in tiny_model.named_parameters() if p.grad is not None}
     tiny_model.zero_grad()
+    expected = 0.0
     for level in granularities(tiny_model):
-        loss = token_mean(language_losses(tiny_model, batch, image_features(tiny_model, batch), level)[0])
-        (loss / 5).backward()
-    for name, parameter in tiny_model.named_parameters():
+        loss = naive_loss(tiny_model, batch, level) / 5
+        loss.backward()
+        expected += loss.item()
+    assert lesson.loss.item() == pytest.approx(expected, rel=1e-4)
+    for name_, parameter in tiny_model.named_parameters():
         if parameter.grad is None:
-            assert name not in gradients
+            assert name_ not in gradients
         else:
-            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(gradients[name_], parameter.grad, rtol=1e-4, atol=1e-7)
     tower = [name for name in gradients if "vision_tower" in name]
     assert any("layers.0" in name for name in tower) and any("patch_embedding" in name for name in tower)
     assert not any("router" in name for name in gradients)
+
+
+@pytest.mark.parametrize("stage", ["align", "instruct", "multi_granularity"])
+def test_a_batch_without_a_picture_leaves_zero_gradients_and_calls_every_part(
+    stage: str, tiny_model: Any, recorded_batch: Recorded
+) -> None:
+    apply_stage(tiny_model, STAGES[stage])
+    batch = recorded_batch("D_text_only")
+    calls: list[int] = []
+    tiny_model.get_vision_tower().register_forward_hook(lambda *_: calls.append(1))
+    lesson = LESSONS[STAGES[stage].loss](tiny_model, batch, image_features(tiny_model, batch), DEFAULT)
+    lesson.loss.backward()
+    assert len(calls) == 1
+    assert lesson.loss.item() == pytest.approx(naive_loss(tiny_model, batch, 144).item(), rel=1e-4)
+    for name, parameter in tiny_model.named_parameters():
+        if parameter.requires_grad and ("mm_projector" in name or "patch_embedding" in name or "image_newline" in name):
+            assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_a_batch_counts_by_its_share_of_the_step(tiny_model: Any, recorded_batch: Recorded) -> None:
+    apply_stage(tiny_model, STAGES["rglf"])
+    batch = recorded_batch("C_mixed_text")
+    features = [image.detach() for image in image_features(tiny_model, batch)]
+    assert [count_items(batch, loss) for loss in ("token_mean", "rglf")] == [int((batch["labels"] != -100).sum()), 2]
+    for name in LESSONS:
+        own = count_items(batch, name)
+        whole = LESSONS[name](tiny_model, batch, features, DEFAULT).loss.item()
+        assert LESSONS[name](tiny_model, batch, features, DEFAULT, 4 * own).loss.item() == pytest.approx(whole / 4, rel=1e-5)
 
 
 def test_full_granularity_equals_the_models_own_loss(tiny_model: Any, recorded_batch: Recorded) -> None:
@@ -129,6 +174,8 @@ def test_full_granularity_equals_the_models_own_loss(tiny_model: Any, recorded_b
         vis_token_granularity=144,
     ).loss
     assert lesson.loss.item() == pytest.approx(own.item(), rel=1e-5)
+    single = answer_losses(tiny_model, batch, image_features(tiny_model, batch), [144])
+    assert single.sums.sum().item() / int(single.labels.sum()) == pytest.approx(own.item(), rel=1e-5)
 
 
 def test_known_scores_give_the_same_lesson(tiny_model: Any, recorded_batch: Recorded) -> None:
