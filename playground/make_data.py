@@ -4,16 +4,14 @@ Run: ``python -m playground.make_data --output playground/build/data`` (``--part
 split, ``--part samples`` the sample pictures). Image paths in the files are relative to the output folder.
 
 ======================  =====================================================================================
-``stage1.json``         captions ("<image>" and what it shows, template ``plain``) of miniatures, pairs and scenes
-``miniatures.json``     conversations about one quadrant (64x64), all its questions in random order
-``pairs.json``          the same about two quadrants (128x64 or 64x128), which fill a canvas without padding
-``scenes.json``         the same about full scenes (128x128)
-``drill_*.json``        of each of these three: two rows in three ask only what is learned late (``DRILL_FAMILIES``,
-                        about every band of the pole), the third asks everything, so that nothing is forgotten
+``stage1.json``         captions ("<image>" and what it shows, template ``plain``)
+``instruct.json``       conversations with every question about a picture, in random order
 ``stage4.json``         one question per row about other full scenes, with its ``family``
 ``validation.jsonl``    questions with ``question_id, image, text, answer, family`` on the validation split
 ``test.jsonl``          the same on the test split
 ======================  =====================================================================================
+
+The first two are about the same pictures: full scenes (128x128), pairs of quadrants (128x64 or 64x128) and miniatures (64x64).
 """
 
 from __future__ import annotations
@@ -33,12 +31,9 @@ from playground import world
 
 log = logging.getLogger("playground.make_data")
 
-FULL = (2, 2)
+FULL = ((2, 2),)
 PAIRS = ((2, 1), (1, 2))
-DRILL_FAMILIES = ("digit", *world.FINE_FAMILIES)
-"""What the model learns suddenly and late; asked on its own it is learned much sooner."""
-REHEARSAL = 3
-"""Every so many pictures of a drill are asked everything."""
+MINIATURES = ((1, 1),)
 FIRST_STAGE4_SCENE = 1_000_000
 FIRST_SAMPLE_SCENE = 2_000_000
 FIRST_QUESTION_ID = {"validation": 1_000_000, "test": 2_000_000}
@@ -92,32 +87,18 @@ def single_question_records(name: str, image: str, scene: world.Scene, lots: ran
     ]
 
 
-def late_questions(scene: world.Scene, lots: random.Random) -> list[world.Question]:
-    """What is learned late about ``scene``, with one question for each band of the pole."""
-    questions = world.questions(scene, lots, bands=world.BANDS)
-    return [question for question in questions if question.family in DRILL_FAMILIES]
-
-
-def write_conversations(kind: str, count: int, layouts: tuple[tuple[int, int], ...], captions: int,
-                        output: Path, seed: int) -> list[Record]:
-    """Write ``count`` pictures and their conversations to ``<kind>.json``, the drill about them to
-    ``drill_<kind>.json``; return captions of the first ``captions`` pictures."""
+def write_pictures(kind: str, count: int, layouts: tuple[tuple[int, int], ...], output: Path,
+                   seed: int) -> tuple[list[Record], list[Record]]:
+    """Write ``count`` pictures; return their captions and their conversations."""
     lots = random.Random(f"{seed}/data/{kind}")
-    conversations, drill, told = [], [], []
+    captions, conversations = [], []
     for number in tqdm(range(count), desc=kind, mininterval=5):
         scene = world.make_scene("train", number, seed=seed, layout=layouts[number % len(layouts)])
         name = f"{kind}-{number:06d}"
         image = _save(world.render(scene), output, f"images/{kind}/{number:06d}.png")
-        questions = world.questions(scene, lots, posters=2)
-        conversations.append(conversation_record(name, image, questions))
-        asked = questions if number // len(layouts) % REHEARSAL == 0 else late_questions(scene, lots)
-        if asked:
-            drill.append(conversation_record(f"drill-{name}", image, asked))
-        if number < captions:
-            told.append(caption_record(name, image, scene, lots))
-    _write_json(conversations, output / f"{kind}.json")
-    _write_json(drill, output / f"drill_{kind}.json")
-    return told
+        captions.append(caption_record(name, image, scene, lots))
+        conversations.append(conversation_record(name, image, world.questions(scene, lots, posters=2)))
+    return captions, conversations
 
 
 def write_stage4(count: int, output: Path, seed: int) -> None:
@@ -162,11 +143,15 @@ def write_samples(output: Path, seed: int) -> None:
 def write_training_data(args: argparse.Namespace) -> None:
     """Write every file of the table above."""
     captions: list[Record] = []
-    for kind, count, layouts in (("miniatures", args.miniatures, ((1, 1),)), ("pairs", args.pairs, PAIRS),
-                                 ("scenes", args.scenes, (FULL,))):
-        captions += write_conversations(kind, count, layouts, args.captions // 3, args.output, args.seed)
-    random.Random(args.seed).shuffle(captions)
-    _write_json(captions, args.output / "stage1.json")
+    conversations: list[Record] = []
+    for kind, count, layouts in (("scenes", args.scenes, FULL), ("pairs", args.pairs, PAIRS),
+                                 ("miniatures", args.miniatures, MINIATURES)):
+        told, asked = write_pictures(kind, count, layouts, args.output, args.seed)
+        captions += told
+        conversations += asked
+    for records, name in ((captions, "stage1"), (conversations, "instruct")):
+        random.Random(f"{args.seed}/data/{name}").shuffle(records)
+        _write_json(records, args.output / f"{name}.json")
     write_stage4(args.stage4, args.output, args.seed)
     write_questions("validation", args.validation, args.output, args.seed, "images/validation")
     write_questions("test", args.test, args.output, args.seed, "images/test")
@@ -178,11 +163,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("playground/build/data"))
     parser.add_argument("--part", choices=("training", "eval", "samples"), default="training",
                         help="training: every file; eval: the test split alone; samples: three sample pictures")
-    parser.add_argument("--miniatures", type=int, default=12_000)
-    parser.add_argument("--pairs", type=int, default=6_000)
-    parser.add_argument("--scenes", type=int, default=12_000)
-    parser.add_argument("--captions", type=int, default=12_000, help="in all; a third each of the three above")
-    parser.add_argument("--stage4", type=int, default=1_200, help="pictures; ten rows each")
+    parser.add_argument("--scenes", type=int, default=8_000)
+    parser.add_argument("--pairs", type=int, default=1_000)
+    parser.add_argument("--miniatures", type=int, default=1_000)
+    parser.add_argument("--stage4", type=int, default=400, help="pictures; ten rows each")
     parser.add_argument("--validation", type=int, default=200)
     parser.add_argument("--test", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)

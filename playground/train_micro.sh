@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# The micro model from nothing: world, two warm-ups, the four stages, three router seeds, the table and its plots.
+# The micro model from nothing: world, three warm-ups, the four stages by scripts/avg_llava, three router seeds, the table and its plots.
 #
 #   bash playground/train_micro.sh [OUTPUT]          (default: playground/build)
 #
 # Needs  the package with its extras: pip install -e ".[playground]", and no GPU.
 # Costs  two CPU cores for about two hours (its parts took 110 minutes when run one by one, some beside other work), and half a GB of disk.
-# Again  a step whose result is there is left out, so a broken run goes on where it was; the two warm-ups resume within a step.
+# Again  a step whose result is there is left out, so a broken run goes on where it was; the warm-ups resume within a step.
 # Ships  COPY=1 copies the finished checkpoint to playground/avg-llava-micro and the results to playground/results.
 #
-# The two warm-ups stand for what CLIP and Vicuna bring to the real model: an eye that knows what it sees, and a tongue that can read
-# notes and answer. The curriculum of stage 2 (one quadrant, then whole scenes, each first with the questions that are learned late)
-# is part of the recipe. The tower stays frozen after its warm-up: its features are settled so that pooling loses order and place
-# (see pretrain_vision.py), further training would pack them into the pooled tokens, and frozen features are computed once.
+# The warm-ups stand for what CLIP and Vicuna bring to the real model: an eye that knows what it sees, a tongue that can read notes
+# and answer, and a common code between the two. The tower stays frozen afterwards: its features are settled so that pooling loses
+# order and place (see pretrain_vision.py), further training would pack them into the pooled tokens, and frozen features are computed
+# once.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -20,19 +20,20 @@ threads=${THREADS:-2}
 data=$out/data
 scale=${SCALE:-1} # SCALE=0.01 is a quick trial of every step
 export OMP_NUM_THREADS=$threads OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
+export LAUNCHER=python DEVICE=cpu ZERO=none WORKERS=0 MODEL_MAX_LENGTH=2048 IMAGE_FOLDER=$data # read by scripts/avg_llava
 
 say() { printf '\n== %s\n' "$*"; }
 steps() { python -c "print(max(2, round($1 * $scale)))"; }
 
-# done_before FOLDER: whether a step's result is complete.
-done_before() { [[ -e $1/trainer_state.json || -e $1/.done ]]; }
-
 say "World"
 [[ -e $data/.done ]] || {
-  python -m playground.make_data --output "$data" --miniatures "$(steps 12000)" --pairs "$(steps 6000)" --scenes "$(steps 12000)" \
-    --captions "$(steps 12000)" --stage4 "$(steps 400)" --validation "$(steps 200)" --test "$(steps 400)"
+  python -m playground.make_data --output "$data" --scenes "$(steps 8000)" --pairs "$(steps 1000)" --miniatures "$(steps 1000)" \
+    --stage4 "$(steps 400)" --validation "$(steps 200)" --test "$(steps 400)"
   touch "$data/.done"
 }
+
+shape=(--mm_projector_type mlp2x_gelu --mm_vision_select_layer -1 --image_aspect_ratio anyres --vis_token_granularity 4,8,16,32,64
+  --image_grid_pinpoints "[[64,64],[64,128],[128,64],[128,128],[192,64],[64,192]]")
 
 say "Warm-up of the eye"
 [[ -e $out/vision/preprocessor_config.json ]] ||
@@ -40,42 +41,36 @@ say "Warm-up of the eye"
 
 say "Warm-up of the tongue"
 [[ -e $out/language/model.safetensors ]] ||
-  python -m playground.pretrain_language --output "$out/language" --threads "$threads" --steps "$(steps 1500)"
+  python -m playground.pretrain_language --output "$out/language" --threads "$threads" --steps "$(steps 1000)"
 
-common=(--image_folder "$data" --use_cpu --report_to none --save_strategy no --logging_steps 20 --cache_image_features_gb 6
-  --warmup_ratio 0.03 --adam_beta2 0.98)
-new=(--mm_projector_type mlp2x_gelu --mm_vision_select_layer -1 --image_aspect_ratio anyres --vis_token_granularity 4,8,16,32,64
-  --image_grid_pinpoints "[[64,64],[64,128],[128,64],[128,128],[192,64],[64,192]]")
+say "Warm-up of both: a common code"
+[[ -e $out/reader/model.safetensors ]] ||
+  python -m playground.pretrain_reader --language "$out/language" --vision "$out/vision" --output "$out/reader" --threads "$threads" \
+    --steps "$(steps 500)" --projector-steps "$(steps 300)" "${shape[@]}"
 
-# learn NAME FROM STAGE DATA STEPS BATCH RATE [FLAGS]: one training run.
-learn() {
-  local name=$1 from=$2 stage=$3 rows=$4 count=$5 batch=$6 rate=$7
+common=(--cache_image_features_gb 6 --adam_beta2 0.98 --gradient_checkpointing False --save_strategy no --report_to none
+  --logging_steps 20)
+
+# stage SCRIPT NAME FROM ROWS STEPS BATCH RATE [FLAGS]: one training run by its script, unless its result is there.
+stage() {
+  local script=$1 name=$2 from=$3 rows=$4 count=$5 batch=$6 rate=$7
   shift 7
-  done_before "$out/$name" && return
-  say "Stage $stage: $name"
-  python -m llava.train.train --stage "$stage" --model_name_or_path "$out/$from" --data_path "$data/$rows.json" --output_dir "$out/$name" \
-    --max_steps "$(steps "$count")" --per_device_train_batch_size "$batch" --learning_rate "$rate" "${common[@]}" "$@"
+  [[ -e $out/$name/trainer_state.json ]] && return
+  MODEL=$out/$from DATA_PATH=$data/$rows.json OUTPUT_DIR=$out/$name GLOBAL_BATCH=$batch BATCH=$batch LEARNING_RATE=$rate OVERWRITE=1 \
+    bash "scripts/avg_llava/$script.sh" --max_steps "$(steps "$count")" "${common[@]}" "$@"
 }
 frozen=(--unfreeze_mm_vision_tower False)
-steady=(--lr_scheduler_type constant_with_warmup)
 
-learn stage1 language align stage1 250 16 3e-3 --vision_tower "$out/vision" "${new[@]}" --seed 0
-learn stage2-pairs stage1 instruct pairs 300 16 1e-3 "${frozen[@]}" --seed 0
-learn stage2-scenes stage2-pairs instruct scenes 260 16 1e-3 "${frozen[@]}" --seed 0
-learn stage2-drill stage2-scenes instruct drill_miniatures 330 32 2e-3 "${frozen[@]}" "${steady[@]}" --seed 2
-learn stage2 stage2-drill instruct drill_scenes 200 16 2e-3 "${frozen[@]}" "${steady[@]}" --seed 3
-learn stage3 stage2 multi_granularity scenes 240 8 1.5e-3 "${frozen[@]}" --seed 1
+VISION_TOWER=$out/vision stage stage1_align stage1 reader stage1 150 16 1e-3 --pretrain_mm_mlp_adapter "$out/reader" "${shape[@]}"
+stage stage2_instruct stage2 stage1 instruct 400 16 1e-3 "${frozen[@]}"
+stage stage3_multi_granularity stage3 stage2 instruct 400 8 1e-3 "${frozen[@]}" --vis_token_granularity 4,8,16,32,64
 
-say "Scores of stage 4"
-[[ -e $out/scores.parquet ]] || python -m llava.train.score_granularities --model_name_or_path "$out/stage3" \
-  --data_path "$data/stage4.json" --image_folder "$data" --output_file "$out/scores.parquet" --batch_size 16 --device cpu
-
-# route NAME SEED [FLAGS]: one router, trained on the scores; the language model does not run.
+# route NAME SEED [FLAGS]: one router. The first run scores every row at every granularity; the language model never runs again.
 route() {
   local name=$1 seed=$2
   shift 2
-  learn "$name-$seed" stage3 rglf stage4 375 32 3e-3 --granularity_scores "$out/scores.parquet" \
-    --router_hidden_size 32 --filtered_text_num 16 --router_dropout 0.0 --seed "$seed" "$@"
+  SCORE=1 SCORES=$out/scores.parquet SCORE_BATCH=16 FILTERED_TEXT_NUM=${TEXT:-16} \
+    stage stage4_rglf "$name-$seed" stage3 stage4 375 32 3e-3 --router_hidden_size 32 --router_dropout 0.0 --seed "$seed" "$@"
 }
 cost=(--granularity_cost_weight "${COST:-0.03}")
 for seed in 0 1 2; do
@@ -83,7 +78,7 @@ for seed in 0 1 2; do
   route paper-loss "$seed" --router_attention_axis "${AXIS:-views}"
 done
 route other-axis 0 --router_attention_axis "${OTHER_AXIS:-tokens}" "${cost[@]}"
-route no-instruction 0 --router_attention_axis "${AXIS:-views}" "${cost[@]}" --router_without_instruction True --filtered_text_num 0
+TEXT=0 route no-instruction 0 --router_attention_axis "${AXIS:-views}" "${cost[@]}" --router_without_instruction True
 
 say "Table"
 [[ -e $out/records.json ]] || python -m playground.evaluate answer --model "$out/stage3" --questions "$data/test.jsonl" --output "$out/records.json"

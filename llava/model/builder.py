@@ -10,6 +10,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, CLIPImageProcessorPil, PreTrainedTokenizerBase
 
+from llava.model.adapter import (
+    adapter_base,
+    attach_adapter,
+    is_adapter,
+    load_lora,
+    load_rest,
+    merge_adapter,
+    read_lora_config,
+    read_rest,
+    tokenizer_source,
+)
 from llava.model.config import LlavaConfig, LlavaMistralConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
@@ -45,10 +56,12 @@ def load_pretrained_model(
     """Load a checkpoint for inference.
 
     Args:
-        model_path: a folder or hub id: a full checkpoint, or a folder with a config and only a projector (then give `model_base`).
-        model_base: the language model that a projector-only folder belongs to.
+        model_path: a folder or hub id: a full checkpoint, an adapter folder (LoRA), or a folder with a config and only a projector
+            (then give `model_base`).
+        model_base: the model that a projector-only or adapter folder belongs to; an adapter may name its own.
         model_name: accepted for LLaVA's callers; nothing is decided by a name.
-        load_8bit, load_4bit: quantise the language model with bitsandbytes; tower, projector and router stay whole.
+        load_8bit, load_4bit: quantise the language model with bitsandbytes; tower, projector and router stay whole. An adapter is
+            merged into the language model otherwise; here it stays beside the quantised weights, as merging would round it away.
         device_map: "auto" puts the model on the best device here, and spreads it where there are several; otherwise transformers' own.
         device: cuda, mps or cpu; by default the best that is there. A device other than cuda overrides `device_map`.
         use_flash_attn: the language model uses flash attention 2.
@@ -62,14 +75,18 @@ def load_pretrained_model(
         ValueError: a folder that is not a checkpoint, another model type, flags that contradict, or keys that do not fit.
     """
     options = _loading_options(load_8bit, load_4bit, device_map, device, use_flash_attn, kwargs)
-    if model_base is not None:
+    if load_4bit and options["device_map"] == {"": "cpu"}:
+        _model_class(model_path)
+        check_4bit_on_cpu(model_path)
+    words = model_base or model_path
+    if is_adapter(model_path):
+        model, base = load_adapter_model(model_path, model_base, options, merge=not (load_8bit or load_4bit))
+        words = tokenizer_source(model_path, base)
+    elif model_base is not None:
         model = _load_with_base(model_path, model_base, options)
     else:
-        model_class = _model_class(model_path)
-        if load_4bit and options["device_map"] == {"": "cpu"}:
-            _check_4bit_on_cpu(model_path)
-        model = model_class.from_pretrained(model_path, **options)
-    tokenizer = load_tokenizer(model_base or model_path)
+        model = _model_class(model_path).from_pretrained(model_path, **options)
+    tokenizer = load_tokenizer(words)
     _add_image_tokens(tokenizer, model)
     model.eval()
     tower = getattr(model.model, "vision_tower", None)
@@ -105,6 +122,45 @@ def _loading_options(
     return options
 
 
+def load_adapter_model(
+    folder: str, model_base: str | None, options: dict[str, Any], merge: bool = True, with_lora: bool = True
+) -> tuple[Any, str]:
+    """The model underneath an adapter with the adapter's whole parts, and its LoRA matrices merged or attached.
+
+    Args:
+        folder: the adapter folder. model_base: see `load_pretrained_model`.
+        options: for transformers' `from_pretrained`; a `dtype` of "auto" means that of the model underneath.
+        merge: put the matrices into the weights; otherwise they stay apart, in float32.
+        with_lora: `False` leaves the matrices out, for a caller that attaches them itself.
+
+    Returns:
+        (model, the model underneath by path or hub id).
+
+    Raises:
+        ValueError: parts that do not fit together, or that neither folder has.
+    """
+    base = adapter_base(folder, model_base)
+    use_safetensors = options.get("use_safetensors", True)
+    rest = read_rest(folder, use_safetensors)
+    model_class = _model_class(folder)
+    if model_class not in MODEL_CLASSES.values():
+        kinds = ", ".join(MODEL_CLASSES)
+        raise ValueError(f"{folder} is an adapter of a plain language model; expected a config.json of type {kinds} in it.")
+    config = model_class._read_config(folder)
+    if options.get("dtype") == "auto":
+        stored = LlavaConfig.get_config_dict(base)[0]
+        config.dtype = stored.get("dtype", stored.get("torch_dtype"))
+    tower = model_class._complete_tower(config, folder)
+    model = model_class.from_base(base, config, tower, held=rest, **options)
+    load_rest(model, rest, folder)
+    if with_lora:
+        attach_adapter(model, read_lora_config(folder))
+        load_lora(model, folder, use_safetensors)
+        if merge:
+            merge_adapter(model)
+    return model, base
+
+
 def _check_device(device: str) -> None:
     kind = str(device).split(":")[0]
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -114,8 +170,14 @@ def _check_device(device: str) -> None:
         raise ValueError(f"device is {device!r}, but this machine has no {kind}; use {pick_device()}.")
 
 
-def _check_4bit_on_cpu(path: str) -> None:
-    """bitsandbytes packs 4-bit weights for the CPU in blocks of 64 inputs and fails in the first forward where they do not fit."""
+def check_4bit_on_cpu(path: str) -> None:
+    """Refuse widths that cannot work.
+
+    bitsandbytes packs 4-bit weights for the CPU in blocks of 64 inputs and fails in the first forward where they do not fit.
+
+    Raises:
+        ValueError: a width that is no multiple of 64.
+    """
     stored = LlavaConfig.get_config_dict(path)[0]
     odd = {name: stored[name] for name in ("hidden_size", "intermediate_size") if name in stored and stored[name] % 64}
     if odd:

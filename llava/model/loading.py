@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
+from llava.model.adapter import TOWER_PREFIX, has_adapter, is_adapter, save_adapter
 from llava.model.config import LlavaConfig
 
 logger = logging.getLogger(__name__)
 
-TOWER_PREFIX = "model.vision_tower."
 MULTIMODAL_PREFIXES = (TOWER_PREFIX, "model.mm_projector.", "model.image_newline", "model.router.")
 IGNORED_UNEXPECTED = (r"rotary_emb\.inv_freq$", r"embeddings\.position_ids$")
 """Buffers that older libraries stored and today's compute."""
@@ -85,6 +86,8 @@ def check_folder(path: str | Path, safetensors_only: bool) -> bool:
         raise ValueError(f"{folder} lacks the weight files {missing} that its index names; copy the checkpoint again.")
     if files:
         return True
+    if is_adapter(folder):
+        raise ValueError(f"{folder} holds an adapter, not a whole model; load it with load_pretrained_model, or merge it first.")
     if not list(folder.glob("*.bin")):
         raise ValueError(f"{folder} holds no weights: expected model.safetensors or model.safetensors.index.json.")
     if safetensors_only:
@@ -95,7 +98,7 @@ def check_folder(path: str | Path, safetensors_only: bool) -> bool:
 
 
 class CheckpointLoading:
-    """`from_pretrained` that finds the vision tower and refuses incomplete checkpoints."""
+    """`from_pretrained` that finds the vision tower and refuses incomplete checkpoints; `save_pretrained` that knows adapters."""
 
     _keys_to_ignore_on_load_unexpected = list(IGNORED_UNEXPECTED)
 
@@ -130,25 +133,40 @@ class CheckpointLoading:
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def from_base(cls, base: Any, config: LlavaConfig, tower: str, **kwargs: Any) -> Any:
+    def from_base(cls, base: Any, config: LlavaConfig, tower: str | None, held: Collection[str] | None = None, **kwargs: Any) -> Any:
         """A language model's weights under a multimodal configuration: the tower is read, projector, newline and router are fresh.
 
         Args:
-            base: folder or hub id of the language model. tower: folder or hub id of the vision tower.
+            base: folder or hub id of the language model, or of a multimodal model whose parts are then taken too.
+            tower: folder or hub id of the vision tower, read where `base` has none.
+            held: parameters that the caller brings; the other multimodal ones must then be in `base`. `None`: fresh ones will do.
 
         Raises:
-            ValueError: language model weights that do not fit the configuration.
+            ValueError: weights that do not fit the configuration, or parts that nobody brings.
         """
         kwargs["use_safetensors"] = check_folder(base, kwargs.get("use_safetensors", True))
         model, info = super().from_pretrained(base, config=config, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        missing = [key for key in info["missing_keys"] if not key.startswith(MULTIMODAL_PREFIXES)]
+        missing = {key for key in info["missing_keys"] if not key.startswith(TOWER_PREFIX)}
+        fresh = {key for key in missing if key.startswith(MULTIMODAL_PREFIXES)}
+        missing -= fresh if held is None else set(held)
         if missing or info["unexpected_keys"]:
             raise ValueError(
                 f"The language model {base} does not fit the configuration: missing {_some(missing)}, "
                 f"unexpected {_some(info['unexpected_keys'])}."
             )
-        load_tower_weights(model, tower)
+        towers = {key for key in info["missing_keys"] if key.startswith(TOWER_PREFIX)} - set(held or ())
+        if towers and tower is not None:
+            load_tower_weights(model, tower)
         return model
+
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, state_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Write a checkpoint folder as transformers does, or an adapter folder where LoRA matrices are attached."""
+        if not has_adapter(self):
+            super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)  # type: ignore[misc]
+        elif is_main_process:
+            save_adapter(self, Path(save_directory), state_dict)
 
     @classmethod
     def _read_config(cls, path: Any) -> Any:

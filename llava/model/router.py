@@ -90,6 +90,13 @@ class GranularityRouter(nn.Module):
         init.zeros_(self.merger.self_attn.in_proj_bias)
         init.constant_(self.voter, 1.0 / self.voter.shape[0])
 
+    def set_dropout(self, dropout: float) -> None:
+        """Change the dropout of the encoder layer, attention included."""
+        self.merger.self_attn.dropout = dropout
+        for module in self.merger.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
+
     def forward(self, features: Tensor, text: Tensor, num_views: Sequence[int] | None = None) -> Tensor:
         """Score the granularities of B images.
 

@@ -37,19 +37,24 @@ class CLIPVisionTower(nn.Module):
         super().__init__()
         self.config = CLIPVisionConfig(**{k: v for k, v in vision_config.items() if k != "model_type"})
         self.select_feature = select_feature
-        self.num_layers_used = self._layers_used(select_layer)
+        self.choose_layer(select_layer)
         self.vision_tower = _NamedEncoder(CLIPVisionModel._from_config(self.config))
         size = self.config.image_size
         self.image_processor = CLIPImageProcessorPil(
             **(image_processor or {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}})
         )
 
-    def _layers_used(self, select_layer: int) -> int:
+    def choose_layer(self, select_layer: int) -> None:
+        """Take the features from another hidden state.
+
+        Raises:
+            ValueError: the tower has no such layer.
+        """
         layers = self.config.num_hidden_layers
         used = select_layer if select_layer >= 0 else layers + 1 + select_layer
         if not 0 <= used <= layers:
             raise ValueError(f"mm_vision_select_layer is {select_layer}, but the tower has {layers} layers; use -{layers + 1} to {layers}.")
-        return used
+        self.num_layers_used = used
 
     @property
     def hidden_size(self) -> int:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import transformers
 
-from llava.train.stages import STAGES, Stage, get_stage
+from llava.train.lora import LoraFlags, lora_errors
+from llava.train.stages import PARTS, STAGES, Stage, get_stage
 
 PUBLISHED_SCHEDULE = "cosine"
 PUBLISHED_WARMUP = 0.03
@@ -84,9 +85,12 @@ class ModelArguments:
 class DataArguments:
     """Which rows and pictures are learnt from."""
 
-    data_path: str = field(metadata={"help": "LLaVA's JSON, or JSONL."})
+    data_path: str = field(metadata={"help": "LLaVA's JSON or JSONL, or a mixture manifest (YAML)."})
     eval_data_path: str | None = field(default=None, metadata={"help": "Rows for evaluation during training."})
-    image_folder: str | None = field(default=None, metadata={"help": "Folder that picture names are relative to."})
+    image_folder: str | None = field(default=None, metadata={"help": "Folder, zip or tar that picture names are relative to."})
+    index_cache: str | None = field(
+        default=None, metadata={"help": "Folder for the index of the rows; a hidden one beside the data by default."}
+    )
     lazy_preprocess: bool = field(
         default=True, metadata={"help": "Write ids and labels when a row is read; otherwise all before the first step."}
     )
@@ -124,7 +128,7 @@ class DataArguments:
 
 
 @dataclass
-class TrainingArguments(transformers.TrainingArguments):
+class TrainingArguments(LoraFlags, transformers.TrainingArguments):
     """How training runs. `None` means the stage's published value."""
 
     learning_rate: float | None = field(default=None, metadata={"help": "The stage's own by default."})  # type: ignore[assignment]
@@ -150,6 +154,9 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     evaluation_strategy: str | None = field(default=None, metadata={"help": "Older name of --eval_strategy."})
     warmup_ratio: float | None = field(default=None, metadata={"help": "Share of the steps that warm up."})
+    on_nonfinite_loss: str = field(
+        default="raise", metadata={"help": "raise, or skip: log the step and its rows, drop its gradients and go on."}
+    )
     margin: float = field(default=1.0, metadata={"help": "Scale of the ranking margins (rglf)."})
     rank_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the ranking loss (rglf)."})
     ce_loss_weight: float = field(default=0.1, metadata={"help": "Weight of the cross-entropy (rglf)."})
@@ -171,6 +178,8 @@ class TrainingArguments(transformers.TrainingArguments):
             self.learning_rate = stage.learning_rate if stage else 5e-5
         if self.mm_vision_tower_lr is None and stage is not None:
             self.mm_vision_tower_lr = stage.mm_vision_tower_lr
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = True  # the tower's layers above the chosen one get no gradient
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy
         if self.warmup_ratio is None and not self.warmup_steps:
@@ -211,7 +220,7 @@ class TrainingArguments(transformers.TrainingArguments):
     def learning_rates(self) -> dict[str, float]:
         """Learning rate of every part."""
         assert self.learning_rate is not None
-        rates = dict.fromkeys(("llm", "projector", "newline", "vision_tower", "router"), self.learning_rate)
+        rates = dict.fromkeys(PARTS, self.learning_rate)
         if self.mm_projector_lr is not None:
             rates["projector"] = self.mm_projector_lr
         if self.mm_vision_tower_lr is not None:
@@ -226,6 +235,7 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
         ValueError: one sentence per contradiction, all of them at once.
     """
     errors = _stage_errors(training_args) + _data_errors(data_args) + _router_errors(training_args)
+    errors += lora_errors(training_args, model_args.model_name_or_path, model_args.pretrain_mm_mlp_adapter is not None)
     for value in ("granularities", "canvases"):
         try:
             getattr(model_args if value == "granularities" else data_args, value)
@@ -259,6 +269,10 @@ def _stage_errors(args: TrainingArguments) -> list[str]:
         errors.append(f"--mm_projector_lr is given, but stage {stage.name} with these flags does not train the projector.")
     if not stage.trains - args.frozen_parts:
         errors.append(f"stage {stage.name} trains {', '.join(sorted(stage.trains))}, and the flags freeze all of it.")
+    if args.on_nonfinite_loss not in ("raise", "skip"):
+        errors.append(f"--on_nonfinite_loss is {args.on_nonfinite_loss!r}; choose raise or skip.")
+    if args.on_nonfinite_loss == "skip" and args.deepspeed:
+        errors.append("--on_nonfinite_loss skip needs the gradients that DeepSpeed keeps to itself; drop one of the two.")
     if args.router_select is False and stage.name == "rglf":
         errors.append("--router_select False contradicts stage rglf, which trains the router.")
     return errors

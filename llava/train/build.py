@@ -12,11 +12,13 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.conversation import conv_templates
-from llava.model.builder import MODEL_CLASSES
+from llava.model.adapter import adapter_base, is_adapter, tokenizer_source
+from llava.model.builder import MODEL_CLASSES, load_adapter_model
 from llava.model.loading import load_tower_weights, read_tower_config, resolve_tower
 from llava.tokenizer import load_tokenizer
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.checkpoint import load_projector
+from llava.train.lora import attach_lora, quantization_options
 
 logger = logging.getLogger(__name__)
 
@@ -60,17 +62,25 @@ def load_model(
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Load or assemble the model that a stage starts from, with its tokenizer.
 
+    An adapter folder as the model is merged into the model underneath, or, with `--lora_enable`, trained on.
+
     Raises:
         ValueError: flags that do not fit the checkpoint.
     """
     path = model_args.model_name_or_path
+    adapter = training_args.lora_weight_path or (path if is_adapter(path) else None)
+    base = adapter_base(adapter, None if adapter == path else path) if adapter else path
     kind = PretrainedConfig.get_config_dict(path)[0].get("model_type")
     overrides = config_overrides(model_args, data_args, training_args)
-    options: dict[str, Any] = {"dtype": _weights_dtype(training_args)}
+    options: dict[str, Any] = {"dtype": _weights_dtype(training_args), **quantization_options(training_args, path)}
     if model_args.attn_implementation is not None:
         options["attn_implementation"] = model_args.attn_implementation
-    if kind in MODEL_CLASSES:
-        model = _from_checkpoint(path, MODEL_CLASSES[kind], overrides, model_args, options)
+    if adapter:
+        model = load_adapter_model(adapter, base, options, with_lora=not training_args.lora_enable)[0]
+        _apply_flags(model, adapter, overrides, model_args, training_args)
+    elif kind in MODEL_CLASSES:
+        model = MODEL_CLASSES[kind].from_pretrained(path, **options)
+        _apply_flags(model, path, overrides, model_args, training_args)
     else:
         model = _from_language_model(path, kind, overrides, model_args, options)
     if model_args.pretrain_mm_mlp_adapter is not None:
@@ -78,7 +88,10 @@ def load_model(
     if training_args.router_select or training_args.stage == "rglf":
         model.model.initialize_router()
     _check_stage_fits(model, training_args)
-    tokenizer = _load_tokenizer(path, model, model_args, training_args)
+    words = tokenizer_source(adapter, base) if adapter else path
+    tokenizer = _load_tokenizer(words, model, model_args, training_args)
+    if training_args.lora_enable:
+        attach_lora(model, training_args, base, adapter, options["dtype"])
     return model, tokenizer
 
 
@@ -118,10 +131,10 @@ def _from_language_model(
     return family.from_base(path, config, tower, **options)
 
 
-def _from_checkpoint(
-    path: str, family: Any, overrides: dict[str, Any], model_args: ModelArguments, options: dict[str, Any]
-) -> Any:
-    model = family.from_pretrained(path, **options)
+def _apply_flags(
+    model: Any, path: str, overrides: dict[str, Any], model_args: ModelArguments, training_args: TrainingArguments
+) -> None:
+    """Change a checkpoint's configuration as the flags ask, where its weights allow that."""
     config = model.config
     changed = {name: value for name, value in overrides.items() if _plain(getattr(config, name)) != _plain(value)}
     fixed = [name for name in WEIGHT_FIELDS if name in changed]
@@ -134,14 +147,22 @@ def _from_checkpoint(
         logger.info("%s: %r of the checkpoint becomes %r", name, getattr(config, name), value)
         setattr(config, name, value)
     config.check_multimodal_fields()
+    if "mm_vision_select_layer" in changed:
+        model.get_vision_tower().choose_layer(config.mm_vision_select_layer)
+    if "router_dropout" in changed and model.model.router is not None:
+        model.model.router.set_dropout(config.router_dropout)
     if model_args.vision_tower is not None and model_args.vision_tower != config.mm_vision_tower:
+        if training_args.lora_enable:
+            raise ValueError(
+                f"--vision_tower is {model_args.vision_tower!r}, but {path} was trained with {config.mm_vision_tower!r}; an adapter "
+                "cannot change towers, so drop the flag or train stage align first."
+            )
         load_tower_weights(model, resolve_tower(model_args.vision_tower, path))
         config.mm_vision_tower = model_args.vision_tower
     if config.mm_patch_merge_type == "spatial_unpad" and not hasattr(model.model, "image_newline"):
         like = model.model.mm_projector_parameter
         vector = torch.randn(config.hidden_size, dtype=like.dtype, device=like.device) * config.hidden_size**-0.5
         model.model.image_newline = nn.Parameter(vector)
-    return model
 
 
 def _check_stage_fits(model: Any, training_args: TrainingArguments) -> None:
@@ -171,11 +192,11 @@ def _load_tokenizer(
     config.tokenizer_padding_side = "right"
     if training_args.stage_plan.name != "align":
         config.conv_version = version
-    _add_image_tokens(model, tokenizer)
+    _add_image_tokens(model, tokenizer, training_args)
     return tokenizer
 
 
-def _add_image_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+def _add_image_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, training_args: TrainingArguments) -> None:
     """LLaVA's extra tokens around pictures; a new token starts as the mean of the old ones."""
     wanted = [DEFAULT_IMAGE_PATCH_TOKEN] if model.config.mm_use_im_patch_token else []
     if model.config.mm_use_im_start_end:
@@ -185,6 +206,11 @@ def _add_image_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     old = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) <= old:
         return
+    if training_args.lora_enable:
+        raise ValueError(
+            f"--mm_use_im_start_end or --mm_use_im_patch_token adds {len(tokenizer) - old} rows to the vocabulary, which an adapter "
+            "does not hold; train stage align with them first, then LoRA."
+        )
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad():
         for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from llava.model.adapter import ADAPTER_CONFIG, ADAPTER_FILES, REST_FILES, has_adapter, is_adapter, restore_adapter
 from llava.train.stages import part_of
 
 logger = logging.getLogger(__name__)
@@ -28,14 +29,21 @@ def staging_folder(folder: Path) -> Path:
 
 
 @contextmanager
-def complete_or_absent(folder: Path) -> Iterator[Path]:
+def complete_or_absent(folder: Path, writes: bool = True) -> Iterator[Path]:
     """Write a folder so that a reader sees all of it or nothing of it, also when the process is killed.
+
+    Args:
+        folder: the name in the end.
+        writes: `False` in a process that only helps to gather what another one writes; it touches no file.
 
     Yields:
         The staging folder to write to; it takes the name `folder` when the block ends without an error, and a folder
         that had the name is replaced.
     """
     staging = staging_folder(folder)
+    if not writes:
+        yield staging
+        return
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     yield staging
@@ -85,9 +93,20 @@ def keep_newest(folder: Path, limit: int | None, keep: str | None = None) -> Non
 def restore_weights(model: Any, folder: Path) -> None:
     """Fill `model` with the weights of a checkpoint folder, whatever layout its parameter names have.
 
+    A model that trains an adapter is restored from an adapter folder, and any other from a full checkpoint.
+
     Raises:
         ValueError: the folder does not hold exactly this model's parameters.
     """
+    if is_adapter(folder) != has_adapter(model):
+        kinds = {True: "an adapter", False: "a full model"}
+        raise ValueError(
+            f"checkpoint {folder} holds {kinds[is_adapter(folder)]}, but this run trains {kinds[has_adapter(model)]}; "
+            "resume with the --lora_enable it was made with."
+        )
+    if has_adapter(model):
+        restore_adapter(model, folder)
+        return
     stored = type(model).from_pretrained(str(folder), dtype=next(model.parameters()).dtype).state_dict()
     missing = sorted(set(model.state_dict()) ^ set(stored))
     if missing:
@@ -164,6 +183,8 @@ def publish_into(staging: Path, folder: Path) -> None:
         _sync(path)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
+    for name in (ADAPTER_CONFIG, *ADAPTER_FILES, *REST_FILES):
+        (folder / name).unlink(missing_ok=True)
     for stale in folder.glob("model*.safetensors*"):
         stale.unlink()
     for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):

@@ -2,18 +2,21 @@
 
 A row is `{"conversations": [{"from", "value"}, ...]}` with `"image"`: one file name or a list of them; other keys are kept
 out of the way. Nothing here knows the model: what a picture costs in visual tokens is asked of a function.
+
+    python -m llava.train.dataset --check --model_name_or_path DIR --data_path rows.json --image_folder images
+
+reads every row on this path and reports what is broken; see `llava.train.check`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -21,14 +24,15 @@ from torch.utils.data import Dataset
 
 from llava.constants import IGNORE_INDEX
 from llava.conversation import Conversation
-from llava.images import load_image
 from llava.mm_utils import process_images
 from llava.train.features import FeatureCache
-from llava.train.targets import Targets, build_targets, count_words, place_images
+from llava.train.index import Row, measure, picture_groups
+from llava.train.mixture import Mixture
+from llava.train.shards import PictureFolder, Pictures
+from llava.train.targets import Targets, build_targets, place_images
 
 logger = logging.getLogger(__name__)
 
-Row = dict[str, Any]
 IMAGE_WORDS = 128
 """How many words a picture counts for when rows are grouped by length, as in LLaVA."""
 
@@ -37,32 +41,50 @@ class BadSampleError(ValueError):
     """A row that cannot be learnt from; the sentence names the row."""
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """Read LLaVA's JSON (a list) or JSONL (a row per line, files ending in `.jsonl`).
+class RowTooLongError(ValueError):
+    """A row that is longer than the context.
 
-    Raises:
-        ValueError: not a list of rows with conversations, or no row at all.
+    Attributes:
+        length: its tokens, text and visual together.
     """
-    path = Path(path)
-    with path.open(encoding="utf-8") as file:
-        try:
-            rows = [json.loads(line) for line in file if line.strip()] if path.suffix == ".jsonl" else json.load(file)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}; one row per line needs the ending .jsonl.") from error
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{path} holds {type(rows).__name__} without rows; expected a list of conversations.")
-    for index, row in enumerate(rows):
-        if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
-            raise ValueError(f"row {index} of {path} has no list 'conversations'; expected LLaVA's format.")
-    return rows
+
+    def __init__(self, message: str, length: int) -> None:
+        super().__init__(message)
+        self.length = length
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RowTooLongError, (self.args[0], self.length)
 
 
 def image_names(row: Row) -> list[str]:
-    """File names of a row's pictures, in the order of its placeholders."""
+    """File names of a row's pictures, in the order of its placeholders.
+
+    Raises:
+        ValueError: `image` is neither a name nor a list of names.
+    """
     image = row.get("image")
-    if image is None:
-        return []
-    return list(image) if isinstance(image, list) else [image]
+    names = image if isinstance(image, list) else [] if image is None else [image]
+    wrong = [name for name in names if not isinstance(name, str) or not name]
+    if wrong:
+        raise ValueError(f"the row's image is {wrong[0]!r}, expected a file name or a list of file names.")
+    return list(names)
+
+
+def turns_of(row: Row) -> list[dict[str, str]]:
+    """The turns of a row, each a mapping with a text.
+
+    Raises:
+        ValueError: the row is no mapping, has no list of turns, or one that is something else.
+    """
+    if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
+        raise ValueError("the row has no list 'conversations'; expected LLaVA's format.")
+    for number, turn in enumerate(row["conversations"]):
+        text = turn.get("value") if isinstance(turn, dict) else None
+        if not isinstance(text, str):
+            raise ValueError(f"turn {number} is {str(turn)[:60]!r}, expected {{'from': 'human' or 'gpt', 'value': text}}.")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"turn {number} holds half of a character (a lone surrogate); write the text anew as UTF-8.")
+    return row["conversations"]
 
 
 @dataclass(frozen=True)
@@ -74,9 +96,9 @@ class RowReader:
         template: conversation template.
         image_processor: of the vision tower.
         model_config: says how a picture is cut into views.
-        image_folder: what names of pictures are relative to.
         max_length: longest row, text and visual tokens together.
         visual_tokens: (width, height) of a picture -> most visual tokens it can cost in this run.
+        pictures: where rows that do not bring a place of their own have their pictures.
         is_multimodal: whether rows may have pictures.
         cache: pictures in it are not opened.
     """
@@ -85,9 +107,9 @@ class RowReader:
     template: Conversation
     image_processor: Any
     model_config: Any
-    image_folder: Path | None
     max_length: int
     visual_tokens: Callable[[tuple[int, int]], int]
+    pictures: Pictures = field(default_factory=PictureFolder)
     is_multimodal: bool = True
     cache: FeatureCache | None = None
 
@@ -97,49 +119,57 @@ class RowReader:
         Raises:
             ValueError: turns, placeholders and pictures that do not fit.
         """
+        turns = turns_of(row)
         names = image_names(row)
         if names and not self.is_multimodal:
             raise ValueError(f"the row has picture {names[0]!r}, but --is_multimodal is False.")
-        turns = place_images(
-            row["conversations"], len(names), self.template.version, self.model_config.mm_use_im_start_end
-        )
-        return build_targets(turns, self.template, self.tokenizer)
+        placed = place_images(turns, len(names), self.template.version, self.model_config.mm_use_im_start_end)
+        return build_targets(placed, self.template, self.tokenizer)
 
-    def views(self, name: str) -> tuple[Tensor | None, tuple[int, int]]:
+    def views(self, name: str, pictures: Pictures | None = None) -> tuple[Tensor | None, tuple[int, int]]:
         """Views (C, 3, S, S) of a picture, `None` where its features are at hand, and its (width, height).
 
         Raises:
             ValueError, OSError: the picture is missing or broken.
         """
-        if self.cache is not None and name in self.cache:
-            return None, self.cache.image_size(name)
-        image = load_image((self.image_folder or Path()) / name)
+        pictures = pictures or self.pictures
+        key = pictures.key(name)
+        if self.cache is not None and key in self.cache:
+            return None, self.cache.image_size(key)
+        image = pictures.load(name)
         views = process_images([image], self.image_processor, self.model_config)[0]
         return views if views.ndim == 4 else views[None], image.size
 
-    def read(self, row: Row, targets: Targets | None = None) -> dict[str, Any]:
+    def read(self, row: Row, targets: Targets | None = None, pictures: Pictures | None = None) -> dict[str, Any]:
         """Everything that a batch needs of one row.
+
+        Args:
+            row: LLaVA's row.
+            targets: its ids and labels where they are at hand.
+            pictures: where it has its pictures; the reader's own place without it.
 
         Raises:
             ValueError, OSError: the row cannot be learnt from, or is longer than the context; it is never cut.
         """
         targets = targets or self.targets(row)
+        pictures = pictures or self.pictures
         names = image_names(row)
-        pictures = [self.views(name) for name in names]
-        sizes = [size for _, size in pictures]
+        viewed = [self.views(name, pictures) for name in names]
+        sizes = [size for _, size in viewed]
         visual = sum(self.visual_tokens(size) for size in sizes)
         text = len(targets.input_ids) - targets.num_images
         if text + visual > self.max_length:
-            raise ValueError(
+            raise RowTooLongError(
                 f"the row is {text + visual} tokens long ({text} of text, {visual} visual), but the context is "
-                f"{self.max_length}; split or drop the row, or raise --model_max_length."
+                f"{self.max_length}; split or drop the row, or raise --model_max_length.",
+                text + visual,
             )
         return {
             "input_ids": torch.tensor(targets.input_ids, dtype=torch.long),
             "labels": torch.tensor(targets.labels, dtype=torch.long),
-            "images": [views for views, _ in pictures],
+            "images": [views for views, _ in viewed],
             "image_sizes": sizes,
-            "image_keys": names,
+            "image_keys": [pictures.key(name) for name in names],
         }
 
 
@@ -147,12 +177,16 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     """Rows to learn from.
 
     Args:
-        rows: LLaVA's rows.
+        rows: LLaVA's rows: those of `open_rows`, or a list.
         reader: turns a row into tensors.
         on_bad_sample: `raise`, or `skip`: log a broken row and read the next one in its place, so that batches keep
             their size.
-        max_bad_share: with `skip`, more than this share of broken rows stops the run.
+        max_bad_share: with `skip`, more than this share of broken rows stops the run. Every process counts what it
+            meets, its data loader's workers together.
         lazy: write ids and labels when a row is read; otherwise all of them at once.
+
+    Raises:
+        BadSampleError: a broken row, where all are read at once and none is skipped.
     """
 
     def __init__(
@@ -167,59 +201,127 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         self.reader = reader
         self.on_bad_sample = on_bad_sample
         self.max_bad_share = max_bad_share
-        self.bad_rows: set[int] = set()
-        self._targets: list[Targets] | None = None
+        self._bad = torch.zeros(len(rows), dtype=torch.uint8).share_memory_()  # a mark is set once, by whichever worker
+        self._targets: list[Targets | None] = []
         if not lazy:
-            self._targets = [self._guarded(index, partial(reader.targets, rows[index])) for index in range(len(rows))]
+            self._targets = [self._prepared(index) for index in range(len(rows))]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
+    def bad_rows(self) -> set[int]:
+        """Numbers of the rows that were skipped."""
+        return set(self._bad.nonzero().flatten().tolist())
+
+    @property
     def lengths(self) -> list[int]:
         """Length of every row in words; a picture counts as many."""
-        return [count_words(row["conversations"]) + IMAGE_WORDS * bool(image_names(row)) for row in self.rows]
+        columns = row_columns(self.rows)
+        return (columns.words + IMAGE_WORDS * columns.pictured).tolist()
 
     @property
     def modality_lengths(self) -> list[int]:
         """Words of every row, negative for rows without a picture."""
-        words = [max(count_words(row["conversations"]), 1) for row in self.rows]
-        return [count if image_names(row) else -count for count, row in zip(words, self.rows, strict=True)]
+        columns = row_columns(self.rows)
+        words = np.maximum(columns.words, 1)
+        return np.where(columns.pictured, words, -words).tolist()
 
     def row_id(self, index: int) -> str:
-        """The row's own id, or its number."""
-        return str(self.rows[index].get("id", index))
+        """The row's own id, or its number in its file."""
+        try:
+            row: Any = self.rows[index]
+        except ValueError:
+            row = None
+        return self._id_of(row, index)
+
+    def _id_of(self, row: Any, index: int) -> str:
+        number = self.rows.locate(index)[1] if isinstance(self.rows, Mixture) else index
+        return str(row.get("id", number)) if isinstance(row, dict) else str(number)
+
+    def describe(self, index: int) -> str:
+        """A row's number, where it comes from files also which one, and its id."""
+        place = f"row {index}"
+        if isinstance(self.rows, Mixture):
+            source, number = self.rows.locate(index)
+            place = f"row {number} of {source.rows.source}"
+        return f"{place} (id {self.row_id(index)})"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if self.on_bad_sample == "raise":
-            return self._read(index)
+            return self.read(index)
         for candidate in range(index, index + len(self.rows)):
             try:
-                return self._read(candidate % len(self.rows))
+                return self.read(candidate % len(self.rows))
             except BadSampleError as error:
                 self._count_bad(candidate % len(self.rows), error)
         raise BadSampleError("no row of the data can be read; check --data_path and --image_folder.")
 
-    def _read(self, index: int) -> dict[str, Any]:
-        targets = self._targets[index] if self._targets else None
-        item = self._guarded(index, lambda: self.reader.read(self.rows[index], targets))
-        return {**item, "row": index, "id": self.row_id(index)}
+    def read(self, index: int) -> dict[str, Any]:
+        """A row for the collator, broken or not.
+
+        Raises:
+            BadSampleError: the row is broken; the reason is its cause.
+        """
+
+        def work() -> dict[str, Any]:
+            row = self.rows[index]
+            pictures = self.rows.locate(index)[0].pictures if isinstance(self.rows, Mixture) else None
+            targets = self._targets[index] if self._targets else None
+            return {**self.reader.read(row, targets, pictures), "row": index, "id": self._id_of(row, index)}
+
+        return self._guarded(index, work)
+
+    def _prepared(self, index: int) -> Targets | None:
+        """Ids and labels of a row; `None` for a broken one that is skipped when its turn comes."""
+        try:
+            return self._guarded(index, lambda: self.reader.targets(self.rows[index]))
+        except BadSampleError as error:
+            if self.on_bad_sample == "raise":
+                raise
+            self._count_bad(index, error)
+            return None
 
     def _guarded(self, index: int, work: Callable[[], Any]) -> Any:
         try:
             return work()
         except (ValueError, OSError) as error:
-            raise BadSampleError(f"row {index} (id {self.row_id(index)}): {error}") from error
+            raise BadSampleError(f"{self.describe(index)}: {error}") from error
 
     def _count_bad(self, index: int, error: BadSampleError) -> None:
-        if index not in self.bad_rows:
-            self.bad_rows.add(index)
-            logger.warning("skipped %s (%d skipped so far)", error, len(self.bad_rows))
-        if len(self.bad_rows) > self.max_bad_share * len(self.rows):
+        if not self._bad[index]:
+            self._bad[index] = 1
+            logger.warning("skipped %s (%d skipped so far)", error, int(self._bad.sum()))
+        count = int(self._bad.sum())
+        if count > self.max_bad_share * len(self.rows):
             raise ValueError(
-                f"{len(self.bad_rows)} of {len(self.rows)} rows are broken, more than the share {self.max_bad_share} that "
-                "--max_bad_share allows; repair the data or raise the share."
+                f"{count} of {len(self.rows)} rows are broken, more than the share {self.max_bad_share} that "
+                f"--max_bad_share allows; repair the data or raise the share. The last one: {error}"
             )
+
+
+@dataclass(frozen=True)
+class RowColumns:
+    """What is known of rows without reading them.
+
+    Attributes:
+        words: (R,) words of the turns.
+        pictured: (R,) whether there are pictures.
+        picture_groups: (R,) the same number for rows about the same pictures, -1 without one.
+    """
+
+    words: np.ndarray
+    pictured: np.ndarray
+    picture_groups: np.ndarray
+
+
+def row_columns(rows: Sequence[Row]) -> Mixture | RowColumns:
+    """The columns of rows: from their index, or measured where they are a list."""
+    if isinstance(rows, Mixture):
+        return rows
+    measured = [measure(row) for row in rows]
+    groups = picture_groups(pa.array([image for image, _ in measured], pa.string()))
+    return RowColumns(np.array([words for _, words in measured], dtype=np.int64), groups >= 0, groups)
 
 
 @dataclass(frozen=True)
@@ -252,3 +354,14 @@ class Collator:
             "rows": [item["row"] for item in items],
             "ids": [item["id"] for item in items],
         }
+
+
+def main() -> None:
+    """The command line: `llava.train.check`."""
+    from llava.train.check import main as check
+
+    check()
+
+
+if __name__ == "__main__":
+    main()

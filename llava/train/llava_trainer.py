@@ -331,10 +331,11 @@ class LlavaTrainer(Trainer):
         """Put the finished model, its tokenizer and its config into the output folder, complete or not at all."""
         output = self.args.output_folder
         self.model.config.use_cache = True  # transformers' trainer switches it off while it trains
-        with complete_or_absent(output / "final") as staging:
+        with complete_or_absent(output / "final", self.args.should_save) as staging:
             self.save_model(str(staging))
         if self.args.should_save:
             publish_into(output / "final", output)
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         restore_weights(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))

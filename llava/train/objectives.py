@@ -1,6 +1,6 @@
 """What one batch teaches: from rows and pictures to the loss of a stage.
 
-    views ── features (once) ──┬── every row at every granularity, packed ── language model (once) ── (B, G) answer losses ── mean
+    views ── features (once) ──┬── every row at every granularity ── language model ── (B, G) answer losses ── mean
                                └── router ── logits ── ranked by the losses of every granularity
 
 Each stage is a function of the same arguments, and they share their parts. Vocabulary logits are made at supervised positions
@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.model.splice import SplicedRow
 from llava.train.features import FeatureCache
 from llava.train.losses import cost_adjusted, mean_over, rglf_losses, router_feedback, token_losses
-from llava.train.packing import pack
+from llava.train.packing import NOBODY, pack
 
 Batch = dict[str, Any]
 
@@ -109,39 +111,59 @@ def _tower_features(model: Any, views: Tensor | None, key: str, size: tuple[int,
     return features
 
 
-def answer_losses(model: Any, batch: Batch, features: Sequence[Tensor], levels: Sequence[int]) -> AnswerLosses:
-    """Cross-entropy of every row's answer at some granularities, from one pass of the language model.
+def reads_in_one_pass(model: Any) -> bool:
+    """Whether rows of all granularities go through the language model together.
 
-    Rows of all granularities lie packed side by side. A row without a picture is the same at every granularity and is read once.
+    They do where a kernel for sequences of unequal length makes that free, and where every pass has to collect the weights
+    (ZeRO-3). Elsewhere rows packed side by side need a mask as large as the square of their length, which costs more than it
+    saves; there every granularity is a pass of its own, of rows that are about equally long.
+    """
+    return str(model.config._attn_implementation).startswith("flash") or is_deepspeed_zero3_enabled()
+
+
+def answer_losses(model: Any, batch: Batch, features: Sequence[Tensor], levels: Sequence[int]) -> AnswerLosses:
+    """Cross-entropy of every row's answer at some granularities.
+
+    A row without a picture is the same at every granularity and is read once, with the finest.
 
     Args:
         features: tensors (C, P, D) from `image_features`, the batch's pictures first.
         levels: visual tokens per view of G granularities.
     """
-    pictured = torch.tensor(batch["images_per_row"]) > 0
     spliced = model.splice_levels(
         batch["input_ids"], batch["attention_mask"], batch["labels"], features[: len(batch["images"])], batch["image_sizes"], levels
     )
-    sequences = [row for number, row in enumerate(spliced[0]) if not pictured[number]]
-    place = torch.zeros(len(pictured), len(levels), dtype=torch.long)
-    place[~pictured] = torch.arange(len(sequences))[:, None]
-    for column, rows in enumerate(spliced):
-        own = [row for number, row in enumerate(rows) if pictured[number]]
-        place[pictured, column] = torch.arange(len(own)) + len(sequences)
-        sequences += own
-    packed = pack(sequences, one_row=str(model.config._attn_implementation).startswith("flash"))
+    per_row, columns, finest = batch["images_per_row"], range(len(levels)), len(levels) - 1
+    read_at = [[row for row, pictures in enumerate(per_row) if pictures or column == finest] for column in columns]
+    found = AnswerLosses(features[0].new_zeros(len(per_row) * len(levels), dtype=torch.float32), batch["labels"][:, 0], 0, 0)
+    for together in [columns] if reads_in_one_pass(model) else [[column] for column in columns]:
+        cells = [(row, column) for column in together for row in read_at[column]]
+        rows = [spliced[column][row] for row, column in cells] or [_almost_nothing(spliced[finest][0])]
+        found = _read(model, rows, [row * len(levels) + column for row, column in cells], found)
+    source = torch.tensor([list(columns) if pictures else [finest] * len(levels) for pictures in per_row], device=found.sums.device)
+    sums = found.sums.view(len(per_row), len(levels)).gather(1, source)
+    return AnswerLosses(sums, (batch["labels"] != IGNORE_INDEX).sum(dim=1), found.positions, found.padding)
+
+
+def _read(model: Any, rows: Sequence[SplicedRow], cells: Sequence[int], before: AnswerLosses) -> AnswerLosses:
+    """One pass of the language model over some rows; their summed losses go to `cells` of what was found `before`."""
+    packed = pack(rows, one_row=str(model.config._attn_implementation).startswith("flash"))
     hidden = model.model(
         inputs_embeds=packed.inputs_embeds, attention_mask=None, position_ids=packed.position_ids, use_cache=False
     ).last_hidden_state
-    line, before = torch.nonzero(packed.labels[:, 1:] != IGNORE_INDEX, as_tuple=True)
-    losses = token_losses(model.lm_head(hidden[line, before]), packed.labels[line, before + 1])
-    sums = losses.new_zeros(len(sequences)).index_add(0, packed.owners[line, before + 1].to(losses.device), losses)
-    return AnswerLosses(
-        sums=sums[place.to(sums.device)],
-        labels=(batch["labels"] != IGNORE_INDEX).sum(dim=1),
-        positions=packed.owners.numel(),
-        padding=int((packed.owners < 0).sum()),
-    )
+    line, column = torch.nonzero(packed.labels[:, 1:] != IGNORE_INDEX, as_tuple=True)
+    losses = token_losses(model.lm_head(hidden[line, column]), packed.labels[line, column + 1])
+    owners = packed.owners[line, column + 1]
+    # Where nothing is asked the sum is 0, but it still hangs on every weight: a backward pass goes through this pass too.
+    sums = before.sums + 0.0 * losses.sum()
+    sums = sums.index_add(0, torch.tensor(cells, dtype=torch.long, device=sums.device)[owners], losses)
+    padding = int((packed.owners == NOBODY).sum())
+    return AnswerLosses(sums, before.labels, before.positions + packed.owners.numel(), before.padding + padding)
+
+
+def _almost_nothing(row: SplicedRow) -> SplicedRow:
+    """The shortest row there is: one position, and nothing to learn."""
+    return SplicedRow(row.inputs_embeds[:1], torch.full_like(row.labels[:1], IGNORE_INDEX))
 
 
 def granularities(model: Any) -> list[int]:

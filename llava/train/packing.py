@@ -1,7 +1,8 @@
 """Sequences of unequal length side by side in few rows, so that little of a pass is spent on padding.
 
 Positions start again at 0 where a sequence starts. Given such positions and no mask, transformers keeps the sequences of a row
-from seeing each other, whatever the attention kernel ("packed sequences" in `transformers.masking_utils`).
+from seeing each other, whatever the attention kernel ("packed sequences" in `transformers.masking_utils`). Where every row holds
+one sequence, positions run on through the padding behind it: nothing sees what comes later, so no mask is needed at all.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class PackedRows:
 
     Attributes:
         inputs_embeds: (R, L, D); padding is zeros.
-        position_ids: (R, L), from 0 in every sequence; padding counts as a sequence of its own.
+        position_ids: (R, L), from 0 in every sequence; padding behind several sequences counts as one more.
         labels: (R, L), `IGNORE_INDEX` on padding and on the first position of every sequence, which nothing predicts.
         owners: (R, L), number of the sequence, `NOBODY` on padding.
     """
@@ -95,6 +96,8 @@ def pack(sequences: Sequence[SplicedRow], one_row: bool = False) -> PackedRows:
 
 
 def _padding_positions(rows: Sequence[Sequence[int]], lengths: Sequence[int], width: int, device: torch.device) -> Tensor:
-    """Positions (R * L,) that start at 0 where each row's padding starts; the rest is overwritten."""
+    """Positions (R * L,) that start at 0 where each row's padding starts, or run on; the rest is overwritten."""
+    if len(rows) == len(lengths):
+        return torch.arange(width, device=device).repeat(len(rows))
     ends = torch.tensor([sum(lengths[index] for index in row) for row in rows], device=device)
     return (torch.arange(width, device=device) - ends[:, None]).clamp(min=0).flatten()

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -29,8 +30,10 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from llava.conversation import conv_templates
-from llava.train.dataset import Collator, ConversationDataset, Row, RowReader, image_names
+from llava.train.dataset import Collator, ConversationDataset, row_columns
 from llava.train.features import FeatureCache
+from llava.train.index import Row
+from llava.train.mixture import Mixture
 from llava.train.objectives import granularities, image_features, score_rows
 from llava.train.stages import part_of
 from llava.utils import pick_device, setup_logging
@@ -63,10 +66,17 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def data_fingerprint(path: str | Path, reader: RowReader) -> str:
-    """A digest of the rows' file and of everything that decides how a row is read."""
+def data_fingerprint(dataset: ConversationDataset) -> str:
+    """A digest of the rows and of everything that decides how one is read; checksums come from the index, no file is read.
+
+    Raises:
+        ValueError: rows that do not come from files.
+    """
+    if not isinstance(dataset.rows, Mixture):
+        raise ValueError(f"scores belong to files of rows, but the rows are a {type(dataset.rows).__name__}; use open_rows.")
+    reader = dataset.reader
     config = reader.model_config
-    digest = hashlib.sha256(Path(path).read_bytes())
+    digest = hashlib.sha256(f"{dataset.rows.fingerprint} {reader.pictures.fingerprint}".encode())
     settings = {
         "template": asdict(reader.template, dict_factory=lambda items: {key: str(value) for key, value in items}),
         "image_aspect_ratio": config.image_aspect_ratio,
@@ -135,13 +145,15 @@ def _metadata(model_digest: str, data_digest: str, levels: Sequence[int]) -> dic
 
 def parts_of_rows(rows: Sequence[Row], part_size: int) -> list[list[int]]:
     """Row numbers in the order they are scored: rows about one picture together, in parts of at least `part_size`."""
-    order = sorted(range(len(rows)), key=lambda index: (image_names(rows[index]), index))
+    groups = row_columns(rows).picture_groups
+    order = np.argsort(groups, kind="stable")
     parts: list[list[int]] = [[]]
-    for index in order:
-        same_picture = bool(parts[-1]) and image_names(rows[parts[-1][-1]]) == image_names(rows[index])
-        if len(parts[-1]) >= part_size and not (same_picture and image_names(rows[index])):
+    last = -1
+    for index, group in zip(order.tolist(), groups[order].tolist(), strict=True):
+        if len(parts[-1]) >= part_size and not (group == last >= 0):
             parts.append([])
         parts[-1].append(index)
+        last = group
     return parts
 
 
@@ -169,9 +181,10 @@ class ScoreArguments:
     """Flags of the scoring pass."""
 
     model_name_or_path: str = field(metadata={"help": "The checkpoint whose answers are scored."})
-    data_path: str = field(metadata={"help": "LLaVA's JSON, or JSONL."})
+    data_path: str = field(metadata={"help": "LLaVA's JSON or JSONL, or a mixture manifest (YAML)."})
     output_file: str = field(metadata={"help": "Parquet file to write."})
-    image_folder: str | None = field(default=None, metadata={"help": "Folder that picture names are relative to."})
+    image_folder: str | None = field(default=None, metadata={"help": "Folder, zip or tar that picture names are relative to."})
+    index_cache: str | None = field(default=None, metadata={"help": "Folder for the index; beside the data by default."})
     version: str | None = field(default=None, metadata={"help": "Conversation template; the checkpoint's by default."})
     vis_token_granularity: str | None = field(default=None, metadata={"help": "Levels; the checkpoint's by default."})
     batch_size: int = field(default=8, metadata={"help": "Rows per pass of the language model."})
@@ -193,9 +206,7 @@ def score(args: ScoreArguments) -> Path:
         ValueError: a model with one granularity only, or parts of another model or other data in the way.
     """
     model, dataset, collator = _prepare(args)
-    metadata = _metadata(
-        model_fingerprint(model), data_fingerprint(args.data_path, dataset.reader), granularities(model)
-    )
+    metadata = _metadata(model_fingerprint(model), data_fingerprint(dataset), granularities(model))
     output = Path(args.output_file)
     folder = output.with_name(output.name + ".parts")
     folder.mkdir(parents=True, exist_ok=True)
@@ -234,7 +245,7 @@ def _prepare(args: ScoreArguments) -> tuple[Any, ConversationDataset, Collator]:
     if version not in conv_templates:
         raise ValueError(f"--version is {version!r}; choose one of {', '.join(conv_templates)}.")
     model.config.tokenizer_model_max_length = model.config.tokenizer_model_max_length or model.config.context_length
-    data_args = DataArguments(args.data_path, image_folder=args.image_folder)
+    data_args = DataArguments(args.data_path, image_folder=args.image_folder, index_cache=args.index_cache)
     dataset = make_dataset(args.data_path, model, tokenizer, version, data_args)
     return model, dataset, Collator(tokenizer.pad_token_id or 0)
 

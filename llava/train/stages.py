@@ -14,8 +14,8 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("llm", "projector", "newline", "vision_tower", "router")
-"""What a model consists of, as far as training is concerned."""
+PARTS = ("llm", "lora", "projector", "newline", "vision_tower", "router")
+"""What a model consists of, as far as training is concerned; `lora` is there where an adapter is attached to the `llm`."""
 
 _PART_OF_PREFIX = {
     "model.mm_projector": "projector",
@@ -31,7 +31,7 @@ class Stage:
 
     Attributes:
         name: value of `--stage`.
-        trains: the parts that receive gradients unless a flag freezes one.
+        trains: the parts that receive gradients unless a flag freezes one; an adapter learns in place of its `llm`.
         loss: name of the loss in the trainer's table.
         version: conversation template unless `--version` names another.
         learning_rate: of everything without a rate of its own.
@@ -48,12 +48,14 @@ class Stage:
     needs_granularities: bool
 
 
+_ALL_BUT_ROUTER = frozenset({"llm", "projector", "newline", "vision_tower"})
+
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage("align", frozenset({"projector"}), "token_mean", "plain", 1e-3, None, False),
-        Stage("instruct", frozenset(PARTS) - {"router"}, "token_mean", "v1", 2e-5, 2e-6, False),
-        Stage("multi_granularity", frozenset(PARTS) - {"router"}, "multi_granularity", "v1", 1e-5, 2e-5, True),
+        Stage("instruct", _ALL_BUT_ROUTER, "token_mean", "v1", 2e-5, 2e-6, False),
+        Stage("multi_granularity", _ALL_BUT_ROUTER, "multi_granularity", "v1", 1e-5, 2e-5, True),
         Stage("rglf", frozenset({"router"}), "rglf", "v1", 1e-3, None, True),
     )
 }
@@ -84,11 +86,11 @@ def part_of(parameter_name: str) -> str:
     for prefix, part in _PART_OF_PREFIX.items():
         if parameter_name.startswith(prefix):
             return part
-    return "llm"
+    return "lora" if ".lora_" in parameter_name else "llm"
 
 
 def apply_stage(model: nn.Module, stage: Stage, frozen: Collection[str] = ()) -> list[PartSummary]:
-    """Let exactly the parts of `stage` that are not in `frozen` receive gradients.
+    """Let exactly the parts of `stage` that are not in `frozen` receive gradients; an attached adapter stands for its `llm`.
 
     Args:
         model: the multimodal language model.
@@ -102,19 +104,27 @@ def apply_stage(model: nn.Module, stage: Stage, frozen: Collection[str] = ()) ->
         ValueError: nothing is left to train.
     """
     training = stage.trains - set(frozen)
+    if "llm" in training and any(part_of(name) == "lora" for name, _ in model.named_parameters()):
+        training = (training - {"llm"}) | {"lora"}
     totals = dict.fromkeys(PARTS, 0)
     trainable = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
         part = part_of(name)
         parameter.requires_grad_(part in training)
-        totals[part] += parameter.numel()
-        trainable[part] += parameter.numel() if part in training else 0
+        totals[part] += _elements(parameter)
+        trainable[part] += _elements(parameter) if part in training else 0
     if not sum(trainable.values()):
         raise ValueError(
             f"stage {stage.name} trains {', '.join(sorted(training)) or 'nothing'}, of which this model has no "
             "parameter; choose another stage or drop the flags that freeze its parts."
         )
-    return [PartSummary(part, totals[part], trainable[part]) for part in PARTS]
+    return [PartSummary(part, totals[part], trainable[part]) for part in PARTS if totals[part] or part != "lora"]
+
+
+def _elements(parameter: nn.Parameter) -> int:
+    """How many numbers a parameter stands for; bitsandbytes packs two 4-bit ones into a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else packed.shape.numel()
 
 
 def log_training_table(

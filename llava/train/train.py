@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser, PreTrainedTokenizerBase, set_seed
@@ -21,11 +20,14 @@ from llava.crops import get_anyres_image_grid_shape
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, check_arguments
 from llava.train.build import load_model
 from llava.train.checkpoint import remove_unfinished
-from llava.train.dataset import Collator, ConversationDataset, RowReader, read_rows
+from llava.train.dataset import Collator, ConversationDataset, RowReader
+from llava.train.distributed import is_lost_process, loaded_whole, lost_process_sentence, meet
 from llava.train.features import FeatureCache
 from llava.train.llava_trainer import LlavaTrainer
+from llava.train.mixture import open_rows
 from llava.train.objectives import RouterSettings, granularities
 from llava.train.score_granularities import GranularityScores, data_fingerprint, model_fingerprint
+from llava.train.shards import PictureFolder, open_pictures
 from llava.train.stages import apply_stage, log_training_table
 from llava.utils import setup_logging
 
@@ -46,21 +48,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     return model_args, data_args, training_args
 
 
+def visual_token_costs(model: Any, image_size: tuple[int, int]) -> list[int]:
+    """Visual tokens of a picture of (width, height) `image_size` at every granularity, coarse to fine."""
+    config = model.config
+    views = 1
+    if config.image_aspect_ratio == "anyres":
+        across, down = get_anyres_image_grid_shape(image_size, config.image_grid_pinpoints, config.vision_config["image_size"])
+        views += across * down
+    return [layout.num_tokens for layout in model.layouts(views, image_size)]
+
+
 def visual_token_counter(model: Any) -> Callable[[tuple[int, int]], int]:
     """A function from a picture's (width, height) to the visual tokens it costs at full granularity."""
-    config = model.config
-    finest = granularities(model)[-1]
-
-    def count(image_size: tuple[int, int]) -> int:
-        views = 1
-        if config.image_aspect_ratio == "anyres":
-            across, down = get_anyres_image_grid_shape(
-                image_size, config.image_grid_pinpoints, config.vision_config["image_size"]
-            )
-            views += across * down
-        return model.num_visual_tokens(image_size, finest, views)
-
-    return count
+    return lambda image_size: visual_token_costs(model, image_size)[-1]
 
 
 def make_dataset(
@@ -71,20 +71,21 @@ def make_dataset(
     data_args: DataArguments,
     cache: FeatureCache | None = None,
 ) -> ConversationDataset:
-    """The rows of a file as the model reads them."""
+    """The rows of a file or a mixture as the model reads them."""
     reader = RowReader(
         tokenizer=tokenizer,
         template=conv_templates[version],
         image_processor=model.get_vision_tower().image_processor,
         model_config=model.config,
-        image_folder=Path(data_args.image_folder) if data_args.image_folder else None,
         max_length=model.config.tokenizer_model_max_length,
         visual_tokens=visual_token_counter(model),
+        pictures=open_pictures(data_args.image_folder, data_args.index_cache) if data_args.image_folder else PictureFolder(),
         is_multimodal=data_args.is_multimodal,
         cache=cache,
     )
+    rows = open_rows(path, data_args.index_cache)
     return ConversationDataset(
-        read_rows(path), reader, data_args.on_bad_sample, data_args.max_bad_share, data_args.lazy_preprocess
+        rows, reader, data_args.on_bad_sample, data_args.max_bad_share, data_args.lazy_preprocess
     )
 
 
@@ -92,7 +93,8 @@ def make_trainer(arguments: Arguments) -> LlavaTrainer:
     """Everything that a run needs, ready to train."""
     model_args, data_args, training_args = arguments
     set_seed(training_args.seed)
-    model, tokenizer = load_model(model_args, data_args, training_args)
+    with loaded_whole(training_args):
+        model, tokenizer = load_model(model_args, data_args, training_args)
     stage = training_args.stage_plan
     summaries = apply_stage(model, stage, training_args.frozen_parts)
     log_training_table(stage, summaries, training_args.learning_rates, training_args.weight_decay)
@@ -129,7 +131,7 @@ def router_settings(
         table = GranularityScores.load(
             training_args.granularity_scores,
             model_fingerprint(model),
-            data_fingerprint(data_args.data_path, dataset.reader),
+            data_fingerprint(dataset),
             granularities(model),
         )
         scores = table.lookup
@@ -155,6 +157,7 @@ def train(argv: Sequence[str] | None = None) -> LlavaTrainer:
     arguments = parse_arguments(argv)
     training_args = arguments[2]
     setup_logging()
+    meet(training_args)
     if training_args.should_save:
         remove_unfinished(training_args.output_folder)
     trainer = make_trainer(arguments)
@@ -179,6 +182,11 @@ def main() -> None:
     except (ValueError, FloatingPointError, OSError) as error:
         logger.debug("stopped", exc_info=True)
         raise SystemExit(f"training stopped: {error}") from error
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        logger.debug("stopped", exc_info=True)
+        raise SystemExit(f"training stopped: {lost_process_sentence(error)}") from error
 
 
 if __name__ == "__main__":

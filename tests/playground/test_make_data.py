@@ -20,7 +20,7 @@ EVAL = Path(world.__file__).parent / "eval"
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     make_data.write_training_data(argparse.Namespace(
-        output=folder, miniatures=8, pairs=4, scenes=6, captions=12, stage4=2, validation=2, test=2, seed=0))
+        output=folder, miniatures=8, pairs=4, scenes=6, stage4=2, validation=2, test=2, seed=0))
     return folder
 
 
@@ -33,7 +33,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_rows_are_llava_conversations_with_one_picture(written: Path) -> None:
-    for name in ("stage1", "miniatures", "pairs", "scenes", "stage4"):
+    for name in ("stage1", "instruct", "stage4"):
         for row in read_json(written / f"{name}.json"):
             turns = row["conversations"]
             assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
@@ -43,7 +43,7 @@ def test_rows_are_llava_conversations_with_one_picture(written: Path) -> None:
 
 
 def test_ids_are_unique_across_files(written: Path) -> None:
-    ids = [row["id"] for name in ("stage1", "miniatures", "pairs", "scenes", "stage4")
+    ids = [row["id"] for name in ("stage1", "instruct", "stage4")
            for row in read_json(written / f"{name}.json")]
     questions = [row["question_id"] for name in ("validation", "test") for row in read_lines(written / f"{name}.jsonl")]
     assert len(set(ids)) == len(ids) and len(set(questions)) == len(questions)
@@ -55,10 +55,12 @@ def test_stage4_rows_ask_one_question_of_a_named_family(written: Path) -> None:
     assert all(len(row["conversations"]) == 2 and row["family"] in world.FAMILIES for row in rows)
 
 
-@pytest.mark.parametrize(("name", "sizes"), [
-    ("miniatures", {(64, 64)}), ("pairs", {(64, 128), (128, 64)}), ("scenes", {(128, 128)}), ("stage4", {(128, 128)})])
-def test_pictures_have_the_size_of_their_layout(written: Path, name: str, sizes: set[tuple[int, int]]) -> None:
-    assert {Image.open(written / row["image"]).size for row in read_json(written / f"{name}.json")} == sizes
+def test_both_stages_learn_from_the_same_pictures_of_every_layout(written: Path) -> None:
+    captions, conversations = read_json(written / "stage1.json"), read_json(written / "instruct.json")
+    assert {row["image"] for row in captions} == {row["image"] for row in conversations} and len(captions) == 18
+    sizes = {"miniatures": {(64, 64)}, "pairs": {(64, 128), (128, 64)}, "scenes": {(128, 128)}, "stage4": {(128, 128)}}
+    for row in captions + read_json(written / "stage4.json"):
+        assert Image.open(written / row["image"]).size in sizes[row["image"].split("/")[1]]
 
 
 def test_committed_split_is_what_the_generator_gives_and_small(written: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from transformers import CLIPVisionModel, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from playground import pretrain_language, pretrain_vision, tokenizer, world
+from llava.inference import Assistant
+from playground import common, pretrain_language, pretrain_reader, pretrain_vision, tokenizer, world
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +108,60 @@ def test_rescaling_multiplies_the_features_and_nothing_else() -> None:
     pretrain_vision.rescale_tower(tower, 0.5)
     after = tower(pixels, output_hidden_states=True).hidden_states[-1]
     torch.testing.assert_close(after, 0.5 * before, atol=1e-3, rtol=1e-3)
+
+
+def test_labels_of_views_are_those_of_the_drawn_views() -> None:
+    for layout in ((2, 2), (2, 1), (1, 2)):
+        scene = world.make_scene("train", 5, layout=layout)
+        drawn = torch.stack([torch.from_numpy(labels) for _, labels in world.views(scene)]).flatten(1, 2).float()
+        assert torch.equal(pretrain_reader.view_labels(scene, one_view=False), drawn)
+    assert pretrain_reader.view_labels(world.make_scene("train", 5, layout=(1, 1)), one_view=True).shape[:2] == (1, 64)
+
+
+@pytest.fixture(scope="module")
+def micro() -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    assistant = Assistant.load(world.__file__.replace("world.py", "avg-llava-micro"), device="cpu")
+    return assistant.model, assistant.tokenizer
+
+
+def reader_arguments(output: Path, steps: int) -> argparse.Namespace:
+    return argparse.Namespace(output=output, steps=steps, learning_rate=1e-3, save_every=1, seed=0, projector_steps=3)
+
+
+def test_reading_resumes_to_the_same_weights_and_reports_every_family(
+    micro: tuple[torch.nn.Module, PreTrainedTokenizerBase], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = pretrain_reader.Phase(1.0, ((2, 2),), 2, False, (0, 4))
+    monkeypatch.setattr(pretrain_reader, "PHASES", (small,))
+    monkeypatch.setattr(pretrain_reader, "_report", lambda *_: None)
+    monkeypatch.setattr(common, "cosine_rate", lambda *args, **rest: 1e-3)
+    model, words = micro
+
+    def fresh() -> torch.nn.Module:
+        return copy.deepcopy(model)
+
+    straight_model = fresh()
+    straight = pretrain_reader.learn_to_read(straight_model, words, reader_arguments(tmp_path / "a", 3))
+    pretrain_reader.learn_to_read(fresh(), words, reader_arguments(tmp_path / "b", 1))
+    resumed_model = fresh()
+    resumed = pretrain_reader.learn_to_read(resumed_model, words, reader_arguments(tmp_path / "b", 3))
+    assert torch.equal(straight, resumed)
+    weights = resumed_model.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in straight_model.state_dict().items())
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, weights[name])}
+    assert changed and not any("vision_tower" in name or "mm_projector" in name or "router" in name for name in changed)
+    reading = pretrain_reader.make_reading("x", small, words, seed=0)
+    scores = pretrain_reader.exact_match(model, [labels @ straight for labels in reading.labels], reading, 64)
+    assert set(scores) == set(world.FAMILIES)
+
+
+def test_the_projector_learns_the_table(
+    micro: tuple[torch.nn.Module, PreTrainedTokenizerBase], tmp_path: Path
+) -> None:
+    model = copy.deepcopy(micro[0])
+    table = torch.randn(world.NUM_ATTRIBUTES, model.config.hidden_size)
+    args = reader_arguments(tmp_path, 1)
+    args.projector_steps = 1
+    first = pretrain_reader.fit_projector(model, table, args)
+    args.projector_steps = 12
+    assert pretrain_reader.fit_projector(model, table, args) < 0.9 * first

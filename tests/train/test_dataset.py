@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 from llava.conversation import conv_templates
-from llava.train.dataset import BadSampleError, Collator, ConversationDataset, RowReader, read_rows
+from llava.train.dataset import BadSampleError, Collator, ConversationDataset, RowReader
+from llava.train.mixture import open_rows
+from llava.train.shards import PictureFolder
 from llava.train.train import visual_token_counter
 
 ORACLE = Path(__file__).parents[1] / "oracle"
@@ -26,15 +30,15 @@ def reader(tiny_model: Any, tokenizer: Any) -> RowReader:
         template=conv_templates["v1"],
         image_processor=tiny_model.get_vision_tower().image_processor,
         model_config=tiny_model.config,
-        image_folder=ORACLE / "images",
         max_length=2048,
         visual_tokens=visual_token_counter(tiny_model),
+        pictures=PictureFolder(ORACLE / "images"),
     )
 
 
 @pytest.fixture
-def dataset(reader: RowReader) -> ConversationDataset:
-    return ConversationDataset(read_rows(ORACLE / "train_data.json"), reader)
+def dataset(reader: RowReader, tmp_path: Path) -> ConversationDataset:
+    return ConversationDataset(open_rows(ORACLE / "train_data.json", tmp_path), reader)
 
 
 def test_recorded_rows_and_batches(
@@ -87,7 +91,8 @@ def test_too_long_is_refused_with_its_numbers(reader: RowReader, dataset: Conver
     exact = ConversationDataset(dataset.rows, replace(reader, max_length=text + visual))
     assert len(exact[3]["input_ids"]) == text + 1
     short = ConversationDataset(dataset.rows, replace(reader, max_length=text + visual - 1))
-    with pytest.raises(BadSampleError, match=rf"row 3 \(id s3\).*{text + visual} tokens long \({text} of text, {visual} visual\)"):
+    message = rf"row 3 of .*train_data.json \(id s3\).*{text + visual} tokens long \({text} of text, {visual} visual\)"
+    with pytest.raises(BadSampleError, match=message):
         short[3]
 
 
@@ -97,32 +102,74 @@ def test_too_long_is_refused_with_its_numbers(reader: RowReader, dataset: Conver
         ({"image": "none.png"}, "none.png"),
         ({"image": "broken.png"}, "not a readable image"),
         ({"image": None}, "0 pictures but its turns hold 1"),
+        ({"image": 5}, "image is 5, expected a file name"),
+        ({"image": ["broken.png", None]}, "image is None"),
+        ({"image": ""}, "image is ''"),
+        ({"image": {"a": 1}}, "image is {'a': 1}"),
         ({"conversations": [{"from": "gpt", "value": "Hi"}]}, "turns hold 0"),
+        ({"conversations": ["Hi"]}, "turn 0 is 'Hi'"),
+        ({"conversations": [{"from": "human"}]}, "turn 0 is"),
+        ({"conversations": [{"from": "human", "value": 3}]}, "turn 0 is"),
+        ({"conversations": [{"from": ["human"], "value": "<image>"}]}, "a turn is"),
+        ({"conversations": [{"from": "human", "value": "\ud800"}]}, "turn 0 holds half of a character"),
+        ({"conversations": {}}, "no list 'conversations'"),
+        ({"conversations": None}, "no list 'conversations'"),
+        ({"conversations": []}, "turns hold 0"),
     ],
 )
-def test_broken_rows(change: dict[str, Any], message: str, reader: RowReader, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lazy", [True, False])
+def test_broken_rows(change: dict[str, Any], message: str, lazy: bool, reader: RowReader, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"not a picture")
     good = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}], "id": "good"}
     turns = [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "Yo"}]
-    rows = [{"id": "bad", "image": "broken.png", "conversations": turns, **change}, good]
-    reader = replace(reader, image_folder=tmp_path)
-    with pytest.raises(BadSampleError, match=rf"row 0 \(id bad\).*{message}"):
-        ConversationDataset(rows, reader)[0]
-    skipping = ConversationDataset(rows, reader, on_bad_sample="skip", max_bad_share=0.5)
-    assert skipping[0]["id"] == "good" == skipping[1]["id"] and skipping.bad_rows == {0}
-    with pytest.raises(ValueError, match="1 of 2 rows are broken"):
-        ConversationDataset(rows, reader, on_bad_sample="skip", max_bad_share=0.1)[0]
+    rows = [good, {"id": "bad", "image": "broken.png", "conversations": turns, **change}, good]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    mixture = open_rows(tmp_path / "rows.json")
+    reader = replace(reader, pictures=PictureFolder(tmp_path))
+    with pytest.raises(BadSampleError, match=rf"row 1 of .*rows.json \(id bad\).*{message}"):
+        ConversationDataset(mixture, reader, lazy=lazy)[1]
+    skipping = ConversationDataset(mixture, reader, on_bad_sample="skip", max_bad_share=0.5, lazy=lazy)
+    assert skipping[0]["row"] == 0 and skipping[1]["row"] == 2 == skipping[2]["row"] and skipping.bad_rows == {1}
+    with pytest.raises(ValueError, match="1 of 3 rows are broken.*The last one: row 1 of"):
+        ConversationDataset(mixture, reader, on_bad_sample="skip", max_bad_share=0.1, lazy=lazy)[1]
 
 
-def test_files(tmp_path: Path) -> None:
-    rows = [{"conversations": []}, {"conversations": []}]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    assert read_rows(tmp_path / "a.jsonl") == rows
-    for name, text, message in (
-        ("b.json", "{", "not valid JSON"),
-        ("c.json", "[]", "without rows"),
-        ("d.json", '[{"image": "x"}]', "row 0 .* no list 'conversations'"),
-    ):
-        (tmp_path / name).write_text(text)
-        with pytest.raises(ValueError, match=message):
-            read_rows(tmp_path / name)
+def test_rows_that_are_no_rows(reader: RowReader, tmp_path: Path) -> None:
+    good = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(good) + '\n[3]\n{"id": 1,\n')
+    for lazy in (True, False):
+        skipping = ConversationDataset(open_rows(tmp_path / "rows.jsonl"), reader, on_bad_sample="skip", max_bad_share=1, lazy=lazy)
+        assert [skipping[index]["row"] for index in range(3)] == [0, 0, 0] and skipping.bad_rows == {1, 2}
+        with pytest.raises(BadSampleError, match=r"row 2 of .* \(id 2\): the row is not valid JSON"):
+            skipping.read(2)
+
+
+def test_workers_count_skips_together(reader: RowReader, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}
+    rows = [good if index % 3 else {"conversations": [index]} for index in range(12)]
+    dataset = ConversationDataset(rows, reader, on_bad_sample="skip", max_bad_share=0.5)
+    loader: Any = DataLoader(dataset, batch_size=2, num_workers=2, collate_fn=Collator(0))
+    assert [row for batch in loader for row in batch["rows"]] == [1, 1, 2, 4, 4, 5, 7, 7, 8, 10, 10, 11]
+    assert dataset.bad_rows == {0, 3, 6, 9}
+    strict = ConversationDataset(rows, reader, on_bad_sample="skip", max_bad_share=0.25)
+    with pytest.raises(ValueError, match="4 of 12 rows are broken"):
+        list(DataLoader(strict, batch_size=2, num_workers=2, collate_fn=Collator(0)))
+    dataset = ConversationDataset(rows, reader, on_bad_sample="skip", max_bad_share=0.5)
+    with caplog.at_level("WARNING", logger="llava.train.dataset"):
+        for _ in range(2):
+            [dataset[index] for index in range(12)]
+    assert [record.getMessage().split(" (")[0] for record in caplog.records] == [f"skipped row {index}" for index in (0, 3, 6, 9)]
+
+
+def test_a_mixture_with_a_shard_reads_like_files(reader: RowReader, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "s.zip", "w", zipfile.ZIP_DEFLATED) as shard:
+        for picture in (ORACLE / "images").iterdir():
+            shard.write(picture, picture.name)
+    (tmp_path / "mix.yaml").write_text(f"sources: [{{file: '{ORACLE / 'train_data.json'}', images: s.zip}}]")
+    plain = ConversationDataset(open_rows(ORACLE / "train_data.json", tmp_path), reader)
+    mixed = ConversationDataset(open_rows(tmp_path / "mix.yaml", tmp_path), replace(reader, pictures=PictureFolder(Path("/nowhere"))))
+    loader: Any = DataLoader(mixed, batch_size=1, num_workers=2, collate_fn=list)
+    for one, (other,) in zip((plain[index] for index in range(len(plain))), loader, strict=True):
+        assert torch.equal(one["input_ids"], other["input_ids"]) and one["image_sizes"] == other["image_sizes"]
+        assert all(torch.equal(left, right) for left, right in zip(one["images"], other["images"], strict=True))
+        assert all(key.startswith(str(tmp_path / "s.zip")) for key in other["image_keys"])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from llava.train import objectives
 from llava.train.features import FeatureCache
 from llava.train.losses import rglf_losses
 from llava.train.objectives import (
@@ -103,8 +104,12 @@ def naive_loss(model: Any, batch: dict[str, Any], level: int) -> torch.Tensor:
     return model(**{key: batch[key] for key in keys}, images=pictures, vis_token_granularity=level).loss
 
 
+@pytest.mark.parametrize("one_pass", [False, True])
 @pytest.mark.parametrize("name", ["A_two_images", "B_padded_three", "C_mixed_text"])
-def test_equals_a_naive_loop_and_reaches_the_tower(name: str, tiny_model: Any, recorded_batch: Recorded) -> None:
+def test_equals_a_naive_loop_and_reaches_the_tower(
+    name: str, one_pass: bool, tiny_model: Any, recorded_batch: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objectives, "reads_in_one_pass", lambda model: one_pass)
     apply_stage(tiny_model, STAGES["multi_granularity"])
     tiny_model.double()
     batch = recorded_batch(name)
@@ -113,7 +118,8 @@ def test_equals_a_naive_loop_and_reaches_the_tower(name: str, tiny_model: Any, r
     handles = [part.register_forward_hook(lambda *_, name=name: calls.append(name)) for name, part in parts.items()]
     lesson = multi_granularity_lesson(tiny_model, batch, image_features(tiny_model, batch), DEFAULT)
     lesson.loss.backward()
-    assert sorted(calls) == ["llm", "tower", "words"]
+    passes = 1 if one_pass else 5
+    assert sorted(calls) == ["llm"] * passes + ["tower"] + ["words"] * passes
     for handle in handles:
         handle.remove()
     gradients = {n: p.grad.clone() for n, p in tiny_model.named_parameters() if p.grad is not None}
@@ -142,9 +148,11 @@ def test_a_batch_without_a_picture_leaves_zero_gradients_and_calls_every_part(
     batch = recorded_batch("D_text_only")
     calls: list[int] = []
     tiny_model.get_vision_tower().register_forward_hook(lambda *_: calls.append(1))
+    tiny_model.lm_head.register_full_backward_hook(lambda *_: calls.append(2))
     lesson = LESSONS[STAGES[stage].loss](tiny_model, batch, image_features(tiny_model, batch), DEFAULT)
     lesson.loss.backward()
-    assert len(calls) == 1
+    # A frozen language model that reads no picture has nothing to go back through.
+    assert calls == [1] + [2] * {"align": 0, "instruct": 1, "multi_granularity": 5}[stage]
     assert lesson.loss.item() == pytest.approx(naive_loss(tiny_model, batch, 144).item(), rel=1e-4)
     for name, parameter in tiny_model.named_parameters():
         if parameter.requires_grad and ("mm_projector" in name or "patch_embedding" in name or "image_newline" in name):

@@ -29,6 +29,12 @@ def test_rows_by_hand() -> None:
     assert packed.padding_share == 1 / 8
 
 
+def test_single_sequences_need_no_mask() -> None:
+    packed = pack([sequence(3, 10), sequence(4, 20)])
+    assert packed.owners.tolist() == [[1, 1, 1, 1], [0, 0, 0, NOBODY]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
+
+
 def test_one_row_has_no_padding() -> None:
     packed = pack([sequence(2, 10), sequence(4, 20)], one_row=True)
     assert packed.owners.tolist() == [[0, 0, 1, 1, 1, 1]] and packed.padding_share == 0

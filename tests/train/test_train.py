@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava.model.builder import load_pretrained_model
+from llava.train import llava_trainer
 from llava.train.score_granularities import ScoreArguments, parts_of_rows, score
 from llava.train.train import make_trainer, parse_arguments, train
 
@@ -185,6 +187,72 @@ def test_non_finite_loss_names_step_and_rows(tmp_path: Path, run_flags: Flags) -
         trainer.model.lm_head.weight.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match=r"nan at step 1, rows \['s\d', 's\d'\]"):
         trainer.train()
+
+
+def test_flags_reach_the_modules_of_a_checkpoint(tmp_path: Path, run_flags: Flags) -> None:
+    flags = {"router_dropout": 0.25, "mm_vision_select_layer": -1}
+    model = make_trainer(parse_arguments(run_flags(tmp_path, "rglf", **flags))).model
+    merger = model.model.router.merger
+    assert {merger.dropout.p, merger.dropout1.p, merger.dropout2.p, merger.self_attn.dropout} == {0.25}
+    tower = model.get_vision_tower()
+    assert tower.num_layers_used == tower.config.num_hidden_layers and model.config.mm_vision_select_layer == -1
+
+
+def test_a_step_that_is_not_finite_can_be_skipped(tmp_path: Path, run_flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = {"max_steps": 3, "learning_rate": 1e-3, "on_nonfinite_loss": "skip"}
+    trainer = make_trainer(parse_arguments(run_flags(tmp_path, "instruct", **flags)))
+    teach, seen, weights = llava_trainer.LESSONS["token_mean"], [], []
+
+    def broken_at_second(*arguments: Any) -> Any:
+        seen.append(arguments[1]["ids"])
+        weights.append(trainer.model.lm_head.weight.detach().clone())
+        lesson = teach(*arguments)
+        return dataclasses.replace(lesson, loss=lesson.loss * torch.nan) if len(seen) == 2 else lesson
+
+    monkeypatch.setitem(llava_trainer.LESSONS, "token_mean", broken_at_second)
+    trainer.train()
+    assert len(seen) == 3 and trainer.steps_skipped == 1
+    assert not torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])
+    assert torch.isfinite(trainer.model.lm_head.weight).all()
+    assert [entry["steps_skipped"] for entry in trainer.state.log_history if "loss" in entry] == [0, 1, 1]
+
+
+def test_the_log_tells_speed_padding_and_memory(tmp_path: Path, run_flags: Flags) -> None:
+    train(run_flags(tmp_path, "multi_granularity", max_steps=1))
+    logged = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"][0]
+    assert logged["tokens_per_second"] > 0 and logged["memory_gb"] > 0.1 and 0 <= logged["padding_share"] < 0.5
+
+
+@pytest.mark.parametrize("stage", ["instruct", "rglf"])
+def test_accumulated_batches_teach_what_one_batch_does(stage: str, tmp_path: Path, run_flags: Flags) -> None:
+    """The mean is over the step's tokens (stage 4: pictures), not over the means of its batches."""
+    flags = {"max_steps": 2, "learning_rate": 1e-2, "router_dropout": 0.0, "dataloader_drop_last": True, "optim": "sgd"}
+    together, apart = tmp_path / "together", tmp_path / "apart"
+    train(run_flags(together, stage, per_device_train_batch_size=3, **flags))
+    train(run_flags(apart, stage, per_device_train_batch_size=1, gradient_accumulation_steps=3, **flags))
+    assert _losses(apart) == pytest.approx(_losses(together), rel=1e-4)
+    one, two = load_file(together / "model.safetensors"), load_file(apart / "model.safetensors")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-3)
+
+
+def test_work_enters_by_the_wrappers_forward() -> None:
+    bare = torch.nn.Linear(2, 1)
+    entered: list[str] = []
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = bare
+
+        def forward(self) -> torch.Tensor:
+            entered.append("wrapper")
+            return self.module()
+
+    bare.register_forward_pre_hook(lambda *_: entered.append("bare"))
+    result = llava_trainer.call_through(Wrapper(), bare, lambda: bare.weight.sum())
+    assert entered == ["wrapper", "bare"] and result.item() == bare.weight.sum().item()
+    assert "forward" not in bare.__dict__ and bare(torch.zeros(1, 2)).shape == (1, 1)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,270 @@
+"""Adapter folders: what LoRA learnt about a language model, and the whole parts that learnt beside it.
+
+    adapter_config.json                 peft's: rank, scale, which layers, the model underneath
+    adapter_model.safetensors           peft's: the low-rank matrices, under peft's names
+    non_lora_trainables.safetensors     projector, newline vector, router, and the vision tower where it was trained
+    config.json                         ours: every field of the multimodal configuration
+    tokenizer files                     in folders that our trainer wrote
+
+A folder is an adapter because `adapter_config.json` is in it. The matrices are injected into the language model in place, so
+the model keeps its class, and every parameter that is not LoRA's keeps its part of the model in front of its name. LLaVA's
+own adapter folders are read too; their pickled files only with the caller's leave.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+REST_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+PEFT_PREFIX = "base_model.model."
+LANGUAGE_LAYERS = "model.layers."
+REST_PREFIXES = ("model.mm_projector.", "model.image_newline", "model.router.")
+TOWER_PREFIX = "model.vision_tower."
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a folder holds an adapter, by its content."""
+    return (Path(path) / ADAPTER_CONFIG).is_file()
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether LoRA matrices stand in this model's language model, not merged."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def adapter_base(folder: str | Path, model_base: str | None = None) -> str:
+    """The model that an adapter belongs to: the caller's, or the one that the adapter names.
+
+    Raises:
+        ValueError: neither, a local model that is gone, or a model that is an adapter itself.
+    """
+    base = model_base
+    if base is None:
+        base = json.loads((Path(folder) / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
+        if not base:
+            raise ValueError(f"{folder} does not name the model it belongs to; give it as model_base.")
+        near = [Path(base), Path(folder) / base, Path(folder).parent / base]
+        base = next((str(path) for path in near if path.is_dir()), base)
+        if Path(base).is_absolute() and not Path(base).is_dir():
+            raise ValueError(f"{folder} was trained over {base}, which is not there; give the model's place now as model_base.")
+    if is_adapter(base):
+        raise ValueError(f"{base} is an adapter itself; merge it with scripts/merge_lora_weights.py and give the merged model.")
+    return base
+
+
+def tokenizer_source(folder: str | Path, base: str) -> str:
+    """Where an adapter's tokenizer is: in its folder, or, in LLaVA's own folders, with the model underneath."""
+    return str(folder) if any((Path(folder) / name).is_file() for name in TOKENIZER_FILES) else base
+
+
+def read_lora_config(folder: str | Path) -> Any:
+    """Peft's configuration of an adapter folder, limited to the language model.
+
+    Raises:
+        ValueError: another method than LoRA, or LoRA with biases of the layers underneath.
+    """
+    from peft import LoraConfig
+
+    stored = json.loads((Path(folder) / ADAPTER_CONFIG).read_text())
+    if stored.get("peft_type") != "LORA" or stored.get("bias", "none") != "none":
+        raise ValueError(
+            f"{folder} holds an adapter of type {stored.get('peft_type')} with bias {stored.get('bias')!r}; expected LORA with bias 'none'."
+        )
+    config = LoraConfig.from_pretrained(str(folder))
+    if config.exclude_modules is None:
+        # LLaVA's adapters name layers by their last word (q_proj ...), which the vision tower has too.
+        config.exclude_modules = rf"(?!{LANGUAGE_LAYERS.replace('.', '[.]')}).*"
+    return config
+
+
+def attach_adapter(model: Any, config: Any, dtype: torch.dtype = torch.float32) -> None:
+    """Put LoRA matrices into the language model, in place; they start as no change at all.
+
+    Args:
+        model: a multimodal language model, quantised or not.
+        config: peft's `LoraConfig`; layers outside the language model are refused.
+        dtype: of the matrices. float32 unless something else keeps a float32 copy of them.
+
+    Raises:
+        ValueError: the configuration names no layer of the language model, or others.
+    """
+    base = config.base_model_name_or_path
+    model.add_adapter(config)
+    config.base_model_name_or_path = base  # transformers has just put its own guess there
+    matrices = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+    elsewhere = sorted(name for name in matrices if not name.startswith(LANGUAGE_LAYERS))
+    if elsewhere:
+        raise ValueError(f"the adapter changes more than the language model: {elsewhere[0]} and {len(elsewhere) - 1} others.")
+    for parameter in matrices.values():
+        parameter.data = parameter.data.to(dtype)
+
+
+def load_lora(model: Any, folder: str | Path, use_safetensors: bool = True) -> None:
+    """Fill attached matrices from an adapter folder.
+
+    Raises:
+        ValueError: the folder's matrices are not exactly this model's.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    stored = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in _read(Path(folder), ADAPTER_FILES, use_safetensors).items()}
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    _check_names(f"{folder}: LoRA", own, stored)
+    set_peft_model_state_dict(model, stored)
+
+
+def read_rest(folder: str | Path, use_safetensors: bool = True) -> dict[str, Tensor]:
+    """The whole parts of an adapter folder, under their names in a full checkpoint.
+
+    Args:
+        use_safetensors: `False` also reads LLaVA's pickled `non_lora_trainables.bin`, with `weights_only`.
+
+    Raises:
+        ValueError: no such file, or only a pickled one that the caller did not ask for.
+    """
+    return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in _read(Path(folder), REST_FILES, use_safetensors).items()}
+
+
+def load_rest(model: Any, rest: Mapping[str, Tensor], source: str | Path) -> None:
+    """Fill projector, newline, router and tower from `read_rest`, and remember a tower so that it is saved again.
+
+    Raises:
+        ValueError: weights that this model has no place for.
+    """
+    own = model.state_dict()
+    _check_names(f"{source}: {REST_FILES[0]}", {name: own[name] for name in rest if name in own}, rest)
+    with torch.no_grad():
+        for name, tensor in rest.items():
+            own[name].copy_(tensor)
+    model.adapter_holds_tower = any(name.startswith(TOWER_PREFIX) for name in rest)
+
+
+def rest_names(model: Any) -> set[str]:
+    """Parameters that go into the rest file: projector, newline, router; the tower where it learns or came with the adapter."""
+    trained = any(parameter.requires_grad for name, parameter in model.named_parameters() if name.startswith(TOWER_PREFIX))
+    prefixes: tuple[str, ...] = REST_PREFIXES
+    if trained or getattr(model, "adapter_holds_tower", False):
+        prefixes += (TOWER_PREFIX,)
+    return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
+
+
+def save_adapter(model: Any, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    """Write everything but the tokenizer of an adapter folder.
+
+    Args:
+        model: with an attached adapter.
+        folder: made where it is missing. Write to a staging folder if readers may come in between.
+        state_dict: the model's weights where they were gathered from several processes.
+    """
+    from peft import get_peft_model_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = model.state_dict() if state_dict is None else state_dict
+    matrices = get_peft_model_state_dict(model, state_dict=dict(weights), save_embedding_layers=False)
+    _write({f"{PEFT_PREFIX}{name}": tensor for name, tensor in matrices.items()}, folder / ADAPTER_FILES[0])
+    _write({name: weights[name] for name in rest_names(model)}, folder / REST_FILES[0])
+    lora_config = copy.copy(model.peft_config["default"])
+    lora_config.inference_mode = True
+    lora_config.save_pretrained(str(folder))
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # how the language model was held in memory, not what the adapter is
+    config.save_pretrained(folder)
+
+
+def restore_adapter(model: Any, folder: Path) -> None:
+    """Fill a model that trains an adapter from one of its own checkpoints, exactly.
+
+    Raises:
+        ValueError: the checkpoint holds other parameters, or was made with another rank or scale.
+    """
+    stored, own = read_lora_config(folder), model.peft_config["default"]
+    for name in ("r", "lora_alpha"):
+        if getattr(stored, name) != getattr(own, name):
+            raise ValueError(
+                f"checkpoint {folder} has {name} {getattr(stored, name)}, but this run has {getattr(own, name)}; resume with "
+                "the flags the checkpoint was made with."
+            )
+    rest, expected = read_rest(folder), rest_names(model)
+    if set(rest) != expected:
+        differing = sorted(set(rest) ^ expected)
+        raise ValueError(
+            f"checkpoint {folder} and the model differ in {len(differing)} parameters, {differing[0]} among them; resume with "
+            "the flags the checkpoint was made with."
+        )
+    load_lora(model, folder)
+    load_rest(model, rest, folder)
+
+
+@torch.no_grad()
+def merge_adapter(model: Any) -> None:
+    """Add the low-rank matrices to the layers they belong to and take them out, in place.
+
+    The sum is made in float32 and rounded once to the layer's own dtype.
+
+    Raises:
+        ValueError: a quantised language model, or matrices that are not finite.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    if getattr(model, "is_quantized", False):
+        raise ValueError("LoRA cannot be merged into quantised weights without losing much of it; load the model without 4-bit or 8-bit.")
+    for name, layer in [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]:
+        whole: Any = layer.get_base_layer()
+        dtype = whole.weight.dtype
+        whole.weight.data = whole.weight.data.float()
+        layer.merge(safe_merge=True)  # type: ignore[operator]
+        whole.weight.data = whole.weight.data.to(dtype)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, whole)
+    del model.peft_config
+    model._hf_peft_config_loaded = False
+
+
+def language_linears(model: nn.Module) -> list[str]:
+    """Last words of the language model's linear layers, as in `q_proj`."""
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and name.startswith(LANGUAGE_LAYERS)
+        }
+    )
+
+
+def _read(folder: Path, names: tuple[str, str], use_safetensors: bool) -> dict[str, Tensor]:
+    safe, pickled = (folder / name for name in names)
+    if safe.is_file():
+        return load_file(safe)
+    if not pickled.is_file():
+        raise ValueError(f"{folder} has an {ADAPTER_CONFIG} but no {names[0]}; copy the adapter again.")
+    if use_safetensors:
+        raise ValueError(f"{pickled} is a pickled file; pass use_safetensors=False if you trust it.")
+    return torch.load(pickled, map_location="cpu", weights_only=True)
+
+
+def _write(tensors: Mapping[str, Tensor], file: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def _check_names(what: str, own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+    wrong: Collection[str] = sorted(
+        set(own) ^ set(stored) | {name for name in set(own) & set(stored) if own[name].shape != stored[name].shape}
+    )
+    if wrong:
+        shown = ", ".join(list(wrong)[:3])
+        raise ValueError(f"{what} does not fit the model: {len(wrong)} missing, unexpected or of another shape ({shown}); check the base.")

@@ -1,0 +1,411 @@
+"""Rows of LLaVA's JSON or JSONL as an Arrow file that every process maps into memory and nobody holds.
+
+A source file is read once, piece by piece. What is kept per row is its JSON text as it stands there, its pictures and its
+length in words, so that lengths and groups come from columns and a row is parsed when it is learnt from. The index lies in
+a hidden folder beside the source (or in a cache folder) under a name made of the source's path, size and time of change;
+whoever comes first builds it under a lock, all others wait and map it. It is an ordinary Arrow stream:
+`datasets.Dataset.from_file` opens it too.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import logging
+import mmap
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, overload
+
+import filelock
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from llava.train.targets import count_words
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+FORMAT = "1"
+"""Raised when what an index holds changes; older ones are then built anew."""
+HIDDEN_FOLDER = ".avg-llava-index"
+LOCK_SECONDS = 3600.0
+"""How long a process waits for another one that builds the same index."""
+MAX_ROW_BYTES = 64 * 2**20
+"""Longest row; what is longer is no list of conversations but a file of another format, or a broken one."""
+
+SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.string(), nullable=False),
+        pa.field("image", pa.string(), nullable=False),
+        pa.field("words", pa.int32(), nullable=False),
+    ]
+)
+"""A row's JSON text; its picture names as a JSON list, empty without any; words of its turns."""
+
+_READS_BETWEEN_RELEASES = 32
+_CHUNK_BYTES = 2**20
+_BATCH_ROWS = 2**16
+_BATCH_CHARACTERS = 2**25
+_WHITESPACE = re.compile(r"[ \t\r\n]*")
+
+
+class RowIndex(Sequence[Row]):
+    """The rows of one file; a row is parsed when it is asked for. Pickles as its path, so workers map the same memory.
+
+    Args:
+        path: the Arrow file.
+        source: the file it was made from.
+
+    Raises:
+        ValueError: the index is broken.
+    """
+
+    def __init__(self, path: Path, source: Path) -> None:
+        self.path = path
+        self.source = source
+        self._map, table, facts = read_arrow(path)
+        self.sha256: str = facts["sha256"]
+        self._reads = 0
+        self._rows, self._images, self._words = (table.column(name) for name in SCHEMA.names)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RowIndex, (self.path, self.source)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        """Parse a row.
+
+        Raises:
+            ValueError: the row is not JSON.
+        """
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        text = self._rows[range(len(self))[index]].as_py()
+        self._reads += 1
+        if self._reads % _READS_BETWEEN_RELEASES == 0:
+            self._map.madvise(mmap.MADV_DONTNEED)  # pages stay in the system's cache, but no longer count as this process's
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"the row is not valid JSON: {error}; it starts with {text[:60]!r}.") from error
+
+    @property
+    def words(self) -> np.ndarray:
+        """(R,) words of every row."""
+        return self._words.to_numpy()
+
+    @property
+    def pictured(self) -> np.ndarray:
+        """(R,) whether a row has pictures."""
+        return pc.not_equal(self._images, "").to_numpy()
+
+    @property
+    def picture_groups(self) -> np.ndarray:
+        """(R,) the same number for rows about the same pictures, in the order of their names; -1 without a picture."""
+        return picture_groups(self._images)
+
+
+def picture_groups(images: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """(R,) a number per distinct text of the `image` column in alphabetical order, -1 for the empty one."""
+    ranks = pc.rank(images, tiebreaker="dense").to_numpy().astype(np.int64)
+    return np.where(pc.equal(images, "").to_numpy(zero_copy_only=False), -1, ranks)
+
+
+def measure(row: Any) -> tuple[str, int]:
+    """The `image` and `words` columns of a row. A broken row counts no words; what is wrong is said when it is read."""
+    image = row.get("image") if isinstance(row, dict) else None
+    names = image if isinstance(image, list) else [] if image is None else [image]
+    try:
+        words = count_words(row["conversations"])
+    except (TypeError, KeyError, AttributeError):
+        words = 0
+    return json.dumps(names) if names else "", words
+
+
+def open_index(source: str | Path, cache: str | Path | None = None, wait_seconds: float = LOCK_SECONDS) -> RowIndex:
+    """The index of a JSON or JSONL file, built if there is none.
+
+    Args:
+        source: LLaVA's JSON (one list), or JSONL (a row per line, ending `.jsonl`).
+        cache: folder for the index; by default a hidden one beside the source, or the user's cache.
+        wait_seconds: how long to wait for another process that builds it.
+
+    Raises:
+        ValueError: no such file, or not one of rows.
+        TimeoutError: another process builds and does not finish.
+    """
+    source = Path(source)
+    return RowIndex(derived_file(source, "rows", cache, build_index, wait_seconds), source)
+
+
+# ---- files derived from a source, built once
+
+
+def derived_file(
+    source: Path,
+    kind: str,
+    cache: str | Path | None,
+    build: Callable[[Path, Path], None],
+    wait_seconds: float = LOCK_SECONDS,
+) -> Path:
+    """Path of what `build(source, target)` makes of a source, made now if no process has made it before.
+
+    Raises:
+        ValueError: there is no such source, no folder to write to, or the source changed meanwhile.
+        TimeoutError: another process has been building for longer than `wait_seconds`.
+    """
+    if not source.is_file():
+        raise ValueError(f"there is no file {source}; check the path.")
+    name = _derived_name(source, kind)
+    folders = _cache_folders(source, cache)
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    target = _first_writable(folders) / name
+    try:
+        with filelock.FileLock(f"{target}.lock", timeout=wait_seconds):
+            if not target.is_file():
+                _build(source, target, kind, build)
+    except filelock.Timeout as error:
+        raise TimeoutError(
+            f"another process has been indexing {source} for {wait_seconds:.0f} s; wait for it, or stop it and start again."
+        ) from error
+    return target
+
+
+def _derived_name(source: Path, kind: str) -> str:
+    stat = source.stat()
+    identity = json.dumps([str(source.resolve()), stat.st_size, stat.st_mtime_ns, FORMAT])
+    return f"{source.name}.{hashlib.sha256(identity.encode()).hexdigest()[:16]}.{kind}.arrow"
+
+
+def _cache_folders(source: Path, cache: str | Path | None) -> list[Path]:
+    if cache is not None:
+        return [Path(cache)]
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return [source.resolve().parent / HIDDEN_FOLDER, user_cache / "avg-llava" / "index"]
+
+
+def _first_writable(folders: Sequence[Path]) -> Path:
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if folder.name == HIDDEN_FOLDER:
+                (folder / ".gitignore").write_text("*\n")
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    raise ValueError(f"an index cannot be written to {' or '.join(map(str, folders))}; name another folder with --index_cache.")
+
+
+def _build(source: Path, target: Path, kind: str, build: Callable[[Path, Path], None]) -> None:
+    """Build under a hidden name, and rename what is complete and still true."""
+    start = time.perf_counter()
+    unfinished = target.with_name(f".unfinished-{target.name}")
+    try:
+        build(source, unfinished)
+        if _derived_name(source, kind) != target.name:
+            raise ValueError(f"{source} changed while it was indexed; start again when it is complete.")
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    logger.info("indexed %s in %.1f s: %s", source, time.perf_counter() - start, target)
+
+
+def write_arrow(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], facts: Callable[[], dict[str, str]]) -> None:
+    """Write an Arrow stream whose last, empty batch carries the facts that are known only at the end.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+        end = pa.RecordBatch.from_pylist([], schema=schema)
+        writer.write_batch(end, custom_metadata=facts())
+
+
+def read_arrow(path: Path) -> tuple[mmap.mmap, pa.Table, dict[str, str]]:
+    """Map a file of `write_arrow` into memory: the mapping, its table, of which nothing is copied, and its facts.
+
+    Raises:
+        ValueError: the file is broken or incomplete.
+    """
+    batches, facts = [], None
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        with pa.ipc.open_stream(pa.py_buffer(mapped)) as stream:
+            while True:
+                found = stream.read_next_batch_with_custom_metadata()
+                batches.append(found.batch)
+                facts = found.custom_metadata
+    except StopIteration:
+        pass
+    except (pa.ArrowInvalid, ValueError, OSError) as error:
+        raise ValueError(f"the index {path} is broken ({error}); delete it, and it is built anew.") from error
+    if facts is None:
+        raise ValueError(f"the index {path} is incomplete; delete it, and it is built anew.")
+    return mapped, pa.Table.from_batches(batches), {key.decode(): value.decode() for key, value in dict(facts).items()}
+
+
+# ---- reading a source piece by piece
+
+
+def build_index(source: Path, target: Path) -> None:
+    """Write the index of a source file.
+
+    Raises:
+        ValueError: not UTF-8, not a list of rows, or no row at all.
+    """
+    digest = hashlib.sha256()
+    with source.open("rb") as file:
+        items = _lines(file, digest, source) if source.suffix == ".jsonl" else _list_items(file, digest, source)
+        write_arrow(target, SCHEMA, _batches(items, source), lambda: {"sha256": digest.hexdigest()})
+
+
+def _batches(items: Iterator[tuple[str, Any]], source: Path) -> Iterator[pa.RecordBatch]:
+    """Record batches of rows; the first row decides whether the file is one of conversations."""
+    columns: tuple[list[Any], ...] = ([], [], [])
+    characters = count = 0
+    for count, (text, row) in enumerate(items, start=1):
+        if count == 1 and not isinstance(row, dict):
+            raise ValueError(
+                f"{source} starts with {text[:40]!r}, expected rows such as {{'conversations': [...]}}: a .json file holds one "
+                "list of them, a .jsonl file one per line."
+            )
+        for column, value in zip(columns, (text, *measure(row)), strict=True):
+            column.append(value)
+        characters += len(text)
+        if len(columns[0]) >= _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
+            yield pa.record_batch(list(columns), schema=SCHEMA)
+            columns, characters = ([], [], []), 0
+    if not count:
+        raise ValueError(f"{source} holds no rows; expected a list of conversations.")
+    yield pa.record_batch(list(columns), schema=SCHEMA)
+
+
+def _lines(file: BinaryIO, digest: Any, source: Path) -> Iterator[tuple[str, Any]]:
+    """Text and value of every line that is not blank; the value of a broken line is None."""
+    for number, raw in enumerate(iter(lambda: file.readline(MAX_ROW_BYTES), b""), start=1):
+        digest.update(raw)
+        if len(raw) == MAX_ROW_BYTES and not raw.endswith(b"\n"):
+            raise ValueError(f"line {number} of {source} is over {MAX_ROW_BYTES:,} bytes; a .jsonl file holds one row per line.")
+        try:
+            text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"line {number} of {source} is not UTF-8: {error}; convert the file.") from error
+        if not text:
+            continue
+        try:
+            yield text, json.loads(text)
+        except (ValueError, RecursionError):
+            yield text, None
+
+
+def _list_items(file: BinaryIO, digest: Any, source: Path) -> Iterator[tuple[str, Any]]:
+    """Text and value of every element of a JSON list.
+
+    Raises:
+        ValueError: the file is not a JSON list; the sentence says behind which row.
+    """
+    text = _Text(_decoded(file, digest))
+    count = 0
+    try:
+        start = text.next_character()
+        if start != "[":
+            raise ValueError(f"it starts with {start!r}, expected '['; one row per line needs the ending .jsonl")
+        text.at += 1
+        separator = "," if text.next_character() != "]" else "]"
+        text.at += separator == "]"
+        while separator == ",":
+            text.next_character()
+            yield text.value()
+            count += 1
+            separator = text.next_character()
+            if separator not in (",", "]"):
+                raise ValueError(f"a row is followed by {separator!r}, expected ',' or ']'")
+            text.at += 1
+        if text.next_character():
+            raise ValueError(f"the list is followed by {text.next_character()!r}, expected the end of the file")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is not a valid JSON list: after {count} rows, {error}.") from error
+
+
+def _decoded(file: BinaryIO, digest: Any) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    while chunk := file.read(_CHUNK_BYTES):
+        digest.update(chunk)
+        yield decoder.decode(chunk)
+    yield decoder.decode(b"", final=True)
+
+
+class _Text:
+    """A window that moves over a long JSON text.
+
+    Attributes:
+        text: the window.
+        at: where in it reading goes on.
+    """
+
+    def __init__(self, chunks: Iterator[str]) -> None:
+        self.text = ""
+        self.at = 0
+        self._chunks = chunks
+        self._ended = False
+        self._scan = json.JSONDecoder().raw_decode
+
+    def next_character(self) -> str:
+        """Skip white space; the character there, or nothing at the end."""
+        while True:
+            match = _WHITESPACE.match(self.text, self.at)
+            assert match is not None
+            self.at = match.end()
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if self._ended:
+                return ""
+            self._move()
+
+    def value(self) -> tuple[str, Any]:
+        """Text and value of the JSON value that starts here.
+
+        Raises:
+            json.JSONDecodeError: there is none, or it is longer than `MAX_ROW_BYTES`.
+        """
+        while True:
+            try:
+                value, end = self._scan(self.text, self.at)
+            except json.JSONDecodeError:
+                if self._ended or len(self.text) - self.at > MAX_ROW_BYTES:
+                    raise
+            else:
+                if end < len(self.text) or self._ended:  # a number at the very end may go on
+                    text, self.at = self.text[self.at : end], end
+                    return text, value
+            self._move()
+
+    def _move(self) -> None:
+        """Drop what was read and append as much as is left, so that a long value is scanned a few times only."""
+        parts = [self.text[self.at :]]
+        missing = max(1, len(parts[0]))
+        while missing > 0 and not self._ended:
+            chunk = next(self._chunks, None)
+            self._ended = chunk is None
+            parts.append(chunk or "")
+            missing -= len(parts[-1])
+        self.text, self.at = "".join(parts), 0
