@@ -76,8 +76,15 @@ def read_lora_config(folder: str | Path) -> Any:
 
     Raises:
         ValueError: another method than LoRA, or LoRA with biases of the layers underneath.
+        ImportError: peft is not installed.
     """
-    from peft import LoraConfig
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError(
+            f'{folder} is an adapter, which takes peft to read; run pip install -e ".[train]", or merge it elsewhere with '
+            "scripts/merge_lora_weights.py."
+        ) from error
 
     stored = json.loads((Path(folder) / ADAPTER_CONFIG).read_text())
     if stored.get("peft_type") != "LORA" or stored.get("bias", "none") != "none":

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class RoutingRequest:
     """What a caller asks of one call.
 
-    granularity: `None` lets the router choose (full granularity where the model has none), a number fixes the tokens per view, a
-        list limits the choice.
+    granularity: `None` lets the router choose (full granularity where the model has none), a number fixes the tokens per view (any
+        number above the finest level means the finest: scripts ask every LLaVA for 576), a list limits the choice.
     max_visual_tokens: a budget for all images of one prompt together.
     bias: added to the router's logits per log2 of an image's tokens over its coarsest level's; negative is cheaper.
     """
@@ -61,6 +64,9 @@ def allowed_levels(levels: Sequence[int], request: RoutingRequest, has_router: b
     wanted = request.granularity
     if wanted is None:
         return list(range(len(levels)))
+    if isinstance(wanted, int) and wanted > levels[-1]:
+        logger.warning("vis_token_granularity is %d, more than this model has; its finest, %d, is used", wanted, levels[-1])
+        return [len(levels) - 1]
     names = [wanted] if isinstance(wanted, int) else list(wanted)
     unknown = [name for name in names if name not in levels]
     if unknown or not names:

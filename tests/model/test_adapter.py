@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava.model import LlavaLlamaForCausalLM
-from llava.model.adapter import attach_adapter, is_adapter, language_linears, load_lora, merge_adapter
+from llava.model.adapter import attach_adapter, is_adapter, language_linears, load_lora, merge_adapter, read_lora_config
 from llava.model.builder import load_pretrained_model
 
 peft = pytest.importorskip("peft")
@@ -175,3 +176,9 @@ def test_quantised_weights_keep_their_adapter(folder: Path) -> None:
     assert before and all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in before.items())
     whole = load_pretrained_model(str(folder), device="cpu", dtype=torch.float32)[1]
     assert torch.cosine_similarity(_logits(loaded).flatten(), _logits(whole).flatten(), dim=0) > 0.99
+
+
+def test_without_peft_an_adapter_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"takes peft to read; run pip install"):
+        read_lora_config(tmp_path)

@@ -60,3 +60,10 @@ def test_refusals_name_what_was_asked_and_what_there_is(request_, message):
 def test_a_bias_needs_a_router():
     with pytest.raises(ValueError, match="no router to bias"):
         choose([None], RoutingRequest(bias=1.0), has_router=False)
+
+
+def test_more_than_the_finest_is_the_finest_and_is_said(caplog):
+    assert choose([[0.9, 0.1, 0.0]], RoutingRequest(576)) == [2]
+    assert "vis_token_granularity is 576, more than this model has; its finest, 144, is used" in caplog.text
+    with pytest.raises(ValueError, match="choose from these"):
+        choose([[0.9, 0.1, 0.0]], RoutingRequest([36, 576]))

@@ -118,7 +118,7 @@ def test_a_folder_gives_back_the_model_that_was_trained(adapter: tuple[Path, Any
     for base in (str(BASE), None):
         tokenizer, model, _, _ = load_pretrained_model(str(folder), base, "any-name", device="cpu", dtype=torch.float32)
         assert not any("lora" in name for name, _ in model.named_parameters())
-        # Sums in another order: W x + s B A x against (W + s B A) x, in float32. The worst seen here is 4e-6.
+        # Sums in another order: W x + s B A x against (W + s B A) x, in float32. The worst of three seeds was 9e-6, of logits up to 19.
         torch.testing.assert_close(_logits(model), expected, rtol=1e-5, atol=2e-5)
     assert tokenizer("Where is the man?").input_ids[0] == 1 and model.config.conv_version == "v1"
 
