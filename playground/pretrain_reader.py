@@ -246,7 +246,7 @@ def save_reader(model: Any, args: argparse.Namespace) -> None:
     plain.load_state_dict({name: own[name] for name in plain.state_dict()})
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(args.language / name, args.output / name)
-    save_projector(model, args.output)
+    save_projector(own, args.output)
     plain.save_pretrained(args.output)
 
 

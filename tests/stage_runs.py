@@ -56,12 +56,16 @@ def start(
     )  # fmt: skip
 
 
-def stop_group(process: subprocess.Popen[str]) -> None:
-    """End everything that a script started, whatever state it is in."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+def stop_group(process: subprocess.Popen[str], patience: float = 20) -> None:
+    """End everything that a script started: launchers end their workers, which have sessions of their own, when asked kindly."""
+    for number, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, None)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(seconds)
+        except ProcessLookupError:
+            break
+        except subprocess.TimeoutExpired:
+            continue
     process.wait()
 
 

@@ -248,6 +248,11 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
             "--cache_image_features_gb keeps features of a vision tower that this run trains; freeze it with "
             "--unfreeze_mm_vision_tower False or drop the cache."
         )
+    if data_args.cache_image_features_gb and training_args.deepspeed:
+        errors.append(
+            "--cache_image_features_gb lets processes call the vision tower unequally often, which DeepSpeed cannot do; drop one "
+            "of the two."
+        )
     if errors:
         raise ValueError("these flags cannot work together:\n- " + "\n- ".join(errors))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,19 +117,15 @@ def restore_weights(model: Any, folder: Path) -> None:
     model.load_state_dict(stored)
 
 
-def projector_weights(model: nn.Module) -> dict[str, Tensor]:
+def projector_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The projector and the newline vector, under their names in a full checkpoint."""
     parts = ("projector", "newline")
-    return {
-        name: parameter.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        if part_of(name) in parts
-    }
+    return {name: weight.detach().cpu().contiguous() for name, weight in weights.items() if part_of(name) in parts}
 
 
-def save_projector(model: nn.Module, folder: Path) -> None:
-    """Write `mm_projector.safetensors` into `folder`."""
-    save_file(projector_weights(model), folder / PROJECTOR_FILE, metadata={"format": "pt"})
+def save_projector(weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write `mm_projector.safetensors` into `folder`, from a state dict that holds whole weights."""
+    save_file(projector_weights(weights), folder / PROJECTOR_FILE, metadata={"format": "pt"})
 
 
 def load_projector(model: nn.Module, path: Path, allow_bin: bool = False) -> None:

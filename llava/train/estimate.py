@@ -91,8 +91,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # playground/avg-llava-micro/config.json, the model shipped with this repository.
     "micro": {
-        "model_type": "llava_llama", "vocab_size": 640, "hidden_size": 160, "intermediate_size": 448,
-        "num_hidden_layers": 4, "num_attention_heads": 5, "num_key_value_heads": 5, "max_position_embeddings": 2048,
+        "model_type": "llava_llama", "vocab_size": 640, "hidden_size": 192, "intermediate_size": 512,
+        "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 6, "max_position_embeddings": 2048,
         "vision_config": _MICRO_TOWER, "mm_vision_select_layer": -1,
         "image_grid_pinpoints": [[64, 64], [64, 128], [128, 64], [128, 128], [192, 64], [64, 192]],
         "vis_token_granularity": [4, 8, 16, 32, 64], "router_select": True, "router_hidden_size": 32,

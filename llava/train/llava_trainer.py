@@ -288,7 +288,9 @@ class LlavaTrainer(Trainer):
         now = time.monotonic()
         tokens = self._sum_over_processes([self._tokens_read])[0]
         seconds, self._counted_since, self._tokens_read = now - self._counted_since, now, 0.0
-        figures = {"tokens_per_second": round(tokens / seconds, 1), "memory_gb": round(peak_memory_gb(), 3)}
+        figures = {"memory_gb": round(peak_memory_gb(), 3)}
+        if tokens:  # stage 4 reads none with the language model when it learns from scores
+            figures["tokens_per_second"] = round(tokens / seconds, 1)
         if self.args.on_nonfinite_loss == "skip":
             figures["steps_skipped"] = float(self.steps_skipped)
         return figures
@@ -325,7 +327,8 @@ class LlavaTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save and self.args.stage == "align":
-            save_projector(self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_folder))
+            weights = state_dict or self.accelerator.unwrap_model(self.model).state_dict()
+            save_projector(weights, Path(output_dir or self.args.output_folder))
 
     def save_final(self) -> None:
         """Put the finished model, its tokenizer and its config into the output folder, complete or not at all."""

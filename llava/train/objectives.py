@@ -130,6 +130,7 @@ def answer_losses(model: Any, batch: Batch, features: Sequence[Tensor], levels: 
         features: tensors (C, P, D) from `image_features`, the batch's pictures first.
         levels: visual tokens per view of G granularities.
     """
+    blank = _blank(batch, features, model)
     spliced = model.splice_levels(
         batch["input_ids"], batch["attention_mask"], batch["labels"], features[: len(batch["images"])], batch["image_sizes"], levels
     )
@@ -139,17 +140,23 @@ def answer_losses(model: Any, batch: Batch, features: Sequence[Tensor], levels: 
     for together in [columns] if reads_in_one_pass(model) else [[column] for column in columns]:
         cells = [(row, column) for column in together for row in read_at[column]]
         rows = [spliced[column][row] for row, column in cells] or [_almost_nothing(spliced[finest][0])]
-        found = _read(model, rows, [row * len(levels) + column for row, column in cells], found)
+        found = _read(model, rows, [row * len(levels) + column for row, column in cells], found, blank)
     source = torch.tensor([list(columns) if pictures else [finest] * len(levels) for pictures in per_row], device=found.sums.device)
     sums = found.sums.view(len(per_row), len(levels)).gather(1, source)
     return AnswerLosses(sums, (batch["labels"] != IGNORE_INDEX).sum(dim=1), found.positions, found.padding)
 
 
-def _read(model: Any, rows: Sequence[SplicedRow], cells: Sequence[int], before: AnswerLosses) -> AnswerLosses:
-    """One pass of the language model over some rows; their summed losses go to `cells` of what was found `before`."""
+def _read(
+    model: Any, rows: Sequence[SplicedRow], cells: Sequence[int], before: AnswerLosses, blank: Tensor | None
+) -> AnswerLosses:
+    """One pass of the language model over some rows; their summed losses go to `cells` of what was found `before`.
+
+    `blank` is a zero to be added to the embeddings, or `None`.
+    """
     packed = pack(rows, one_row=str(model.config._attn_implementation).startswith("flash"))
+    embeddings = packed.inputs_embeds if blank is None else packed.inputs_embeds + blank.to(packed.inputs_embeds.dtype)
     hidden = model.model(
-        inputs_embeds=packed.inputs_embeds, attention_mask=None, position_ids=packed.position_ids, use_cache=False
+        inputs_embeds=embeddings, attention_mask=None, position_ids=packed.position_ids, use_cache=False
     ).last_hidden_state
     line, column = torch.nonzero(packed.labels[:, 1:] != IGNORE_INDEX, as_tuple=True)
     losses = token_losses(model.lm_head(hidden[line, column]), packed.labels[line, column + 1])
@@ -189,7 +196,7 @@ def token_mean_lesson(
     """
     answers = answer_losses(model, batch, features, granularities(model)[-1:])
     items = count_items(batch, "token_mean") if items is None else items
-    return Lesson(mean_over(answers.sums.sum(), items) + _blank(batch, features, model), _padding_metrics(answers))
+    return Lesson(mean_over(answers.sums.sum(), items), _padding_metrics(answers))
 
 
 def multi_granularity_lesson(
@@ -208,7 +215,7 @@ def multi_granularity_lesson(
     metrics: dict[str, tuple[Tensor | float, float]] = {
         f"loss_{level}": (total.detach(), float(own)) for level, total in zip(levels, sums, strict=True)
     }
-    loss = mean_over(sums.mean(), items) + _blank(batch, features, model)
+    loss = mean_over(sums.mean(), items)
     return Lesson(loss, metrics | _padding_metrics(answers))
 
 
@@ -290,11 +297,15 @@ def visual_token_counts(model: Any, batch: Batch, features: Sequence[Tensor]) ->
     return counts
 
 
-def _blank(batch: Batch, features: Sequence[Tensor], model: Any) -> Tensor:
-    """Zero, with a gradient of zero for the newline vector and whatever made the features of a batch without a picture."""
-    if batch["images"]:
-        return features[0].new_zeros(())
+def _blank(batch: Batch, features: Sequence[Tensor], model: Any) -> Tensor | None:
+    """For a batch without a picture a zero that hangs on the newline vector and on whatever made the features; otherwise `None`.
+
+    Called before the rows are spliced and added to their embeddings: under ZeRO-3 the newline vector is then collected at the same
+    moment by every process, and its gradient and those of projector and tower arrive in the order that pictures cause elsewhere.
+    """
     newline = getattr(model.model, "image_newline", None)
+    if batch["images"]:
+        return None
     return 0.0 * (features[0].sum() + (0.0 if newline is None else newline.sum()))
 
 

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import filelock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -196,8 +197,8 @@ class ScoreArguments:
 def score(args: ScoreArguments) -> Path:
     """Score every row of a data set and write one file.
 
-    Parts are dealt to the processes of a distributed run by `RANK` and `WORLD_SIZE`; the first process joins them when
-    all are there.
+    Parts are dealt to the processes of a distributed run by `RANK` and `WORLD_SIZE`; whichever is done last joins them. A file that
+    already belongs to this model and these rows is left as it is.
 
     Returns:
         The file written.
@@ -208,6 +209,9 @@ def score(args: ScoreArguments) -> Path:
     model, dataset, collator = _prepare(args)
     metadata = _metadata(model_fingerprint(model), data_fingerprint(dataset), granularities(model))
     output = Path(args.output_file)
+    if output.is_file() and _belongs(output, metadata):
+        logger.info("%s already holds these scores", output)
+        return output
     folder = output.with_name(output.name + ".parts")
     folder.mkdir(parents=True, exist_ok=True)
     parts = parts_of_rows(dataset.rows, args.part_rows)
@@ -218,7 +222,7 @@ def score(args: ScoreArguments) -> Path:
             continue
         table = score_part(model, dataset, rows, args.batch_size, collator)
         _write(table.replace_schema_metadata(metadata), file)
-    if rank == 0:
+    with filelock.FileLock(output.with_name(f".{output.name}.lock")):
         _join(folder, len(parts), metadata, output)
     return output
 
@@ -233,6 +237,8 @@ def _prepare(args: ScoreArguments) -> tuple[Any, ConversationDataset, Collator]:
     from llava.train.train import make_dataset
 
     device = args.device or pick_device()
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     tokenizer, model, _, _ = load_pretrained_model(
         args.model_name_or_path, None, None, device=device, dtype=getattr(torch, args.dtype)
     )
@@ -263,10 +269,13 @@ def _write(table: pa.Table, file: Path) -> None:
 
 
 def _join(folder: Path, count: int, metadata: dict[str, str], output: Path) -> None:
+    """Make one file of the parts, unless some are missing or another process was faster."""
+    if not folder.is_dir():
+        return
     files = [folder / f"part-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
     missing = [file.name for file in files if not (file.is_file() and _belongs(file, metadata))]
     if missing:
-        logger.warning("%d of %d parts are still missing; run again to join them", len(missing), count)
+        logger.info("%d of %d parts are still missing; the process that writes the last one joins them", len(missing), count)
         return
     table = pa.concat_tables([pq.read_table(file) for file in files]).sort_by("row")
     _write(table.replace_schema_metadata(metadata), output)

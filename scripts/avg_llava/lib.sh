@@ -214,7 +214,5 @@ score() {
     stop "SCORE=1 needs one command that starts all nodes; score on one node (NNODES=1), then give every node SCORES=FILE."
   say "Scores: $MODEL on $DATA_PATH -> $SCORES ($NNODES x $NPROC processes)"
   launch "${command[@]}"
-  # The first process joins the parts where all are there when it is done; otherwise one process does it now.
-  [[ -e $SCORES ]] || "$python" "${command[@]}"
   [[ -e $SCORES ]] || stop "$SCORES was not written; the messages above say why."
 }

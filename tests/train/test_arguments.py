@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from llava.train.arguments import check_arguments
 from llava.train.train import parse_arguments
 
 Flags = Callable[..., list[str]]
@@ -76,8 +77,16 @@ def test_every_contradiction_is_named_at_once(tmp_path: Path, run_flags: Flags) 
         ("rglf", {"mm_projector_lr": 1e-3}, "does not train the projector"),
         ("instruct", {"tune_mm_mlp_adapter": True}, "belongs to stage align"),
         ("instruct", {"is_multimodal": False}, "--image_folder is given"),
+        ("instruct", {"on_nonfinite_loss": "ignore"}, "--on_nonfinite_loss is 'ignore'; choose raise or skip"),
     ],
 )
 def test_refusals(stage: str, flags: dict[str, object], message: str, tmp_path: Path, run_flags: Flags) -> None:
     with pytest.raises(ValueError, match=message):
         parse_arguments(run_flags(tmp_path, stage, **flags))
+
+
+def test_what_deepspeed_cannot_do_is_refused(tmp_path: Path, run_flags: Flags) -> None:
+    arguments = parse_arguments(run_flags(tmp_path, "rglf", cache_image_features_gb=1, on_nonfinite_loss="skip"))
+    arguments[2].deepspeed = "zero3.json"
+    with pytest.raises(ValueError, match="(?s)gradients that DeepSpeed keeps.*call the vision tower unequally often"):
+        check_arguments(*arguments)
