@@ -69,10 +69,10 @@ stage stage3_multi_granularity stage3 stage2 instruct 400 8 1e-3 "${frozen[@]}" 
 route() {
   local name=$1 seed=$2
   shift 2
-  SCORE=1 SCORES=$out/scores.parquet SCORE_BATCH=16 FILTERED_TEXT_NUM=${TEXT:-16} \
-    stage stage4_rglf "$name-$seed" stage3 stage4 375 32 3e-3 --router_hidden_size 32 --router_dropout 0.0 --seed "$seed" "$@"
+  SCORE=1 SCORES=$out/scores.parquet SCORE_BATCH=16 FILTERED_TEXT_NUM=${TEXT:-32} \
+    stage stage4_rglf "$name-$seed" stage3 stage4 900 32 3e-3 --router_hidden_size 32 --router_dropout 0.0 --seed "$seed" "$@"
 }
-cost=(--granularity_cost_weight "${COST:-0.03}")
+cost=(--granularity_cost_weight "${COST:-0.01}")
 for seed in 0 1 2; do
   route cost-aware "$seed" --router_attention_axis "${AXIS:-views}" "${cost[@]}"
   route paper-loss "$seed" --router_attention_axis "${AXIS:-views}"

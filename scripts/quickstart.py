@@ -21,8 +21,8 @@ from llava.inference import Assistant, Options
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "playground" / "images" / "scene_beige.png"
-FAMILIES = ("shape", "digit", "arrow", "number")
-"""Three kinds of question that a few tokens answer, and one that needs all of them."""
+FAMILIES = ("shape", "digit", "cell", "pole", "number")
+"""Two kinds of question that a few tokens answer, and three that need more and more of them."""
 LONGEST_ANSWER = 24
 HEADING = ("question", "answer", "right?", "granularity", "tokens", "saved", "ms")
 
