@@ -152,6 +152,9 @@ class TrainingArguments(LoraFlags, transformers.TrainingArguments):
     model_max_length: int | None = field(
         default=None, metadata={"help": "Longest row, text and visual tokens together; the checkpoint's context by default."}
     )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Remove checkpoints of an earlier run from the output folder; refused without it."}
+    )
     evaluation_strategy: str | None = field(default=None, metadata={"help": "Older name of --eval_strategy."})
     warmup_ratio: float | None = field(default=None, metadata={"help": "Share of the steps that warm up."})
     on_nonfinite_loss: str = field(
@@ -276,6 +279,10 @@ def _stage_errors(args: TrainingArguments) -> list[str]:
         errors.append(f"stage {stage.name} trains {', '.join(sorted(stage.trains))}, and the flags freeze all of it.")
     if args.on_nonfinite_loss not in ("raise", "skip"):
         errors.append(f"--on_nonfinite_loss is {args.on_nonfinite_loss!r}; choose raise or skip.")
+    if args.on_nonfinite_loss == "skip" and args.fp16:
+        errors.append("--on_nonfinite_loss skip has nothing to do under --fp16, whose scaler skips such steps itself; drop one of the two.")
+    if args.mm_vision_tower_lr is not None and "vision_tower" not in stage.trains:
+        errors.append(f"--mm_vision_tower_lr is given, but stage {stage.name} does not train the vision tower.")
     if args.on_nonfinite_loss == "skip" and args.deepspeed:
         errors.append("--on_nonfinite_loss skip needs the gradients that DeepSpeed keeps to itself; drop one of the two.")
     if args.router_select is False and stage.name == "rglf":

@@ -73,6 +73,8 @@ def load_model(
     kind = PretrainedConfig.get_config_dict(path)[0].get("model_type")
     overrides = config_overrides(model_args, data_args, training_args)
     options: dict[str, Any] = {"dtype": _weights_dtype(training_args), **quantization_options(training_args, path)}
+    if adapter and model_args.allow_bin_weights:
+        options["use_safetensors"] = False
     if model_args.attn_implementation is not None:
         options["attn_implementation"] = model_args.attn_implementation
     if adapter:
@@ -88,6 +90,8 @@ def load_model(
     if training_args.router_select or training_args.stage == "rglf":
         model.model.initialize_router()
     _check_stage_fits(model, training_args)
+    if training_args.router_select is False and model.model.router is not None:
+        raise ValueError(f"--router_select is False, but {path} has a router, which stays; drop the flag.")
     words = tokenizer_source(adapter, base) if adapter else path
     tokenizer = _load_tokenizer(words, model, model_args, training_args)
     if training_args.lora_enable:

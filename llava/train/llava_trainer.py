@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 from llava.train.arguments import TrainingArguments
 from llava.train.checkpoint import (
@@ -120,6 +121,18 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+class _EpochOfSampler(TrainerCallback):
+    """Tells the sampler which epoch begins: what wraps it in a distributed or resumed run does not pass the number on."""
+
+    def __init__(self, trainer: LlavaTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The state's epoch is a fraction in the middle of one, and whole, up to rounding, between two."""
+        if self.trainer._sampler is not None:
+            self.trainer._sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
+
+
 class LlavaTrainer(Trainer):
     """Trains one stage.
 
@@ -144,8 +157,12 @@ class LlavaTrainer(Trainer):
         self._counted_since = time.monotonic()
         self._tokens_read = 0.0
         self._loss_is_finite = True
+        self._step_is_broken = False
         self.steps_skipped = 0
+        self._evaluated = [0.0, 0.0]
         self._run_dir: Path | None = None
+        self._sampler: GroupedSampler | None = None
+        self.add_callback(_EpochOfSampler(self))
         self._vision_learns = any(
             parameter.requires_grad
             for name, parameter in self.model.named_parameters()
@@ -158,12 +175,13 @@ class LlavaTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not self.args.group_by_modality_length or dataset is None:
             return super()._get_train_sampler(dataset)
-        return GroupedSampler(
+        self._sampler = GroupedSampler(
             dataset.modality_lengths,
             self.args.train_batch_size,
             self.args.world_size * self.args.gradient_accumulation_steps,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
+        return self._sampler
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimiser over the groups of `optimizer_groups`."""
@@ -236,7 +254,7 @@ class LlavaTrainer(Trainer):
         logger.warning("skipping a step: %s", finding)
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
-        """One batch forward and backward; where a loss was not finite and is to be skipped, the step's gradients are dropped.
+        """One batch forward and backward; where a loss was not finite and is to be skipped, the whole step's gradients are dropped.
 
         The decision is common to all processes, since their gradients are.
         """
@@ -244,11 +262,14 @@ class LlavaTrainer(Trainer):
         if self.args.on_nonfinite_loss == "raise":
             return loss
         broken = self.accelerator.reduce(torch.tensor(float(not self._loss_is_finite), device=loss.device), reduction="sum")
-        if broken:
-            self.steps_skipped += 1
+        self._step_is_broken |= bool(broken)
+        if self._step_is_broken:
             for parameter in model.parameters():
                 parameter.grad = None
-        return loss.nan_to_num(0.0, 0.0, 0.0) if broken else loss
+        if self.accelerator.sync_gradients:
+            self.steps_skipped += self._step_is_broken
+            self._step_is_broken = False
+        return torch.zeros_like(loss) if broken else loss
 
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -256,7 +277,26 @@ class LlavaTrainer(Trainer):
         """The loss of one evaluation batch."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            return self.compute_loss(model, inputs).detach(), None, None
+            # The stock loop hands over the bare model; under ZeRO-3 its weights are whole in the engine's forward only.
+            loss = self.compute_loss(self.model_wrapped if self.is_deepspeed_enabled else model, inputs).detach()
+        items = count_items(inputs, self.args.stage_plan.loss)
+        self._evaluated = [self._evaluated[0] + float(loss) * items, self._evaluated[1] + items]
+        return loss, None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """The stock loop, with the loss as a mean over the items of all batches and processes."""
+        self._evaluated = [0.0, 0.0]
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        total, items = self._sum_over_processes(self._evaluated)
+        metrics = {**(output.metrics or {}), f"{metric_key_prefix}_loss": total / max(items, 1.0)}
+        return output._replace(metrics=metrics)
 
     # ---- the log
 
@@ -316,18 +356,23 @@ class LlavaTrainer(Trainer):
         finally:
             run_dir, self._run_dir = self._run_dir, None
         self.accelerator.wait_for_everyone()
+        if self.state.best_model_checkpoint:
+            self.state.best_model_checkpoint = str(output / Path(self.state.best_model_checkpoint).name)
         if self.args.should_save:
+            self.state.save_to_json(str(run_dir / name / TRAINER_STATE_NAME))
             publish(run_dir / name, output / name)
             run_dir.rmdir()
-            if self.state.best_model_checkpoint:
-                self.state.best_model_checkpoint = str(output / Path(self.state.best_model_checkpoint).name)
             keep_newest(output, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if state_dict is not None and not state_dict:
+            raise ValueError(
+                "DeepSpeed gave no whole weights to save; set stage3_gather_16bit_weights_on_model_save to true in its configuration."
+            )
         super()._save(output_dir, state_dict)
         if self.args.should_save and self.args.stage == "align":
-            weights = state_dict or self.accelerator.unwrap_model(self.model).state_dict()
+            weights = self.accelerator.unwrap_model(self.model).state_dict() if state_dict is None else state_dict
             save_projector(weights, Path(output_dir or self.args.output_folder))
 
     def save_final(self) -> None:

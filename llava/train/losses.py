@@ -19,7 +19,7 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 def mean_over(total: Tensor, count: float) -> Tensor:
     """A sum over `count` things as their mean; 0, with a gradient of 0, where there are none."""
-    return total / max(count, 1)
+    return total / count if count > 0 else 0.0 * total
 
 
 def cost_adjusted(losses: Tensor, visual_tokens: Tensor, cost_weight: float) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils.generic import is_flash_attention_requested
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.splice import SplicedRow
@@ -118,7 +119,7 @@ def reads_in_one_pass(model: Any) -> bool:
     (ZeRO-3). Elsewhere rows packed side by side need a mask as large as the square of their length, which costs more than it
     saves; there every granularity is a pass of its own, of rows that are about equally long.
     """
-    return str(model.config._attn_implementation).startswith("flash") or is_deepspeed_zero3_enabled()
+    return is_flash_attention_requested(config=model.config) or is_deepspeed_zero3_enabled()
 
 
 def answer_losses(model: Any, batch: Batch, features: Sequence[Tensor], levels: Sequence[int]) -> AnswerLosses:
@@ -153,7 +154,7 @@ def _read(
 
     `blank` is a zero to be added to the embeddings, or `None`.
     """
-    packed = pack(rows, one_row=str(model.config._attn_implementation).startswith("flash"))
+    packed = pack(rows, one_row=is_flash_attention_requested(config=model.config))
     embeddings = packed.inputs_embeds if blank is None else packed.inputs_embeds + blank.to(packed.inputs_embeds.dtype)
     hidden = model.model(
         inputs_embeds=embeddings, attention_mask=None, position_ids=packed.position_ids, use_cache=False

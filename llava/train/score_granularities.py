@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = "1"
+FEATURES_KEPT = 2**30
+"""Bytes of features that scoring keeps before it forgets them."""
+SCHEMA_VERSION = "2"
 SCHEMA = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
@@ -56,14 +58,25 @@ SCHEMA = pa.schema(
 """One line per row: its number, its id, answer loss and visual tokens at every granularity, coarse to fine."""
 
 
+ANSWER_FIELDS = (
+    "mm_vision_select_layer", "mm_vision_select_feature", "mm_patch_merge_type", "unpad_rule", "vision_config", "image_processor",
+    "rope_parameters", "rms_norm_eps", "sliding_window", "num_attention_heads", "num_key_value_heads", "hidden_act",
+)  # fmt: skip
+"""Configuration fields that change answers without changing a weight's shape."""
+
+
 def model_fingerprint(model: nn.Module) -> str:
-    """A digest of every weight that answers depend on: all parts but the router."""
+    """A digest of every weight that answers depend on, all parts but the router's, and of how they are used."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if part_of(name) == "router":
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    fields = {name: getattr(model.config, name, None) for name in ANSWER_FIELDS}
+    levels: Any = model.levels
+    grids = [(level.tokens, level.grid) for level in levels]
+    digest.update(json.dumps([fields, grids], sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
@@ -167,6 +180,8 @@ def score_part(
     device = next(model.parameters()).device
     cache = FeatureCache(limit_bytes=2**62)
     for start in range(0, len(rows), batch_size):
+        if cache.used_bytes > FEATURES_KEPT:  # rows about one picture follow each other, so old features are of no more use
+            cache = FeatureCache(limit_bytes=2**62)
         batch = collator([dataset[index] for index in rows[start : start + batch_size]])
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         losses, tokens = score_rows(model, batch, image_features(model, batch, cache))
@@ -209,7 +224,7 @@ def score(args: ScoreArguments) -> Path:
     model, dataset, collator = _prepare(args)
     metadata = _metadata(model_fingerprint(model), data_fingerprint(dataset), granularities(model))
     output = Path(args.output_file)
-    if output.is_file() and _belongs(output, metadata):
+    if _is_done(output, metadata):
         logger.info("%s already holds these scores", output)
         return output
     folder = output.with_name(output.name + ".parts")
@@ -218,8 +233,10 @@ def score(args: ScoreArguments) -> Path:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     for number, rows in tqdm(list(_own_parts(parts, rank, world_size)), desc="scoring", unit="part"):
         file = folder / f"part-{number:05d}-of-{len(parts):05d}.parquet"
-        if file.is_file() and _belongs(file, metadata):
+        if _is_done(file, metadata):
             continue
+        if _is_done(output, metadata):  # another process joined the parts meanwhile
+            break
         table = score_part(model, dataset, rows, args.batch_size, collator)
         _write(table.replace_schema_metadata(metadata), file)
     with filelock.FileLock(output.with_name(f".{output.name}.lock")):
@@ -256,8 +273,12 @@ def _prepare(args: ScoreArguments) -> tuple[Any, ConversationDataset, Collator]:
     return model, dataset, Collator(tokenizer.pad_token_id or 0)
 
 
-def _belongs(file: Path, metadata: dict[str, str]) -> bool:
-    stored = pq.read_schema(file).metadata or {}
+def _is_done(file: Path, metadata: dict[str, str]) -> bool:
+    """Whether a file is there and belongs to this model and these rows."""
+    try:
+        stored = pq.read_schema(file).metadata or {}
+    except FileNotFoundError:
+        return False
     return all(stored.get(key.encode()) == value.encode() for key, value in metadata.items())
 
 
@@ -273,7 +294,7 @@ def _join(folder: Path, count: int, metadata: dict[str, str], output: Path) -> N
     if not folder.is_dir():
         return
     files = [folder / f"part-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
-    missing = [file.name for file in files if not (file.is_file() and _belongs(file, metadata))]
+    missing = [file.name for file in files if not _is_done(file, metadata)]
     if missing:
         logger.info("%d of %d parts are still missing; the process that writes the last one joins them", len(missing), count)
         return

@@ -19,7 +19,7 @@ from llava.conversation import conv_templates
 from llava.crops import get_anyres_image_grid_shape
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, check_arguments
 from llava.train.build import load_model
-from llava.train.checkpoint import remove_unfinished
+from llava.train.checkpoint import checkpoints, remove_folder, remove_unfinished
 from llava.train.dataset import Collator, ConversationDataset, RowReader
 from llava.train.distributed import is_lost_process, loaded_whole, lost_process_sentence, meet
 from llava.train.features import FeatureCache
@@ -158,13 +158,34 @@ def train(argv: Sequence[str] | None = None) -> LlavaTrainer:
     training_args = arguments[2]
     setup_logging()
     meet(training_args)
-    if training_args.should_save:
-        remove_unfinished(training_args.output_folder)
+    _prepare_output(training_args)
     trainer = make_trainer(arguments)
     trainer.train(resume_from_checkpoint=_resume_point(training_args))
     trainer.save_final()
     trainer.save_state()
     return trainer
+
+
+def _prepare_output(training_args: TrainingArguments) -> None:
+    """Clear what a broken-off save left behind, and earlier checkpoints where that is asked for.
+
+    Raises:
+        ValueError: checkpoints of an earlier run, which this one neither goes on from nor may remove.
+    """
+    output = training_args.output_folder
+    earlier = checkpoints(output)
+    if earlier and not _resume_point(training_args):
+        if not training_args.overwrite_output_dir:
+            raise ValueError(
+                f"{output} holds {earlier[-1].name} of an earlier run; go on from it with --resume_from_checkpoint True, start anew "
+                "with --overwrite_output_dir True, or choose another --output_dir."
+            )
+        if training_args.should_save:
+            logger.warning("removing %d checkpoints of an earlier run from %s", len(earlier), output)
+            for folder in earlier:
+                remove_folder(folder)
+    if training_args.should_save:
+        remove_unfinished(output)
 
 
 def _resume_point(training_args: TrainingArguments) -> str | bool | None:

@@ -135,6 +135,7 @@ set_run_flags() {
   [[ $PRECISION != bf16 || $DEVICE != cuda ]] || run_flags+=(--tf32 True)
   [[ $ZERO == none ]] || run_flags+=(--deepspeed "$root/scripts/zero$ZERO.json")
   [[ ${RESUME:-0} != 1 ]] || run_flags+=(--resume_from_checkpoint True)
+  [[ ${OVERWRITE:-0} != 1 ]] || run_flags+=(--overwrite_output_dir True)
 }
 
 # launch PROGRAM ARGUMENTS...: run a Python file (or, as `-m MODULE`, a module) in every process of the run.
@@ -198,7 +199,15 @@ train() {
 }
 
 # Write SCORES, the losses of every row at every granularity. Each process scores its share; finished parts are kept.
-score() {
+score() { # score FLAGS...: the flags that go on to the trainer; those that change how rows are read must reach the scorer too.
+  local flag
+  for flag in "$@"; do
+    case $flag in
+      --version* | --image_aspect_ratio* | --image_grid_pinpoints* | --vis_token_granularity* | --index_cache* | --on_bad_sample*)
+        stop "SCORE=1 does not pass $flag on; run python -m llava.train.score_granularities yourself and give its file as SCORES."
+        ;;
+    esac
+  done
   local dtype=float32
   # Scores belong to weights of one type: the type that the trainer holds them in, 16 bits under DeepSpeed and 32 otherwise.
   [[ $ZERO == none || $PRECISION != bf16 ]] || dtype=bfloat16

@@ -40,14 +40,13 @@ train align \
   --image_grid_pinpoints "[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]" \
   --learning_rate "${LEARNING_RATE:-1e-3}" \
   --lr_scheduler_type cosine \
-  --warmup_ratio 0.03 \
   --weight_decay 0 \
   --num_train_epochs "${EPOCHS:-1}" \
   --model_max_length "${MODEL_MAX_LENGTH:-4096}" \
   --gradient_checkpointing True \
   --lazy_preprocess True \
   --dataloader_num_workers "${WORKERS:-4}" \
-  --evaluation_strategy no \
+  --eval_strategy no \
   --save_strategy steps \
   --save_steps "${SAVE_STEPS:-1000}" \
   --save_total_limit 1 \

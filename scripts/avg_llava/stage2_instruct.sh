@@ -43,7 +43,6 @@ train instruct \
   --mm_vision_tower_lr "${TOWER_LEARNING_RATE:-2e-6}" \
   --learning_rate "${LEARNING_RATE:-2e-5}" \
   --lr_scheduler_type cosine \
-  --warmup_ratio 0.03 \
   --weight_decay 0 \
   --num_train_epochs "${EPOCHS:-1}" \
   --group_by_modality_length True \
@@ -51,7 +50,7 @@ train instruct \
   --gradient_checkpointing True \
   --lazy_preprocess True \
   --dataloader_num_workers "${WORKERS:-4}" \
-  --evaluation_strategy no \
+  --eval_strategy no \
   --save_strategy steps \
   --save_steps "${SAVE_STEPS:-1000}" \
   --save_total_limit 1 \

@@ -32,7 +32,6 @@ train multi_granularity \
   --mm_vision_tower_lr "${TOWER_LEARNING_RATE:-2e-5}" \
   --learning_rate "${LEARNING_RATE:-1e-5}" \
   --lr_scheduler_type cosine \
-  --warmup_ratio 0.03 \
   --weight_decay 0 \
   --num_train_epochs "${EPOCHS:-1}" \
   --group_by_modality_length True \
@@ -40,7 +39,7 @@ train multi_granularity \
   --gradient_checkpointing True \
   --lazy_preprocess True \
   --dataloader_num_workers "${WORKERS:-8}" \
-  --evaluation_strategy no \
+  --eval_strategy no \
   --save_strategy steps \
   --save_steps "${SAVE_STEPS:-1595}" \
   --save_total_limit 1 \

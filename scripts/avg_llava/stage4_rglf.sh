@@ -32,7 +32,7 @@ set_run_flags
 offline=()
 if [[ ${SCORE:-0} == 1 ]]; then
   SCORES=${SCORES:-$OUTPUT_DIR-scores.parquet}
-  score
+  score "$@"
 elif [[ -n ${SCORES:-} ]]; then
   there_or_stop SCORES "a file of python -m llava.train.score_granularities, or SCORE=1 to make it"
 fi
@@ -50,7 +50,6 @@ train rglf \
   ${offline[@]+"${offline[@]}"} \
   --learning_rate "${LEARNING_RATE:-1e-3}" \
   --lr_scheduler_type cosine \
-  --warmup_ratio 0.03 \
   --weight_decay 0 \
   --num_train_epochs "${EPOCHS:-1}" \
   --group_by_modality_length True \
@@ -58,7 +57,7 @@ train rglf \
   --gradient_checkpointing True \
   --lazy_preprocess True \
   --dataloader_num_workers "${WORKERS:-4}" \
-  --evaluation_strategy no \
+  --eval_strategy no \
   --save_strategy steps \
   --save_steps "${SAVE_STEPS:-1595}" \
   --save_total_limit 1 \

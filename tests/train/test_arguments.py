@@ -77,6 +77,7 @@ def test_every_contradiction_is_named_at_once(tmp_path: Path, run_flags: Flags) 
         ("rglf", {"mm_projector_lr": 1e-3}, "does not train the projector"),
         ("instruct", {"tune_mm_mlp_adapter": True}, "belongs to stage align"),
         ("instruct", {"is_multimodal": False}, "--image_folder is given"),
+        ("rglf", {"mm_vision_tower_lr": 1e-5}, "--mm_vision_tower_lr is given, but stage rglf does not train"),
         ("instruct", {"on_nonfinite_loss": "ignore"}, "--on_nonfinite_loss is 'ignore'; choose raise or skip"),
     ],
 )

@@ -57,6 +57,7 @@ def test_token_losses_and_means_by_hand() -> None:
     torch.testing.assert_close(L.token_losses(logits.to(torch.bfloat16).float(), targets), expected, atol=0.05, rtol=0.05)
     torch.testing.assert_close(L.token_losses(logits, targets), expected)
     assert L.mean_over(torch.tensor(12.0), 3).item() == 4.0
+    assert L.mean_over(torch.tensor(12.0), 0.5).item() == 24.0  # fewer things than processes: each counts by their number
 
 
 def test_nothing_to_learn_gives_zero_with_a_gradient() -> None:

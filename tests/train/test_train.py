@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from llava.model.builder import load_pretrained_model
 from llava.train import llava_trainer
-from llava.train.score_granularities import ScoreArguments, parts_of_rows, score
+from llava.train.score_granularities import ScoreArguments, model_fingerprint, parts_of_rows, score
 from llava.train.train import make_trainer, parse_arguments, train
 
 ORACLE = Path(__file__).parents[1] / "oracle"
@@ -215,6 +215,70 @@ def test_a_step_that_is_not_finite_can_be_skipped(tmp_path: Path, run_flags: Fla
     assert not torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])
     assert torch.isfinite(trainer.model.lm_head.weight).all()
     assert [entry["steps_skipped"] for entry in trainer.state.log_history if "loss" in entry] == [0, 1, 1]
+
+
+def test_a_broken_batch_takes_its_whole_step_along(tmp_path: Path, run_flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With accumulation the other batches of the step teach nothing either, and it counts once."""
+    flags = {"max_steps": 2, "learning_rate": 1e-3, "on_nonfinite_loss": "skip", "gradient_accumulation_steps": 3}
+    trainer = make_trainer(parse_arguments(run_flags(tmp_path, "instruct", per_device_train_batch_size=1, **flags)))
+    teach, taught, weights = llava_trainer.LESSONS["token_mean"], [], []
+
+    def broken_at_second(*arguments: Any) -> Any:
+        taught.append(1)
+        weights.append(trainer.model.lm_head.weight.detach().clone())
+        lesson = teach(*arguments)
+        return dataclasses.replace(lesson, loss=lesson.loss * torch.nan) if len(taught) == 2 else lesson
+
+    monkeypatch.setitem(llava_trainer.LESSONS, "token_mean", broken_at_second)
+    trainer.train()
+    assert trainer.steps_skipped == 1 and torch.equal(weights[0], weights[3])
+    assert not torch.equal(weights[3], trainer.model.lm_head.weight)
+
+
+@pytest.mark.parametrize("stage", ["instruct", "rglf"])
+def test_the_evaluation_loss_is_a_mean_over_items(stage: str, tmp_path: Path, run_flags: Flags) -> None:
+    """Whatever the batch size, rows without a picture or an answer included."""
+    losses = []
+    for size in (1, 3, 7):
+        flags = {"eval_data_path": ORACLE / "train_data.json", "eval_strategy": "steps", "per_device_eval_batch_size": size}
+        trainer = make_trainer(parse_arguments(run_flags(tmp_path / str(size), stage, **flags)))
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] > 0 and losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-4)
+
+
+def test_an_earlier_runs_checkpoints_are_neither_mixed_in_nor_lost_unasked(tmp_path: Path, run_flags: Flags) -> None:
+    flags = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    (tmp_path / "checkpoint-9").mkdir()
+    with pytest.raises(ValueError, match="holds checkpoint-9 of an earlier run; go on from it"):
+        train(run_flags(tmp_path, "rglf", **flags))
+    assert (tmp_path / "checkpoint-9").is_dir()
+    train(run_flags(tmp_path, "rglf", overwrite_output_dir=True, **flags))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_the_best_checkpoint_is_named_by_its_place(tmp_path: Path, run_flags: Flags) -> None:
+    flags = {"eval_data_path": ORACLE / "train_data.json", "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
+    flags |= {"save_steps": 1, "max_steps": 2, "load_best_model_at_end": True, "save_total_limit": 2}
+    train(run_flags(tmp_path, "rglf", **flags))
+    for state in [*tmp_path.glob("checkpoint-*/trainer_state.json"), tmp_path / "trainer_state.json"]:
+        best = json.loads(state.read_text())["best_model_checkpoint"]
+        assert Path(best).is_dir() and Path(best).parent == tmp_path
+
+
+def test_the_sampler_learns_which_epoch_begins(tmp_path: Path, run_flags: Flags) -> None:
+    trainer = make_trainer(parse_arguments(run_flags(tmp_path, "rglf", group_by_modality_length=True)))
+    sampler = trainer._get_train_sampler()
+    for epoch, expected in ((None, 0), (0.4, 0), (1.0, 1), (1.43, 1), (1.9999999, 2)):
+        trainer.state.epoch = epoch
+        trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
+        assert sampler.epoch == expected
+
+
+def test_scores_of_another_layer_are_of_another_model() -> None:
+    _, model, _, _ = load_pretrained_model(str(ORACLE / "checkpoint"), None, "x", device="cpu")
+    before = model_fingerprint(model)
+    model.config.mm_vision_select_layer = -1
+    assert model_fingerprint(model) != before
 
 
 def test_the_log_tells_speed_padding_and_memory(tmp_path: Path, run_flags: Flags) -> None:
