@@ -96,7 +96,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vision_config": _MICRO_TOWER, "mm_vision_select_layer": -1,
         "image_grid_pinpoints": [[64, 64], [64, 128], [128, 64], [128, 128], [192, 64], [64, 192]],
         "vis_token_granularity": [4, 8, 16, 32, 64], "router_select": True, "router_hidden_size": 32,
-        "router_dropout": 0.0, "filtered_text_num": 16,
+        "router_dropout": 0.0, "filtered_text_num": 32,
     },
 }  # fmt: skip
 """Name -> configuration, from the sources named at each."""

@@ -99,6 +99,21 @@ def test_two_processes_learn_what_one_learns(
     loads(tmp_path / "out")
 
 
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("stage", ["multi_granularity", "rglf"])
+def test_evaluation_under_zero3(stage: str, steady_model: Path, rows: Path, tmp_path: Path) -> None:
+    """The weights are whole while a batch is evaluated, before the first step and between steps; the loss is one process's."""
+    found = []
+    for name, more in (("alone", {"LAUNCHER": "python", "NPROC": 1}), ("shared", {"ZERO": 3})):
+        given = variables(stage, steady_model, rows, tmp_path / name, **more)
+        extra = ["--eval_data_path", rows, "--eval_strategy", "steps", "--eval_steps", 1, "--eval_on_start", True]
+        run_well(stage, given, [*flags(), "--max_steps", 1, "--per_device_eval_batch_size", 2, *extra], timeout=600)
+        history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        found.append([entry["eval_loss"] for entry in history if "eval_loss" in entry])
+    assert len(found[0]) == 2 and found[1] == pytest.approx(found[0], rel=SAME)
+
+
 def loads(folder: Path) -> None:
     """A finished run loads for inference with whole weights."""
     tokenizer, model, _, _ = load_pretrained_model(str(folder), None, "any", device="cpu")
