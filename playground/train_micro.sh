@@ -4,7 +4,7 @@
 #   bash playground/train_micro.sh [OUTPUT]          (default: playground/build)
 #
 # Needs  the package with its extras: pip install -e ".[playground]", and no GPU.
-# Costs  two CPU cores for about two hours (its parts took 110 minutes when run one by one, some beside other work), and half a GB of disk.
+# Costs  two CPU cores for about two hours (its parts took 130 minutes when run one by one, most beside other work), and half a GB of disk.
 # Again  a step whose result is there is left out, so a broken run goes on where it was; the warm-ups resume within a step.
 # Ships  COPY=1 copies the finished checkpoint to playground/avg-llava-micro and the results to playground/results.
 #
