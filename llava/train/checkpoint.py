@@ -53,6 +53,7 @@ def complete_or_absent(folder: Path, writes: bool = True) -> Iterator[Path]:
 def publish(staging: Path, folder: Path) -> None:
     """Give a finished staging folder its name, after its bytes are on the disk."""
     for path in [*staging.rglob("*"), staging]:
+        _open_to_readers(path)
         _sync(path)
     if folder.exists():
         remove_folder(folder)
@@ -162,6 +163,14 @@ def load_projector(model: nn.Module, path: Path, allow_bin: bool = False) -> Non
             own[name].copy_(tensor)
 
 
+def _open_to_readers(path: Path) -> None:
+    """Give a file the mode that new files have here; weights are written through a temporary file that only its owner may read."""
+    if path.is_file():
+        mask = os.umask(0)
+        os.umask(mask)
+        path.chmod(0o666 & ~mask)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -176,6 +185,7 @@ def publish_into(staging: Path, folder: Path) -> None:
     Without its config.json a folder is no checkpoint, so a reader finds the old model, none, or the new one.
     """
     for path in staging.rglob("*"):
+        _open_to_readers(path)
         _sync(path)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from llava.train.checkpoint import (
     keep_newest,
     load_projector,
     projector_weights,
+    publish,
     publish_into,
     remove_unfinished,
     restore_weights,
@@ -88,3 +89,14 @@ def test_weights_are_restored_exactly(tiny_model: Any, tmp_path: Path) -> None:
     tiny_model.model.router = None
     with pytest.raises(ValueError, match="differ in"):
         restore_weights(tiny_model, tmp_path)
+
+
+def test_published_files_are_as_readable_as_others(tmp_path: Path) -> None:
+    usual = tmp_path / "usual"
+    usual.touch()
+    for name, work in (("a", publish), ("b", publish_into)):
+        staging = tmp_path / f"staging-{name}"
+        staging.mkdir()
+        (staging / "model.safetensors").touch(mode=0o600)
+        work(staging, tmp_path / name)
+        assert (tmp_path / name / "model.safetensors").stat().st_mode == usual.stat().st_mode
