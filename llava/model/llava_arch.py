@@ -262,11 +262,7 @@ class LlavaMetaForCausalLM:
         Args:
             features: N tensors (C, P, D). image_sizes: N (width, height). granularities: N tokens per view.
         """
-        names = [level.tokens for level in self.levels]
-        chosen = [names.index(granularity) for granularity in granularities]
-        sizes: Sequence[Size | None] = image_sizes or [None] * len(features)
-        layouts = [self.layouts(len(image), size) for image, size in zip(features, sizes, strict=True)]
-        tokens = [self.visual_tokens(image, index, kept[index]) for image, index, kept in zip(features, chosen, layouts, strict=True)]
+        tokens = self._tokens_at(features, image_sizes, [granularities])
         return self._splice_rows(prompt_rows(input_ids, attention_mask, labels), tokens, padding_side)
 
     def splice_levels(
@@ -279,16 +275,23 @@ class LlavaMetaForCausalLM:
         granularities: Sequence[int],
     ) -> list[list[SplicedRow]]:
         """Every row at every one of the given granularities, before padding: [granularity][row]. Arguments as in `splice`."""
+        tokens = self._tokens_at(features, image_sizes, [[granularity] * len(features) for granularity in granularities])
+        rows = prompt_rows(input_ids, attention_mask, labels)
+        spliced = splice_rows(rows * len(granularities), tokens, self.model.embed_tokens, self.config.context_length)
+        return [spliced[start : start + len(rows)] for start in range(0, len(spliced), len(rows))]
+
+    def _tokens_at(
+        self, features: Sequence[Tensor], image_sizes: Sequence[Size] | None, choices: Sequence[Sequence[int]]
+    ) -> list[Tensor]:
+        """Visual tokens of all N images for each choice of N granularities, choice after choice."""
         names = [level.tokens for level in self.levels]
-        indices = [names.index(granularity) for granularity in granularities]
         sizes: Sequence[Size | None] = image_sizes or [None] * len(features)
         layouts = [self.layouts(len(image), size) for image, size in zip(features, sizes, strict=True)]
-        tokens = [
-            self.visual_tokens(image, index, kept[index]) for index in indices for image, kept in zip(features, layouts, strict=True)
+        return [
+            self.visual_tokens(image, names.index(granularity), kept[names.index(granularity)])
+            for choice in choices
+            for image, kept, granularity in zip(features, layouts, choice, strict=True)
         ]
-        rows = prompt_rows(input_ids, attention_mask, labels)
-        spliced = splice_rows(rows * len(indices), tokens, self.model.embed_tokens, self.config.context_length)
-        return [spliced[start : start + len(rows)] for start in range(0, len(spliced), len(rows))]
 
     def _splice_rows(self, rows: Sequence[PromptRow], tokens: Sequence[Tensor], padding_side: str) -> SplicedInputs:
         return splice(rows, tokens, self.model.embed_tokens, self.config.context_length, padding_side)

@@ -189,13 +189,22 @@ launch_by_deepspeed() {
   "$python" -m deepspeed.launcher.runner "${how[@]}" "$@"
 }
 
-# train STAGE FLAGS...: check everything, say what is about to happen, start.
+# What the published runs of all stages have in common.
+set_common_flags() {
+  common_flags=(--lr_scheduler_type cosine --weight_decay 0 --num_train_epochs "${EPOCHS:-1}"
+    --model_max_length "${MODEL_MAX_LENGTH:-4096}" --gradient_checkpointing True --lazy_preprocess True
+    --dataloader_num_workers "$WORKERS" --eval_strategy no --save_strategy steps --save_steps "$SAVE_STEPS" --save_total_limit 1
+    --logging_steps 1)
+}
+
+# train STAGE FLAGS...: say what is about to happen, and start.
 train() {
   local stage=$1
   shift
   say "Stage $stage: $MODEL -> $OUTPUT_DIR ($LAUNCHER, $NNODES x $NPROC processes, ZeRO $ZERO, $DEVICE, $PRECISION)"
+  set_common_flags
   launch "$root/llava/train/train_mem.py" --stage "$stage" --model_name_or_path "$MODEL" --data_path "$DATA_PATH" \
-    --image_folder "$IMAGE_FOLDER" --output_dir "$OUTPUT_DIR" "${run_flags[@]}" "$@"
+    --image_folder "$IMAGE_FOLDER" --output_dir "$OUTPUT_DIR" "${run_flags[@]}" "${common_flags[@]}" "$@"
 }
 
 # Write SCORES, the losses of every row at every granularity. Each process scores its share; finished parts are kept.

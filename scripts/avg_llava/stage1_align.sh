@@ -19,6 +19,7 @@ MODEL=${MODEL:-lmsys/vicuna-7b-v1.5}
 VISION_TOWER=${VISION_TOWER:-openai/clip-vit-large-patch14-336}
 OUTPUT_DIR=${OUTPUT_DIR:-checkpoints/stage1-align}
 ZERO=${ZERO:-2} GLOBAL_BATCH=${GLOBAL_BATCH:-256} BATCH=${BATCH:-8}
+WORKERS=${WORKERS:-4} SAVE_STEPS=${SAVE_STEPS:-1000}
 
 model_or_stop MODEL
 model_or_stop VISION_TOWER
@@ -39,16 +40,4 @@ train align \
   --image_aspect_ratio anyres \
   --image_grid_pinpoints "[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]" \
   --learning_rate "${LEARNING_RATE:-1e-3}" \
-  --lr_scheduler_type cosine \
-  --weight_decay 0 \
-  --num_train_epochs "${EPOCHS:-1}" \
-  --model_max_length "${MODEL_MAX_LENGTH:-4096}" \
-  --gradient_checkpointing True \
-  --lazy_preprocess True \
-  --dataloader_num_workers "${WORKERS:-4}" \
-  --eval_strategy no \
-  --save_strategy steps \
-  --save_steps "${SAVE_STEPS:-1000}" \
-  --save_total_limit 1 \
-  --logging_steps 1 \
   "$@"

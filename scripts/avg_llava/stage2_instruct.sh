@@ -19,6 +19,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 OUTPUT_DIR=${OUTPUT_DIR:-checkpoints/stage2-instruct}
 ZERO=${ZERO:-2} GLOBAL_BATCH=${GLOBAL_BATCH:-128} BATCH=${BATCH:-4}
+WORKERS=${WORKERS:-4} SAVE_STEPS=${SAVE_STEPS:-1000}
 
 start_from checkpoints/stage1-align stage1_align.sh
 new_model=()
@@ -42,17 +43,5 @@ train instruct \
   --unfreeze_mm_vision_tower True \
   --mm_vision_tower_lr "${TOWER_LEARNING_RATE:-2e-6}" \
   --learning_rate "${LEARNING_RATE:-2e-5}" \
-  --lr_scheduler_type cosine \
-  --weight_decay 0 \
-  --num_train_epochs "${EPOCHS:-1}" \
   --group_by_modality_length True \
-  --model_max_length "${MODEL_MAX_LENGTH:-4096}" \
-  --gradient_checkpointing True \
-  --lazy_preprocess True \
-  --dataloader_num_workers "${WORKERS:-4}" \
-  --eval_strategy no \
-  --save_strategy steps \
-  --save_steps "${SAVE_STEPS:-1000}" \
-  --save_total_limit 1 \
-  --logging_steps 1 \
   "$@"

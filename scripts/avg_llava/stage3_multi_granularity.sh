@@ -18,6 +18,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 OUTPUT_DIR=${OUTPUT_DIR:-checkpoints/stage3-multi-granularity}
 ZERO=${ZERO:-3} GLOBAL_BATCH=${GLOBAL_BATCH:-128} BATCH=${BATCH:-4}
+WORKERS=${WORKERS:-8} SAVE_STEPS=${SAVE_STEPS:-1595}
 
 start_from checkpoints/stage2-instruct stage2_instruct.sh
 check_data
@@ -31,17 +32,5 @@ train multi_granularity \
   --unfreeze_mm_vision_tower True \
   --mm_vision_tower_lr "${TOWER_LEARNING_RATE:-2e-5}" \
   --learning_rate "${LEARNING_RATE:-1e-5}" \
-  --lr_scheduler_type cosine \
-  --weight_decay 0 \
-  --num_train_epochs "${EPOCHS:-1}" \
   --group_by_modality_length True \
-  --model_max_length "${MODEL_MAX_LENGTH:-4096}" \
-  --gradient_checkpointing True \
-  --lazy_preprocess True \
-  --dataloader_num_workers "${WORKERS:-8}" \
-  --eval_strategy no \
-  --save_strategy steps \
-  --save_steps "${SAVE_STEPS:-1595}" \
-  --save_total_limit 1 \
-  --logging_steps 1 \
   "$@"

@@ -22,6 +22,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 OUTPUT_DIR=${OUTPUT_DIR:-checkpoints/stage4-rglf}
 ZERO=${ZERO:-3} GLOBAL_BATCH=${GLOBAL_BATCH:-128} BATCH=${BATCH:-8}
+WORKERS=${WORKERS:-4} SAVE_STEPS=${SAVE_STEPS:-1595}
 
 start_from checkpoints/stage3-multi-granularity stage3_multi_granularity.sh
 check_data
@@ -49,17 +50,5 @@ train rglf \
   --granularity_cost_weight "${GRANULARITY_COST_WEIGHT:-0}" \
   ${offline[@]+"${offline[@]}"} \
   --learning_rate "${LEARNING_RATE:-1e-3}" \
-  --lr_scheduler_type cosine \
-  --weight_decay 0 \
-  --num_train_epochs "${EPOCHS:-1}" \
   --group_by_modality_length True \
-  --model_max_length "${MODEL_MAX_LENGTH:-4096}" \
-  --gradient_checkpointing True \
-  --lazy_preprocess True \
-  --dataloader_num_workers "${WORKERS:-4}" \
-  --eval_strategy no \
-  --save_strategy steps \
-  --save_steps "${SAVE_STEPS:-1595}" \
-  --save_total_limit 1 \
-  --logging_steps 1 \
   "$@"

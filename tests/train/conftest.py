@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava.images import load_image
 from llava.mm_utils import process_images
 from llava.model import LlavaLlamaForCausalLM
 from llava.tokenizer import load_tokenizer
+from tests.stage_runs import make_language_model
 
 ORACLE = Path(__file__).parents[1] / "oracle"
 
@@ -83,16 +82,7 @@ def recorded_batch(tiny_model: Any, training_records: Any, train_rows: Any) -> C
 @pytest.fixture(scope="session")
 def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plain random Llama folder to start a multimodal model from."""
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=420, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
-        shutil.copy(ORACLE / "checkpoint" / name, folder)
-    return folder
+    return make_language_model(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="session")
