@@ -23,8 +23,9 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.conversation import SeparatorStyle, get_template
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.model.llava_arch import EncodedPrompt
+from llava.model.llava_arch import EncodedRow
 from llava.model.routing import RoutingReport, RoutingRequest
+from llava.model.splice import SplicedInputs, SplicedRow, pad_rows, prompt_rows
 from llava.timing import StageTimer
 
 MICRO_MODEL = Path(__file__).resolve().parents[1] / "playground" / "avg-llava-micro"
@@ -76,6 +77,25 @@ class Options:
 
 
 @dataclass(frozen=True)
+class Question:
+    """One conversation of a batch: RGB pictures in the order of their placeholders, and a question or turns."""
+
+    images: Sequence[Image.Image]
+    messages: str | Sequence[Message]
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How likely an answer is: the sum of its tokens' log probabilities, and whether greedy decoding would write it."""
+
+    log_probability: float
+    is_greedy: bool
+    num_tokens: int
+    reports: list[RoutingReport]
+    milliseconds: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Answer:
     """What came out.
 
@@ -94,8 +114,10 @@ class Answer:
     milliseconds: dict[str, float]
 
 
-def write_prompt(messages: Sequence[Message], num_images: int, template: str, use_start_end: bool = False) -> str:
-    """The prompt of a conversation, open for the next answer.
+def write_prompt(
+    messages: Sequence[Message], num_images: int, template: str, use_start_end: bool = False, answer: str | None = None
+) -> str:
+    """The prompt of a conversation, open for the next answer, or with the beginning of one.
 
     Args:
         messages: turns, users' and assistants' in alternation, the last one the user's. `<image>` (or `<image-placeholder>`) marks a
@@ -103,6 +125,7 @@ def write_prompt(messages: Sequence[Message], num_images: int, template: str, us
         num_images: how many pictures there are.
         template: a name from `conv_templates`.
         use_start_end: wrap each placeholder in LLaVA's start and end tokens.
+        answer: the text that the answer begins with; the prompt ends right after it.
 
     Raises:
         ValueError: no text, turns out of order, or placeholders unlike pictures.
@@ -126,8 +149,9 @@ def write_prompt(messages: Sequence[Message], num_images: int, template: str, us
         if use_start_end:
             text = text.replace(DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN)
         conversation.append_message(conversation.roles[message_role == "assistant"], text)
-    conversation.append_message(conversation.roles[1], None)
-    return conversation.get_prompt()
+    conversation.append_message(conversation.roles[1], answer)
+    prompt = conversation.get_prompt()
+    return prompt if answer is None else prompt[: prompt.rindex(answer) + len(answer)]
 
 
 class _TokenClock(TextStreamer):
@@ -250,46 +274,195 @@ class Assistant:
         pieces: Queue[str] | None,
         cancelled: _Cancelled | None,
     ) -> Answer:
-        turns = [Message("user", messages)] if isinstance(messages, str) else messages
-        template = options.conv_mode or self.model.config.conv_version
-        prompt = write_prompt(turns, len(images), template, self.model.config.mm_use_im_start_end)
         timer = StageTimer(self.model.device)
+        stop = self._stop_texts(options)
         with torch.inference_mode():
-            encoded = self._encode(images, prompt, options.routing, timer)
-            length = encoded.inputs.inputs_embeds.shape[1]
-            room = self.model.config.context_length - length
-            if room < 1:
-                raise ValueError(f"The prompt takes all {length} positions of the context; shorten it or choose a coarser granularity.")
-            stop = (*_template_stops(template), *options.stop)
+            encoded = self._encode_questions([Question(images, messages)], options, timer)
+            inputs = pad_rows([encoded[0].row], "left")
+            room = self._room(inputs.inputs_embeds.shape[1])
             clock = _TokenClock(self.tokenizer, pieces) if options.num_beams == 1 else None
             start = perf_counter()
-            ids = self._new_tokens(encoded, options, min(options.max_new_tokens, room), stop, clock, cancelled)
+            ids = self._new_tokens(inputs, options, min(options.max_new_tokens, room), stop, clock, cancelled)[0]
             end = perf_counter()
         first = clock.first_token if clock is not None and clock.first_token is not None else end
         milliseconds = {**timer.milliseconds, "prefill": 1000 * (first - start), "decode": 1000 * (end - first)}
         milliseconds["ttft"] = sum(milliseconds.values()) - milliseconds["decode"]
-        text, stopped = cut_at_stop(str(self.tokenizer.decode(ids, skip_special_tokens=True)), stop)
-        finished = stopped or (bool(ids) and ids[-1] in _end_ids(self.model))
-        return Answer(text.strip(), ids, "stop" if finished else "length", length, encoded.reports, milliseconds)
+        return self._answer(ids, stop, encoded[0], milliseconds)
 
-    def _encode(self, images: Sequence[Image.Image], prompt: str, routing: RoutingRequest, timer: StageTimer) -> EncodedPrompt:
-        device = self.model.device
+    def answer_batch(self, questions: Sequence[Question], options: Options | None = None) -> list[Answer]:
+        """Answer several questions in one batch; greedy answers equal those of `answer` one by one.
+
+        A picture that several questions share (the same object) is encoded once.
+
+        Args:
+            questions: each with its own pictures and turns. options: one for all of them.
+
+        Returns:
+            One answer per question. The milliseconds are those of the whole batch, and hold `generate` instead of its parts.
+
+        Raises:
+            ValueError: input that cannot work. FloatingPointError: non-finite logits.
+        """
+        if not questions:
+            return []
+        options = options or Options()
+        timer = StageTimer(self.model.device)
+        stop = self._stop_texts(options)
+        with torch.inference_mode():
+            encoded = self._encode_questions(questions, options, timer)
+            inputs = pad_rows([each.row for each in encoded], "left")
+            rooms = [min(options.max_new_tokens, self._room(each.row.length)) for each in encoded]
+            with timer("generate"):
+                rows = self._new_tokens(inputs, options, max(rooms), stop, None, None)
+        ended = [self._until_end(ids, stop)[:room] for ids, room in zip(rows, rooms, strict=True)]
+        return [self._answer(ids, stop, each, dict(timer.milliseconds)) for ids, each in zip(ended, encoded, strict=True)]
+
+    def log_likelihoods(
+        self, questions: Sequence[Question], continuations: Sequence[str], options: Options | None = None
+    ) -> list[Likelihood]:
+        """How likely the model finds given answers; the router sees the questions alone.
+
+        Args:
+            questions, options: as in `answer_batch`; sampling options play no part.
+            continuations: one text per question, taken as the answer's beginning.
+
+        Raises:
+            ValueError: input that cannot work, an empty continuation, or one longer than the context.
+        """
+        if len(questions) != len(continuations):
+            raise ValueError(f"{len(questions)} questions came with {len(continuations)} continuations; give one each.")
+        if not questions:
+            return []
+        options = options or Options()
+        pairs = [self._scored_ids(question, text, options.conv_mode) for question, text in zip(questions, continuations, strict=True)]
+        targets = [answer for _, answer in pairs]
+        timer = StageTimer(self.model.device)
+        with torch.inference_mode():
+            encoded = self._encode([prompt for prompt, _ in pairs], [question.images for question in questions], options, timer)
+            over = [each.row.length + len(ids) for each, ids in zip(encoded, targets, strict=True)]
+            if max(over) > self.model.config.context_length:
+                raise ValueError(
+                    f"Question {over.index(max(over))} and its continuation have {max(over)} tokens, but the context of this model is "
+                    f"{self.model.config.context_length}; shorten the text or choose a coarser granularity."
+                )
+            with timer("score"):
+                scores = self._answer_log_probabilities([each.row for each in encoded], targets)  # one (T, V) each
+        return [
+            Likelihood(
+                log_probability=float(rows.gather(1, ids[:, None]).sum()),
+                is_greedy=bool((rows.argmax(-1) == ids).all()),
+                num_tokens=len(ids),
+                reports=each.reports,
+                milliseconds=dict(timer.milliseconds),
+            )
+            for rows, ids, each in zip(scores, targets, encoded, strict=True)
+        ]
+
+    def _scored_ids(self, question: Question, text: str, conv_mode: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids (L,) of a prompt and (T,) of an answer as it would follow there; where a token spans both, it belongs to the answer."""
+        text = text.strip()
+        if not text:
+            raise ValueError("A continuation is empty, expected an answer to score.")
+        prompt = self.prompt_ids(question.messages, len(question.images), conv_mode)
+        whole = self.prompt_ids(question.messages, len(question.images), conv_mode, answer=text)
+        differ = (prompt != whole[: len(prompt)]).nonzero()
+        cut = int(differ[0]) if len(differ) else len(prompt)
+        return whole[:cut].to(self.model.device), whole[cut:].to(self.model.device)
+
+    def _answer_log_probabilities(self, rows: Sequence[SplicedRow], targets: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Log probabilities (T, V) of what follows each prompt; vocabulary logits are made for the answers alone."""
+        embed = self.model.get_input_embeddings()
+        joined = [
+            SplicedRow(torch.cat([row.inputs_embeds, embed(ids)]), torch.cat([row.labels, ids]))
+            for row, ids in zip(rows, targets, strict=True)
+        ]
+        inputs = pad_rows(joined, "right")
+        hidden = self.model.get_model()(
+            inputs_embeds=inputs.inputs_embeds,
+            attention_mask=inputs.attention_mask.long(),
+            position_ids=inputs.position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        logits = [
+            self.model.lm_head(states[row.length - 1 : row.length - 1 + len(ids)])
+            for states, row, ids in zip(hidden, rows, targets, strict=True)
+        ]
+        return [each.float().log_softmax(-1) for each in logits]
+
+    def _stop_texts(self, options: Options) -> tuple[str, ...]:
+        return (*template_stops(options.conv_mode or self.model.config.conv_version), *options.stop)
+
+    def _room(self, length: int) -> int:
+        """How many tokens fit behind a prompt of `length` positions."""
+        room = self.model.config.context_length - length
+        if room < 1:
+            raise ValueError(f"The prompt takes all {length} positions of the context; shorten it or choose a coarser granularity.")
+        return room
+
+    def _answer(self, ids: list[int], stop: Sequence[str], encoded: EncodedRow, milliseconds: dict[str, float]) -> Answer:
+        text, stopped = cut_at_stop(str(self.tokenizer.decode(ids, skip_special_tokens=True)), stop)
+        finished = stopped or (bool(ids) and ids[-1] in end_ids(self.model))
+        return Answer(text.strip(), ids, "stop" if finished else "length", encoded.row.length, encoded.reports, milliseconds)
+
+    def _until_end(self, ids: list[int], stop: Sequence[str]) -> list[int]:
+        """A row of a batch without what follows its own end: padding, while longer rows went on."""
+        ends = end_ids(self.model)
+        end = next((index + 1 for index, token in enumerate(ids) if token in ends), len(ids))
+
+        def holds_stop(count: int) -> bool:
+            return cut_at_stop(str(self.tokenizer.decode(ids[:count], skip_special_tokens=True)), stop)[1]
+
+        if stop and holds_stop(end):
+            end = next(count for count in range(1, end + 1) if holds_stop(count))
+        return ids[:end]
+
+    def prompt_ids(
+        self, messages: str | Sequence[Message], num_images: int, conv_mode: str | None = None, answer: str | None = None
+    ) -> torch.Tensor:
+        """(L,) ids of a conversation's prompt, with one placeholder per picture; arguments and errors as in `write_prompt`."""
+        turns = [Message("user", messages)] if isinstance(messages, str) else messages
+        config = self.model.config
+        prompt = write_prompt(turns, num_images, conv_mode or config.conv_version, config.mm_use_im_start_end, answer)
         ids = tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt")
         assert isinstance(ids, torch.Tensor)
+        return ids
+
+    def views(self, image: Image.Image) -> torch.Tensor:
+        """One picture as the vision tower's input: (C, 3, S, S), or (3, S, S) where the model cuts no tiles."""
+        return process_images([image], self.image_processor, self.model.config)[0]
+
+    def _encode_questions(self, questions: Sequence[Question], options: Options, timer: StageTimer) -> list[EncodedRow]:
+        ids = [self.prompt_ids(question.messages, len(question.images), options.conv_mode) for question in questions]
+        return self._encode([row.to(self.model.device) for row in ids], [question.images for question in questions], options, timer)
+
+    def _encode(
+        self, prompts: Sequence[torch.Tensor], images_of: Sequence[Sequence[Image.Image]], options: Options, timer: StageTimer
+    ) -> list[EncodedRow]:
+        """Prompts (L,) and each one's pictures as rows for the language model; a picture object is encoded once."""
+        model = self.model
+        rows = [prompt_rows(ids[None], None, None)[0] for ids in prompts]
+        images = [image for owned in images_of for image in owned]
+        different = {id(image): image for image in images}
         with timer("views"):
-            views = process_images(images, self.image_processor, self.model.config) if images else None
-        sizes = [image.size for image in images]
-        return self.model.encode_prompt(ids[None].to(device), views, sizes, request=routing, timer=timer)
+            views = {key: self.views(image) for key, image in different.items()}
+        # LLaVA lays pictures without tiles out plainly, without the newline vector.
+        merge_type = "flat" if any(view.ndim == 3 for view in views.values()) else None
+        prepared = dict(zip(views, model.prepare_views(list(views.values())), strict=True))
+        num_views = [len(prepared[id(image)]) for image in images]
+        plan = model.plan(rows, num_views, [image.size for image in images], options.routing, merge_type)
+        with timer("vision"):
+            features = dict(zip(prepared, model.encode_views(list(prepared.values())), strict=True))
+        return model.encode_rows(rows, [features[id(image)] for image in images], plan, timer)
 
     def _new_tokens(
         self,
-        encoded: EncodedPrompt,
+        inputs: SplicedInputs,
         options: Options,
         max_new_tokens: int,
         stop: Sequence[str],
         clock: _TokenClock | None,
         cancelled: _Cancelled | None,
-    ) -> list[int]:
+    ) -> list[list[int]]:
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if options.temperature > 0:
             sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
@@ -299,8 +472,8 @@ class Assistant:
             if options.seed is not None:
                 torch.manual_seed(options.seed)
             output = self.model.generate(
-                inputs_embeds=encoded.inputs.inputs_embeds,
-                attention_mask=encoded.inputs.attention_mask.long(),
+                inputs_embeds=inputs.inputs_embeds,
+                attention_mask=inputs.attention_mask.long(),
                 num_beams=options.num_beams,
                 max_new_tokens=max_new_tokens,
                 streamer=clock,
@@ -308,10 +481,10 @@ class Assistant:
                 pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id,
                 **sampling,
             )
-        return output[0].tolist()
+        return output.tolist()
 
 
-def _template_stops(template: str) -> tuple[str, ...]:
+def template_stops(template: str) -> tuple[str, ...]:
     """Texts that end an answer under a template whose separator is not the model's own end token."""
     conversation = get_template(template)
     separators = {
@@ -322,7 +495,8 @@ def _template_stops(template: str) -> tuple[str, ...]:
     return (separator,) if separator else ()
 
 
-def _end_ids(model: Any) -> list[int]:
+def end_ids(model: Any) -> list[int]:
+    """Token ids that end an answer."""
     end = model.generation_config.eos_token_id
     return [] if end is None else [end] if isinstance(end, int) else list(end)
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from llava import inference
-from llava.inference import Answer, Assistant, Message, Options, cached_assistant, cut_at_stop, write_prompt
+from llava.inference import MICRO_MODEL, Answer, Assistant, Message, Options, Question, cached_assistant, cut_at_stop, write_prompt
 from llava.model.routing import RoutingRequest
 
 QUESTION = "What is written on the sign?"
@@ -142,3 +142,86 @@ def test_without_the_repository_around_it_a_model_must_be_named(monkeypatch, tmp
 
 def test_answers_are_plain_data():
     assert Answer("a", [1], "stop", 3, [], {}) == Answer("a", [1], "stop", 3, [], {})
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def micro():
+    return Assistant.load(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return Image.open(MICRO_MODEL.parent / "images" / "scene_beige.png").convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def mixed(oracle):
+    """Questions of every kind: portrait, landscape, small, two pictures, none, and a shared picture."""
+    paths = sorted((oracle / "images").glob("*.png"))
+    pictures = [Image.open(path).convert("RGB") for path in paths[:4]]
+    questions = [Question([picture], f"What is in picture {index}?") for index, picture in enumerate(pictures)]
+    return [*questions, Question(pictures[:2], "Same?"), Question([], "Who are you?"), Question([pictures[0]], "And its colour?")]
+
+
+BATCH_OPTIONS = [Options(max_new_tokens=40), Options(max_new_tokens=6, stop=("a", "e")), Options(max_new_tokens=6, num_beams=2)]
+
+
+@pytest.mark.parametrize("options", BATCH_OPTIONS, ids=["to the end", "stop texts", "beams"])
+def test_a_batch_answers_like_its_questions_one_by_one(assistant, mixed, options):
+    alone = [assistant.answer(question.images, question.messages, options) for question in mixed]
+    together = assistant.answer_batch(mixed, options)
+    for one, other in zip(alone, together, strict=True):
+        assert (one.text, one.token_ids, one.finish_reason) == (other.text, other.token_ids, other.finish_reason)
+        assert [report.granularity for report in one.reports] == [report.granularity for report in other.reports]
+        assert one.prompt_tokens == other.prompt_tokens
+    assert assistant.answer_batch([]) == []
+
+
+def test_rows_of_a_batch_end_each_at_its_own_end(micro, scene):
+    asked = ["Which number does the sign show?", "Which colour is behind everything?", "Is it day or night?"]
+    together = micro.answer_batch([Question([scene], question) for question in asked])
+    assert [answer.text for answer in together] == [micro.answer([scene], question).text for question in asked]
+    assert len({len(answer.token_ids) for answer in together}) > 1
+    assert {answer.finish_reason for answer in together} == {"stop"}
+
+
+def test_a_batch_encodes_a_shared_picture_once(assistant, mixed, monkeypatch):
+    seen = []
+    original = assistant.model.encode_images
+    monkeypatch.setattr(assistant.model, "encode_images", lambda views: seen.append(len(views)) or original(views))
+    picture = mixed[0].images[0]
+    assistant.answer_batch([Question([picture], "One?"), Question([picture], "Two?")], SHORT)
+    assert seen == [len(assistant.views(picture))]
+
+
+def test_the_likelihood_of_the_greedy_answer_is_what_generation_saw(micro, scene):
+    question = Question([scene], "Which number does the sign show?")
+    answer = micro.answer(question.images, question.messages)
+    one, other = micro.log_likelihoods([question] * 2, [answer.text, "blue"])
+    assert one.is_greedy and not other.is_greedy
+    assert one.num_tokens == len(answer.token_ids) - 1  # without the end
+    assert other.log_probability < one.log_probability < 0
+    alone = micro.log_likelihoods([question], ["blue"])[0]
+    assert alone.log_probability == pytest.approx(other.log_probability, abs=1e-4)
+
+
+def test_the_router_does_not_see_the_candidate_answers(assistant, picture):
+    candidates = ["yes", "no", "a long answer about many things", "17"]
+    scored = assistant.log_likelihoods([Question([picture], QUESTION)] * 4, candidates)
+    asked = assistant.answer([picture], QUESTION, SHORT)
+    for likelihood in scored:
+        assert torch.allclose(likelihood.reports[0].logits, asked.reports[0].logits, atol=1e-5)
+
+
+def test_likelihoods_that_cannot_be_had(assistant, picture):
+    question = Question([picture], QUESTION)
+    with pytest.raises(ValueError, match="A continuation is empty"):
+        assistant.log_likelihoods([question], ["  "])
+    with pytest.raises(ValueError, match="1 questions came with 2 continuations"):
+        assistant.log_likelihoods([question], ["a", "b"])
+    with pytest.raises(ValueError, match="the context of this model is"):
+        assistant.log_likelihoods([question], ["word " * 5000])
+    assert assistant.log_likelihoods([], []) == []

@@ -31,8 +31,8 @@ from llava.model.granularity import Granularity, pool
 from llava.model.merge import MergedLayout, merge_views, merged_layout
 from llava.model.projector import build_projector
 from llava.model.router import GranularityRouter, select_text
-from llava.model.routing import RoutingReport, RoutingRequest, allowed_levels, choose_levels
-from llava.model.splice import PromptRow, SplicedInputs, SplicedRow, images_of_rows, prompt_rows, splice, splice_rows
+from llava.model.routing import RoutingReport, RoutingRequest, allowed_levels, check_budget, choose_levels
+from llava.model.splice import PromptRow, SplicedInputs, SplicedRow, images_of_rows, pad_rows, prompt_rows, splice, splice_rows
 from llava.model.vision_tower import CLIPVisionTower
 
 Images = Tensor | Sequence[Tensor]
@@ -51,6 +51,32 @@ class EncodedPrompt:
 
     inputs: SplicedInputs
     reports: list[RoutingReport]
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """One prompt before padding, and one report per image of it."""
+
+    row: SplicedRow
+    reports: list[RoutingReport]
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """What is known about B rows and their N images before a pixel is looked at.
+
+    owners: for each row, the indices of its images. requests: the callers' wishes, one per row. allowed: level indices each row may take.
+    layouts: what each image keeps at each level.
+    """
+
+    owners: list[range]
+    requests: list[RoutingRequest]
+    allowed: list[list[int]]
+    layouts: list[list[MergedLayout]]
+
+    def costs(self, row: int) -> list[list[int]]:
+        """Visual tokens of each image of a row at each level."""
+        return [[layout.num_tokens for layout in self.layouts[image]] for image in self.owners[row]]
 
 
 class LlavaMetaModel(nn.Module):
@@ -322,50 +348,107 @@ class LlavaMetaForCausalLM:
         Raises:
             ValueError: counts that disagree, a granularity or budget that cannot be met, or a row longer than the context.
         """
-        request = request or RoutingRequest()
         rows = prompt_rows(input_ids, attention_mask, labels)
         views = [] if images is None else self.prepare_views(images)
-        owners = images_of_rows(rows, len(views))
-        if not views:
-            return EncodedPrompt(self._splice_rows(rows, [], padding_side), [])
-        names = [level.tokens for level in self.levels]
-        allowed = allowed_levels(names, request, has_router=self.model.router is not None)
         # LLaVA lays single views given as one 4-D tensor out plainly, without the newline vector.
-        merge_type = "flat" if isinstance(images, Tensor) and images.ndim == 4 else self.config.mm_patch_merge_type
-        sizes = image_sizes if image_sizes is not None else [None] * len(views)
-        if len(sizes) != len(views):
-            raise ValueError(f"{len(views)} images came with {len(sizes)} image_sizes; give one (width, height) per image.")
-        layouts = [self.layouts(len(view), _size(size), merge_type) for view, size in zip(views, sizes, strict=True)]
-        costs = [[layout.num_tokens for layout in image_layouts] for image_layouts in layouts]
+        merge_type = "flat" if isinstance(images, Tensor) and images.ndim == 4 else None
+        plan = self.plan(rows, [len(view) for view in views], image_sizes, request or RoutingRequest(), merge_type)
         with timer("vision"):
             features = self.encode_views(views)
-        logits: Tensor | None = None
-        if self.model.router is not None and (always_route or len(allowed) > 1):
-            with timer("router"):
-                logits = self._route_rows(rows, features).detach().float().cpu()
+        encoded = self.encode_rows(rows, features, plan, timer, always_route)
+        inputs = pad_rows([each.row for each in encoded], padding_side)
+        return EncodedPrompt(inputs, [report for each in encoded for report in each.reports])
+
+    def plan(
+        self,
+        rows: Sequence[PromptRow],
+        num_views: Sequence[int],
+        image_sizes: Sequence[Size] | None,
+        requests: RoutingRequest | Sequence[RoutingRequest],
+        merge_type: str | None = None,
+    ) -> RoutingPlan:
+        """Check B prompts, their N images and the callers' wishes against each other, before any of them is computed.
+
+        Args:
+            rows: from `prompt_rows`. num_views: views of each image. image_sizes: N (width, height) in pixels.
+            requests: one for all rows, or one per row.
+            merge_type: instead of the config's.
+
+        Raises:
+            ValueError: counts that disagree, or a granularity or budget that cannot be met.
+        """
+        wishes = [requests] * len(rows) if isinstance(requests, RoutingRequest) else list(requests)
+        owners = images_of_rows(rows, len(num_views))
+        sizes: Sequence[Size | None] = image_sizes if image_sizes is not None else [None] * len(num_views)
+        if len(sizes) != len(num_views):
+            raise ValueError(f"{len(num_views)} images came with {len(sizes)} image_sizes; give one (width, height) per image.")
+        names = [level.tokens for level in self.levels] if num_views else []
+        allowed = [
+            allowed_levels(names, wish, has_router=self.model.router is not None) if owned else []
+            for wish, owned in zip(wishes, owners, strict=True)
+        ]
+        layouts = [self.layouts(views, _size(size), merge_type) for views, size in zip(num_views, sizes, strict=True)]
+        plan = RoutingPlan(owners, wishes, allowed, layouts)
+        for index, wish in enumerate(wishes):
+            check_budget(plan.costs(index), allowed[index], wish)
+        return plan
+
+    def encode_rows(
+        self,
+        rows: Sequence[PromptRow],
+        features: Sequence[Tensor],
+        plan: RoutingPlan,
+        timer: Timer = untimed,
+        always_route: bool = False,
+    ) -> list[EncodedRow]:
+        """From encoded images to the language model's rows, before padding: route, pool, merge, splice.
+
+        Args:
+            rows: B rows. features: N tensors (C, P, D) from `encode_views`. plan: of these rows and images.
+
+        Raises:
+            ValueError: a row longer than the context.
+        """
+        logits = self._logits_where_asked(rows, features, plan, timer, always_route)
         chosen: list[int] = []
-        for owned in owners:
-            row_logits = [None if logits is None else logits[index].tolist() for index in owned]
-            chosen += choose_levels(row_logits, [costs[index] for index in owned], allowed, request)
+        for index, owned in enumerate(plan.owners):
+            row_logits = [None if (scores := logits.get(image)) is None else scores.tolist() for image in owned]
+            chosen += choose_levels(row_logits, plan.costs(index), plan.allowed[index], plan.requests[index])
         with timer("splice"):
             tokens = [
-                self.visual_tokens(image, level, image_layouts[level])
-                for image, level, image_layouts in zip(features, chosen, layouts, strict=True)
+                self.visual_tokens(image, level, layouts[level])
+                for image, level, layouts in zip(features, chosen, plan.layouts, strict=True)
             ]
-            inputs = self._splice_rows(rows, tokens, padding_side)
-        return EncodedPrompt(
-            inputs,
-            [
-                RoutingReport(
-                    logits=None if logits is None else logits[index],
-                    probabilities=None if logits is None else logits[index].softmax(-1),
-                    granularity=names[level],
-                    num_visual_tokens=costs[index][level],
-                    full_visual_tokens=costs[index][-1],
-                    tokens_per_level=dict(zip(names, costs[index], strict=True)),
-                )
-                for index, level in enumerate(chosen)
-            ],
+            spliced = splice_rows(rows, tokens, self.model.embed_tokens, self.config.context_length)
+        reports = [
+            self._report(level, layouts, logits.get(image))
+            for image, (level, layouts) in enumerate(zip(chosen, plan.layouts, strict=True))
+        ]
+        return [EncodedRow(row, [reports[image] for image in owned]) for row, owned in zip(spliced, plan.owners, strict=True)]
+
+    def _logits_where_asked(
+        self, rows: Sequence[PromptRow], features: Sequence[Tensor], plan: RoutingPlan, timer: Timer, always_route: bool
+    ) -> dict[int, Tensor]:
+        """The router's (G,) logits by image, for the rows whose granularity is still open."""
+        if self.model.router is None:
+            return {}
+        asked = [index for index, levels in enumerate(plan.allowed) if plan.owners[index] and (always_route or len(levels) > 1)]
+        if not asked:
+            return {}
+        images = [image for index in asked for image in plan.owners[index]]
+        with timer("router"):
+            logits = self._route_rows([rows[index] for index in asked], [features[image] for image in images]).detach().float().cpu()
+        return dict(zip(images, logits, strict=True))
+
+    def _report(self, level: int, layouts: Sequence[MergedLayout], logits: Tensor | None) -> RoutingReport:
+        costs = {granularity.tokens: layout.num_tokens for granularity, layout in zip(self.levels, layouts, strict=True)}
+        return RoutingReport(
+            logits=logits,
+            probabilities=None if logits is None else logits.softmax(-1),
+            granularity=self.levels[level].tokens,
+            num_visual_tokens=layouts[level].num_tokens,
+            full_visual_tokens=layouts[-1].num_tokens,
+            tokens_per_level=costs,
         )
 
     @torch.no_grad()

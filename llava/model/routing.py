@@ -91,18 +91,14 @@ def choose_levels(
         A level index per image.
 
     Raises:
-        ValueError: a budget below the coarsest allowed choice; both numbers are named.
+        ValueError: a budget below the coarsest allowed choice, see `check_budget`.
     """
     scores = [_scores(image_logits, image_costs, request.bias) for image_logits, image_costs in zip(logits, costs, strict=True)]
     choice = [max(allowed, key=lambda level, s=image_scores: s[level]) for image_scores in scores]  # type: ignore[misc]
     budget = request.max_visual_tokens
     if budget is None:
         return choice
-    cheapest = sum(min(image_costs[level] for level in allowed) for image_costs in costs)
-    if cheapest > budget:
-        raise ValueError(
-            f"max_visual_tokens is {budget}, but the coarsest granularity allowed costs {cheapest} visual tokens here; raise the budget."
-        )
+    check_budget(costs, allowed, request)
     while sum(image_costs[level] for image_costs, level in zip(costs, choice, strict=True)) > budget:
         steps = [
             (image, level)
@@ -113,6 +109,25 @@ def choose_levels(
         image, level = max(steps, key=lambda step: scores[step[0]][step[1]] - scores[step[0]][choice[step[0]]])
         choice[image] = level
     return choice
+
+
+def check_budget(costs: Sequence[Sequence[int]], allowed: Sequence[int], request: RoutingRequest) -> None:
+    """Refuse a budget below the coarsest allowed choice of one prompt's images.
+
+    Args:
+        costs: visual tokens of each image at each level.
+
+    Raises:
+        ValueError: naming the budget and that cost.
+    """
+    if request.max_visual_tokens is None:
+        return
+    cheapest = sum(min(image_costs[level] for level in allowed) for image_costs in costs)
+    if cheapest > request.max_visual_tokens:
+        raise ValueError(
+            f"max_visual_tokens is {request.max_visual_tokens}, but the coarsest granularity allowed costs {cheapest} visual tokens here; "
+            "raise the budget."
+        )
 
 
 def _scores(logits: Sequence[float] | None, costs: Sequence[int], bias: float) -> list[float]:
