@@ -65,6 +65,12 @@ class Conversation:
     skip_next: bool = False
     image_turn: bool = False
     """Give the picture of the first turn an exchange of its own, `<Image><image></Image>` answered by `Received.`"""
+    system_head: str = ""
+    """What stands before the system text, inside `system`."""
+
+    def set_system_message(self, text: str) -> None:
+        """Replace the system text, keeping the template's markup around it."""
+        self.system = self.system_head + text
 
     def append_message(self, role: str, message: Message) -> None:
         """Add one turn; a `message` of None leaves it open for the model."""
@@ -291,8 +297,8 @@ def _llama_2(system: str, sep: str = "<s>") -> Conversation:
 
 
 def _chatml(system: str) -> Conversation:
-    system = f"<|im_start|>system\n{system}"
-    return Conversation(system, _CHATML_ROLES, [], 0, SeparatorStyle.MPT, "<|im_end|>", None, "mpt")
+    head = "<|im_start|>system\n"
+    return Conversation(head + system, _CHATML_ROLES, [], 0, SeparatorStyle.MPT, "<|im_end|>", None, "mpt", system_head=head)
 
 
 _VICUNA_V0 = Conversation(
@@ -304,14 +310,16 @@ _VICUNA_V0 = Conversation(
 _VICUNA_V1 = _two(_USER_SYSTEM)
 _PLAIN = Conversation("", ("", ""), [], 0, SeparatorStyle.PLAIN, "\n")
 _MISTRAL_DIRECT = _chatml("Answer the questions.")
+_LLAMA_3_HEAD = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
 _LLAMA_3 = Conversation(
-    system=f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{_VISION_SYSTEM}",
+    system=_LLAMA_3_HEAD + _VISION_SYSTEM,
     roles=_LLAMA_3_ROLES,
     messages=[],
     offset=0,
     sep_style=SeparatorStyle.MPT,
     sep="<|eot_id|>",
     version="llama3",
+    system_head=_LLAMA_3_HEAD,
 )
 
 conv_templates: dict[str, Conversation] = {

@@ -34,7 +34,7 @@ MICRO_MODEL = Path(__file__).resolve().parents[1] / "playground" / "avg-llava-mi
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: `role` is `user` or `assistant`. `<image>` in the text marks where a picture goes."""
+    """One turn: `role` is `user`, `assistant`, or `system` at the very start. `<image>` in the text marks where a picture goes."""
 
     role: str
     text: str
@@ -120,8 +120,9 @@ def write_prompt(
     """The prompt of a conversation, open for the next answer, or with the beginning of one.
 
     Args:
-        messages: turns, users' and assistants' in alternation, the last one the user's. `<image>` (or `<image-placeholder>`) marks a
-            picture's place; where no turn has one, the first turn begins with all of them.
+        messages: turns, users' and assistants' in alternation, the last one the user's; a system turn in front replaces the template's
+            own text. `<image>` (or `<image-placeholder>`) marks a
+            picture's place; where no turn has one, the first user's turn begins with all of them.
         num_images: how many pictures there are.
         template: a name from `conv_templates`.
         use_start_end: wrap each placeholder in LLaVA's start and end tokens.
@@ -130,6 +131,10 @@ def write_prompt(
     Raises:
         ValueError: no text, turns out of order, or placeholders unlike pictures.
     """
+    system = messages[0] if messages and messages[0].role == "system" else None
+    messages = messages[1:] if system else messages
+    if system and DEFAULT_IMAGE_TOKEN in system.text:
+        raise ValueError("The system turn holds an <image> placeholder; put pictures into the user's turns.")
     roles = [message.role for message in messages]
     if roles != [("user", "assistant")[index % 2] for index in range(len(roles))] or len(roles) % 2 == 0:
         raise ValueError(f"The turns are {roles}, expected user and assistant in alternation, the last one the user's.")
@@ -144,7 +149,9 @@ def write_prompt(
         raise ValueError(
             f"The text holds {written} <image> placeholders, but {num_images} pictures were given; make them agree or leave them out."
         )
-    conversation = get_template(template).copy()
+    conversation = get_template(template)
+    if system:
+        conversation.set_system_message(system.text)
     for message_role, text in zip(roles, texts, strict=True):
         if use_start_end:
             text = text.replace(DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN)

@@ -33,9 +33,23 @@ def test_the_prompt_follows_the_template():
     assert "<im_start><image><im_end>\nHi?" in write_prompt([Message("user", "Hi?")], 1, "v1", use_start_end=True)
 
 
+def test_a_system_turn_replaces_the_templates_text():
+    turns = [Message("system", "Be brief."), Message("user", "Hi?")]
+    assert write_prompt(turns, 1, "v1") == "Be brief. USER: <image>\nHi? ASSISTANT:"
+    assert write_prompt(turns, 0, "chatml_direct").startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    assert write_prompt(turns, 0, "llava_llama_3").startswith("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.")
+    assert "Answer the questions." in write_prompt(turns[1:], 0, "chatml_direct")
+
+
+def test_a_prompt_may_hold_the_beginning_of_the_answer():
+    assert write_prompt([Message("user", "Hi?")], 0, "v1", answer="Hi").endswith("USER: Hi? ASSISTANT: Hi")
+
+
 @pytest.mark.parametrize(
     ("messages", "count", "message"),
     [
+        ([Message("system", "<image>"), Message("user", "a")], 1, "put pictures into the user's turns"),
+        ([Message("user", "a"), Message("system", "b"), Message("user", "c")], 0, "expected user and assistant in alternation"),
         ([Message("user", "  ")], 1, "Turn 0 is empty"),
         ([Message("user", "<image>\n ")], 1, "Turn 0 is empty"),
         ([Message("user", "<image> <image> same?")], 1, "holds 2 <image> placeholders, but 1 pictures"),

@@ -1,0 +1,460 @@
+"""Questions in, answers out: `python -m llava.eval.model_vqa`, with LLaVA's file formats and flags.
+
+    python -m llava.eval.model_vqa --question-file rows.jsonl --image-folder images --answers-file answers.jsonl
+
+A question is `{"question_id", "image", "text"}`: `image` is a name, a list of names, or missing; whatever else a row holds is handed on to
+its answer. The whole file is read and checked before the model is loaded.
+
+Every process of a run (`torchrun`, `accelerate launch`) answers its share and writes it to a part of its own under
+`ANSWERS.parts/`, line by line; whichever process finds the last answer there joins the parts in the order of the questions. So
+nothing waits for anything, a killed run goes on where it was, and what failed is tried again by the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+from transformers.utils import cached_file
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
+from llava.conversation import get_template
+from llava.eval.run_llava import DEFAULTS, granularity_argument
+from llava.images import load_image
+from llava.inference import Answer, Assistant, Options, Question, micro_model_path
+from llava.mm_utils import get_model_name_from_path
+from llava.model.routing import RoutingRequest, allowed_levels
+from llava.utils import pick_device, setup_logging
+
+logger = logging.getLogger(__name__)
+
+INPUT_FIELDS = ("question_id", "image", "text")
+OUTPUT_FIELDS = ("prompt", "answer_id", "model_id", "metadata")
+PROBLEMS_SHOWN = 20
+WEIGHTS = (".safetensors", ".bin", ".model")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question: its place among the run's questions, counted from 0, and what its line holds."""
+
+    index: int
+    question_id: Any
+    text: str
+    images: tuple[str, ...]
+    extra: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of a run's processes this one is."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @classmethod
+    def here(cls) -> Place:
+        """As `torchrun`, `accelerate launch` or `deepspeed` say; alone without them."""
+        return cls(*(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+
+
+# ---- questions
+
+
+def read_questions(file: Path, image_folder: Path) -> list[Row]:
+    """Read a question file whole.
+
+    Args:
+        file: one JSON object per line; empty lines are passed over.
+        image_folder: what names of pictures are relative to.
+
+    Raises:
+        ValueError: everything that is wrong with it, with line numbers.
+    """
+    if not file.is_file():
+        raise ValueError(f"The question file {file} does not exist; give a file of one JSON object per line.")
+    rows: list[Row] = []
+    problems: list[str] = []
+    there: dict[str, bool] = {}
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(_read_row(len(rows), line))
+            except ValueError as error:
+                problems.append(f"line {number}: {error}")
+                continue
+            for name in rows[-1].images:
+                if not there.setdefault(name, (image_folder / name).is_file()):
+                    problems.append(f"line {number}: there is no picture {image_folder / name}")
+    if not rows and not problems:
+        problems.append("it holds no question")
+    if problems:
+        shown = problems[:PROBLEMS_SHOWN] + [f"and {len(problems) - PROBLEMS_SHOWN} more"] * (len(problems) > PROBLEMS_SHOWN)
+        raise ValueError(f"{file} cannot be answered as it is; nothing was loaded:\n  " + "\n  ".join(shown))
+    return rows
+
+
+def _read_row(index: int, line: str) -> Row:
+    row = json.loads(line)  # its error is a ValueError that names the column
+    if not isinstance(row, dict):
+        raise ValueError(f"it is a {type(row).__name__}, expected an object with question_id and text")
+    if row.get("question_id") is None:
+        raise ValueError("question_id is missing")
+    text = row.get("text")
+    if not isinstance(text, str) or not text.replace(DEFAULT_IMAGE_TOKEN, "").replace(IMAGE_PLACEHOLDER, "").strip():
+        raise ValueError(f"text is {text!r}, expected a question")
+    found = row.get("image")
+    names = [] if found is None else [found] if isinstance(found, str) else found
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"image is {found!r}, expected a file name, a list of them, or nothing")
+    placeholders = text.count(DEFAULT_IMAGE_TOKEN) + text.count(IMAGE_PLACEHOLDER)
+    if placeholders not in (0, len(names)):
+        raise ValueError(f"text holds {placeholders} {DEFAULT_IMAGE_TOKEN}, but the row has {len(names)} pictures")
+    taken = [name for name in OUTPUT_FIELDS if name in row]
+    if taken:
+        raise ValueError(f"{', '.join(taken)} would be overwritten by the answer's; rename it")
+    return Row(index, row["question_id"], text, tuple(names), {name: row[name] for name in row if name not in INPUT_FIELDS})
+
+
+def share(rows: Sequence[Row], parts: int, part: int) -> Sequence[Row]:
+    """The `part`-th of `parts` consecutive, nearly equal pieces; together they are all rows in order."""
+    return rows[len(rows) * part // parts : len(rows) * (part + 1) // parts]
+
+
+# ---- what is done
+
+
+class Journal:
+    """What a run has done so far: a folder with the run's description and one part per process.
+
+    A line of a part is `{"row": index, "answer": {...}}` or `{"row": index, "error": {...}}`. Lines of earlier runs and of
+    other processes count alike, so a run may go on with another number of processes.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.folder = folder
+        self.part = folder / f"part-{rank:05d}.jsonl"
+
+    def begin(self, description: dict[str, Any]) -> None:
+        """Start, or go on after a run of the same description; the half line that a killed process left is cut off.
+
+        Raises:
+            ValueError: the folder belongs to another run; the sentence names what differs.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / "run.json"
+        if file.exists():
+            _refuse_another_run(self.folder, json.loads(file.read_text(encoding="utf-8")), description)
+        else:
+            _write_whole(file, json.dumps(description, indent=1))
+        if self.part.exists():
+            whole = self.part.read_bytes().rpartition(b"\n")
+            os.truncate(self.part, len(whole[0]) + len(whole[1]))
+
+    def add(self, records: Sequence[dict[str, Any]]) -> None:
+        """Append lines in one write, so that only the last of them can be cut short."""
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        with self.part.open("ab", buffering=0) as file:
+            file.write(text.encode())
+
+    def records(self) -> dict[int, dict[str, Any]]:
+        """The last word on every row, by index; an answer is the last word for good.
+
+        Raises:
+            ValueError: a part was damaged.
+        """
+        found: dict[int, dict[str, Any]] = {}
+        for part in sorted(self.folder.glob("part-*.jsonl")):
+            for number, line in enumerate(part.read_bytes().split(b"\n")[:-1], start=1):  # what follows the last newline is half a line
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{part} is damaged in line {number}; delete that line, its question is then asked again.") from error
+                if "answer" not in found.get(record["row"], {}):
+                    found[record["row"]] = record
+        return found
+
+
+def _refuse_another_run(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if changed:
+        differences = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed)
+        raise ValueError(
+            f"{folder} belongs to another run: {differences}. Choose another --answers-file, or delete the folder and the answers."
+        )
+
+
+def _write_whole(file: Path, text: str) -> None:
+    """Write a file that is either there whole or not at all, whoever else writes the same at this moment."""
+    draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, file)
+
+
+def describe_run(args: argparse.Namespace, options: Options) -> dict[str, Any]:
+    """What answers depend on: questions, pictures' folder, model, options and chunk. Batches, devices and processes are left out."""
+    return {
+        "questions": hashlib.sha256(args.question_file.read_bytes()).hexdigest(),
+        "image folder": str(args.image_folder.resolve()),
+        "chunk": f"{args.chunk_idx} of {args.num_chunks}",
+        "model": describe_model(args.model_path),
+        "model base": None if args.model_base is None else describe_model(args.model_base),
+        "quantised": "4 bit" if args.load_4bit else "8 bit" if args.load_8bit else None,
+        "options": json.loads(json.dumps(asdict(options))),
+    }
+
+
+def describe_model(model: str) -> str:
+    """A model and its state: the commit of a hub id; names, sizes and times of the weights in a folder.
+
+    Raises:
+        ValueError: there is no such folder, and no such model at the hub or in its cache.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        try:
+            config = cached_file(model, "config.json")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"The model {model!r} is neither a folder nor to be had from the hub: {error}") from error
+        return f"{model}@{Path(str(config)).parent.name}"
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".json":
+            digest.update(file.name.encode() + file.read_bytes())
+        elif file.suffix in WEIGHTS:
+            state = file.stat()
+            digest.update(f"{file.name} {state.st_size} {state.st_mtime_ns}".encode())
+    return f"{folder.resolve()}@{digest.hexdigest()[:16]}"
+
+
+# ---- answers
+
+
+def answer_rows(assistant: Assistant, rows: Sequence[Row], options: Options, image_folder: Path, model_id: str) -> list[dict[str, Any]]:
+    """Answer rows in one batch; where that fails, one by one, so that a failure is its own row's alone.
+
+    Returns:
+        A line of the journal per row.
+    """
+    try:
+        pictures: dict[str, Image.Image] = {}
+        for name in (name for row in rows for name in row.images):
+            if name not in pictures:
+                pictures[name] = load_image(image_folder / name)
+        questions = [Question([pictures[name] for name in row.images], row.text) for row in rows]
+        answers = assistant.answer_batch(questions, options)
+        return [_answered(row, answer, model_id, len(rows)) for row, answer in zip(rows, answers, strict=True)]
+    except Exception as error:  # whatever one question does to the model is noted, and the others are still answered
+        message = f"{type(error).__name__}: {error}"
+    # Here the failed batch's tensors, which the error held, are gone.
+    if len(rows) > 1:
+        logger.warning("a batch of %d failed and is asked one by one: %s", len(rows), message)
+        return [record for row in rows for record in answer_rows(assistant, [row], options, image_folder, model_id)]
+    logger.warning("question %r failed: %s", rows[0].question_id, message)
+    return [{"row": rows[0].index, "error": {"question_id": rows[0].question_id, "prompt": rows[0].text, "error": message}}]
+
+
+def _answered(row: Row, answer: Answer, model_id: str, batch_size: int) -> dict[str, Any]:
+    """A line of the journal with an answer in LLaVA's format; the milliseconds are those of the whole batch."""
+    metadata = {
+        "granularity": [report.granularity for report in answer.reports],
+        "visual_tokens": sum(report.num_visual_tokens for report in answer.reports),
+        "full_visual_tokens": sum(report.full_visual_tokens for report in answer.reports),
+        "logits": [None if report.logits is None else [round(value, 5) for value in report.logits.tolist()] for report in answer.reports],
+        "milliseconds": {part: round(value, 3) for part, value in answer.milliseconds.items()},
+        "batch_size": batch_size,
+        "prompt_tokens": answer.prompt_tokens,
+        "new_tokens": len(answer.token_ids),
+        "finish_reason": answer.finish_reason,
+    }
+    line = {
+        "question_id": row.question_id,
+        "prompt": row.text,
+        "text": answer.text,
+        "answer_id": uuid.uuid5(uuid.NAMESPACE_OID, f"{model_id} {row.index} {answer.text}").hex,
+        "model_id": model_id,
+        "metadata": metadata,
+        **row.extra,
+    }
+    return {"row": row.index, "answer": line}
+
+
+def answer_all(args: argparse.Namespace, rows: Sequence[Row], options: Options, journal: Journal, place: Place) -> None:
+    """Load the model and answer this process's share of what is not answered yet."""
+    own = share(rows, place.world_size, place.rank)
+    done = journal.records()
+    left = [row for row in own if "answer" not in done.get(row.index, {})]
+    if not left:
+        return
+    assistant = _load(args, place)
+    model = assistant.model
+    allowed_levels([level.tokens for level in model.levels], options.routing, has_router=model.model.router is not None)
+    model_id = get_model_name_from_path(args.model_path)
+    name = "questions" if place.world_size == 1 else f"process {place.rank}"
+    with tqdm(total=len(own), initial=len(own) - len(left), desc=name, unit="question", position=place.rank) as bar:
+        for start in range(0, len(left), args.batch_size):
+            batch = left[start : start + args.batch_size]
+            journal.add(answer_rows(assistant, batch, options, args.image_folder, model_id))
+            bar.update(len(batch))
+
+
+def _load(args: argparse.Namespace, place: Place) -> Assistant:
+    device = args.device or pick_device()
+    if device == "cuda" and place.world_size > 1:
+        device = f"cuda:{place.local_rank}"
+    return Assistant.load(args.model_path, args.model_base, load_8bit=args.load_8bit, load_4bit=args.load_4bit, device=device)
+
+
+def join(rows: Sequence[Row], journal: Journal, answers_file: Path) -> bool | None:
+    """Write answers and errors in the order of the questions, once every question has one of the two.
+
+    Returns:
+        `None` while other processes are at work, else whether all were answered.
+    """
+    records = journal.records()
+    missing = sum(row.index not in records for row in rows)
+    if missing:
+        logger.info("%d of %d questions are still with other processes; the last of them joins the parts", missing, len(rows))
+        return None
+    ordered = [records[row.index] for row in rows]
+    answers = [record["answer"] for record in ordered if "answer" in record]
+    errors = [record["error"] for record in ordered if "answer" not in record]
+    _write_whole(answers_file, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+    errors_file = answers_file.with_name(answers_file.name + ".errors.jsonl")
+    if errors:
+        _write_whole(errors_file, "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors))
+    else:
+        errors_file.unlink(missing_ok=True)
+    print(summary(answers, len(rows), answers_file))
+    if errors:
+        print(
+            f"error: {len(errors)} of {len(rows)} questions failed and are not among the answers; {errors_file} says why. "
+            "The same command asks them again.",
+            file=sys.stderr,
+        )
+    return not errors
+
+
+def summary(answers: Sequence[dict[str, Any]], asked: int, file: Path) -> str:
+    """One line: how many were answered, where the answers are, what they cost."""
+    text = f"{len(answers)} of {asked} questions answered: {file}"
+    tokens = sum(answer["metadata"]["visual_tokens"] for answer in answers)
+    full = sum(answer["metadata"]["full_visual_tokens"] for answer in answers)
+    if full:
+        text += f"; {tokens / len(answers):.1f} visual tokens per question, {100 * (1 - tokens / full):.1f} % saved"
+    return text
+
+
+# ---- the command
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's flags: LLaVA's names, with dashes or underscores."""
+    parser = argparse.ArgumentParser(prog="python -m llava.eval.model_vqa", description="Answer a file of questions about pictures.")
+
+    def add(name: str, **options: Any) -> None:
+        dashed = name.replace("_", "-")
+        options.setdefault("default", DEFAULTS.get(name))
+        parser.add_argument(*dict.fromkeys((f"--{dashed}", f"--{name}")), dest=name, **options)
+
+    add("model_path", help="checkpoint folder or hub id; the shipped micro model when missing")
+    add("model_base", help="language model of a projector-only checkpoint")
+    add("image_folder", type=Path, default=None, help="what names of pictures are relative to; the question file's folder when missing")
+    add("question_file", type=Path, required=True, help="one JSON object per line: question_id, image (name, list or missing), text")
+    add("answers_file", type=Path, required=True, help="where the answers go; parts of an unfinished run lie in ANSWERS_FILE.parts")
+    add("conv_mode", help="conversation template; the checkpoint's when missing")
+    add("num_chunks", type=int, default=1, help="cut the questions into this many consecutive chunks, one run each")
+    add("chunk_idx", type=int, default=0, help="the chunk to answer, from 0")
+    add("temperature", type=float, help="0 is greedy (default)")
+    add("top_p", type=float, help="nucleus sampling, with --temperature above 0")
+    add("num_beams", type=int, help="beam search")
+    add("max_new_tokens", type=int, help="length of an answer at most (default: 512)")
+    add("seed", type=int, help="makes sampling repeatable")
+    add("vis_token_granularity", type=granularity_argument, help="auto (default), tokens per view, or a list such as 36,144 to choose from")
+    add("max_visual_tokens", type=int, help="budget for all pictures of a question together")
+    add("granularity_bias", type=float, help="added to the router's logits per log2 of the tokens; negative is cheaper")
+    add("batch_size", type=int, default=1, help="questions answered together; greedy answers do not depend on it (default: 1)")
+    add("device", help="cuda, mps or cpu; the best that is there when missing")
+    for flag in ("load_8bit", "load_4bit"):
+        add(flag, action="store_true", help="quantise the language model")
+    return parser
+
+
+def _options(args: argparse.Namespace) -> Options:
+    """Check what can be checked without the model.
+
+    Raises:
+        ValueError: flags that cannot work.
+    """
+    options = Options(
+        conv_mode=args.conv_mode,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        num_beams=args.num_beams,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+        routing=RoutingRequest(args.vis_token_granularity, args.max_visual_tokens, args.granularity_bias),
+    )
+    if args.conv_mode is not None:
+        get_template(args.conv_mode)
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size is {args.batch_size}, expected 1 or more.")
+    if args.batch_size > 1 and args.temperature > 0:
+        raise ValueError(
+            f"--batch-size is {args.batch_size} and --temperature {args.temperature}, but a sampled answer depends on its batch; use 1."
+        )
+    if not 0 <= args.chunk_idx < args.num_chunks:
+        raise ValueError(f"--chunk-idx is {args.chunk_idx} of --num-chunks {args.num_chunks}, expected 0 to {args.num_chunks - 1}.")
+    if args.load_4bit and args.load_8bit:
+        raise ValueError("--load-4bit and --load-8bit are both on; choose one.")
+    return options
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer the questions of this process; 0, or 1 where the whole run is through and a question has no answer.
+
+    Raises:
+        ValueError: input that cannot work, or an answers file of another run.
+    """
+    options = _options(args)
+    args.model_path = args.model_path or micro_model_path()
+    args.image_folder = args.image_folder or args.question_file.parent
+    rows = share(read_questions(args.question_file, args.image_folder), args.num_chunks, args.chunk_idx)
+    folder = args.answers_file.with_name(args.answers_file.name + ".parts")
+    if args.answers_file.exists() and not folder.exists():
+        raise ValueError(f"{args.answers_file} exists, and {folder}, which would say what it answers, does not; choose another file.")
+    place = Place.here()
+    journal = Journal(folder, place.rank)
+    journal.begin(describe_run(args, options))
+    answer_all(args, rows, options, journal, place)
+    # A process that ends with an error makes its launcher kill the others, so failures wait until all are through.
+    return 1 if join(rows, journal, args.answers_file) is False else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; 0, or 1 with a sentence on standard error."""
+    args = build_parser().parse_args(argv)
+    setup_logging()
+    try:
+        return run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

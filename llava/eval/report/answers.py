@@ -1,0 +1,227 @@
+"""Every question at every granularity: a picture is encoded once, a question answered once per granularity.
+
+All rows of a report follow from these answers and the router's logits, because a greedy answer depends on nothing but the granularity.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from llava.eval.report.tasks import NO_FAMILY, Item
+from llava.inference import Assistant, cut_at_stop, template_stops
+from llava.model.routing import RoutingRequest
+from llava.model.splice import PromptRow, pad_rows, prompt_rows
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One question: was it answered rightly at each level, and what did each level cost; coarse to fine.
+
+    logits: the router's, before any bias; `None` for a model without one.
+    """
+
+    question_id: int | str
+    image: str
+    text: str
+    answer: str
+    family: str = NO_FAMILY
+    said: list[str] = field(default_factory=list)
+    right: list[bool] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    logits: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Crash:
+    """A question without an answer, and why."""
+
+    question_id: int | str
+    image: str
+    reason: str
+
+
+def is_right(said: str, answer: str) -> bool:
+    """Whether two texts agree, apart from case and surrounding space."""
+    return said.strip().lower() == answer.strip().lower()
+
+
+def load_picture(path: Path) -> Image.Image:
+    """The RGB picture in a file."""
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
+def by_picture(items: Sequence[Item]) -> list[Item]:
+    """Questions about one picture behind each other, pictures in the order they first appear."""
+    first = {name: index for index, name in reversed(list(enumerate(item.image for item in items)))}
+    return sorted(items, key=lambda item: first[item.image])
+
+
+def batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
+    """Consecutive questions, `size` at a time."""
+    ordered = by_picture(items)
+    return (ordered[start : start + size] for start in range(0, len(ordered), size))
+
+
+@dataclass(frozen=True)
+class EncodedItems:
+    """B questions ready to be spliced at any granularity: rows, features (C, P, D) and size of each one's picture."""
+
+    items: list[Item]
+    rows: list[PromptRow]
+    features: list[Tensor]
+    sizes: list[tuple[int, int]]
+    merge_type: str | None
+
+
+class Encoder:
+    """Encodes questions' pictures, each once as long as questions about it follow each other."""
+
+    def __init__(self, assistant: Assistant, folder: Path) -> None:
+        self.assistant, self.folder = assistant, folder
+        self._kept: dict[str, tuple[Tensor, tuple[int, int], bool]] = {}
+
+    @torch.inference_mode()
+    def __call__(self, items: Sequence[Item]) -> EncodedItems:
+        """Encode a batch; pictures of the batch before are kept if they come again."""
+        assistant = self.assistant
+        names = list(dict.fromkeys(item.image for item in items))
+        kept = {name: self._kept[name] for name in names if name in self._kept}
+        new = [name for name in names if name not in kept]
+        pictures = [load_picture(self.folder / name) for name in new]
+        views = [assistant.views(picture) for picture in pictures]
+        features = assistant.model.encode_views(assistant.model.prepare_views(views))
+        for name, picture, view, encoded in zip(new, pictures, views, features, strict=True):
+            kept[name] = (encoded, picture.size, view.ndim == 3)
+        self._kept = kept
+        device = assistant.model.device
+        return EncodedItems(
+            list(items),
+            [prompt_rows(assistant.prompt_ids(item.text, 1).to(device)[None], None, None)[0] for item in items],
+            [kept[item.image][0] for item in items],
+            [kept[item.image][1] for item in items],
+            # LLaVA lays pictures without tiles out plainly, without the newline vector; see Assistant.
+            "flat" if any(single for _, _, single in kept.values()) else None,
+        )
+
+
+@torch.inference_mode()
+def ask(assistant: Assistant, batch: EncodedItems, levels: Sequence[int], max_new_tokens: int) -> list[Record]:
+    """Greedy answers to a batch of questions at each of some granularities, and the router's logits.
+
+    Args:
+        levels: tokens per view, coarse to fine.
+    """
+    model = assistant.model
+    said: list[list[str]] = []
+    reports: list[Any] = []
+    for level in levels:
+        views = [len(features) for features in batch.features]
+        plan = model.plan(batch.rows, views, batch.sizes, RoutingRequest(level), batch.merge_type)
+        encoded = model.encode_rows(batch.rows, batch.features, plan, always_route=not reports)
+        reports = reports or [each.reports[0] for each in encoded]
+        said.append(_generate(assistant, [each.row for each in encoded], max_new_tokens))
+    records = []
+    for index, (item, report) in enumerate(zip(batch.items, reports, strict=True)):
+        texts = [answers[index] for answers in said]
+        records.append(
+            Record(
+                item.question_id, item.image, item.text, item.answer, item.family,
+                said=texts,
+                right=[is_right(text, item.answer) for text in texts],
+                tokens=[report.tokens_per_level[level] for level in levels],
+                logits=None if report.logits is None else report.logits.tolist(),
+            )
+        )  # fmt: skip
+    return records
+
+
+def _generate(assistant: Assistant, rows: Sequence[Any], max_new_tokens: int) -> list[str]:
+    model, tokenizer = assistant.model, assistant.tokenizer
+    rooms = [min(max_new_tokens, model.config.context_length - row.length) for row in rows]
+    if min(rooms) < 1:
+        raise ValueError(f"A prompt of {max(row.length for row in rows)} positions leaves no room in the context for an answer.")
+    stop = template_stops(model.config.conv_version)
+    inputs = pad_rows(rows, "left")
+    ids = model.generate(
+        inputs_embeds=inputs.inputs_embeds,
+        attention_mask=inputs.attention_mask.long(),
+        max_new_tokens=max(rooms),
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **({"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}),
+    )
+    texts = [str(tokenizer.decode(row[:room], skip_special_tokens=True)) for row, room in zip(ids, rooms, strict=True)]
+    return [cut_at_stop(text, stop)[0].strip() for text in texts]
+
+
+def ask_all(
+    assistant: Assistant, items: Sequence[Item], folder: Path, levels: Sequence[int], max_new_tokens: int, batch_size: int = 80
+) -> tuple[list[Record], list[Crash]]:
+    """Ask every question at every granularity. A batch that fails is asked one by one, so that only its own fault costs a question.
+
+    Args:
+        batch_size: questions at a time.
+
+    Returns:
+        Records in the order of `items`, and the questions that failed.
+    """
+    encoder = Encoder(assistant, folder)
+
+    def work(some: Sequence[Item]) -> list[Record]:
+        return ask(assistant, encoder(some), levels, max_new_tokens)
+
+    records: list[Record] = []
+    crashes: list[Crash] = []
+    with tqdm(total=len(items), desc="asking", unit="question") as progress:
+        for batch in batches(items, batch_size):
+            done, failed = _careful(work, batch)
+            records += done
+            crashes += failed
+            progress.update(len(batch))
+    place = {item.question_id: index for index, item in enumerate(items)}
+    return sorted(records, key=lambda record: place[record.question_id]), crashes
+
+
+def _careful(work: Callable[[Sequence[Item]], list[Record]], batch: Sequence[Item]) -> tuple[list[Record], list[Crash]]:
+    """Do a batch; where it fails, do its questions alone and say which failed."""
+    try:
+        return work(batch), []
+    except Exception as error:  # whatever a picture, a prompt or a model may raise: counted, named, and an error at the end
+        if len(batch) == 1:
+            logger.error("question %s failed: %s", batch[0].question_id, error)
+            return [], [Crash(batch[0].question_id, batch[0].image, f"{type(error).__name__}: {error}")]
+    pairs = [_careful(work, [item]) for item in batch]
+    return [record for done, _ in pairs for record in done], [crash for _, failed in pairs for crash in failed]
+
+
+@torch.inference_mode()
+def router_logits(assistant: Assistant, items: Sequence[Item], folder: Path, batch_size: int = 80) -> np.ndarray:
+    """(questions, G) logits of a model's router, in the order of `by_picture`; no answer is generated.
+
+    Raises:
+        ValueError: the model has no router.
+    """
+    model, encoder = assistant.model, Encoder(assistant, folder)
+    if model.model.router is None:
+        raise ValueError("This model has no router, so there are no logits to compare.")
+    rows = []
+    for batch in tqdm(list(batches(items, batch_size)), desc="routing", unit="batch"):
+        encoded = encoder(batch)
+        views = [len(features) for features in encoded.features]
+        plan = model.plan(encoded.rows, views, encoded.sizes, RoutingRequest(), encoded.merge_type)
+        reports = [each.reports[0] for each in model.encode_rows(encoded.rows, encoded.features, plan, always_route=True)]
+        rows += [report.logits for report in reports]
+    return torch.stack(rows).numpy()

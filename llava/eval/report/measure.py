@@ -1,0 +1,202 @@
+"""What an answer costs: single requests to `Assistant.answer`, every way of choosing in turns, so that all meet the same machine.
+
+Times and peak memory come from separate passes, because watching every allocation slows a request down.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from llava.eval.report.answers import Record, load_picture
+from llava.inference import Answer, Assistant, Options
+from llava.model.routing import RoutingRequest
+
+PARTS = ("views", "vision", "router", "splice", "prefill", "decode", "other")
+"""Where an answer's time goes, in order; `other` is what the parts leave of the whole: tokenising, decoding text, bookkeeping."""
+WARM_UP = 2
+MEMORY_QUESTIONS = 10
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One question by one way of choosing. Milliseconds are medians over repetitions.
+
+    milliseconds: of each of `PARTS`; ttft: up to the first token; total: the whole call.
+    kv_bytes: of the keys and values of all positions, computed from the shapes.
+    peak_bytes: most tensor memory at one moment above the loaded weights; `None` where it was not watched.
+    """
+
+    milliseconds: dict[str, float]
+    ttft: float
+    total: float
+    new_tokens: float
+    kv_bytes: float
+    peak_bytes: float | None
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Costs by way of choosing: one per sampled question. `differing`: timed answers unlike the batch's."""
+
+    sample: list[Record]
+    costs: dict[str, list[Cost]]
+    answers: int
+    differing: int
+
+
+def balanced_sample(records: Sequence[Record], count: int, seed: int) -> list[Record]:
+    """`count` questions, as evenly over the families as their numbers allow."""
+    lots = random.Random(seed)
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.family, []).append(record)
+    queues = [lots.sample(group, len(group)) for group in groups.values()]
+    turns = [queue[place] for place in range(max(map(len, queues))) for queue in queues if place < len(queue)]
+    return turns[:count]
+
+
+def measure(
+    assistant: Assistant,
+    sample: Sequence[Record],
+    folder: Path,
+    ways: Mapping[str, RoutingRequest],
+    expected: Mapping[str, Sequence[str]],
+    max_new_tokens: int,
+    repeats: int,
+) -> Measurements:
+    """Time every way of choosing on every sampled question, starting with another way each time.
+
+    Args:
+        expected: by way, the batch's answer to each sampled question.
+        repeats: how often each request is made; the median counts.
+    """
+    names = list(ways)
+    runs: dict[str, list[list[tuple[Answer, float]]]] = {name: [[] for _ in sample] for name in names}
+    pictures = [load_picture(folder / record.image) for record in sample]
+
+    def request(index: int, name: str) -> tuple[Answer, float]:
+        options = Options(max_new_tokens=max_new_tokens, routing=ways[name])
+        start = time.perf_counter()
+        answer = assistant.answer([pictures[index]], sample[index].text, options)
+        return answer, 1000 * (time.perf_counter() - start)
+
+    for index in range(min(WARM_UP, len(sample))):
+        for name in names:
+            request(index, name)
+    turn = 0
+    for _ in range(repeats):
+        for index in tqdm(range(len(sample)), desc="timing", unit="question"):
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                runs[name][index].append(request(index, name))
+            turn += 1
+    watched = range(min(MEMORY_QUESTIONS, len(sample)))
+    peaks = {
+        name: {index: peak_bytes(assistant, pictures[index], sample[index].text, ways[name], max_new_tokens) for index in watched}
+        for name in tqdm(names, desc="memory", unit="row")
+    }
+    costs = {
+        name: [_cost(assistant.model, runs[name][index], peaks[name].get(index)) for index in range(len(sample))] for name in names
+    }
+    differing = sum(
+        runs[name][index][0][0].text != expected[name][index] for name in names for index in range(len(sample))
+    )
+    return Measurements(list(sample), costs, len(names) * len(sample), differing)
+
+
+def _cost(model: Any, runs: Sequence[tuple[Answer, float]], peak: float | None) -> Cost:
+    answers = [answer for answer, _ in runs]
+    total = statistics.median(spent for _, spent in runs)
+    parts = {part: statistics.median(answer.milliseconds.get(part, 0.0) for answer in answers) for part in PARTS[:-1]}
+    parts["other"] = max(0.0, total - sum(parts.values()))
+    new_tokens = len(answers[0].token_ids)
+    return Cost(
+        milliseconds=parts,
+        ttft=statistics.median(answer.milliseconds["ttft"] for answer in answers),
+        total=total,
+        new_tokens=new_tokens,
+        kv_bytes=kv_cache_bytes(model, answers[0].prompt_tokens + new_tokens),
+        peak_bytes=peak,
+    )
+
+
+def kv_cache_bytes(model: Any, positions: int) -> int:
+    """Bytes of the keys and values that the language model keeps for some positions; computed, not measured."""
+    config = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kept = min(positions, getattr(config, "sliding_window", None) or positions)
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * width * kept * model.dtype.itemsize
+
+
+def peak_bytes(assistant: Assistant, picture: Image.Image, text: str, routing: RoutingRequest, max_new_tokens: int) -> float:
+    """The most tensor memory that one answer holds at one moment, above what was held before.
+
+    On CUDA the allocator tells; elsewhere the profiler sees every allocation and release.
+    """
+    options = Options(max_new_tokens=max_new_tokens, routing=routing)
+    device = assistant.model.device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        assistant.answer([picture], text, options)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as watcher:
+        assistant.answer([picture], text, options)
+    assert watcher.profiler is not None and watcher.profiler.kineto_results is not None
+    events = [event for event in watcher.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    return float(max(0, held.max())) if len(held) else 0.0
+
+
+def mixed(fixed: Sequence[Sequence[Cost]], weights: np.ndarray) -> list[Cost]:
+    """Costs of a way of choosing that no request has, such as chance, from those of the fixed levels.
+
+    Args:
+        fixed: (G, S) costs of S questions at each level. weights: (S, G) probability of each level.
+    """
+
+    def mean(values: Sequence[float], share: np.ndarray) -> float:
+        return float(np.dot(values, share))
+
+    mixtures = []
+    for share, costs in zip(weights, zip(*fixed, strict=True), strict=True):
+        peaks = [cost.peak_bytes for cost in costs]
+        mixtures.append(
+            Cost(
+                milliseconds={part: mean([cost.milliseconds[part] for cost in costs], share) for part in PARTS},
+                ttft=mean([cost.ttft for cost in costs], share),
+                total=mean([cost.total for cost in costs], share),
+                new_tokens=mean([cost.new_tokens for cost in costs], share),
+                kv_bytes=mean([cost.kv_bytes for cost in costs], share),
+                peak_bytes=None if any(peak is None for peak in peaks) else mean([peak for peak in peaks if peak is not None], share),
+            )
+        )
+    return mixtures
+
+
+def summarise(costs: Sequence[Cost]) -> dict[str, Any]:
+    """Means over questions, for a line of the table. `tokens_per_second` is new tokens over whole answers, prefill included."""
+    total = statistics.mean(cost.total for cost in costs)
+    parts = {part: statistics.mean(cost.milliseconds[part] for cost in costs) for part in PARTS}
+    peaks = [cost.peak_bytes for cost in costs if cost.peak_bytes is not None]
+    return {
+        "milliseconds": parts,
+        "ttft_ms": statistics.mean(cost.ttft for cost in costs),
+        "total_ms": total,
+        "tokens_per_second": 1000 * statistics.mean(cost.new_tokens for cost in costs) / total,
+        "router_share": 100 * parts["router"] / total,
+        "peak_mib": statistics.mean(peaks) / 2**20 if peaks else None,
+        "peak_mib_highest": max(peaks) / 2**20 if peaks else None,
+        "kv_mib": statistics.mean(cost.kv_bytes for cost in costs) / 2**20,
+    }
