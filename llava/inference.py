@@ -438,6 +438,11 @@ class Assistant:
         """One picture as the vision tower's input: (C, 3, S, S), or (3, S, S) where the model cuts no tiles."""
         return process_images([image], self.image_processor, self.model.config)[0]
 
+    @property
+    def merge_type(self) -> str | None:
+        """How pictures are laid out, where that differs from the config's: LLaVA puts no newline vector after pictures without tiles."""
+        return None if self.model.config.image_aspect_ratio == "anyres" else "flat"
+
     def _encode_questions(self, questions: Sequence[Question], options: Options, timer: StageTimer) -> list[EncodedRow]:
         ids = [self.prompt_ids(question.messages, len(question.images), options.conv_mode) for question in questions]
         return self._encode([row.to(self.model.device) for row in ids], [question.images for question in questions], options, timer)
@@ -452,11 +457,9 @@ class Assistant:
         different = {id(image): image for image in images}
         with timer("views"):
             views = {key: self.views(image) for key, image in different.items()}
-        # LLaVA lays pictures without tiles out plainly, without the newline vector.
-        merge_type = "flat" if any(view.ndim == 3 for view in views.values()) else None
         prepared = dict(zip(views, model.prepare_views(list(views.values())), strict=True))
         num_views = [len(prepared[id(image)]) for image in images]
-        plan = model.plan(rows, num_views, [image.size for image in images], options.routing, merge_type)
+        plan = model.plan(rows, num_views, [image.size for image in images], options.routing, self.merge_type)
         with timer("vision"):
             features = dict(zip(prepared, model.encode_views(list(prepared.values())), strict=True))
         return model.encode_rows(rows, [features[id(image)] for image in images], plan, timer)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 from PIL import Image
 
@@ -146,7 +146,8 @@ class ImageReport:
 
     granularity: tokens per view chosen. visual_tokens: spent on it; full_visual_tokens: what the finest would have cost.
     tokens_per_level: cost at each granularity. logits, probabilities: the router's, coarse to fine; empty where it was not asked.
-    cached: its features were there already.
+    cached: its features were there already. grid: where its tokens lie on the picture, from `llava.visualize.grid_of`, for pages that draw
+    them; `None` where nobody knows.
     """
 
     granularity: int
@@ -156,6 +157,7 @@ class ImageReport:
     logits: tuple[float, ...] = ()
     probabilities: tuple[float, ...] = ()
     cached: bool = False
+    grid: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,674 @@
+"""The embedded engine: many requests, one model, one thread that turns the crank.
+
+    submit() ─> prepare (threads: ids, views) ─> waiting ─> encode and route (batched) ─> ready ─> prefill (batched) ─> running
+                                                                                                                          │
+    events to the caller's event loop <─────────── one decoding step for all running requests, again and again <──────────┘
+
+Between any two steps requests join and leave. A request's answer does not depend on its neighbours: rows of a batch never see each
+other, and each row draws from its own random numbers. When a batch fails, its requests are tried one by one, so that only the one that
+is to blame fails; when memory runs out, the youngest requests step back and start again from what they have written so far.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import DynamicCache
+
+from llava.images import ImageError
+from llava.inference import Assistant, end_ids, template_stops
+from llava.mm_utils import tokenizer_image_token
+from llava.model.llava_arch import EncodedRow, RoutingPlan
+from llava.model.routing import RoutingReport
+from llava.model.splice import PromptRow, SplicedRow, pad_rows, prompt_rows
+from llava.serve.feature_cache import FeatureCache, picture_key
+from llava.serve.protocol import (
+    EngineStats,
+    ErrorKind,
+    Event,
+    Finished,
+    GenerationRequest,
+    ImageReport,
+    ModelCard,
+    Piece,
+    ServeError,
+    Started,
+    TokenScore,
+)
+from llava.serve.sampling import Picked, pick
+from llava.serve.slots import SlotCache
+from llava.serve.text_stream import TextStream
+from llava.timing import StageTimer
+
+logger = logging.getLogger(__name__)
+
+_END = None
+_PREFILL_POSITIONS = 8192
+"""Positions, padding included, that one prefill works on at most, so that running answers do not wait long for it."""
+
+
+class EngineGeneration:
+    """One answer on its way from the engine's thread to the caller's event loop; see `protocol.Generation`."""
+
+    def __init__(self, wake_engine: Callable[[], None]) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.cancelled = False
+        self._wake_engine = wake_engine
+        self._events: asyncio.Queue[Event | ServeError | None] = asyncio.Queue()
+
+    def put(self, event: Event | ServeError | None) -> None:
+        """Called in the event loop."""
+        self._events.put_nowait(event)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        self._wake_engine()
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        try:
+            while (event := await self._events.get()) is not _END:
+                if isinstance(event, ServeError):
+                    raise event
+                yield event
+        finally:
+            self.cancel()
+
+
+@dataclass
+class _Task:
+    """A request and how far it has come.
+
+    keys, pictures: of its pictures: features (C, P, D) where the cache had them, else views (C, 3, S, S) and `cached` false. row: its
+    encoded prompt. stream, draws: of its answer. picked: its first token. alone: it is run in a batch of its own, because a batch it was
+    in failed. slot: its row of the running batch.
+    """
+
+    request: GenerationRequest
+    generation: EngineGeneration
+    submitted: float
+    stream: TextStream
+    draws: random.Random
+    prompt: PromptRow | None = None
+    keys: list[str] = field(default_factory=list)
+    pictures: list[Tensor] = field(default_factory=list)
+    cached: list[bool] = field(default_factory=list)
+    row: SplicedRow | None = None
+    reports: tuple[ImageReport, ...] = ()
+    max_new_tokens: int = 0
+    milliseconds: dict[str, float] = field(default_factory=dict)
+    first_token: float | None = None
+    picked: Picked | None = None
+    alone: bool = False
+    slot: int = -1
+
+    @property
+    def prompt_row(self) -> PromptRow:
+        assert self.prompt is not None, "the request was not prepared yet"
+        return self.prompt
+
+    @property
+    def encoded(self) -> SplicedRow:
+        assert self.row is not None, "the request was not encoded yet"
+        return self.row
+
+    @property
+    def positions(self) -> int:
+        """Positions it may come to need."""
+        return self.encoded.length + self.max_new_tokens
+
+
+class EmbeddedEngine:
+    """Answers requests with a model in this process; see `protocol.Engine`.
+
+    Args:
+        assistant: the loaded model.
+        name: what clients call it.
+        max_batch_rows: requests answered at the same time.
+        max_batch_tokens: positions (rows times the longest row) that keys and values are kept for; by default four full contexts.
+        max_queue: requests that may wait beside those being answered.
+        cache_bytes: encoded pictures that are kept.
+        revision: names the weights in the cache's keys.
+        max_images: what the model card says.
+    """
+
+    def __init__(
+        self,
+        assistant: Assistant,
+        name: str,
+        *,
+        max_batch_rows: int = 16,
+        max_batch_tokens: int | None = None,
+        max_queue: int = 64,
+        cache_bytes: int = 256_000_000,
+        revision: str = "",
+        max_images: int = 8,
+    ) -> None:
+        self.assistant = assistant
+        self.model = assistant.model
+        config = self.model.config
+        self.max_batch_rows = max_batch_rows
+        self.max_batch_tokens = max_batch_tokens or 4 * config.context_length
+        self.max_queue = max_queue
+        self._check()
+        self.cache = FeatureCache(cache_bytes)
+        self.revision = f"{name}@{revision or id(self.model)}"
+        has_tower = self.model.get_model().vision_tower is not None
+        self._card = ModelCard(
+            name,
+            config.context_length,
+            tuple(level.tokens for level in self.model.levels) if has_tower else (),
+            self.model.get_model().router is not None,
+            has_tower,
+            max_images if has_tower else 0,
+        )
+        self._slots = SlotCache(self.max_batch_rows, self.max_batch_tokens)
+        self._rows_allowed = self.max_batch_rows  # falls when memory runs out, and grows back
+        self._running: list[_Task] = []  # by slot
+        self._ready: deque[_Task] = deque()
+        self._waiting: deque[_Task] = deque()
+        self._outstanding = 0  # requests taken and neither finished nor failed
+        self._finished = 0
+        self._draining = self._closed = False
+        self._changed = threading.Condition(threading.RLock())
+        self._tokenizing = threading.Lock()
+        self._outbox: list[tuple[EngineGeneration, Event | ServeError | None]] = []
+        self._preparers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="prepare")
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    def _check(self) -> None:
+        config = self.model.config
+        attention = config._attn_implementation
+        if attention not in ("sdpa", "eager"):
+            raise ValueError(f"The attention implementation is {attention}, but this engine's batches need sdpa or eager; choose one.")
+        window = getattr(config, "sliding_window", None)
+        if window and window < config.context_length:
+            raise ValueError(
+                f"This model attends to a window of {window} of its {config.context_length} positions, which this engine's batches cannot "
+                "do; serve it with another engine behind llava.serve.sglang_worker."
+            )
+        if self.max_batch_rows < 1 or self.max_queue < 0:
+            raise ValueError(f"max_batch_rows is {self.max_batch_rows} and max_queue {self.max_queue}; expected at least 1 and 0.")
+        if self.max_batch_tokens < 2:
+            raise ValueError(f"max_batch_tokens is {self.max_batch_tokens}; expected room for a prompt and an answer.")
+
+    # ---- the caller's side ---------------------------------------------------------------------------------------------------
+
+    @property
+    def card(self) -> ModelCard:
+        return self._card
+
+    @property
+    def ready(self) -> bool:
+        return self._thread.is_alive() and not self._draining and not self._closed
+
+    def stats(self) -> EngineStats:
+        cache = self.cache
+        running = len(self._running)
+        waiting = max(0, self._outstanding - running)
+        return EngineStats(waiting, running, self._finished, len(cache), cache.bytes, cache.hits, cache.misses)
+
+    def submit(self, request: GenerationRequest) -> EngineGeneration:
+        with self._changed:
+            if self._draining or self._closed:
+                raise ServeError(ErrorKind.DRAINING)
+            if self._outstanding >= self.max_batch_rows + self.max_queue:
+                raise ServeError(ErrorKind.OVERLOADED)
+            self._outstanding += 1
+        generation = EngineGeneration(self._wake)
+        template = self.model.config.conv_version
+        stops = (*template_stops(template), *request.sampling.stop)
+        draws = random.Random(request.sampling.seed)
+        task = _Task(request, generation, monotonic(), TextStream(self.assistant.tokenizer, stops), draws)
+        self._preparers.submit(self._prepare, task)
+        return generation
+
+    async def drain(self) -> None:
+        with self._changed:
+            self._draining = True
+        while self._outstanding:
+            await asyncio.sleep(0.01)
+
+    async def close(self) -> None:
+        with self._changed:
+            self._draining = self._closed = True
+            self._changed.notify()
+        await asyncio.to_thread(self._thread.join)
+        self._preparers.shutdown(wait=True)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    # ---- prepare: in threads of their own ------------------------------------------------------------------------------------
+
+    def _prepare(self, task: _Task) -> None:
+        """Ids and views of one request, and every check that needs no computation by the model."""
+        start = monotonic()
+        failure: Exception | None = ServeError(ErrorKind.CANCELLED)
+        if not task.generation.cancelled:
+            try:
+                self._prepare_inputs(task)
+                failure = None
+            except Exception as error:
+                failure = error
+        task.milliseconds["views"] = 1000 * (monotonic() - start)
+        if failure is None:
+            with self._changed:
+                self._waiting.append(task)
+                self._changed.notify()
+        else:
+            _post(task.generation.loop, [(task.generation, self._failure(task, failure))])
+
+    def _prepare_inputs(self, task: _Task) -> None:
+        request = task.request
+        if request.images and not self._card.takes_images:
+            raise ServeError(ErrorKind.INVALID_REQUEST, "This model takes no pictures.")
+        try:
+            task.prompt = prompt_rows(self._ids(request)[None].to(self.model.device), None, None)[0]
+        except ValueError as error:  # the sentence is this package's own and holds counts and roles only
+            raise ServeError(ErrorKind.INVALID_REQUEST, str(error)) from error
+        task.keys = [picture_key(image, self.revision) for image in request.images]
+        for key, image in zip(task.keys, request.images, strict=True):
+            features = self.cache.get(key) if key in self.cache else None
+            task.cached.append(features is not None)
+            task.pictures.append(self._views(image) if features is None else features)
+        try:
+            plan = self._plan([task], [len(picture) for picture in task.pictures])
+        except ValueError as error:  # as above: a granularity, a budget or a count of placeholders
+            raise ServeError(ErrorKind.INVALID_REQUEST, str(error)) from error
+        cheapest = sum(min(costs[level] for level in plan.allowed[0]) for costs in plan.costs(0))
+        if len(task.prompt.ids) - len(task.keys) + cheapest >= self._longest_row:
+            raise self._too_long()
+
+    def _ids(self, request: GenerationRequest) -> Tensor:
+        with self._tokenizing:
+            if request.prompt is None:
+                return self.assistant.prompt_ids(request.messages, len(request.images))
+            if not request.prompt.strip():
+                raise ValueError("The prompt is empty; give a question.")
+            return torch.as_tensor(tokenizer_image_token(request.prompt, self.assistant.tokenizer))
+
+    def _views(self, image: Image.Image) -> Tensor:
+        try:
+            return self.model.prepare_views([self.assistant.views(image)])[0]
+        except ImageError as error:
+            raise ServeError(ErrorKind.INVALID_IMAGE) from error
+
+    def _plan(self, tasks: Sequence[_Task], num_views: Sequence[int]) -> RoutingPlan:
+        sizes = [image.size for task in tasks for image in task.request.images]
+        rows, wishes = [task.prompt_row for task in tasks], [task.request.routing for task in tasks]
+        return self.model.plan(rows, num_views, sizes, wishes, self.assistant.merge_type)
+
+    @property
+    def _longest_row(self) -> int:
+        """Positions that one request may take, its answer included."""
+        return min(self.model.config.context_length, self.max_batch_tokens)
+
+    def _too_long(self) -> ServeError:
+        return ServeError(
+            ErrorKind.CONTEXT_LENGTH,
+            f"With its pictures the prompt leaves no room for an answer within {self._longest_row} positions; shorten it or choose a "
+            "coarser granularity.",
+        )
+
+    # ---- the engine's thread -------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        with torch.inference_mode():
+            while True:
+                with self._changed:
+                    while not (self._closed or self._running or self._ready or self._waiting):
+                        self._changed.wait()
+                    if self._closed:
+                        break
+                try:
+                    self._turn()
+                except Exception:
+                    logger.exception("the engine failed outside of any request; everything in it is given up")
+                    self._give_up(ErrorKind.INTERNAL)
+                self._deliver()
+        self._give_up(ErrorKind.CANCELLED)
+        self._deliver()
+
+    def _turn(self) -> None:
+        """One turn of the crank: let cancelled requests go, encode and admit waiting ones, and take one step with the running ones."""
+        self._drop_cancelled()
+        free = self._rows_allowed - len(self._running) - len(self._ready)
+        if self._waiting and free > 0:
+            with self._changed:
+                tasks = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+            self._ready.extend(self._isolating(self._encode, tasks))
+        if joining := self._admitted():
+            joined = self._isolating(self._prefill, joining)
+            self._accept(joined, [task.picked for task in joined if task.picked is not None])
+            self._deliver()
+        if self._running:
+            self._step_or_step_back()
+
+    def _isolating(self, work: Callable[[list[_Task]], None], tasks: list[_Task]) -> list[_Task]:
+        """Do work on tasks together; if that fails, one by one, so that a bad one fails alone. Returns those that went through."""
+        try:
+            work(tasks)
+            return tasks
+        except Exception as error:
+            if len(tasks) == 1:
+                self._fail(tasks[0], error)
+                return []
+            logger.warning("a batch of %d requests failed (%s); they are tried one by one", len(tasks), type(error).__name__)
+        self._free_memory()
+        return [task for one in tasks for task in self._isolating(work, [one])]
+
+    # ---- encode and route ----------------------------------------------------------------------------------------------------
+
+    def _encode(self, tasks: list[_Task]) -> None:
+        """Pictures and prompts become rows; each picture is encoded once, whoever asks about it."""
+        timer = StageTimer(self.model.device)
+        start = monotonic()
+        features = self._features(tasks, timer)
+        plan = self._plan(tasks, [len(each) for each in features])
+        try:
+            encoded = self.model.encode_rows([task.prompt_row for task in tasks], features, plan, timer)
+        except ValueError as error:  # a row that is longer than the context at the granularity the router chose
+            raise self._too_long() from error
+        for task, row in zip(tasks, encoded, strict=True):
+            task.milliseconds |= {"queue": 1000 * (start - task.submitted) - task.milliseconds["views"], **timer.milliseconds}
+            self._accept_row(task, row)
+
+    def _features(self, tasks: Sequence[_Task], timer: StageTimer) -> list[Tensor]:
+        """Features (C, P, D) of the tasks' pictures, in order."""
+        known: dict[str, Tensor] = {}
+        missing: dict[str, Tensor] = {}
+        for task in tasks:
+            for place, key in enumerate(task.keys):
+                if not task.cached[place] and key not in missing and (features := self.cache.get(key)) is not None:
+                    task.pictures[place], task.cached[place] = features, True  # another request brought it in the meantime
+                if task.cached[place]:
+                    known[key] = task.pictures[place]
+                else:
+                    missing[key] = task.pictures[place]
+        with timer("vision"):
+            for key, features in zip(missing, self.model.encode_views(list(missing.values())), strict=True):
+                known[key] = features
+                self.cache.put(key, features)
+        return [known[key] for task in tasks for key in task.keys]
+
+    def _accept_row(self, task: _Task, encoded: EncodedRow) -> None:
+        room = self._longest_row - encoded.row.length
+        if room < 1:
+            raise self._too_long()
+        task.row = encoded.row
+        task.reports = tuple(_plain(report, cached) for report, cached in zip(encoded.reports, task.cached, strict=True))
+        task.max_new_tokens = min(task.request.sampling.max_new_tokens, room)
+
+    # ---- join: prefill -------------------------------------------------------------------------------------------------------
+
+    def _admitted(self) -> list[_Task]:
+        """The ready requests that fit beside the running ones, first come first served."""
+        joining: list[_Task] = []
+        longest = max((task.positions for task in self._running), default=0)
+        prompt = 0
+        while self._ready:
+            task = self._ready[0]
+            others = len(self._running) + len(joining)
+            if others and (task.alone or any(other.alone for other in (*self._running, *joining))):
+                break
+            longest, prompt = max(longest, task.positions), max(prompt, task.encoded.length)
+            rows = others + 1
+            if rows > self._rows_allowed or (others and rows * longest > self.max_batch_tokens):
+                break
+            if joining and (len(joining) + 1) * prompt > _PREFILL_POSITIONS:
+                break
+            joining.append(self._ready.popleft())
+        return joining
+
+    def _prefill(self, tasks: list[_Task]) -> None:
+        """Read the prompts (and what was written before a step back), pick each first token, join the running batch."""
+        start = monotonic()
+        rows = [self._row_so_far(task) for task in tasks]
+        inputs = pad_rows(rows, "right")
+        cache = DynamicCache()
+        hidden = self._language_model(
+            inputs_embeds=inputs.inputs_embeds,
+            attention_mask=inputs.attention_mask.long(),
+            position_ids=inputs.position_ids,
+            past_key_values=cache,
+        )
+        lengths = [row.length for row in rows]
+        last = hidden[torch.arange(len(rows), device=hidden.device), torch.tensor(lengths, device=hidden.device) - 1]
+        picks = self._pick(last, tasks)
+        running = [*self._running, *tasks]
+        self._slots.join(cache, lengths, len(running), max(task.positions for task in running))
+        for task, picked in zip(tasks, picks, strict=True):
+            task.pictures, task.picked = [], picked
+            task.slot = len(self._running)
+            self._running.append(task)
+            if task.first_token is None:
+                task.first_token = monotonic()
+                task.milliseconds["prefill"] = 1000 * (task.first_token - start)
+                task.milliseconds["ttft"] = 1000 * (task.first_token - task.submitted)
+                self._send(task, Started(task.encoded.length, task.reports, dict(task.milliseconds)))
+
+    def _row_so_far(self, task: _Task) -> SplicedRow:
+        row, written = task.encoded, task.stream.ids
+        if not written:
+            return row
+        ids = torch.tensor(written, device=row.labels.device)
+        return SplicedRow(torch.cat([row.inputs_embeds, self.model.get_input_embeddings()(ids)]), torch.cat([row.labels, ids]))
+
+    # ---- one step of all running requests ------------------------------------------------------------------------------------
+
+    def _step_or_step_back(self) -> None:
+        try:
+            self._step()
+        except Exception as error:
+            if len(self._running) == 1:
+                task = self._running[0]
+                self._empty_batch()
+                self._fail(task, error)
+                return
+            logger.warning("a step of %d requests failed (%s)", len(self._running), type(error).__name__)
+            self._step_back(alone=not is_out_of_memory(error))
+
+    def _step(self) -> None:
+        tasks = list(self._running)
+        embed = self.model.get_input_embeddings()
+        tokens = torch.tensor([[task.stream.ids[-1]] for task in tasks], device=self.model.device)
+        embedded = embed(tokens)  # (B, 1, D)
+        positions, mask = self._slots.begin_step(embedded.dtype, embedded.device)
+        hidden = self._language_model(inputs_embeds=embedded, attention_mask=mask, position_ids=positions, past_key_values=self._slots)
+        picks = self._pick(hidden[:, -1], tasks)
+        self._slots.end_step()
+        self._accept(tasks, picks)
+
+    def _step_back(self, alone: bool) -> None:
+        """Give the batch's memory back and start again from what was written: with half as many requests at a time, or each alone."""
+        tasks = sorted(self._running, key=lambda task: task.submitted)
+        self._empty_batch()
+        if alone:
+            for task in tasks:
+                task.alone = True
+        else:
+            self._rows_allowed = max(1, len(tasks) // 2)
+            logger.warning("out of memory: at most %d requests at a time, one more with each that finishes", self._rows_allowed)
+        self._ready.extendleft(reversed(tasks))
+
+    def _language_model(self, **inputs: Any) -> Tensor:
+        """Hidden states (B, L, D) after the last layer; the vocabulary is left to `_pick`, for the positions that need it."""
+        return self.model.get_model()(use_cache=True, **inputs).last_hidden_state
+
+    def _pick(self, hidden: Tensor, tasks: Sequence[_Task]) -> list[Picked]:
+        """The next token of each row of (B, D)."""
+        logits = self.model.lm_head(hidden)
+        return pick(logits, [task.request.sampling for task in tasks], [task.draws for task in tasks])
+
+    def _accept(self, tasks: Sequence[_Task], picks: Sequence[Picked]) -> None:
+        """Write down each task's token, send the text that is certain, and let the finished go."""
+        ends = end_ids(self.model)
+        for task, picked in zip(tasks, picks, strict=True):
+            if picked.token is None:
+                self._leave(task)
+                self._fail(task, ServeError(ErrorKind.NOT_FINITE))
+                continue
+            text = task.stream.add(picked.token)
+            scores = self._scores(picked)
+            if text or scores:
+                self._send(task, Piece(text, scores))
+            if picked.token in ends or task.stream.stopped:
+                self._finish(task, "stop")
+            elif len(task.stream.ids) >= task.max_new_tokens:
+                self._finish(task, "length")
+
+    def _scores(self, picked: Picked) -> tuple[TokenScore, ...]:
+        if picked.log_probability is None or picked.token is None:
+            return ()
+        alternatives = tuple((self._token_text(token), value) for token, value in picked.alternatives)
+        return (TokenScore(self._token_text(picked.token), picked.log_probability, alternatives),)
+
+    def _token_text(self, token: int) -> str:
+        return str(self.assistant.tokenizer.decode([token]))
+
+    def _finish(self, task: _Task, reason: str) -> None:
+        self._leave(task)
+        rest = task.stream.end()
+        if rest:
+            self._send(task, Piece(rest))
+        now = monotonic()
+        decode = 1000 * (now - (task.first_token or now))
+        milliseconds = {**task.milliseconds, "decode": decode, "total": 1000 * (now - task.submitted)}
+        reason = "stop" if task.stream.stopped else reason
+        self._send(task, Finished(reason, task.encoded.length, len(task.stream.ids), task.reports, milliseconds))
+        self._send(task, _END)
+        self._let_go()
+        self._rows_allowed = min(self.max_batch_rows, self._rows_allowed + 1)
+
+    # ---- leave ---------------------------------------------------------------------------------------------------------------
+
+    def _leave(self, task: _Task) -> None:
+        """Take a task out of the running batch; the last one moves into its row."""
+        moved = self._slots.leave(task.slot)
+        last = self._running.pop()
+        assert last.slot == moved, "the batch and its cache disagree about the last row"
+        if last is not task:
+            self._running[task.slot] = last
+            last.slot = task.slot
+        task.slot = -1
+
+    def _empty_batch(self) -> None:
+        for task in self._running:
+            task.slot = -1
+        self._running = []
+        self._slots.clear()
+        self._free_memory()
+
+    def _drop_cancelled(self) -> None:
+        for task in [task for task in self._running if task.generation.cancelled]:
+            self._leave(task)
+            self._end_cancelled(task)
+        with self._changed:
+            for queue in (self._waiting, self._ready):
+                for task in [task for task in queue if task.generation.cancelled]:
+                    queue.remove(task)
+                    self._end_cancelled(task)
+
+    def _end_cancelled(self, task: _Task) -> None:
+        self._fail(task, ServeError(ErrorKind.CANCELLED))
+
+    def _give_up(self, kind: ErrorKind) -> None:
+        with self._changed:
+            tasks = [*self._running, *self._ready, *self._waiting]
+            self._ready.clear()
+            self._waiting.clear()
+        self._empty_batch()
+        for task in tasks:
+            self._fail(task, ServeError(kind))
+
+    def _fail(self, task: _Task, error: Exception) -> None:
+        self._send(task, self._failure(task, error))
+
+    def _failure(self, task: _Task, error: Exception) -> ServeError:
+        """What the caller is told; the log has the rest."""
+        failure = as_serve_error(error)
+        self._let_go()
+        if failure.kind in (ErrorKind.INTERNAL, ErrorKind.OUT_OF_MEMORY, ErrorKind.NOT_FINITE):
+            logger.error("request %s failed: %s", task.request.request_id, failure.kind.value, exc_info=error)
+        return failure
+
+    def _let_go(self) -> None:
+        """One request fewer, whichever way it ended."""
+        with self._changed:
+            self._outstanding -= 1
+            self._finished += 1
+
+    def _free_memory(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # ---- events to the callers' loops ----------------------------------------------------------------------------------------
+
+    def _send(self, task: _Task, event: Event | ServeError | None) -> None:
+        self._outbox.append((task.generation, event))
+
+    def _deliver(self) -> None:
+        """Hand the collected events over, one call per event loop."""
+        outbox, self._outbox = self._outbox, []
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[EngineGeneration, Event | ServeError | None]]] = {}
+        for generation, event in outbox:
+            by_loop.setdefault(generation.loop, []).append((generation, event))
+        for loop, events in by_loop.items():
+            _post(loop, events)
+
+
+def _post(loop: asyncio.AbstractEventLoop, events: Sequence[tuple[EngineGeneration, Event | ServeError | None]]) -> None:
+    try:
+        loop.call_soon_threadsafe(_put_all, events)
+    except RuntimeError:  # the caller's loop was closed: nobody is left to tell
+        logger.warning("%d events had no event loop to go to", len(events))
+
+
+def _put_all(events: Sequence[tuple[EngineGeneration, Event | ServeError | None]]) -> None:
+    for generation, event in events:
+        generation.put(event)
+
+
+def _plain(report: RoutingReport, cached: bool) -> ImageReport:
+    return ImageReport(
+        granularity=report.granularity,
+        visual_tokens=report.num_visual_tokens,
+        full_visual_tokens=report.full_visual_tokens,
+        tokens_per_level=report.tokens_per_level,
+        logits=() if report.logits is None else tuple(report.logits.tolist()),
+        probabilities=() if report.probabilities is None else tuple(report.probabilities.tolist()),
+        cached=cached,
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on an accelerator or on the host."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # torch's CPU allocator has no class of its own for this.
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def as_serve_error(error: Exception) -> ServeError:
+    """The typed failure behind an exception; no other library's text is passed on."""
+    if isinstance(error, ServeError):
+        return error
+    if is_out_of_memory(error):
+        return ServeError(ErrorKind.OUT_OF_MEMORY)
+    if isinstance(error, FloatingPointError):
+        return ServeError(ErrorKind.NOT_FINITE)
+    return ServeError(ErrorKind.INTERNAL)

@@ -1,0 +1,79 @@
+"""From a batch of logits to one token per row, each row under its own sampling parameters.
+
+A row's draw depends on its own logits, parameters and random numbers alone: neither its place nor its neighbours change it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llava.serve.protocol import Sampling
+
+
+@dataclass(frozen=True)
+class Picked:
+    """One row's token.
+
+    token: id, or `None` where the row's logits are not finite. log_probability: of it, at temperature 1, where asked for.
+    alternatives: (id, log probability) of the likeliest tokens, where asked for.
+    """
+
+    token: int | None
+    log_probability: float | None = None
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+def pick(logits: Tensor, sampling: Sequence[Sampling], generators: Sequence[random.Random]) -> list[Picked]:
+    """Pick the next token of every row.
+
+    Args:
+        logits: (B, V). sampling: B parameters. generators: B sources of random numbers; a greedy row leaves its own untouched.
+
+    Returns:
+        B picks.
+    """
+    logits = logits.float()
+    # Masked tokens are -inf on purpose; a row of nothing else, or with nan or +inf, has broken down.
+    usable = (~logits.isnan().any(-1) & ~logits.isposinf().any(-1) & logits.isfinite().any(-1)).tolist()
+    tokens = logits.argmax(-1)
+    drawn = [row for row, wish in enumerate(sampling) if wish.temperature > 0 and usable[row]]
+    if drawn:
+        tokens[drawn] = _draw(logits[drawn], [sampling[row] for row in drawn], [generators[row].random() for row in drawn])
+    chosen = tokens.tolist()
+    scores = _scores(logits, chosen, sampling)
+    return [Picked(None) if not usable[row] else Picked(token, *scores.get(row, ())) for row, token in enumerate(chosen)]
+
+
+def _draw(logits: Tensor, sampling: Sequence[Sampling], uniform: Sequence[float]) -> Tensor:
+    """(B,) tokens by inverting each row's cumulative distribution, cut to its likeliest `top_p`, at its own random number."""
+    temperature = logits.new_tensor([wish.temperature for wish in sampling])
+    top_p = logits.new_tensor([wish.top_p for wish in sampling])
+    # Taking the maximum away first keeps tiny temperatures finite.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]
+    probabilities, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)  # (B, V)
+    cumulative = probabilities.cumsum(-1)
+    kept = (cumulative - probabilities) < top_p[:, None]  # always the likeliest
+    mass = (probabilities * kept).sum(-1, keepdim=True)
+    target = logits.new_tensor(uniform)[:, None] * mass
+    places = torch.searchsorted(cumulative, target, right=True).clamp(max=kept.sum(-1, keepdim=True) - 1)
+    return order.gather(-1, places)[:, 0]
+
+
+def _scores(
+    logits: Tensor, chosen: Sequence[int], sampling: Sequence[Sampling]
+) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
+    """Log probability and alternatives of the rows that ask for them."""
+    rows = [row for row, wish in enumerate(sampling) if wish.logprobs is not None]
+    if not rows:
+        return {}
+    log_probabilities = logits[rows].log_softmax(-1)
+    scores = {}
+    for own, row in zip(log_probabilities, rows, strict=True):
+        values, ids = own.topk(sampling[row].logprobs or 0)
+        scores[row] = (float(own[chosen[row]]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+    return scores

@@ -1,0 +1,434 @@
+"""The embedded engine: whatever else is in the batch, a request gets the answer it gets alone; the one to blame fails alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from llava.inference import MICRO_MODEL, Assistant, Message, Options, Question, write_prompt
+from llava.model.routing import RoutingRequest
+from llava.serve.engine import EmbeddedEngine, as_serve_error, is_out_of_memory
+from llava.serve.protocol import ErrorKind, Event, Finished, GenerationRequest, Piece, Sampling, ServeError, Started
+
+EVAL = MICRO_MODEL.parent / "eval"
+
+
+@dataclass
+class Outcome:
+    text: str
+    events: list[Event]
+
+    @property
+    def end(self) -> Finished:
+        assert isinstance(self.events[-1], Finished)
+        return self.events[-1]
+
+
+@pytest.fixture(scope="module")
+def micro() -> Assistant:
+    return Assistant.load(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[tuple[Image.Image, str]]:
+    """Questions of every family about several pictures."""
+    rows = [json.loads(line) for line in (EVAL / "test.jsonl").read_text().splitlines()[:36:3]]
+    return [(Image.open(EVAL / row["image"]).convert("RGB"), row["text"]) for row in rows]
+
+
+def request(picture: Image.Image | None, text: str, name: str = "r", **fields: Any) -> GenerationRequest:
+    images = () if picture is None else (picture,)
+    fields.setdefault("sampling", Sampling(max_new_tokens=24))
+    return GenerationRequest(name, (Message("user", text),), images=images, **fields)
+
+
+async def collect(engine: EmbeddedEngine, wanted: GenerationRequest) -> Outcome:
+    events = [event async for event in engine.submit(wanted)]
+    return Outcome("".join(event.text for event in events if isinstance(event, Piece)), events)
+
+
+async def attempt(engine: EmbeddedEngine, wanted: GenerationRequest) -> Outcome | ServeError:
+    try:
+        return await collect(engine, wanted)
+    except ServeError as error:
+        return error
+
+
+@asynccontextmanager
+async def running(assistant: Assistant, **options: Any) -> AsyncIterator[EmbeddedEngine]:
+    engine = EmbeddedEngine(assistant, "micro", **options)
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+def serve(assistant: Assistant, use: Callable[[EmbeddedEngine], Awaitable[Any]], **options: Any) -> Any:
+    """Run `use(engine)` with an engine of its own, within a minute."""
+
+    async def main() -> Any:
+        async with running(assistant, **options) as engine:
+            return await use(engine)
+
+    return asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def all_at_once(*wanted: GenerationRequest) -> Callable[[EmbeddedEngine], Awaitable[list[Any]]]:
+    async def use(engine: EmbeddedEngine) -> list[Any]:
+        return await asyncio.gather(*(attempt(engine, each) for each in wanted))
+
+    return use
+
+
+def alone(assistant: Assistant, wanted: GenerationRequest) -> str:
+    sampling = wanted.sampling
+    options = Options(max_new_tokens=sampling.max_new_tokens, stop=sampling.stop, routing=wanted.routing)
+    return assistant.answer(wanted.images, wanted.messages, options).text
+
+
+# ---- right answers -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_crowd_gets_the_answers_that_each_gets_alone(micro, asked):
+    two = asked[0][0], asked[5][0]
+    wanted = [
+        *(request(picture, text) for picture, text in asked),
+        request(asked[1][0], asked[1][1], routing=RoutingRequest(granularity=4)),
+        request(asked[1][0], asked[1][1], routing=RoutingRequest(granularity=[16, 64])),
+        request(asked[1][0], asked[1][1], routing=RoutingRequest(max_visual_tokens=50)),
+        request(None, "Who are you?"),
+        GenerationRequest("two", (Message("user", "<image> <image> Which is larger?"),), images=two, sampling=Sampling(max_new_tokens=9)),
+        request(asked[2][0], "What?", sampling=Sampling(max_new_tokens=2)),
+    ]
+    outcomes = serve(micro, all_at_once(*wanted), max_batch_rows=5)
+    assert [outcome.text for outcome in outcomes] == [alone(micro, each) for each in wanted]
+    assert len({outcome.end.images[0].granularity for outcome in outcomes if outcome.end.images}) > 2
+
+
+def test_requests_join_while_others_are_being_answered(micro, asked):
+    async def use(engine: EmbeddedEngine) -> list[Outcome]:
+        first = asyncio.create_task(collect(engine, request(*asked[4], sampling=Sampling(max_new_tokens=24))))
+        later = []
+        for picture, text in asked[5:9]:
+            await asyncio.sleep(0.02)
+            later.append(asyncio.create_task(collect(engine, request(picture, text))))
+        return [await first, *[await each for each in later]]
+
+    outcomes = serve(micro, use)
+    assert [outcome.text for outcome in outcomes] == [alone(micro, request(*each)) for each in asked[4:9]]
+
+
+def test_the_published_layout_in_a_batch(oracle):
+    """Several views unpadded by the pooled grid, router over views, another tokenizer: the recorded model of the oracle."""
+    assistant = Assistant.load(str(oracle / "checkpoint"), device="cpu")
+    pictures = [Image.open(path).convert("RGB") for path in sorted((oracle / "images").glob("*.png"))[:4]]
+    wanted = [request(picture, f"What is picture {index}?", sampling=Sampling(max_new_tokens=8)) for index, picture in enumerate(pictures)]
+    outcomes = serve(assistant, all_at_once(*wanted))
+    assert [outcome.text for outcome in outcomes] == [alone(assistant, each) for each in wanted]
+
+
+def test_a_finished_prompt_with_placeholders_is_taken_as_it_is(micro, asked):
+    picture, text = asked[0]
+    whole = request(picture, text)
+    prompt = f"USER: <image>\n{text} ASSISTANT:"
+    full = write_prompt(whole.messages, 1, "v1")
+    same = GenerationRequest("p", prompt=full, images=(picture,), sampling=whole.sampling)
+    outcomes = serve(micro, all_at_once(whole, same, replace(same, prompt=prompt)))
+    assert outcomes[0].text == outcomes[1].text == alone(micro, whole)
+    assert outcomes[2].end.prompt_tokens < outcomes[1].end.prompt_tokens
+
+
+def test_pieces_make_the_answer_and_the_end_counts_it(micro, asked):
+    wanted = request(asked[0][0], asked[0][1])
+    outcome = serve(micro, lambda engine: collect(engine, wanted))
+    answer = micro.answer(wanted.images, wanted.messages)
+    assert isinstance(outcome.events[0], Started)
+    assert outcome.end.completion_tokens == len(answer.token_ids)
+    assert outcome.end.prompt_tokens == outcome.events[0].prompt_tokens == answer.prompt_tokens
+    assert outcome.end.finish_reason == "stop"
+    assert outcome.end.images[0].visual_tokens == answer.reports[0].num_visual_tokens
+    assert sum(outcome.end.images[0].probabilities) == pytest.approx(1)
+    assert {"queue", "views", "vision", "router", "splice", "prefill", "ttft", "decode", "total"} <= set(outcome.end.milliseconds)
+
+
+def test_stop_texts_and_length_end_an_answer(micro, asked):
+    picture, text = next((picture, text) for picture, text in asked if len(alone(micro, request(picture, text)).split()) > 1)
+    whole = alone(micro, request(picture, text))
+    word = whole.split()[1]
+    stopped = request(picture, text, sampling=Sampling(max_new_tokens=24, stop=(word,)))
+    short = request(picture, text, sampling=Sampling(max_new_tokens=1))
+    first, second = serve(micro, all_at_once(stopped, short))
+    assert first.text == whole.split(word)[0].strip()
+    assert first.end.finish_reason == "stop"
+    assert second.end.finish_reason == "length"
+    assert second.end.completion_tokens == 1
+
+
+def test_a_seed_repeats_whatever_else_is_in_the_batch(micro, asked):
+    warm = Sampling(temperature=3.0, top_p=0.95, max_new_tokens=8, seed=7)
+    seeded = request(*asked[0], sampling=warm)
+    crowd = [request(*each, sampling=replace(warm, seed=None)) for each in asked[:6]]
+    [lonely] = serve(micro, all_at_once(seeded))
+    outcomes = serve(micro, all_at_once(*crowd[:3], seeded, *crowd[3:]))
+    assert outcomes[3].text == lonely.text
+    other = serve(micro, all_at_once(*(replace(seeded, sampling=replace(warm, seed=seed)) for seed in range(4))))
+    assert len({outcome.text for outcome in other}) > 1
+
+
+def test_log_probabilities_are_those_of_the_model(micro, asked):
+    wanted = request(*asked[0], sampling=Sampling(max_new_tokens=24, logprobs=3))
+    outcome = serve(micro, lambda engine: collect(engine, wanted))
+    scores = [score for event in outcome.events if isinstance(event, Piece) for score in event.scores]
+    assert len(scores) == outcome.end.completion_tokens
+    assert all(len(score.alternatives) == 3 and score.alternatives[0] == (score.text, score.log_probability) for score in scores)
+    [likelihood] = micro.log_likelihoods([Question(wanted.images, wanted.messages)], [outcome.text])
+    assert sum(score.log_probability for score in scores[:-1]) == pytest.approx(likelihood.log_probability, abs=1e-3)
+
+
+# ---- pictures are encoded once -----------------------------------------------------------------------------------------------
+
+
+def test_a_picture_is_encoded_once_for_all_questions_and_turns(micro, asked, monkeypatch):
+    seen: list[int] = []
+    original = micro.model.encode_images
+    monkeypatch.setattr(micro.model, "encode_images", lambda views: seen.append(len(views)) or original(views))
+    picture = asked[0][0]
+
+    async def use(engine: EmbeddedEngine) -> tuple[list[Any], Any, Any]:
+        together = await all_at_once(request(picture, "What is this?"), request(picture.copy(), "Which colour is it?"))(engine)
+        turns = (Message("user", "What is this?"), Message("assistant", "A picture."), Message("user", "Is it day or night?"))
+        later = await collect(engine, GenerationRequest("t", turns, images=(picture,), sampling=Sampling(max_new_tokens=8)))
+        return together, later, engine.stats()
+
+    _, later, stats = serve(micro, use)
+    assert len(seen) == 1 or seen == [5, 0]
+    assert later.end.images[0].cached
+    assert stats.cache_entries == 1 and stats.cache_hits >= 1 and stats.cache_bytes > 0
+
+
+def test_without_a_cache_nothing_is_kept(micro, asked):
+    async def use(engine: EmbeddedEngine) -> Any:
+        await collect(engine, request(*asked[0]))
+        again = await collect(engine, request(*asked[0]))
+        return again, engine.stats()
+
+    again, stats = serve(micro, use, cache_bytes=0)
+    assert not again.end.images[0].cached
+    assert (stats.cache_entries, stats.cache_bytes) == (0, 0)
+
+
+# ---- one to blame ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kind", "sentence"),
+    [
+        (lambda p: request(p, "Hi", routing=RoutingRequest(granularity=5)), ErrorKind.INVALID_REQUEST, r"this model has \[4, 8"),
+        (lambda p: request(p, "Hi", routing=RoutingRequest(max_visual_tokens=3)), ErrorKind.INVALID_REQUEST, "raise the budget"),
+        (lambda p: request(p, "<image> <image>"), ErrorKind.INVALID_REQUEST, "is empty"),
+        (lambda p: request(p, "<image> <image> same?"), ErrorKind.INVALID_REQUEST, "holds 2 <image> placeholders"),
+        (lambda p: request(p, "word " * 9000), ErrorKind.CONTEXT_LENGTH, "leaves no room for an answer within"),
+        (lambda p: request(Image.new("RGB", (900, 2)), "Hi"), ErrorKind.INVALID_IMAGE, "A picture cannot be used"),
+        (lambda p: GenerationRequest("e", prompt=""), ErrorKind.INVALID_REQUEST, "The prompt is empty"),
+        (lambda p: GenerationRequest("e", prompt="USER: <image>"), ErrorKind.INVALID_REQUEST, "write one <image> per picture"),
+    ],
+)
+def test_a_request_that_cannot_work_fails_alone_with_a_sentence(micro, asked, wanted, kind, sentence):
+    good = request(*asked[0])
+    outcomes = serve(micro, all_at_once(good, wanted(asked[0][0]), request(*asked[1])))
+    assert outcomes[0].text == alone(micro, good)
+    assert outcomes[2].text == alone(micro, request(*asked[1]))
+    assert isinstance(outcomes[1], ServeError) and outcomes[1].kind == kind
+    with pytest.raises(ServeError, match=sentence):
+        raise outcomes[1]
+
+
+def fail_on(engine: EmbeddedEngine, method: str, when: Callable[..., bool], error: Exception) -> None:
+    """Make a part of the engine fail on certain calls."""
+    original = getattr(engine, method)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if when(*args, **kwargs):
+            raise error
+        return original(*args, **kwargs)
+
+    setattr(engine, method, failing)
+
+
+@pytest.mark.parametrize("method", ["_encode", "_prefill", "_pick"])
+def test_a_poisoned_request_fails_alone(micro, asked, method):
+    async def use(engine: EmbeddedEngine) -> list[Any]:
+        def poisoned(*args: Any) -> bool:
+            return any(task.request.request_id == "poison" and (method != "_pick" or task.stream.ids) for task in args[-1])
+
+        fail_on(engine, method, poisoned, RuntimeError("a secret at 0x7f00"))
+        wanted = [request(*asked[0]), request(*asked[1], "poison"), request(*asked[2]), request(*asked[3])]
+        return await all_at_once(*wanted)(engine)
+
+    outcomes = serve(micro, use)
+    assert isinstance(outcomes[1], ServeError) and outcomes[1].kind == ErrorKind.INTERNAL
+    assert "0x7f00" not in str(outcomes[1])
+    for index in (0, 2, 3):
+        assert outcomes[index].text == alone(micro, request(*asked[index]))
+
+
+def test_running_out_of_memory_in_a_step_costs_nobody_an_answer(micro, asked):
+    def large_step(inputs_embeds: torch.Tensor, **others: Any) -> bool:
+        return inputs_embeds.shape[0] > 2 and inputs_embeds.shape[1] == 1
+
+    async def use(engine: EmbeddedEngine) -> list[Any]:
+        fail_on(engine, "_language_model", large_step, MemoryError())
+        outcomes = await all_at_once(*(request(*each) for each in asked[:6]))(engine)
+        assert engine.stats().running == 0
+        return outcomes
+
+    outcomes = serve(micro, use)
+    assert [outcome.text for outcome in outcomes] == [alone(micro, request(*each)) for each in asked[:6]]
+
+
+def test_one_request_that_does_not_fit_into_memory_is_told_so(micro, asked):
+    async def use(engine: EmbeddedEngine) -> list[Any]:
+        fail_on(engine, "_language_model", lambda **inputs: inputs["inputs_embeds"].shape[1] > 300, torch.OutOfMemoryError("oom"))
+        large = request(*asked[0], routing=RoutingRequest(granularity=64))
+        return await all_at_once(large, request(*asked[1], routing=RoutingRequest(granularity=4)))(engine)
+
+    large, small = serve(micro, use)
+    assert isinstance(large, ServeError) and large.kind == ErrorKind.OUT_OF_MEMORY
+    assert small.text == alone(micro, request(*asked[1], routing=RoutingRequest(granularity=4)))
+
+
+def test_broken_numbers_fail_their_own_row(micro, asked, monkeypatch):
+    original = micro.model.lm_head.forward
+    # The first row of every batch breaks down.
+    monkeypatch.setattr(micro.model.lm_head, "forward", lambda hidden: original(hidden).index_fill(0, torch.tensor([0]), float("nan")))
+    outcomes = serve(micro, all_at_once(request(*asked[0]), request(*asked[1])), max_batch_rows=2)
+    kinds = [outcome.kind if isinstance(outcome, ServeError) else None for outcome in outcomes]
+    assert ErrorKind.NOT_FINITE in kinds
+
+
+def test_a_failure_outside_of_any_request_ends_the_running_ones_and_the_engine_goes_on(micro, asked):
+    async def use(engine: EmbeddedEngine) -> tuple[list[Any], Outcome]:
+        broken = [True]
+        fail_on(engine, "_drop_cancelled", lambda: broken.pop() if broken else False, RuntimeError("odd"))
+        first = await all_at_once(request(*asked[0]))(engine)
+        return first, await collect(engine, request(*asked[1]))
+
+    [first], second = serve(micro, use)
+    assert isinstance(first, ServeError) and first.kind == ErrorKind.INTERNAL
+    assert second.text == alone(micro, request(*asked[1]))
+
+
+# ---- coming and going --------------------------------------------------------------------------------------------------------
+
+
+def test_a_cancelled_request_gives_its_place_back(micro, asked):
+    endless = Sampling(temperature=50.0, max_new_tokens=900, seed=1)
+
+    async def use(engine: EmbeddedEngine) -> tuple[int, Outcome]:
+        generation = engine.submit(request(*asked[0], sampling=endless))
+        other = asyncio.create_task(collect(engine, request(*asked[1])))
+        async for event in generation:
+            if isinstance(event, Piece):
+                break
+        generation.cancel()
+        generation.cancel()
+        outcome = await other
+        for _ in range(200):
+            if not engine.stats().running:
+                break
+            await asyncio.sleep(0.01)
+        return engine.stats().running, outcome
+
+    left, outcome = serve(micro, use)
+    assert left == 0
+    assert outcome.text == alone(micro, request(*asked[1]))
+
+
+def test_more_than_the_queue_holds_is_refused_at_once(micro, asked):
+    async def use(engine: EmbeddedEngine) -> list[Any]:
+        return await all_at_once(*(request(*asked[index % 4]) for index in range(9)))(engine)
+
+    outcomes = serve(micro, use, max_batch_rows=2, max_queue=3)
+    refused = [outcome for outcome in outcomes if isinstance(outcome, ServeError)]
+    assert len(refused) == 4 and {error.kind for error in refused} == {ErrorKind.OVERLOADED}
+    for index, outcome in enumerate(outcomes):
+        assert isinstance(outcome, ServeError) or outcome.text == alone(micro, request(*asked[index % 4]))
+
+
+def test_draining_finishes_what_runs_and_takes_no_more(micro, asked):
+    async def use(engine: EmbeddedEngine) -> tuple[Any, Any]:
+        first = asyncio.create_task(attempt(engine, request(*asked[0])))
+        await asyncio.sleep(0)
+        draining = asyncio.create_task(engine.drain())
+        await asyncio.sleep(0)
+        assert not engine.ready
+        late = await attempt(engine, request(*asked[1]))
+        await draining
+        return await first, late
+
+    first, late = serve(micro, use)
+    assert first.text == alone(micro, request(*asked[0]))
+    assert isinstance(late, ServeError) and late.kind == ErrorKind.DRAINING
+
+
+def test_closing_ends_what_runs(micro, asked):
+    async def main() -> Any:
+        engine = EmbeddedEngine(micro, "micro")
+        first = asyncio.create_task(attempt(engine, request(*asked[0], sampling=Sampling(temperature=50.0, max_new_tokens=900, seed=1))))
+        await asyncio.sleep(0.2)
+        await engine.close()
+        return await first
+
+    outcome = asyncio.run(asyncio.wait_for(main(), 30))
+    assert isinstance(outcome, ServeError) and outcome.kind == ErrorKind.CANCELLED
+
+
+def test_the_batch_keeps_within_its_positions(micro, asked):
+    async def use(engine: EmbeddedEngine) -> tuple[list[Any], int]:
+        largest = 0
+        original = engine._slots.join
+
+        def join(*args: Any) -> None:
+            nonlocal largest
+            original(*args)
+            rows, positions = engine._slots.capacity
+            largest = max(largest, rows * positions)
+
+        engine._slots.join = join  # type: ignore[method-assign]
+        outcomes = await all_at_once(*(request(*each) for each in asked))(engine)
+        return outcomes, largest
+
+    outcomes, largest = serve(micro, use, max_batch_tokens=1024)
+    assert [outcome.text for outcome in outcomes] == [alone(micro, request(*each)) for each in asked]
+    assert 0 < largest <= 1024
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [({"max_batch_rows": 0}, "max_batch_rows is 0"), ({"max_batch_tokens": 1}, "max_batch_tokens is 1"), ({"cache_bytes": -1}, "-1 bytes")],
+)
+def test_sizes_that_cannot_work_are_refused(micro, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        EmbeddedEngine(micro, "micro", **options)
+
+
+def test_an_attention_that_the_batches_cannot_use_is_refused(micro, monkeypatch):
+    monkeypatch.setattr(micro.model.config, "_attn_implementation_internal", "flash_attention_2")
+    with pytest.raises(ValueError, match="flash_attention_2, but this engine's batches need sdpa or eager"):
+        EmbeddedEngine(micro, "micro")
+
+
+def test_errors_of_other_libraries_are_never_passed_on():
+    assert str(as_serve_error(RuntimeError("/secret/path 0x7f"))) == ErrorKind.INTERNAL.fault.text
+    assert as_serve_error(ValueError("secret")).kind == ErrorKind.INTERNAL
+    assert as_serve_error(FloatingPointError()).kind == ErrorKind.NOT_FINITE
+    assert is_out_of_memory(RuntimeError("[enforce fail at alloc_cpu.cpp:120] DefaultCPUAllocator: can't allocate memory"))
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))

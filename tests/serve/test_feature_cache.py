@@ -1,0 +1,59 @@
+"""Encoded pictures are kept within bytes, and never mistaken for one another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from llava.serve.feature_cache import FeatureCache, picture_key
+
+
+def features(value: float, rows: int = 4) -> torch.Tensor:
+    return torch.full((1, rows, 2), value, dtype=torch.float32)  # 8 bytes a row
+
+
+def test_the_longest_unused_leaves_first():
+    cache = FeatureCache(100)
+    cache.put("a", features(1))
+    cache.put("b", features(2))
+    cache.put("c", features(3))
+    assert cache.get("a") is not None  # now "b" is the longest unused
+    cache.put("d", features(4))
+    assert "b" not in cache and all(key in cache for key in "acd")
+    assert cache.bytes == 96 and len(cache) == 3
+    assert cache.get("b") is None
+    assert (cache.hits, cache.misses) == (1, 1)
+    cache.clear()
+    assert (len(cache), cache.bytes) == (0, 0)
+
+
+def test_what_does_not_fit_is_not_kept():
+    cache = FeatureCache(40)
+    cache.put("large", features(1, rows=6))
+    assert "large" not in cache
+    assert FeatureCache(0).max_bytes == 0
+    with pytest.raises(ValueError, match="-5 bytes"):
+        FeatureCache(-5)
+
+
+def test_an_entry_does_not_keep_its_batch_alive():
+    cache = FeatureCache(1000)
+    batch = torch.zeros(50, 4, 2)
+    cache.put("a", batch[:1])
+    kept = cache.get("a")
+    assert kept is not None and kept.untyped_storage().nbytes() == 32
+
+
+def test_a_key_holds_pixels_mode_size_and_revision():
+    base = Image.new("RGB", (4, 6), "red")
+    other = [
+        picture_key(Image.new("RGB", (6, 4), "red"), "one"),  # the same bytes in another shape
+        picture_key(Image.new("RGB", (4, 6), "blue"), "one"),
+        picture_key(base.convert("L"), "one"),
+        picture_key(base, "two"),
+        picture_key(Image.frombytes("L", (12, 6), base.tobytes()), "one"),  # the same bytes in another mode
+    ]
+    keys = {picture_key(base, "one"), *other}
+    assert len(keys) == 6
+    assert picture_key(base.copy(), "one") == picture_key(base, "one")
