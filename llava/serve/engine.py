@@ -25,15 +25,15 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import DynamicCache
 
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.images import ImageError
 from llava.inference import Assistant, end_ids, template_stops
 from llava.mm_utils import tokenizer_image_token
 from llava.model.llava_arch import EncodedRow, RoutingPlan
 from llava.model.routing import RoutingReport
 from llava.model.splice import PromptRow, SplicedRow, pad_rows, prompt_rows
-from llava.serve.feature_cache import FeatureCache, picture_key
+from llava.serve.caches import TensorCache, picture_key, prefix_key
 from llava.serve.protocol import (
     EngineStats,
     ErrorKind,
@@ -57,6 +57,8 @@ logger = logging.getLogger(__name__)
 _END = None
 _PREFILL_POSITIONS = 8192
 """Positions, padding included, that one prefill works on at most, so that running answers do not wait long for it."""
+_PADDING_SHARE, _PADDING = 0.15, 32
+"""Padding that one prefill may add: this share of its prompts' own positions, and a few."""
 
 
 class EngineGeneration:
@@ -92,7 +94,8 @@ class _Task:
 
     keys, pictures: of its pictures: features (C, P, D) where the cache had them, else views (C, 3, S, S) and `cached` false. row: its
     encoded prompt. stream, draws: of its answer. picked: its first token. alone: it is run in a batch of its own, because a batch it was
-    in failed. slot: its row of the running batch.
+    in failed. slot: its row of the running batch. beginnings: key and length of what another question about the same pictures may share,
+    longest first; known: keys and values of the longest one that was read before.
     """
 
     request: GenerationRequest
@@ -109,6 +112,8 @@ class _Task:
     max_new_tokens: int = 0
     milliseconds: dict[str, float] = field(default_factory=dict)
     first_token: float | None = None
+    beginnings: list[tuple[str, int]] = field(default_factory=list)
+    known: tuple[Tensor, ...] = ()
     picked: Picked | None = None
     alone: bool = False
     slot: int = -1
@@ -128,6 +133,16 @@ class _Task:
         """Positions it may come to need."""
         return self.encoded.length + self.max_new_tokens
 
+    @property
+    def num_known(self) -> int:
+        """Positions that need not be read again."""
+        return self.known[0].shape[1] if self.known else 0
+
+    @property
+    def num_unread(self) -> int:
+        """Positions that its prefill reads."""
+        return self.encoded.length + len(self.stream.ids) - self.num_known
+
 
 class EmbeddedEngine:
     """Answers requests with a model in this process; see `protocol.Engine`.
@@ -139,6 +154,7 @@ class EmbeddedEngine:
         max_batch_tokens: positions (rows times the longest row) that keys and values are kept for; by default four full contexts.
         max_queue: requests that may wait beside those being answered.
         cache_bytes: encoded pictures that are kept.
+        prefix_cache_bytes: keys and values that are kept of prompts up to the end of their pictures, for the next question about them.
         revision: names the weights in the cache's keys.
         max_images: what the model card says.
     """
@@ -152,6 +168,7 @@ class EmbeddedEngine:
         max_batch_tokens: int | None = None,
         max_queue: int = 64,
         cache_bytes: int = 256_000_000,
+        prefix_cache_bytes: int = 256_000_000,
         revision: str = "",
         max_images: int = 8,
     ) -> None:
@@ -162,7 +179,8 @@ class EmbeddedEngine:
         self.max_batch_tokens = max_batch_tokens or 4 * config.context_length
         self.max_queue = max_queue
         self._check()
-        self.cache = FeatureCache(cache_bytes)
+        self.cache = TensorCache(cache_bytes)
+        self.prefixes = TensorCache(prefix_cache_bytes)
         self.revision = f"{name}@{revision or id(self.model)}"
         has_tower = self.model.get_model().vision_tower is not None
         self._card = ModelCard(
@@ -282,9 +300,9 @@ class EmbeddedEngine:
             raise ServeError(ErrorKind.INVALID_REQUEST, str(error)) from error
         task.keys = [picture_key(image, self.revision) for image in request.images]
         for key, image in zip(task.keys, request.images, strict=True):
-            features = self.cache.get(key) if key in self.cache else None
-            task.cached.append(features is not None)
-            task.pictures.append(self._views(image) if features is None else features)
+            kept = self.cache.get(key) if key in self.cache else None
+            task.cached.append(kept is not None)
+            task.pictures.append(self._views(image) if kept is None else kept[0])
         try:
             plan = self._plan([task], [len(picture) for picture in task.pictures])
         except ValueError as error:  # as above: a granularity, a budget or a count of placeholders
@@ -351,7 +369,7 @@ class EmbeddedEngine:
             with self._changed:
                 tasks = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
             self._ready.extend(self._isolating(self._encode, tasks))
-        if joining := self._admitted():
+        for joining in of_similar_length(self._admitted()):
             joined = self._isolating(self._prefill, joining)
             self._accept(joined, [task.picked for task in joined if task.picked is not None])
             self._deliver()
@@ -393,8 +411,8 @@ class EmbeddedEngine:
         missing: dict[str, Tensor] = {}
         for task in tasks:
             for place, key in enumerate(task.keys):
-                if not task.cached[place] and key not in missing and (features := self.cache.get(key)) is not None:
-                    task.pictures[place], task.cached[place] = features, True  # another request brought it in the meantime
+                if not task.cached[place] and key not in missing and (kept := self.cache.get(key)) is not None:
+                    task.pictures[place], task.cached[place] = kept[0], True  # another request brought it in the meantime
                 if task.cached[place]:
                     known[key] = task.pictures[place]
                 else:
@@ -412,6 +430,20 @@ class EmbeddedEngine:
         task.row = encoded.row
         task.reports = tuple(_plain(report, cached) for report, cached in zip(encoded.reports, task.cached, strict=True))
         task.max_new_tokens = min(task.request.sampling.max_new_tokens, room)
+        task.beginnings = self._beginnings(task)
+        task.known = next((kept for key, _ in task.beginnings if key in self.prefixes and (kept := self.prefixes.get(key))), ())
+
+    def _beginnings(self, task: _Task) -> list[tuple[str, int]]:
+        """Key and length of the prompt up to the end of each of its pictures, longest first."""
+        ids = task.prompt_row.ids.tolist()
+        pictures = [(key, report.granularity) for key, report in zip(task.keys, task.reports, strict=True)]
+        places = [place for place, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX]
+        found, visual = [], 0
+        for count, (place, report) in enumerate(zip(places, task.reports, strict=True), start=1):
+            visual += report.visual_tokens
+            found.append((prefix_key(ids[: place + 1], pictures[:count], self.revision), place + 1 - count + visual))
+        # The last position has to be read in any case: it says what comes first.
+        return [(key, length) for key, length in reversed(found) if length < task.encoded.length]
 
     # ---- join: prefill -------------------------------------------------------------------------------------------------------
 
@@ -425,7 +457,7 @@ class EmbeddedEngine:
             others = len(self._running) + len(joining)
             if others and (task.alone or any(other.alone for other in (*self._running, *joining))):
                 break
-            longest, prompt = max(longest, task.positions), max(prompt, task.encoded.length)
+            longest, prompt = max(longest, task.positions), max(prompt, task.num_unread)
             rows = others + 1
             if rows > self._rows_allowed or (others and rows * longest > self.max_batch_tokens):
                 break
@@ -437,29 +469,44 @@ class EmbeddedEngine:
     def _prefill(self, tasks: list[_Task]) -> None:
         """Read the prompts (and what was written before a step back), pick each first token, join the running batch."""
         start = monotonic()
-        rows = [self._row_so_far(task) for task in tasks]
-        inputs = pad_rows(rows, "right")
-        cache = DynamicCache()
-        hidden = self._language_model(
-            inputs_embeds=inputs.inputs_embeds,
-            attention_mask=inputs.attention_mask.long(),
-            position_ids=inputs.position_ids,
-            past_key_values=cache,
-        )
-        lengths = [row.length for row in rows]
-        last = hidden[torch.arange(len(rows), device=hidden.device), torch.tensor(lengths, device=hidden.device) - 1]
-        picks = self._pick(last, tasks)
-        running = [*self._running, *tasks]
-        self._slots.join(cache, lengths, len(running), max(task.positions for task in running))
+        rows = [self._unread(task) for task in tasks]
+        hidden = self._read(rows, tasks)
+        last = torch.tensor([row.length - 1 for row in rows], device=hidden.device)
+        picks = self._pick(hidden[torch.arange(len(rows), device=hidden.device), last], tasks)
+        self._slots.end([task.num_known + row.length for task, row in zip(tasks, rows, strict=True)])
         for task, picked in zip(tasks, picks, strict=True):
-            task.pictures, task.picked = [], picked
+            task.pictures, task.picked, task.known = [], picked, ()
             task.slot = len(self._running)
             self._running.append(task)
+            self._keep_beginning(task)
             if task.first_token is None:
                 task.first_token = monotonic()
                 task.milliseconds["prefill"] = 1000 * (task.first_token - start)
                 task.milliseconds["ttft"] = 1000 * (task.first_token - task.submitted)
                 self._send(task, Started(task.encoded.length, task.reports, dict(task.milliseconds)))
+
+    def _read(self, rows: Sequence[SplicedRow], tasks: Sequence[_Task]) -> Tensor:
+        """Hidden states (B, L, D) of what is unread, padded on the right; keys and values go behind the running rows."""
+        embeds = pad_rows(rows, "right").inputs_embeds
+        first, known = len(self._running), [task.num_known for task in tasks]
+        needed = max(task.positions for task in (*self._running, *tasks))
+        self._slots.reserve(first + len(tasks), max(needed, max(known) + embeds.shape[1]))
+        for row, task in enumerate(tasks, start=first):
+            if task.known:
+                self._slots.recall(row, task.known)
+        positions, mask = self._slots.begin(first, known, embeds.shape[1], embeds)
+        return self._language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions)
+
+    def _keep_beginning(self, task: _Task) -> None:
+        """Keep the keys and values up to the end of the last picture, for the next question about it."""
+        if task.beginnings and task.beginnings[0][0] not in self.prefixes:
+            key, length = task.beginnings[0]
+            self.prefixes.put(key, *self._slots.beginning(task.slot, length))
+
+    def _unread(self, task: _Task) -> SplicedRow:
+        """What the prefill of a request reads: its prompt without the beginning that is known."""
+        row = self._row_so_far(task)
+        return SplicedRow(row.inputs_embeds[task.num_known :], row.labels[task.num_known :])
 
     def _row_so_far(self, task: _Task) -> SplicedRow:
         row, written = task.encoded, task.stream.ids
@@ -487,10 +534,10 @@ class EmbeddedEngine:
         embed = self.model.get_input_embeddings()
         tokens = torch.tensor([[task.stream.ids[-1]] for task in tasks], device=self.model.device)
         embedded = embed(tokens)  # (B, 1, D)
-        positions, mask = self._slots.begin_step(embedded.dtype, embedded.device)
-        hidden = self._language_model(inputs_embeds=embedded, attention_mask=mask, position_ids=positions, past_key_values=self._slots)
+        positions, mask = self._slots.begin(0, self._slots.lengths, 1, embedded)
+        hidden = self._language_model(inputs_embeds=embedded, attention_mask=mask, position_ids=positions)
         picks = self._pick(hidden[:, -1], tasks)
-        self._slots.end_step()
+        self._slots.end([length + 1 for length in self._slots.lengths])
         self._accept(tasks, picks)
 
     def _step_back(self, alone: bool) -> None:
@@ -507,7 +554,7 @@ class EmbeddedEngine:
 
     def _language_model(self, **inputs: Any) -> Tensor:
         """Hidden states (B, L, D) after the last layer; the vocabulary is left to `_pick`, for the positions that need it."""
-        return self.model.get_model()(use_cache=True, **inputs).last_hidden_state
+        return self.model.get_model()(use_cache=True, past_key_values=self._slots, **inputs).last_hidden_state
 
     def _pick(self, hidden: Tensor, tasks: Sequence[_Task]) -> list[Picked]:
         """The next token of each row of (B, D)."""
@@ -636,6 +683,22 @@ def _post(loop: asyncio.AbstractEventLoop, events: Sequence[tuple[EngineGenerati
         loop.call_soon_threadsafe(_put_all, events)
     except RuntimeError:  # the caller's loop was closed: nobody is left to tell
         logger.warning("%d events had no event loop to go to", len(events))
+
+
+def of_similar_length(tasks: Sequence[_Task]) -> list[list[_Task]]:
+    """Groups of requests whose unread prompts can be padded to one length at little cost, shortest first, the known ones apart."""
+    groups: list[list[_Task]] = []
+    used = 0
+    for task in sorted(tasks, key=lambda task: (bool(task.known), task.num_unread)):
+        length = task.num_unread
+        alike = bool(groups) and bool(groups[-1][0].known) == bool(task.known)
+        if alike and (len(groups[-1]) + 1) * length <= (1 + _PADDING_SHARE) * (used + length) + _PADDING:
+            groups[-1].append(task)
+            used += length
+        else:
+            groups.append([task])
+            used = length
+    return groups
 
 
 def _put_all(events: Sequence[tuple[EngineGeneration, Event | ServeError | None]]) -> None:

@@ -1,8 +1,8 @@
 """Keys and values of the answers in progress: one row per answer, joined and left between two steps.
 
-A row's positions start at 0 and its padding lies behind it, so that an answer joins by one copy, leaves by one copy (the last row takes
-its place), and never moves otherwise. The storage is one rectangle per layer, rows times positions, within a
-budget of positions.
+A row's positions start at 0 and its padding lies behind it, so that an answer joins behind the others, leaves by one copy (the last row
+takes its place), and never moves otherwise. Prompts are read straight into their rows. The storage is one rectangle per layer, rows times
+positions, within a budget of positions.
 """
 
 from __future__ import annotations
@@ -20,41 +20,39 @@ _LENGTH_STEP = 64
 class SlotCache(Cache):
     """A transformers cache whose rows come and go.
 
+    A pass through the language model is announced with `begin` (which rows it is about, and how much of each is known), writes its keys
+    and values by `update`, and counts once `end` was called: a pass that failed leaves nothing behind.
+
     Args:
         max_rows: rows at most. max_positions: rows times positions of the storage at most; a single longer row is still taken.
 
-    Legend: R rows of storage, B rows in use (the first ones), H heads, N positions of storage, E width of a head.
-
-    lengths: positions in use in each of the B rows. While a step runs, `update` writes each row's new token behind its own last one.
+    Legend: R rows of storage, B rows of a pass, H heads, N positions of storage, L new positions of a pass, K positions attended to,
+    E width of a head.
     """
 
     def __init__(self, max_rows: int, max_positions: int) -> None:
         super().__init__(layers=[])
         self.max_rows, self.max_positions = max_rows, max_positions
         self.lengths: list[int] = []
+        self.capacity = (0, 0)
         self._keys: list[Tensor] = []  # per layer (R, H, N, E)
         self._values: list[Tensor] = []
-        self._writing: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self._longest = 0
+        self._first = 0
+        self._known: list[int] = []
+        self._new = 0
+        self._places: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @property
     def rows(self) -> int:
+        """Rows in use; they are the first ones."""
         return len(self.lengths)
-
-    @property
-    def capacity(self) -> tuple[int, int]:
-        """(rows, positions) of the storage."""
-        return (self._keys[0].shape[0], self._keys[0].shape[2]) if self._keys else (0, 0)
 
     def clear(self) -> None:
         """Let every row and the storage go."""
-        self.lengths, self._keys, self._values = [], [], []
+        self.lengths, self._keys, self._values, self.capacity = [], [], [], (0, 0)
 
     def reserve(self, rows: int, positions: int) -> None:
-        """Make room for so many rows of so many positions, and for as many more rows as the budget allows; what is there is kept.
-
-        Works once a first row was joined.
-        """
+        """Make room for so many rows of so many positions, and for as many more rows as the budget allows; what is there is kept."""
         have_rows, have_positions = self.capacity
         if rows <= have_rows and positions <= have_positions:
             return
@@ -63,7 +61,7 @@ class SlotCache(Cache):
         # Both first, then both at once: running out of memory in between leaves what was there.
         keys = [self._moved(stored, rows, positions) for stored in self._keys]
         values = [self._moved(stored, rows, positions) for stored in self._values]
-        self._keys, self._values = keys, values
+        self._keys, self._values, self.capacity = keys, values, (rows, positions)
 
     def _moved(self, stored: Tensor, rows: int, positions: int) -> Tensor:
         moved = stored.new_zeros(rows, stored.shape[1], positions, stored.shape[3])
@@ -72,23 +70,58 @@ class SlotCache(Cache):
             moved[: self.rows, :, :longest] = stored[: self.rows, :, :longest]
         return moved
 
-    def join(self, prefilled: Cache, lengths: Sequence[int], rows: int, positions: int) -> None:
-        """Add rows behind the ones in use.
+    # ---- a pass --------------------------------------------------------------------------------------------------------------
+
+    def begin(self, first: int, known: Sequence[int], new: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Announce a pass over the rows from `first` on.
 
         Args:
-            prefilled: keys and values of the new rows, padded on the right. lengths: positions that count in each.
-            rows, positions: what all rows, old and new, will need at most; the storage becomes that large at once.
+            known: positions of each of the B rows that were read before. new: L, positions that follow in each, padding included; there
+                has to be room for them. like: a tensor of the dtype and device of the hidden states.
+
+        Returns:
+            (B, L) positions, and a (B, 1, L, K) mask that is added to the attention scores; `None` where plain causal attention does: what
+            stands behind a row's end is hidden from it, and kernels without a mask are the fastest.
         """
-        layers: Sequence[Any] = prefilled.layers
-        if not self._keys:
-            self._keys = [layer.keys[:0, :, :0] for layer in layers]
-            self._values = [layer.values[:0, :, :0] for layer in layers]
-        self.reserve(rows, positions)
-        first, longest = self.rows, max(lengths)
-        for keys, values, layer in zip(self._keys, self._values, layers, strict=True):
-            keys[first : first + len(lengths), :, :longest] = layer.keys[:, :, :longest]
-            values[first : first + len(lengths), :, :longest] = layer.values[:, :, :longest]
-        self.lengths += lengths
+        self._first, self._known, self._new = first, list(known), new
+        lengths = torch.tensor(self._known, device=like.device)
+        positions = lengths[:, None] + torch.arange(new, device=like.device)  # (B, L)
+        rows = torch.arange(first, first + len(known), device=like.device)[:, None]
+        self._places = {like.device: (rows, positions)}
+        if not any(self._known):
+            return positions, None
+        hidden = torch.arange(max(self._known) + new, device=like.device) > positions[..., None]  # (B, L, K)
+        mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, torch.finfo(like.dtype).min)
+        return positions, mask[:, None]
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write a layer's (B, H, L, E) of the new positions; give the (B, H, K, E) to attend to."""
+        return self._write(self._keys, key_states, layer_idx), self._write(self._values, value_states, layer_idx)
+
+    def _write(self, layers: list[Tensor], states: Tensor, layer: int) -> Tensor:
+        if layer == len(layers):  # the first pass: now a layer's heads, width, dtype and device are known
+            layers.append(states.new_zeros(self.capacity[0], states.shape[1], self.capacity[1], states.shape[3]))
+        stored = layers[layer]
+        last, end = self._first + len(self._known), max(self._known) + self._new
+        if any(self._known):
+            rows, positions = self._places_on(states.device)
+            stored[rows, :, positions] = states.transpose(1, 2)
+        else:
+            stored[self._first : last, :, : self._new] = states
+        return stored[self._first : last, :, :end]
+
+    def _places_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where the pass writes, on a layer's device (layers may lie on several)."""
+        if device not in self._places:
+            rows, positions = next(iter(self._places.values()))
+            self._places[device] = (rows.to(device), positions.to(device))
+        return self._places[device]
+
+    def end(self, lengths: Sequence[int]) -> None:
+        """The pass went through: its rows have these lengths now."""
+        self.lengths[self._first :] = lengths
+
+    # ---- rows ----------------------------------------------------------------------------------------------------------------
 
     def leave(self, row: int) -> int:
         """Take a row out; the last row moves into its place. Returns the index that row had."""
@@ -97,41 +130,18 @@ class SlotCache(Cache):
             length = self.lengths[last]
             for stored in (*self._keys, *self._values):
                 stored[row, :, :length] = stored[last, :, :length]
-            self.lengths[row] = self.lengths[last]
+            self.lengths[row] = length
         self.lengths.pop()
         return last
 
-    def begin_step(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Prepare a step of one token per row.
+    def beginning(self, row: int, length: int) -> tuple[Tensor, ...]:
+        """Keys and then values of a row's first positions, (H, length, E) per layer; views, not copies."""
+        return tuple(stored[row, :, :length] for stored in (*self._keys, *self._values))
 
-        Returns:
-            (B, 1) position of each new token, and a (B, 1, 1, L) mask that is added to the attention scores.
-        """
-        self._longest = max(self.lengths) + 1
-        places = torch.tensor(self.lengths, device=device)
-        self._writing = {device: (torch.arange(self.rows, device=device), places)}
-        hidden = torch.arange(self._longest, device=device)[None] > places[:, None]
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, torch.finfo(dtype).min)
-        return places[:, None], mask[:, None, None]
-
-    def end_step(self) -> None:
-        """The step went through: every row is one position longer."""
-        self.lengths = [length + 1 for length in self.lengths]
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write (B, H, 1, E) of the new tokens; give the keys and values (B, H, L, E) to attend to."""
-        rows, places = self._writing_on(key_states.device)
-        keys, values = self._keys[layer_idx], self._values[layer_idx]
-        keys[rows, :, places] = key_states[:, :, 0]
-        values[rows, :, places] = value_states[:, :, 0]
-        return keys[: self.rows, :, : self._longest], values[: self.rows, :, : self._longest]
-
-    def _writing_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The rows' indices and write positions on a layer's device (layers may lie on several)."""
-        if device not in self._writing:
-            rows, places = next(iter(self._writing.values()))
-            self._writing[device] = (rows.to(device), places.to(device))
-        return self._writing[device]
+    def recall(self, row: int, beginning: Sequence[Tensor]) -> None:
+        """Write what `beginning` gave, perhaps for another row, into a row that is not in use yet."""
+        for stored, known in zip((*self._keys, *self._values), beginning, strict=True):
+            stored[row, :, : known.shape[1]] = known
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions of the longest row (transformers asks where no positions are given; here they always are)."""

@@ -214,14 +214,55 @@ def test_a_picture_is_encoded_once_for_all_questions_and_turns(micro, asked, mon
     assert stats.cache_entries == 1 and stats.cache_hits >= 1 and stats.cache_bytes > 0
 
 
+def test_a_second_question_reads_only_what_is_new(micro, asked, monkeypatch):
+    """The prompt up to the end of the picture is known, in a crowd of known and unknown ones too; the answers stay the same."""
+    read: list[tuple[int, int]] = []
+
+    async def use(engine: EmbeddedEngine) -> list[Any]:
+        original = engine._read
+
+        def noting(rows: Any, tasks: Any) -> Any:
+            read.extend((task.num_known, row.length) for row, task in zip(rows, tasks, strict=True))
+            return original(rows, tasks)
+
+        engine._read = noting  # type: ignore[method-assign]
+        first = await all_at_once(*(request(*each) for each in asked[:4]))(engine)
+        again = await all_at_once(*(request(*each) for each in asked[:6]))(engine)
+        turns = (Message("user", asked[0][1]), Message("assistant", first[0].text), Message("user", asked[0][1]))
+        later = [await attempt(engine, GenerationRequest("turns", turns, images=(asked[0][0],), sampling=Sampling(max_new_tokens=24)))]
+        assert engine.prefixes.hits >= 5 and engine.prefixes.bytes > 0
+        return [*first, *again, *later]
+
+    outcomes = serve(micro, use)
+    lengths = {outcome.end.prompt_tokens for outcome in outcomes}
+    known = [entry for entry in read if entry[0]]
+    assert len(known) >= 5
+    assert all(before > 40 and sum((before, now)) in lengths for before, now in known)
+    assert [outcome.text for outcome in outcomes[:4]] == [outcome.text for outcome in outcomes[4:8]]
+    turns = [Message("user", asked[0][1]), Message("assistant", outcomes[0].text), Message("user", asked[0][1])]
+    expected = [alone(micro, request(*each)) for each in (*asked[:4], *asked[:6])]
+    assert [outcome.text for outcome in outcomes] == [*expected, micro.answer([asked[0][0]], turns, Options(max_new_tokens=24)).text]
+
+
+def test_a_prompt_that_ends_with_its_picture_can_be_asked_twice(micro, asked):
+    wanted = GenerationRequest("p", prompt="USER: <image>", images=(asked[0][0],), sampling=Sampling(max_new_tokens=4))
+
+    async def use(engine: EmbeddedEngine) -> list[Any]:
+        return [await attempt(engine, wanted), await attempt(engine, wanted)]
+
+    first, second = serve(micro, use)
+    assert first.text == second.text
+
+
 def test_without_a_cache_nothing_is_kept(micro, asked):
-    async def use(engine: EmbeddedEngine) -> Any:
+    async def use(engine: EmbeddedEngine) -> tuple[Any, Any, int]:
         await collect(engine, request(*asked[0]))
         again = await collect(engine, request(*asked[0]))
-        return again, engine.stats()
+        return again, engine.stats(), len(engine.prefixes)
 
-    again, stats = serve(micro, use, cache_bytes=0)
+    again, stats, prefixes = serve(micro, use, cache_bytes=0, prefix_cache_bytes=0)
     assert not again.end.images[0].cached
+    assert prefixes == 0
     assert (stats.cache_entries, stats.cache_bytes) == (0, 0)
 
 
@@ -394,15 +435,15 @@ def test_closing_ends_what_runs(micro, asked):
 def test_the_batch_keeps_within_its_positions(micro, asked):
     async def use(engine: EmbeddedEngine) -> tuple[list[Any], int]:
         largest = 0
-        original = engine._slots.join
+        original = engine._slots.reserve
 
-        def join(*args: Any) -> None:
+        def reserve(*args: Any) -> None:
             nonlocal largest
             original(*args)
             rows, positions = engine._slots.capacity
             largest = max(largest, rows * positions)
 
-        engine._slots.join = join  # type: ignore[method-assign]
+        engine._slots.reserve = reserve  # type: ignore[method-assign]
         outcomes = await all_at_once(*(request(*each) for each in asked))(engine)
         return outcomes, largest
 

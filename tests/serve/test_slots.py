@@ -4,70 +4,103 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 from llava.serve.slots import SlotCache
 
 HEADS, WIDTH, LAYERS = 2, 3, 2
+LIKE = torch.zeros(1)
 
 
-def prefilled(*rows: tuple[float, int]) -> DynamicCache:
-    """A cache whose rows hold one value each, over so many positions, padded on the right with -1."""
-    longest = max(length for _, length in rows)
-    keys = torch.full((len(rows), HEADS, longest, WIDTH), -1.0)
-    for row, (value, length) in enumerate(rows):
-        keys[row, :, :length] = value
-    cache = DynamicCache()
-    for layer in range(LAYERS):
-        cache.update(keys + 100 * layer, -keys - 100 * layer, layer)
-    return cache
-
-
-def step(slots: SlotCache, *values: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    slots.begin_step(torch.float32, torch.device("cpu"))
-    new = torch.tensor(values, dtype=torch.float32)[:, None, None, None].expand(-1, HEADS, 1, WIDTH)
-    read = [slots.update(new + 100 * layer, -new - 100 * layer, layer) for layer in range(LAYERS)]
-    slots.end_step()
+def write(slots: SlotCache, first: int, known: list[int], *rows: list[float]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A pass that writes these values into rows from `first` on; what a row lacks is padding of -1."""
+    new = max(len(row) for row in rows)
+    slots.begin(first, known, new, LIKE)
+    padded = torch.tensor([row + [-1.0] * (new - len(row)) for row in rows])
+    states = padded[:, None, :, None].expand(-1, HEADS, -1, WIDTH)
+    read = [slots.update(states + 100 * layer, -states - 100 * layer, layer) for layer in range(LAYERS)]
+    slots.end([before + len(row) for before, row in zip(known, rows, strict=True)])
     return read
 
 
-def row_values(slots: SlotCache, row: int, layer: int = 1) -> list[float]:
-    keys, values = slots._keys[layer], slots._values[layer]
-    assert torch.equal(keys[: slots.rows], -values[: slots.rows])
-    return (keys[row, 0, : slots.lengths[row], 0] - 100 * layer).tolist()
+def values_of(slots: SlotCache, row: int, layer: int = 1) -> list[float]:
+    length = slots.lengths[row]
+    keys, values = slots._keys[layer][row, 0, :length, 0], slots._values[layer][row, 0, :length, 0]
+    assert torch.equal(keys, -values)
+    return (keys - 100 * layer).tolist()
 
 
 def test_rows_join_grow_and_leave():
     slots = SlotCache(max_rows=4, max_positions=4096)
-    slots.join(prefilled((1, 2), (2, 3)), [2, 3], rows=2, positions=8)
-    step(slots, 10, 20)
-    assert row_values(slots, 0) == [1, 1, 10]
-    assert row_values(slots, 1) == [2, 2, 2, 20]
-    slots.join(prefilled((3, 70)), [70], rows=3, positions=100)  # the storage grows
-    step(slots, 11, 21, 31)
-    assert row_values(slots, 0) == [1, 1, 10, 11]
+    slots.reserve(2, 8)
+    write(slots, 0, [0, 0], [1.0, 2.0], [3.0, 4.0, 5.0])
+    write(slots, 0, slots.lengths, [10.0], [20.0])
+    assert values_of(slots, 0) == [1, 2, 10]
+    assert values_of(slots, 1) == [3, 4, 5, 20]
+    slots.reserve(3, 100)  # the storage grows
+    write(slots, 2, [0], [7.0] * 70)
+    write(slots, 0, slots.lengths, [11.0], [21.0], [31.0])
+    assert values_of(slots, 0) == [1, 2, 10, 11]
     assert slots.leave(0) == 2  # the last row takes its place
     assert slots.lengths == [71, 5]
-    assert row_values(slots, 0) == [3] * 70 + [31]
+    assert values_of(slots, 0) == [7] * 70 + [31]
+    assert values_of(slots, 1) == [3, 4, 5, 20, 21]
     assert slots.leave(1) == 1
-    step(slots, 32)
-    assert row_values(slots, 0)[-2:] == [31, 32]
     assert slots.leave(0) == 0
     assert slots.rows == 0
 
 
 def test_a_step_sees_each_rows_own_positions_and_nothing_behind():
     slots = SlotCache(2, 4096)
-    slots.join(prefilled((1, 2), (2, 4)), [2, 4], rows=2, positions=8)
-    places, mask = slots.begin_step(torch.float32, torch.device("cpu"))
-    assert places.tolist() == [[2], [4]]
-    assert mask.shape == (2, 1, 1, 5)
+    slots.reserve(2, 8)
+    write(slots, 0, [0, 0], [1.0] * 2, [2.0] * 4)
+    positions, mask = slots.begin(0, slots.lengths, 1, LIKE)
+    assert positions.tolist() == [[2], [4]]
+    assert mask is not None and mask.shape == (2, 1, 1, 5)
     assert (mask[0, 0, 0] == 0).tolist() == [True, True, True, False, False]
     assert (mask[1, 0, 0] == 0).all()
     keys, values = slots.update(torch.ones(2, HEADS, 1, WIDTH), torch.ones(2, HEADS, 1, WIDTH), 0)
     assert keys.shape == values.shape == (2, HEADS, 5, WIDTH)
-    slots.lengths = [2, 4]  # the step failed: nothing of it counts
-    assert slots.get_seq_length() == 4
+
+
+def test_plain_prompts_need_no_mask():
+    slots = SlotCache(2, 4096)
+    slots.reserve(2, 8)
+    positions, mask = slots.begin(0, [0, 0], 3, LIKE)
+    assert mask is None
+    assert positions.tolist() == [[0, 1, 2]] * 2
+    [(keys, _), _] = write(slots, 0, [0, 0], [1.0], [2.0, 3.0, 4.0])
+    assert keys.shape == (2, HEADS, 3, WIDTH)
+
+
+def test_a_row_may_begin_with_what_was_read_before():
+    slots = SlotCache(4, 4096)
+    slots.reserve(1, 8)
+    write(slots, 0, [0], [1.0, 2.0, 3.0, 4.0])
+    known = tuple(tensor.clone() for tensor in slots.beginning(0, 3))
+    assert [tensor.shape for tensor in known] == [(HEADS, 3, WIDTH)] * 2 * LAYERS
+    slots.reserve(3, 8)
+    slots.recall(1, known)
+    positions, mask = slots.begin(1, [3, 0], 2, LIKE)
+    assert positions.tolist() == [[3, 4], [0, 1]]
+    assert mask is not None
+    visible = (mask[:, 0] == 0).tolist()
+    assert visible[0] == [[True] * 4 + [False], [True] * 5]
+    assert visible[1] == [[True] + [False] * 4, [True] * 2 + [False] * 3]
+    write(slots, 1, [3, 0], [8.0], [9.0, 9.0])
+    assert values_of(slots, 0) == [1, 2, 3, 4]
+    assert values_of(slots, 1) == [1, 2, 3, 8]
+    assert values_of(slots, 2) == [9, 9]
+
+
+def test_a_pass_that_failed_leaves_nothing_behind():
+    slots = SlotCache(4, 4096)
+    slots.reserve(2, 8)
+    write(slots, 0, [0], [1.0, 2.0])
+    slots.begin(1, [0], 2, LIKE)
+    slots.update(torch.ones(1, HEADS, 2, WIDTH), torch.ones(1, HEADS, 2, WIDTH), 0)  # and no further
+    assert slots.rows == 1 and slots.get_seq_length() == 2
+    write(slots, 0, slots.lengths, [3.0])
+    assert values_of(slots, 0) == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -76,16 +109,18 @@ def test_a_step_sees_each_rows_own_positions_and_nothing_behind():
 )
 def test_the_storage_takes_as_many_rows_as_the_budget_allows(rows, positions, capacity):
     slots = SlotCache(max_rows=8, max_positions=1024)
-    slots.join(prefilled((1, 5)), [5], rows, positions)
+    slots.reserve(rows, positions)
     assert slots.capacity == capacity
+    write(slots, 0, [0], [1.0])
+    assert slots._keys[0].shape == (capacity[0], HEADS, capacity[1], WIDTH)
 
 
-def test_the_storage_is_replaced_when_it_is_empty_and_too_narrow():
+def test_the_storage_takes_another_shape_when_it_has_to():
     slots = SlotCache(8, 1024)
-    slots.join(prefilled((1, 5)), [5], 1, 900)
-    slots.leave(0)
-    slots.join(prefilled((2, 5), (3, 5)), [5, 5], 2, 64)
-    assert slots.capacity == (8, 128) or slots.capacity == (8, 64)
-    assert row_values(slots, 1) == [3] * 5
+    slots.reserve(1, 900)
+    write(slots, 0, [0], [5.0] * 5)
+    slots.reserve(2, 64)
+    assert slots.capacity == (8, 64)
+    assert values_of(slots, 0) == [5] * 5
     slots.clear()
-    assert slots.capacity == (0, 0)
+    assert (slots.capacity, slots.rows) == ((0, 0), 0)

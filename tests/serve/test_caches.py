@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llava.serve.feature_cache import FeatureCache, picture_key
+from llava.serve.caches import TensorCache, picture_key, prefix_key
 
 
 def features(value: float, rows: int = 4) -> torch.Tensor:
@@ -14,7 +14,7 @@ def features(value: float, rows: int = 4) -> torch.Tensor:
 
 
 def test_the_longest_unused_leaves_first():
-    cache = FeatureCache(100)
+    cache = TensorCache(100)
     cache.put("a", features(1))
     cache.put("b", features(2))
     cache.put("c", features(3))
@@ -29,20 +29,20 @@ def test_the_longest_unused_leaves_first():
 
 
 def test_what_does_not_fit_is_not_kept():
-    cache = FeatureCache(40)
+    cache = TensorCache(40)
     cache.put("large", features(1, rows=6))
     assert "large" not in cache
-    assert FeatureCache(0).max_bytes == 0
+    assert TensorCache(0).max_bytes == 0
     with pytest.raises(ValueError, match="-5 bytes"):
-        FeatureCache(-5)
+        TensorCache(-5)
 
 
 def test_an_entry_does_not_keep_its_batch_alive():
-    cache = FeatureCache(1000)
+    cache = TensorCache(1000)
     batch = torch.zeros(50, 4, 2)
     cache.put("a", batch[:1])
     kept = cache.get("a")
-    assert kept is not None and kept.untyped_storage().nbytes() == 32
+    assert kept is not None and kept[0].untyped_storage().nbytes() == 32
 
 
 def test_a_key_holds_pixels_mode_size_and_revision():
@@ -57,3 +57,17 @@ def test_a_key_holds_pixels_mode_size_and_revision():
     keys = {picture_key(base, "one"), *other}
     assert len(keys) == 6
     assert picture_key(base.copy(), "one") == picture_key(base, "one")
+
+
+def test_the_key_of_a_beginning_holds_ids_pictures_granularities_and_revision():
+    base = prefix_key([1, 2, -200, 3], [("a", 36)], "one")
+    others = {
+        prefix_key([1, 2, -200, 3], [("a", 72)], "one"),
+        prefix_key([1, 2, -200, 3], [("b", 36)], "one"),
+        prefix_key([1, 2, -200], [("a", 36)], "one"),
+        prefix_key([12, -200, 3], [("a", 36)], "one"),
+        prefix_key([1, 2, -200, 3], [("a", 36)], "two"),
+        prefix_key([1, 2, -200, 3], [("a", 36), ("a", 36)], "one"),
+    }
+    assert base not in others and len(others) == 6
+    assert prefix_key([1, 2, -200, 3], [("a", 36)], "one") == base
