@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Makes the environment of the stock lmms-eval harness: torch, this package, lmms-eval 0.7.3, the plug-in.
+#
+#   bash scripts/eval/setup_lmms_eval.sh
+#
+# Needs  Python 3.10 to 3.13, and a network or local package files. No GPU.
+# Costs  about 1.5 GB of disk with a CPU build of torch, and a few minutes.
+# Makes  .venv-lmms-eval in the repository and nothing elsewhere; an active environment is left alone. Run it as often as you like.
+# Why    the harness asks for torchvision, timm and some fifty others, which would replace torch and may break an environment that
+#        works. Here it is installed without them; lmms-eval/requirements.txt lists what it needs to run a model on a task.
+# Knobs  LMMS_EVAL_ENV: another folder. PYTHON, TORCH_VERSION, TORCH_INSTALL_ARGS, REINSTALL: see scripts/lib.sh.
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
+
+harness=lmms-eval==0.7.3
+folder=${LMMS_EVAL_ENV:-$root/.venv-lmms-eval}
+
+if [[ ! -e $folder ]]; then
+  base=$(find_python)
+  say "Making $folder with $base ($(version_of "$base"))"
+  "$base" -m venv "$folder" || {
+    rm -rf "$folder"
+    stop "$base could not make a virtual environment; on Debian and Ubuntu install python3-venv, then run this again."
+  }
+  echo '*' >"$folder/.gitignore"
+fi
+# What lib.sh installs goes here, whatever environment is active.
+export VIRTUAL_ENV=$folder
+enter_environment
+install_package core
+
+key=$(cat "$root/lmms-eval/pyproject.toml" "$root/lmms-eval/requirements.txt" "${BASH_SOURCE[0]}" | cksum)
+if [[ -z ${REINSTALL:-} && $(cat "$folder/.lmms-eval-installed" 2>/dev/null) == "$key" ]]; then
+  say "The harness is already installed; REINSTALL=1 installs again"
+  exit 0
+fi
+install_torch # is there; holds its version in $constraint
+trap 'rm -f "$constraint"' EXIT
+say "Installing $harness without what it does not need here, and the plug-in"
+pip_install --no-deps "$harness" || stop "pip could not install $harness; its message is above."
+pip_install --constraint "$constraint" -r "$root/lmms-eval/requirements.txt" || stop "pip could not install lmms-eval/requirements.txt; its message is above."
+pip_install --constraint "$constraint" -e "$root/lmms-eval" || stop "pip could not install the plug-in; its message is above."
+
+say "Asking the harness for its models"
+"$python" -c 'from lmms_eval.models import get_model; print("avg_llava is", get_model("avg_llava")); print("llava is", get_model("llava"))' ||
+  stop "the harness does not find the model avg_llava."
+echo "$key" >"$folder/.lmms-eval-installed"
