@@ -84,7 +84,7 @@ FAULTS: dict[ErrorKind, Fault] = {
     ErrorKind.DRAINING: Fault(503, _SERVER, "The server is shutting down; try again.", 21, retry_after=5),
     ErrorKind.OUT_OF_MEMORY: Fault(503, _SERVER, "The answer did not fit into memory; try again or choose a coarser granularity.", 22, 1),
     ErrorKind.NOT_FINITE: Fault(500, _SERVER, "The model's numbers broke down on this request.", 23),
-    ErrorKind.BACKEND_UNREACHABLE: Fault(502, _SERVER, "No server that has this model can be reached.", 24, retry_after=1),
+    ErrorKind.BACKEND_UNREACHABLE: Fault(503, _SERVER, "No server that has this model can be reached.", 24, retry_after=1),
     ErrorKind.BACKEND_FAILED: Fault(502, _SERVER, "The server that has this model broke off or answered nonsense.", 25),
     ErrorKind.CANCELLED: Fault(499, _CLIENT, "The request was cancelled.", 26),
     ErrorKind.INTERNAL: Fault(500, _SERVER, "Something failed inside; the log has the details under this request id.", 27),

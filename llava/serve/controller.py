@@ -1,0 +1,552 @@
+"""The controller: knows the workers, and answers for all of them at one address.
+
+    clients, page ──> controller ──> workers (`model_worker`, `sglang_worker`)
+                          ^──────────── registration and heart beats
+
+It speaks LLaVA's protocol (`/register_worker`, `/receive_heart_beat`, `/list_models`, `/get_worker_address`, `/refresh_all_workers`,
+`/worker_generate_stream`, `/worker_get_status`) and the OpenAI API. Which addresses it calls is decided by `llava.serve.addresses`, who
+gets a request by `llava.serve.dispatch`, and how it is passed on by `llava.serve.relay`. Nothing is kept beyond its life: workers register
+again by themselves.
+
+    python -m llava.serve.controller --host 0.0.0.0 --port 30000
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import math
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import anyio
+import httpx
+from fastapi import FastAPI, Request
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import JSONResponse, Response
+
+from llava.constants import CONTROLLER_HEART_BEAT_EXPIRATION
+from llava.fetch import FetchError, resolve_host
+from llava.serve.addresses import (
+    AddressRules,
+    Caller,
+    Endpoint,
+    Resolver,
+    checked_endpoint,
+    parse_network,
+    parse_worker_url,
+    peer_may_register,
+)
+from llava.serve.dispatch import DispatchMethod, Worker, WorkerStatus, WorkerTable
+from llava.serve.http_guard import HELD_BODIES, FieldError, Gate, KeyRing, error_response, guard_app, read_json, read_secrets
+from llava.serve.http_server import make_server, run_server
+from llava.serve.llava_api import WorkerRequest
+from llava.serve.metrics import CONTENT_TYPE
+from llava.serve.openai_api import ChatRequest, validate
+from llava.serve.openapi import describe_bodies
+from llava.serve.outbound import BrokenOff, Outbound, Patience, Unreachable
+from llava.serve.protocol import ErrorKind, Limits, ServeError
+from llava.serve.relay import EVENTS, FRAMES, Job, Relay
+from llava.utils import setup_logging
+
+logger = logging.getLogger("llava.serve.controller")  # also when run as a program
+
+GENERATING_PATHS = ("/v1/chat/completions", "/worker_generate_stream")
+_REGISTRATION_PATHS = ("/register_worker", "/receive_heart_beat")
+_PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
+_RESOLVE_SECONDS = 5.0
+_RESOLVING_AT_ONCE = 8
+_ASK_PATIENCE = Patience(connect=2.0, head=5.0, piece=5.0, total=10.0)
+_MAX_ASKED_BYTES = 1_000_000
+_REFRESH_SECONDS = 1.0
+"""Refreshes that come sooner after the last one are answered by that one."""
+_CARDS_SECONDS = 5.0
+"""After which a worker is asked again for what its models can do."""
+
+
+@dataclass(frozen=True)
+class ControllerSettings:
+    """How a controller behaves.
+
+    rules: which worker addresses are called. worker_tokens: what workers show to register; empty asks for none.
+    api_keys: what clients show; empty asks for none. worker_key: what the controller shows to its workers.
+    method, expiry_seconds: see `WorkerTable`. worker_seconds: how long a worker may be silent.
+    max_in_flight: requests passed on at once; the next gets 503. limits: of one request.
+    """
+
+    rules: AddressRules = field(default_factory=AddressRules)
+    worker_tokens: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = ()
+    worker_key: str | None = None
+    method: DispatchMethod = DispatchMethod.SHORTEST_QUEUE
+    expiry_seconds: float = CONTROLLER_HEART_BEAT_EXPIRATION
+    worker_seconds: float = 300.0
+    max_in_flight: int = 256
+    limits: Limits = field(default_factory=Limits)
+
+
+class _Open(BaseModel):
+    """A body whose other fields are left alone: LLaVA's workers and clients send some that mean nothing here."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, hide_input_in_errors=True)
+
+
+Name = Annotated[str, Field(min_length=1, max_length=512)]
+
+
+class StatusFields(_Open):
+    """What a worker says of itself. speed: relative to other workers. queue_length: requests it has now."""
+
+    model_names: Annotated[list[Name], Field(min_length=1, max_length=64)]
+    speed: float = Field(1.0, ge=1e-6, le=1e6, allow_inf_nan=False)
+    queue_length: int = Field(0, ge=0, le=1_000_000)
+
+
+class RegisterRequest(_Open):
+    """A worker announces itself. worker_name: its address, `http(s)://host:port`."""
+
+    worker_name: Name
+    check_heart_beat: bool = True
+    worker_status: StatusFields | None = None
+    token: Name | None = Field(None, description="The controller's worker token; may stand in the Authorization header instead.")
+
+
+class HeartBeat(_Open):
+    """A worker is alive."""
+
+    worker_name: Name
+    queue_length: int = Field(0, ge=0, le=1_000_000)
+    token: Name | None = None
+
+
+class ModelName(_Open):
+    """Which model is meant."""
+
+    model: Name
+
+
+class ControllerMetrics:
+    """Counts of one controller."""
+
+    def __init__(self, table: WorkerTable, gate: Gate) -> None:
+        self.registry = CollectorRegistry()
+        workers = Gauge("avg_llava_controller_workers", "Registered workers.", registry=self.registry)
+        workers.set_function(lambda: len(table.workers))
+        running = Gauge("avg_llava_controller_in_flight", "Requests being passed on.", registry=self.registry)
+        running.set_function(lambda: gate.inside)
+        self._errors = Counter("avg_llava_controller_errors", "Failed requests by kind.", ["kind"], registry=self.registry)
+        self._retries = Counter("avg_llava_controller_retries", "Workers replaced by another one.", registry=self.registry)
+        for kind in ErrorKind:
+            self._errors.labels(kind.value)
+
+    def failed(self, kind: ErrorKind) -> None:
+        self._errors.labels(kind.value).inc()
+
+    def retried(self) -> None:
+        self._retries.inc()
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class Controller:
+    """What the endpoints do.
+
+    Args:
+        settings: see there.
+        outbound: carries the calls to workers; the network unless another is given.
+        resolve: how a worker's host becomes addresses.
+        clock: of the table.
+    """
+
+    def __init__(
+        self,
+        settings: ControllerSettings,
+        outbound: Outbound | None = None,
+        resolve: Resolver = resolve_host,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.settings = settings
+        self.outbound = outbound or Outbound()
+        self.table = WorkerTable(settings.method, settings.expiry_seconds, clock)
+        self.gate = Gate(settings.max_in_flight, held_bytes=HELD_BODIES * settings.limits.max_body_bytes)
+        self.metrics = ControllerMetrics(self.table, self.gate)
+        self.relay = Relay(
+            self.table,
+            self.outbound,
+            worker_key=settings.worker_key,
+            patience=Patience(connect=3.0, head=settings.worker_seconds, piece=settings.worker_seconds, total=12 * settings.worker_seconds),
+            send_seconds=settings.limits.send_seconds,
+            on_retry=self.metrics.retried,
+        )
+        self._tokens = KeyRing(settings.worker_tokens)
+        self._resolve = resolve
+        self._resolving = anyio.Semaphore(_RESOLVING_AT_ONCE)
+        self._refreshing = asyncio.Lock()
+        self._refreshed = -math.inf
+        self._learning = asyncio.Lock()
+        self._created = int(time.time())
+
+    def caller(self, request: Request, token: str | None) -> Caller:
+        """Who sent a registration or heart beat.
+
+        Args:
+            token: the one in its body; one in the Authorization header is as good.
+
+        Raises:
+            ServeError: a web page speaks, through a browser that may stand anywhere.
+        """
+        if request.headers.get("origin") is not None:
+            raise ServeError(ErrorKind.FORBIDDEN)
+        header = request.headers.get("authorization") if token is None else f"Bearer {token}"
+        has_token = bool(self._tokens) and self._tokens.accepts(header)
+        # Behind a proxy everybody seems to be on this machine.
+        proxied = any(name in request.headers for name in _PROXY_HEADERS)
+        peer = None if request.client is None or (proxied and not has_token) else request.client.host
+        return Caller(peer, has_token)
+
+    async def register(self, caller: Caller, asked: RegisterRequest) -> None:
+        """Take a worker in.
+
+        Raises:
+            ServeError: the caller may not register workers, or not this one; or a field makes no sense.
+        """
+        if not peer_may_register(self.settings.rules, caller):
+            if self.settings.rules.token_required:
+                raise ServeError(ErrorKind.UNAUTHORIZED, "The worker token is missing or wrong.")
+            raise ServeError(ErrorKind.FORBIDDEN, _REFUSED)
+        endpoint = await self._endpoint(caller, asked.worker_name)
+        told = asked.worker_status or validate(StatusFields, await self._ask_status(endpoint))
+        status = read_status(told)
+        try:
+            worker = self.table.register(endpoint, status, asked.check_heart_beat)
+        except OverflowError as error:
+            raise ServeError(ErrorKind.OVERLOADED, str(error)) from error
+        worker.registered_from = caller.peer
+        logger.info("worker %s registered: %s", worker.name, ", ".join(status.models))
+
+    async def _endpoint(self, caller: Caller, name: str) -> Endpoint:
+        try:
+            url = parse_worker_url(name)
+            async with self._resolving:
+                with anyio.fail_after(_RESOLVE_SECONDS):
+                    return await anyio.to_thread.run_sync(
+                        checked_endpoint, self.settings.rules, caller, url, self._resolve, abandon_on_cancel=True
+                    )
+        except PermissionError as error:
+            logger.warning("a worker at %s:%d was refused: %s", url.host, url.port, error)
+            raise ServeError(ErrorKind.FORBIDDEN, _REFUSED) from error
+        except (FetchError, TimeoutError) as error:
+            raise FieldError("The worker's host cannot be resolved.", "worker_name") from error
+        except ValueError as error:
+            raise FieldError(str(error), "worker_name") from error
+
+    def beat(self, caller: Caller, asked: HeartBeat) -> bool:
+        """Note a heart beat; whether the worker is known.
+
+        A beat without the token counts when it comes from where the registration came from. To anybody else the worker is not known, so
+        that a worker whose address has changed registers again.
+        """
+        try:
+            name = parse_worker_url(asked.worker_name).text
+        except ValueError as error:
+            raise FieldError(str(error), "worker_name") from error
+        worker = self.table.find(name)
+        is_same = worker is not None and caller.peer is not None and worker.registered_from == caller.peer
+        if not is_same and not peer_may_register(self.settings.rules, caller):
+            return False
+        return self.table.beat(name, asked.queue_length)
+
+    async def refresh(self) -> None:
+        """Ask all workers how they are, and forget those that are not there; several at the same time are one."""
+        async with self._refreshing:
+            if time.monotonic() - self._refreshed < _REFRESH_SECONDS:
+                return
+            await asyncio.gather(*(self._refresh_one(worker) for worker in self.table.workers))
+            self._refreshed = time.monotonic()
+
+    async def _refresh_one(self, worker: Worker) -> None:
+        try:
+            status = read_status(validate(StatusFields, await self._ask(worker.endpoint, "POST", "/worker_get_status")))
+        except Unreachable:
+            logger.warning("worker %s is not there any more", worker.name)
+            self.table.remove(worker.name)
+        except (BrokenOff, ServeError) as error:
+            logger.warning("worker %s does not say how it is: %s", worker.name, error)
+            self.table.mark_down(worker)
+        else:
+            worker.status = status
+
+    async def _ask_status(self, endpoint: Endpoint) -> Any:
+        try:
+            return await self._ask(endpoint, "POST", "/worker_get_status")
+        except (Unreachable, BrokenOff) as error:
+            logger.warning("worker %s came without a status and does not tell one: %s", endpoint.url.text, error)
+            raise ServeError(ErrorKind.BACKEND_UNREACHABLE, "The worker does not answer when asked for its status.") from error
+
+    async def _ask(self, endpoint: Endpoint, method: str, path: str) -> Any:
+        content = b"{}" if method == "POST" else None
+        headers = self.relay.headers("controller")
+        async with self.outbound.call(
+            method, endpoint, path, patience=_ASK_PATIENCE, max_bytes=_MAX_ASKED_BYTES, content=content, headers=headers
+        ) as reply:
+            if reply.status != 200:
+                raise BrokenOff(f"{path} answered with status {reply.status}")
+            return await reply.json()
+
+    async def model_list(self) -> dict[str, Any]:
+        """The value of `/v1/models`: what the workers say of their models, each asked now and then."""
+        async with self._learning:
+            now = time.monotonic()
+            await asyncio.gather(*(self._learn_cards(worker) for worker in self.table.workers if worker.cards_due <= now))
+        found: dict[str, dict[str, Any]] = {}
+        for worker in self.table.workers:
+            for model in worker.status.models:
+                plain = {"id": model, "object": "model", "created": self._created, "owned_by": "avg-llava"}
+                if model not in found or model in worker.cards:
+                    found[model] = worker.cards.get(model, plain)
+        return {"object": "list", "data": [found[model] for model in sorted(found)]}
+
+    async def _learn_cards(self, worker: Worker) -> None:
+        worker.cards_due = time.monotonic() + _CARDS_SECONDS
+        try:
+            listed = await self._ask(worker.endpoint, "GET", "/v1/models")
+        except (Unreachable, BrokenOff) as error:
+            logger.warning("worker %s does not describe its models: %s", worker.name, error)
+            return
+        entries = listed.get("data") if isinstance(listed, dict) else None
+        for entry in entries if isinstance(entries, list) else ():
+            if isinstance(entry, dict) and entry.get("id") in worker.status.models:
+                worker.cards[entry["id"]] = entry
+
+    def status(self) -> dict[str, Any]:
+        """All workers as one, for a controller above this one."""
+        workers = self.table.workers
+        return {
+            "model_names": self.table.models(),
+            "speed": sum(worker.status.speed for worker in workers),
+            "queue_length": sum(worker.status.queue_length for worker in workers),
+        }
+
+    async def job(self, request: Request) -> Job:
+        """A client's request to be passed on.
+
+        Raises:
+            ServeError: it cannot be read, or nobody serves its model.
+        """
+        body = await read_json(request)
+        model = validate(ModelName, body).model
+        self.check_model(model)
+        path = request.url.path
+        if path == "/worker_generate_stream":
+            return Job(model, path, await request.body(), FRAMES)
+        return Job(model, path, await request.body(), EVENTS if body.get("stream") is True else None)
+
+    def check_model(self, model: str) -> None:
+        """Refuse a model that nobody serves: one that nobody ever has, while others are there, is a client's mistake."""
+        models = self.table.models()
+        if model in models:
+            return
+        if not models or self.table.was_known(model):
+            raise ServeError(ErrorKind.BACKEND_UNREACHABLE)
+        shown = ", ".join(repr(name[:100]) for name in models[:10])
+        raise FieldError(f"There is no model {model[:100]!r} here, only {shown}.", "model", ErrorKind.MODEL_NOT_FOUND)
+
+
+_REFUSED = (
+    "This controller does not take this worker: without a token only workers on its own machine that name a loopback address; its operator "
+    "allows others with --worker-token or --allow-worker."
+)
+
+
+def read_status(fields: StatusFields) -> WorkerStatus:
+    """What a worker says of itself.
+
+    Raises:
+        FieldError: a name that cannot be shown.
+    """
+    if not all(name.isprintable() for name in fields.model_names):
+        raise FieldError("A name holds characters that cannot be printed.", "model_names")
+    return WorkerStatus(tuple(dict.fromkeys(fields.model_names)), fields.speed, fields.queue_length)
+
+
+def create_controller_app(
+    settings: ControllerSettings | None = None,
+    *,
+    transport: httpx.AsyncBaseTransport | None = None,
+    resolve: Resolver = resolve_host,
+    clock: Callable[[], float] = time.monotonic,
+) -> FastAPI:
+    """The controller as an ASGI app; its `Controller` stands at `app.state.controller`.
+
+    Args:
+        transport: carries all calls to workers. resolve: how a worker's host becomes addresses. clock: of the table. Tests give their own.
+    """
+    settings = settings or ControllerSettings()
+    controller = Controller(settings, Outbound(transport), resolve, clock)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await controller.outbound.close()
+
+    app = FastAPI(title="AVG-LLaVA controller", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.controller = controller
+    _add_worker_endpoints(app, controller)
+    _add_client_endpoints(app, controller)
+    _add_operator_endpoints(app, controller)
+    describe_bodies(
+        app,
+        {
+            "/v1/chat/completions": ChatRequest,
+            "/worker_generate_stream": WorkerRequest,
+            "/register_worker": RegisterRequest,
+            "/receive_heart_beat": HeartBeat,
+            "/get_worker_address": ModelName,
+        },
+        guarded=bool(settings.api_keys),
+    )
+    guard_app(
+        app,
+        controller.gate,
+        settings.limits,
+        api_keys=settings.api_keys,
+        generating_paths=GENERATING_PATHS,
+        # workers show a token of their own, see `Controller.caller`
+        open_paths=("/health", "/ready", *_REGISTRATION_PATHS),
+        on_error=controller.metrics.failed,
+    )
+    return app
+
+
+def _add_worker_endpoints(app: FastAPI, controller: Controller) -> None:
+    @app.post("/register_worker", summary="A worker announces itself")
+    async def register_worker(request: Request) -> None:
+        asked = validate(RegisterRequest, await read_json(request))
+        await controller.register(controller.caller(request, asked.token), asked)
+
+    @app.post("/receive_heart_beat", summary="A worker is alive")
+    async def receive_heart_beat(request: Request) -> dict[str, bool]:
+        asked = validate(HeartBeat, await read_json(request))
+        return {"exist": controller.beat(controller.caller(request, asked.token), asked)}
+
+
+def _add_client_endpoints(app: FastAPI, controller: Controller) -> None:
+    @app.post("/refresh_all_workers", summary="Ask all workers how they are")
+    async def refresh_all_workers() -> None:
+        await controller.refresh()
+
+    @app.post("/list_models", summary="Names of the models")
+    async def list_models() -> dict[str, list[str]]:
+        return {"models": controller.table.models()}
+
+    @app.post("/get_worker_address", summary="The address of a worker that has a model, or an empty text")
+    async def get_worker_address(request: Request) -> dict[str, str]:
+        return {"address": controller.table.hand_out(validate(ModelName, await read_json(request)).model)}
+
+    @app.post("/worker_get_status", summary="All workers as one")
+    async def worker_get_status() -> dict[str, Any]:
+        return controller.status()
+
+    @app.post("/worker_generate_stream", summary="LLaVA's protocol, passed on to a worker")
+    async def worker_generate_stream(request: Request) -> Response:
+        return controller.relay.response(await controller.job(request))
+
+    @app.get("/v1/models", summary="The models")
+    async def v1_models() -> dict[str, Any]:
+        return await controller.model_list()
+
+    @app.get("/v1/models/{model:path}", summary="One model")
+    async def v1_model(model: str) -> dict[str, Any]:
+        controller.check_model(model)
+        listed = await controller.model_list()
+        return next((entry for entry in listed["data"] if entry["id"] == model), {"id": model, "object": "model"})
+
+    @app.post("/v1/chat/completions", summary="A chat, passed on to a worker")
+    async def chat_completions(request: Request) -> Response:
+        return controller.relay.response(await controller.job(request))
+
+
+def _add_operator_endpoints(app: FastAPI, controller: Controller) -> None:
+    @app.get("/health", summary="The process answers")
+    async def health() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @app.get("/ready", summary="Some worker is there and requests are taken")
+    async def ready(request: Request) -> Response:
+        if controller.gate.draining:
+            return error_response(ServeError(ErrorKind.DRAINING), request.scope)
+        if not controller.table.workers:
+            return error_response(ServeError(ErrorKind.BACKEND_UNREACHABLE, "No worker is registered."), request.scope, 503)
+        return JSONResponse({"status": "ready", "workers": len(controller.table.workers)})
+
+    @app.get("/metrics", summary="Counts in Prometheus' text format")
+    async def metrics() -> Response:
+        return Response(controller.metrics.render(), media_type=CONTENT_TYPE)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; LLaVA's flags keep their names."""
+    parser = argparse.ArgumentParser(prog="python -m llava.serve.controller", description=__doc__.split("\n")[0])
+    parser.add_argument("--host", default="localhost")
+    parser.add_argument("--port", type=int, default=21001)
+    parser.add_argument("--dispatch-method", choices=[method.value for method in DispatchMethod], default="shortest_queue")
+    parser.add_argument("--heart-beat-expiration", type=float, default=CONTROLLER_HEART_BEAT_EXPIRATION, metavar="SECONDS")
+    parser.add_argument("--worker-token", action="append", default=[], help="workers have to show it; repeatable")
+    parser.add_argument("--worker-token-file", help="one token per line")
+    parser.add_argument("--allow-worker", action="append", default=[], metavar="ADDRESS|NETWORK", help="addresses workers may have")
+    parser.add_argument("--api-key", action="append", default=[], help="clients have to show one; repeatable")
+    parser.add_argument("--api-key-file", help="one key per line")
+    parser.add_argument("--worker-api-key", help="shown to workers that were started with --api-key")
+    parser.add_argument("--worker-api-key-file", help="holds that key in its first line")
+    parser.add_argument("--worker-timeout", type=float, default=300.0, metavar="SECONDS", help="how long a worker may be silent")
+    parser.add_argument("--max-in-flight", type=int, default=256, help="requests passed on at once")
+    parser.add_argument("--max-body-bytes", type=int, default=Limits.max_body_bytes)
+    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    return parser
+
+
+def settings_from(args: argparse.Namespace) -> ControllerSettings:
+    """The settings that a command line asks for.
+
+    Raises:
+        ValueError: a flag cannot work.
+    """
+    for name in ("heart_beat_expiration", "worker_timeout", "max_in_flight", "max_body_bytes"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number above 0.")
+    tokens = read_secrets(args.worker_token, args.worker_token_file)
+    worker_keys = read_secrets([args.worker_api_key] if args.worker_api_key else [], args.worker_api_key_file)
+    return ControllerSettings(
+        rules=AddressRules(tuple(parse_network(text) for text in args.allow_worker), token_required=bool(tokens)),
+        worker_tokens=tokens,
+        api_keys=read_secrets(args.api_key, args.api_key_file),
+        worker_key=worker_keys[0] if worker_keys else None,
+        method=DispatchMethod(args.dispatch_method),
+        expiry_seconds=args.heart_beat_expiration,
+        worker_seconds=args.worker_timeout,
+        max_in_flight=args.max_in_flight,
+        limits=Limits(max_body_bytes=args.max_body_bytes),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a controller until SIGTERM or SIGINT; 0, or 1 with one sentence on standard error."""
+    args = build_parser().parse_args(argv)
+    setup_logging(args.log_level.upper())
+    try:
+        app = create_controller_app(settings_from(args))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return run_server(make_server(app, args.host, args.port, log_level=args.log_level))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

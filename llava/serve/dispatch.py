@@ -1,0 +1,192 @@
+"""The controller's table of workers: who is there, who is alive, and who gets the next request. No network, and a clock from outside."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from llava.serve.addresses import Endpoint
+
+MAX_WORKERS = 256
+MAX_REMEMBERED_MODELS = 1024
+DOWN_SECONDS = 5.0
+"""How long a worker that could not be reached is passed over while another one has the model."""
+
+
+class DispatchMethod(Enum):
+    """How one of several workers is chosen: `LOTTERY` draws by speed, `SHORTEST_QUEUE` takes the least work per speed."""
+
+    LOTTERY = "lottery"
+    SHORTEST_QUEUE = "shortest_queue"
+
+
+@dataclass(frozen=True)
+class WorkerStatus:
+    """What a worker says of itself. models: names it serves. speed: relative to others, above 0. queue_length: requests it has now."""
+
+    models: tuple[str, ...]
+    speed: float = 1.0
+    queue_length: int = 0
+
+
+@dataclass
+class Worker:
+    """A registered worker.
+
+    name: its URL in one spelling. check_heart_beat: whether silence ends its registration. last_beat: when it was last heard of.
+    in_flight: requests this controller has sent it. handed_out: times its address was given to a client since the last heart beat.
+    down_until: it is passed over until then. last_chosen: number of the choice that fell on it last. cards: per model, what `/v1/models`
+    of the worker said, once it was asked; cards_due: when to ask again. registered_from: the peer that registered it.
+    """
+
+    name: str
+    endpoint: Endpoint
+    status: WorkerStatus
+    check_heart_beat: bool
+    last_beat: float
+    in_flight: int = 0
+    handed_out: int = 0
+    down_until: float = 0.0
+    last_chosen: int = 0
+    cards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    cards_due: float = 0.0
+    registered_from: str | None = None
+
+    @property
+    def load(self) -> float:
+        """Work ahead of a new request, in units of this worker's speed."""
+        return (max(self.status.queue_length, self.in_flight) + self.handed_out) / self.status.speed
+
+
+class WorkerTable:
+    """Workers by name.
+
+    Args:
+        method: how one of several is chosen.
+        expiry_seconds: silence after which a worker is forgotten.
+        clock: seconds that only grow.
+        draw: source of the lottery's numbers.
+    """
+
+    def __init__(
+        self,
+        method: DispatchMethod = DispatchMethod.SHORTEST_QUEUE,
+        expiry_seconds: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+        draw: random.Random | None = None,
+    ) -> None:
+        self.method = method
+        self.expiry_seconds = expiry_seconds
+        self._clock = clock
+        self._draw = draw or random.Random()
+        self._workers: dict[str, Worker] = {}
+        self._remembered: dict[str, None] = {}
+        self._choices = 0
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    @property
+    def workers(self) -> list[Worker]:
+        """The living ones, in the order of their first registration."""
+        self.expire()
+        return list(self._workers.values())
+
+    def register(self, endpoint: Endpoint, status: WorkerStatus, check_heart_beat: bool = True) -> Worker:
+        """Add a worker, or renew it; what this controller knows of its own requests stays.
+
+        Raises:
+            OverflowError: the table is full.
+        """
+        self.expire()
+        name = endpoint.url.text
+        known = self._workers.get(name)
+        if known is None and len(self._workers) >= MAX_WORKERS:
+            raise OverflowError(f"There are {MAX_WORKERS} workers already, expected fewer; stop one or start a second controller.")
+        if known is None:
+            known = Worker(name, endpoint, status, check_heart_beat, self._clock())
+            self._workers[name] = known
+        known.endpoint, known.status, known.check_heart_beat = endpoint, status, check_heart_beat
+        known.last_beat, known.down_until, known.handed_out, known.cards_due = self._clock(), 0.0, 0, 0.0
+        for model in status.models:
+            if len(self._remembered) < MAX_REMEMBERED_MODELS:
+                self._remembered[model] = None
+        return known
+
+    def find(self, name: str) -> Worker | None:
+        """A living worker by its name."""
+        self.expire()
+        return self._workers.get(name)
+
+    def beat(self, name: str, queue_length: int) -> bool:
+        """Note a heart beat; `False` where the worker is not known and has to register again."""
+        worker = self.find(name)
+        if worker is None:
+            return False
+        worker.status = WorkerStatus(worker.status.models, worker.status.speed, queue_length)
+        worker.last_beat, worker.handed_out = self._clock(), 0
+        worker.down_until = 0.0
+        return True
+
+    def remove(self, name: str) -> None:
+        """Forget a worker, if it is known."""
+        self._workers.pop(name, None)
+
+    def expire(self) -> None:
+        """Forget the workers that were silent for too long."""
+        oldest = self._clock() - self.expiry_seconds
+        for name in [w.name for w in self._workers.values() if w.check_heart_beat and w.last_beat < oldest]:
+            del self._workers[name]
+
+    def models(self) -> list[str]:
+        """Names of all models that somebody serves, sorted."""
+        return sorted({model for worker in self.workers for model in worker.status.models})
+
+    def was_known(self, model: str) -> bool:
+        """Whether somebody has served this model since the controller started."""
+        return model in self._remembered
+
+    def choose(self, model: str, excluded: Collection[str] = ()) -> Worker | None:
+        """The worker for the next request, or `None`.
+
+        Args:
+            excluded: names of workers that were tried already.
+        """
+        able = [worker for worker in self.workers if model in worker.status.models and worker.name not in excluded]
+        now = self._clock()
+        candidates = [worker for worker in able if worker.down_until <= now] or able
+        if not candidates:
+            return None
+        if self.method is DispatchMethod.LOTTERY:
+            chosen = self._draw.choices(candidates, weights=[worker.status.speed for worker in candidates])[0]
+        else:
+            chosen = min(candidates, key=lambda worker: (worker.load, worker.last_chosen))
+        self._choices += 1
+        chosen.last_chosen = self._choices
+        return chosen
+
+    def hand_out(self, model: str) -> str:
+        """The address of a worker for a client that will call it itself; empty where nobody serves the model."""
+        worker = self.choose(model)
+        if worker is None:
+            return ""
+        worker.handed_out += 1
+        return worker.name
+
+    def mark_down(self, worker: Worker) -> None:
+        """Pass a worker over for a while, until its next heart beat at most: it could not be reached or broke off."""
+        worker.down_until = self._clock() + DOWN_SECONDS
+
+    @contextmanager
+    def using(self, worker: Worker) -> Iterator[None]:
+        """Count a request as sent to a worker while the block runs."""
+        worker.in_flight += 1
+        try:
+            yield
+        finally:
+            worker.in_flight -= 1

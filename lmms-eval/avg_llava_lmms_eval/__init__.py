@@ -1,0 +1,29 @@
+"""AVG-LLaVA inside the stock lmms-eval: the model `avg_llava`, local tasks, and a command that fails when a run fails.
+
+The harness finds the model through the entry point `lmms_eval.models` of this package; nothing of the harness is copied or changed.
+
+==================  ====================================================================================
+``model.py``        the harness's view: `generate_until`, `loglikelihood`, processes
+``arguments.py``    what may stand in ``--model_args``
+``generation.py``   a task's generation settings as `llava.inference.Options`
+``asking.py``       batches, failures by sample, counts; knows nothing of the harness
+``sample_log.py``   one line per sample: granularity, logits, visual tokens, milliseconds
+``scoring.py``      how the local tasks compare and average
+``tasks/``          ``playground``, ``easy_vqa``, and ``my_questions`` to copy for one's own file
+==================  ====================================================================================
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+TASKS = Path(__file__).resolve().parent / "tasks"
+"""The folder to give as `--include_path`."""
+
+
+def manifest() -> Any:
+    """What the harness reads from the entry point: where the model's class is."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(model_id="avg_llava", simple_class_path="avg_llava_lmms_eval.model.AvgLlava")

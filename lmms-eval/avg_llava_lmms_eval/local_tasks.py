@@ -1,0 +1,50 @@
+"""What tasks over files of questions share: opening pictures, writing the question, scoring, averaging.
+
+A document has ``image`` (a path), ``text``, ``answer`` and ``family``. A task's own `utils.py` says where its pictures are.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+
+@lru_cache(maxsize=64)
+def open_picture(path: str | Path) -> Image.Image:
+    """An RGB picture. Questions about one picture get the same object, which a batch then encodes once."""
+    with Image.open(path) as opened:
+        return opened.convert("RGB")
+
+
+def doc_to_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, str] | None = None) -> str:
+    """The question between the task's `pre_prompt` and `post_prompt`."""
+    ends = lmms_eval_specific_kwargs or {}
+    return ends.get("pre_prompt", "") + doc["text"] + ends.get("post_prompt", "")
+
+
+def same_answer(said: str, expected: str) -> bool:
+    """Whether two answers are equal but for case and outer white space; nothing is parsed out of a longer answer."""
+    return said.strip().lower() == expected.strip().lower()
+
+
+def process_results(doc: Mapping[str, Any], results: list[str]) -> dict[str, Any]:
+    """The score, once for all questions, once under its family's name, and once for the mean over families."""
+    score = float(same_answer(results[0], doc["answer"]))
+    return {"accuracy": score, doc["family"]: score, "family_mean": {"family": doc["family"], "score": score}}
+
+
+def mean_over_families(items: Iterable[Mapping[str, Any]]) -> float:
+    """Accuracy where every family counts the same, however many questions it has.
+
+    Args:
+        items: each with its `family` and a `score` of 0 or 1.
+    """
+    families: dict[str, list[float]] = defaultdict(list)
+    for item in items:
+        families[item["family"]].append(item["score"])
+    return sum(sum(scores) / len(scores) for scores in families.values()) / len(families)

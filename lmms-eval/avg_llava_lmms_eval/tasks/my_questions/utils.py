@@ -1,0 +1,18 @@
+"""One's own questions for the harness: what differs from task to task is where the pictures are and how an answer is scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from avg_llava_lmms_eval.local_tasks import doc_to_text, mean_over_families, open_picture, process_results
+from PIL import Image
+
+__all__ = ["doc_to_text", "doc_to_visual", "mean_over_families", "process_results"]
+
+PICTURES = Path(__file__).resolve().parent
+
+
+def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
+    """The document's one picture; a relative path starts in this folder."""
+    return [open_picture(PICTURES / doc["image"])]

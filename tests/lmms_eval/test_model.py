@@ -1,0 +1,122 @@
+"""The harness's view of the model, over a stand-in for the harness; the real one is in test_harness.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from avg_llava_lmms_eval import manifest
+from PIL import Image
+
+from llava.inference import micro_model_path
+
+PICTURE = Path(__file__).resolve().parents[2] / "playground" / "images" / "scene_beige.png"
+PLUGIN = Path(__file__).resolve().parents[2] / "lmms-eval"
+DOCUMENTS = {"text": {"test": [{"image": str(PICTURE), "answer": "658"}, {"image": "no such picture", "answer": "?"}]}}
+SETTINGS = {"max_new_tokens": 16, "temperature": 0, "do_sample": False, "until": []}
+NUMBER, SHAPE = "Which number does the sign show?", "Which large shape is there?"
+
+
+def visual(doc):
+    return [Image.open(doc["image"])]
+
+
+@pytest.fixture
+def model(harness, tmp_path):
+    made = harness.model.AvgLlava(pretrained=micro_model_path(), batch_size=2, device="cpu", sample_log=str(tmp_path))
+    made.task_dict = DOCUMENTS
+    return made
+
+
+def ask(harness, question, doc_id=0, settings=SETTINGS, **metadata):
+    return harness.instance("generate_until", (question, dict(settings), visual, doc_id, "text", "test"), metadata)
+
+
+def score(harness, target, **metadata):
+    return harness.instance("loglikelihood", (NUMBER, target, visual, 0, "text", "test"), metadata)
+
+
+def test_answers_come_in_the_order_of_the_requests_and_padding_is_not_counted(harness, model, tmp_path):
+    requests = [ask(harness, NUMBER), ask(harness, SHAPE, settings={**SETTINGS, "max_new_tokens": 8}), ask(harness, SHAPE)]
+    assert model.generate_until([*requests, ask(harness, SHAPE, __padding_only__=True)]) == ["658", "circle", "circle", "circle"]
+    assert len([json.loads(line) for line in next(tmp_path.glob("*rank0.jsonl")).read_text().splitlines()]) == 3
+    assert (model.batch_size, model.rank, model.config.model_type) == (2, 0, "llava_llama")
+    assert model.generate_until([]) == []
+    assert model.loglikelihood([score(harness, "658")])[0][1]
+    model.clean()
+    ((seconds, tokens, speed, more),) = harness.told
+    assert more["total_requests"] == 4 and more["visual_tokens_text"] > 0 and speed == tokens / seconds
+
+
+def test_a_crashed_sample_ends_the_run_with_counts(harness, model):
+    with pytest.raises(harness.model.EvaluationError) as stopped:
+        model.generate_until([ask(harness, NUMBER), ask(harness, NUMBER, doc_id=1), ask(harness, SHAPE)])
+    message = str(stopped.value)
+    assert "1 of 3 samples failed in generate_until, 2 were answered" in message
+    assert "text (test), document 1: FileNotFoundError" in message
+    assert isinstance(stopped.value, SystemExit)  # the harness swallows every Exception and exits with 0
+
+
+def test_the_likelier_choice_has_the_smaller_loss(harness, model):
+    targets = ["658", " 658", "123", lambda doc: doc["answer"]]
+    losses, greedy = zip(*model.loglikelihood([score(harness, target) for target in targets]), strict=True)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4) and losses[0] == pytest.approx(losses[3], abs=1e-4)
+    assert losses[0] < losses[2] and greedy == (True, True, False, True) and min(losses) >= 0
+
+
+def test_a_score_reaches_the_task_as_a_pair(harness):
+    pair = harness.model.Score(1.5, True)
+    assert pair == (1.5, True) and isinstance(pair, harness.result) and pair.text == (1.5, True) and pair.token_counts is None
+    assert not (pair.text and pair.text.strip())  # how the harness's cache asks whether to keep a result
+
+
+def test_what_cannot_be_honoured_ends_the_run_before_anything_is_asked(harness, model, tmp_path):
+    with pytest.raises(harness.model.EvaluationError, match="text: The generation settings hold top_k"):
+        model.generate_until([ask(harness, NUMBER), ask(harness, NUMBER, settings={"top_k": 3})])
+    with pytest.raises(harness.model.EvaluationError, match="asks in several rounds"):
+        model.generate_until_multi_round([ask(harness, NUMBER)])
+    with pytest.raises(harness.model.EvaluationError, match="acc_mutual_info"):
+        model.loglikelihood([harness.instance("loglikelihood", ("", "658"))])
+    assert next(tmp_path.glob("*rank0.jsonl")).read_text() == ""
+
+
+def test_a_video_is_refused_as_a_failed_sample(harness, model):
+    request = harness.instance("generate_until", (NUMBER, dict(SETTINGS), lambda doc: ["clip.mp4"], 0, "text", "test"))
+    with pytest.raises(harness.model.EvaluationError, match="visuals hold a str, expected pictures only"):
+        model.generate_until([request])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ("pretrained=no/such/model", "No checkpoint could be read at 'no/such/model'"),
+        ("granularity=4", "pretrained is missing"),
+        (f"pretrained={micro_model_path()},granularity=5", r"5, but this model has \[4, 8, 16, 32, 64\]"),
+        (f"pretrained={micro_model_path()},colour=red", "no argument colour"),
+        (f"pretrained={micro_model_path()},device=abacus", "device is 'abacus'"),
+    ],
+)
+def test_a_model_that_cannot_be_is_one_sentence_and_a_failed_exit(harness, arguments, complaint):
+    with pytest.raises(SystemExit, match="error: .*" + complaint) as stopped:
+        harness.model.AvgLlava.create_from_arg_string(arguments, {"batch_size": 1, "device": None})
+    assert stopped.value.code not in (None, 0)
+
+
+def test_flags_and_model_args_are_one_set(harness):
+    merge = harness.model.merge_arguments
+    assert merge({"batch_size": 8}, {"batch_size": 1, "device": None}) == {"batch_size": 8}
+    assert merge({}, {"batch_size": "4", "device": "cpu"}) == {"batch_size": "4", "device": "cpu"}
+    assert merge({"batch_size": 4}, {"batch_size": "4"}) == {"batch_size": "4"}
+    with pytest.raises(ValueError, match="batch_size is 8 in --model_args and 4 in --batch_size"):
+        merge({"batch_size": 8}, {"batch_size": 4})
+    with pytest.raises(ValueError, match="max_batch_size is 64"):
+        merge({}, {"max_batch_size": 64})
+
+
+def test_the_entry_point_names_the_model(harness):
+    found = manifest()
+    assert found.model_id == "avg_llava"
+    module, name = found.simple_class_path.rsplit(".", 1)
+    assert module == harness.model.__name__ and name == harness.model.AvgLlava.__name__
+    assert 'avg_llava = "avg_llava_lmms_eval:manifest"' in (PLUGIN / "pyproject.toml").read_text()

@@ -1,0 +1,112 @@
+"""The table of workers, with a clock that the tests turn."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from llava.serve.addresses import Endpoint, parse_worker_url
+from llava.serve.dispatch import DOWN_SECONDS, MAX_WORKERS, DispatchMethod, WorkerStatus, WorkerTable
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def endpoint(port: int) -> Endpoint:
+    return Endpoint(parse_worker_url(f"http://127.0.0.1:{port}"), ("127.0.0.1",))
+
+
+def table(method: DispatchMethod = DispatchMethod.SHORTEST_QUEUE) -> tuple[WorkerTable, Clock]:
+    clock = Clock()
+    return WorkerTable(method, 30.0, clock, random.Random(0)), clock
+
+
+def test_a_worker_is_forgotten_after_too_long_a_silence_and_a_beat_keeps_it() -> None:
+    workers, clock = table()
+    workers.register(endpoint(1), WorkerStatus(("a",)))
+    workers.register(endpoint(2), WorkerStatus(("b",)), check_heart_beat=False)
+    clock.now += 29
+    assert workers.beat("http://127.0.0.1:1", 3) and workers.models() == ["a", "b"]
+    clock.now += 29
+    assert workers.models() == ["a", "b"]
+    clock.now += 2
+    assert workers.models() == ["b"] and not workers.beat("http://127.0.0.1:1", 0)
+    assert workers.was_known("a") and not workers.was_known("c")
+
+
+def test_the_shortest_queue_counts_reports_and_own_requests_per_speed() -> None:
+    workers, _ = table()
+    slow = workers.register(endpoint(1), WorkerStatus(("a",), speed=1, queue_length=1))
+    fast = workers.register(endpoint(2), WorkerStatus(("a",), speed=4, queue_length=2))
+    assert workers.choose("a") is fast
+    fast.in_flight = 8
+    assert workers.choose("a") is slow
+    assert workers.choose("a", excluded=[slow.name]) is fast
+    assert workers.choose("a", excluded=[slow.name, fast.name]) is None and workers.choose("b") is None
+
+
+def test_equal_queues_take_turns() -> None:
+    workers, _ = table()
+    for port in (1, 2, 3):
+        workers.register(endpoint(port), WorkerStatus(("a",)))
+    names = [worker.name for _ in range(6) if (worker := workers.choose("a"))]
+    assert Counter(names) == {f"http://127.0.0.1:{port}": 2 for port in (1, 2, 3)}
+
+
+def test_handed_out_addresses_count_until_the_next_beat() -> None:
+    workers, _ = table()
+    for port in (1, 2):
+        workers.register(endpoint(port), WorkerStatus(("a",)))
+    assert sorted(workers.hand_out("a") for _ in range(4)) == ["http://127.0.0.1:1"] * 2 + ["http://127.0.0.1:2"] * 2
+    workers.beat("http://127.0.0.1:2", 0)
+    assert [workers.hand_out("a"), workers.hand_out("a"), workers.hand_out("b")] == ["http://127.0.0.1:2"] * 2 + [""]
+
+
+def test_the_lottery_draws_by_speed() -> None:
+    workers, _ = table(DispatchMethod.LOTTERY)
+    workers.register(endpoint(1), WorkerStatus(("a",), speed=1, queue_length=0))
+    workers.register(endpoint(2), WorkerStatus(("a",), speed=3, queue_length=99))
+    drawn = Counter(worker.name for _ in range(2000) if (worker := workers.choose("a")))
+    assert 0.70 < drawn["http://127.0.0.1:2"] / 2000 < 0.80
+
+
+def test_a_worker_that_is_down_is_passed_over_while_there_is_another() -> None:
+    workers, clock = table()
+    one = workers.register(endpoint(1), WorkerStatus(("a",)))
+    two = workers.register(endpoint(2), WorkerStatus(("a",), queue_length=9))
+    workers.mark_down(one)
+    assert workers.choose("a") is two
+    assert workers.choose("a", excluded=[two.name]) is one
+    clock.now += DOWN_SECONDS
+    assert workers.choose("a") is one
+    workers.mark_down(one)
+    workers.beat(one.name, 0)
+    assert workers.choose("a") is one
+
+
+def test_registering_again_renews_and_keeps_what_is_in_flight() -> None:
+    workers, _ = table()
+    worker = workers.register(endpoint(1), WorkerStatus(("a",)))
+    with workers.using(worker):
+        assert workers.register(endpoint(1), WorkerStatus(("b",))) is worker
+        assert (worker.in_flight, workers.models(), len(workers)) == (1, ["b"], 1)
+    assert worker.in_flight == 0
+
+
+def test_the_table_is_bounded() -> None:
+    workers, clock = table()
+    for port in range(1, MAX_WORKERS + 1):
+        workers.register(endpoint(port), WorkerStatus(("a",)))
+    with pytest.raises(OverflowError, match="workers already"):
+        workers.register(endpoint(60000), WorkerStatus(("a",)))
+    workers.register(endpoint(1), WorkerStatus(("a",)))
+    clock.now += 31
+    workers.register(endpoint(60000), WorkerStatus(("a",)))
+    assert len(workers) == 1
