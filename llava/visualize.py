@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,69 @@ def draw_granularity(images: Sequence[Image.Image], reports: Sequence[RoutingRep
         sheet.paste(row, (0, top))
         top += row.height
     return sheet
+
+
+def grid_of(image_size: tuple[int, int], granularity: int, config: Any) -> dict[str, Any]:
+    """Where a picture's visual tokens lie, as plain numbers that a page can draw without the model.
+
+    Args:
+        image_size: (width, height) of the picture in pixels.
+        granularity: tokens per view of the chosen level.
+        config: the model's configuration.
+
+    Returns:
+        `{"views": [...]}`: the whole view, then the joined tiles where the model cuts them. Each has `canvas` (width, height) in pixels of
+        the drawing, `picture` (left, top, right, bottom) of the picture on it, `grid` (rows, columns) of cells over the canvas, `tiles`
+        (down, across), `rows` and `columns` (start, stop) of the cells that are kept, and `newlines`, tokens that end a row.
+
+    Raises:
+        ValueError: a granularity that the model does not have.
+    """
+    level = next((level for level in config.levels if level.tokens == granularity), None)
+    if level is None:
+        known = [each.tokens for each in config.levels]
+        raise ValueError(f"granularity is {granularity}, but this model has {known} tokens per view; choose from these.")
+    views = [_whole_view_grid(image_size, level, config.image_aspect_ratio)]
+    if config.image_aspect_ratio == "anyres":
+        views.append(_tiles_grid(image_size, level, config))
+    return {"views": views}
+
+
+def _view_grid(
+    canvas: tuple[int, int], picture: tuple[int, int, int, int], grid: tuple[int, int], layout: MergedLayout | None = None
+) -> dict[str, Any]:
+    cut = layout is not None and layout.tiles != (0, 0)
+    return {
+        "canvas": list(canvas),
+        "picture": list(picture),
+        "grid": list(grid),
+        "tiles": list(layout.tiles) if layout is not None and cut else [1, 1],
+        "rows": list(layout.rows) if layout is not None and cut else [0, grid[0]],
+        "columns": list(layout.columns) if layout is not None and cut else [0, grid[1]],
+        "newlines": layout.newlines if layout is not None else 0,
+    }
+
+
+def _whole_view_grid(image_size: tuple[int, int], level: Granularity, aspect_ratio: str) -> dict[str, Any]:
+    """The whole view: with tiles, the picture squeezed into a square, so that its cells lie evenly on the picture itself."""
+    width, height = image_size
+    if aspect_ratio == "anyres":
+        return _view_grid((width, height), (0, 0, width, height), level.grid)
+    side = max(image_size) if aspect_ratio == "pad" else min(image_size)
+    left, top = (side - width) // 2, (side - height) // 2
+    return _view_grid((side, side), (left, top, left + width, top + height), level.grid)
+
+
+def _tiles_grid(image_size: tuple[int, int], level: Granularity, config: Any) -> dict[str, Any]:
+    canvas = select_best_resolution(image_size, config.image_grid_pinpoints)
+    side = config.vision_config["image_size"]
+    tiles = (canvas[1] // side, canvas[0] // side)
+    layout = merged_layout(level, tiles[0] * tiles[1] + 1, tiles, image_size, config.mm_patch_merge_type, config.unpad_rule)
+    scale = min(canvas[0] / image_size[0], canvas[1] / image_size[1])
+    size = [min(math.ceil(length * scale), limit) for length, limit in zip(image_size, canvas, strict=True)]
+    left, top = (canvas[0] - size[0]) // 2, (canvas[1] - size[1]) // 2
+    grid = (tiles[0] * level.grid[0], tiles[1] * level.grid[1])
+    return {**_view_grid(canvas, (left, top, left + size[0], top + size[1]), grid, layout), "tiles": list(tiles)}
 
 
 def _image_row(image: Image.Image, report: RoutingReport, config: Any) -> Image.Image:

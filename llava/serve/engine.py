@@ -51,6 +51,7 @@ from llava.serve.sampling import Picked, pick
 from llava.serve.slots import SlotCache
 from llava.serve.text_stream import TextStream
 from llava.timing import StageTimer
+from llava.visualize import grid_of
 
 logger = logging.getLogger(__name__)
 
@@ -428,10 +429,25 @@ class EmbeddedEngine:
         if room < 1:
             raise self._too_long()
         task.row = encoded.row
-        task.reports = tuple(_plain(report, cached) for report, cached in zip(encoded.reports, task.cached, strict=True))
+        task.reports = tuple(
+            self._plain(report, cached, image.size)
+            for report, cached, image in zip(encoded.reports, task.cached, task.request.images, strict=True)
+        )
         task.max_new_tokens = min(task.request.sampling.max_new_tokens, room)
         task.beginnings = self._beginnings(task)
         task.known = next((kept for key, _ in task.beginnings if key in self.prefixes and (kept := self.prefixes.get(key))), ())
+
+    def _plain(self, report: RoutingReport, cached: bool, size: tuple[int, int]) -> ImageReport:
+        return ImageReport(
+            granularity=report.granularity,
+            visual_tokens=report.num_visual_tokens,
+            full_visual_tokens=report.full_visual_tokens,
+            tokens_per_level=report.tokens_per_level,
+            logits=() if report.logits is None else tuple(report.logits.tolist()),
+            probabilities=() if report.probabilities is None else tuple(report.probabilities.tolist()),
+            cached=cached,
+            grid=grid_of(size, report.granularity, self.model.config),
+        )
 
     def _beginnings(self, task: _Task) -> list[tuple[str, int]]:
         """Key and length of the prompt up to the end of each of its pictures, longest first."""
@@ -704,18 +720,6 @@ def of_similar_length(tasks: Sequence[_Task]) -> list[list[_Task]]:
 def _put_all(events: Sequence[tuple[EngineGeneration, Event | ServeError | None]]) -> None:
     for generation, event in events:
         generation.put(event)
-
-
-def _plain(report: RoutingReport, cached: bool) -> ImageReport:
-    return ImageReport(
-        granularity=report.granularity,
-        visual_tokens=report.num_visual_tokens,
-        full_visual_tokens=report.full_visual_tokens,
-        tokens_per_level=report.tokens_per_level,
-        logits=() if report.logits is None else tuple(report.logits.tolist()),
-        probabilities=() if report.probabilities is None else tuple(report.probabilities.tolist()),
-        cached=cached,
-    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

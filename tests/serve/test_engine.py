@@ -156,6 +156,7 @@ def test_pieces_make_the_answer_and_the_end_counts_it(micro, asked):
     assert outcome.end.finish_reason == "stop"
     assert outcome.end.images[0].visual_tokens == answer.reports[0].num_visual_tokens
     assert sum(outcome.end.images[0].probabilities) == pytest.approx(1)
+    assert outcome.end.images[0].grid is not None
     assert {"queue", "views", "vision", "router", "splice", "prefill", "ttft", "decode", "total"} <= set(outcome.end.milliseconds)
 
 

@@ -1,0 +1,133 @@
+"""All in one process, for a laptop: `python -m llava.serve [--model-path PATH] [--port 8000]`.
+
+A worker with its OpenAI API under /v1, and the page at /. With several machines or models, start a controller, workers and
+`llava.serve.gradio_web_server` instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
+
+from llava.serve.model_worker import add_batch_flags, add_model_flags, batch_rows, check_arguments, load_engine
+from llava.serve.worker_base import create_worker_app, run_worker
+from llava.serve.worker_flags import add_guard_flags, read_api_keys, read_limits, start_logging
+
+logger = logging.getLogger("llava.serve")
+
+API_PATHS = ("/v1", "/health", "/ready", "/metrics", "/openapi.json", "/worker_generate_stream", "/worker_get_status")
+EVERYWHERE = ("0.0.0.0", "::")
+SHUTDOWN_SECONDS = 3
+"""That open pages get to notice the end; their connections last as long as they are looked at."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The worker's flags, without those of a controller."""
+    parser = argparse.ArgumentParser(prog="python -m llava.serve", description="Serve a model, its OpenAI API and the page in one process.")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every interface (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--no-page", action="store_true", help="the API alone")
+    parser.add_argument("--log-dir", type=Path, default=Path("logs"), help="where the page writes conversations and votes")
+    parser.add_argument("--no-log", action="store_true", help="write no conversations and votes")
+    add_model_flags(parser)
+    add_batch_flags(parser)
+    add_guard_flags(parser)
+    return parser
+
+
+def build_app(args: argparse.Namespace) -> FastAPI:
+    """The whole application, its model loaded.
+
+    Raises:
+        ValueError: flags or a checkpoint that cannot work. OSError: files that cannot be read.
+    """
+    check_arguments(args)
+    if not 0 < args.port < 65536:
+        raise ValueError(f"--port is {args.port}, expected 1 to 65535.")
+    limits, keys = read_limits(args), read_api_keys(args)
+    engine = load_engine(args)
+    worker = create_worker_app(engine, limits, api_keys=keys, places=batch_rows(args), stream_interval=args.stream_interval)
+    page = None if args.no_page else _page(args, keys)
+    return join_apps(worker, page, _greeting(args, engine.card.name, page is not None))
+
+
+def _own_url(args: argparse.Namespace, everywhere: str) -> str:
+    host = everywhere if args.host in EVERYWHERE else args.host
+    return f"http://{f'[{host}]' if ':' in host else host}:{args.port}"
+
+
+def _page(args: argparse.Namespace, keys: tuple[str, ...]) -> FastAPI:
+    from llava.serve.page.app import PageOptions, create_page_app  # Gradio takes seconds to import, and --no-page needs none
+
+    return create_page_app(
+        PageOptions(
+            url=_own_url(args, "127.0.0.1"),
+            api_key=keys[0] if keys else None,
+            mode="reload",
+            log_folder=None if args.no_log else args.log_dir,
+        )
+    )
+
+
+def _greeting(args: argparse.Namespace, model: str, has_page: bool) -> str:
+    url = _own_url(args, "localhost")
+    lines = [f"Model {model} is ready.", f"  API   {url}/v1  (OpenAI's; metrics at {url}/metrics)"]
+    return "\n".join([*lines, *([f"  Page  {url}/"] if has_page else []), "Ctrl-C ends it."])
+
+
+class Split:
+    """Sends the API's paths to the worker and all others to the page."""
+
+    def __init__(self, worker: FastAPI, page: FastAPI | None) -> None:
+        self.worker, self.page = worker, page
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        is_api = self.page is None or any(path == prefix or path.startswith(prefix + "/") for prefix in API_PATHS)
+        app = self.worker if is_api or self.page is None else self.page
+        await app(scope, receive, send)
+
+
+def join_apps(worker: FastAPI, page: FastAPI | None, greeting: str) -> FastAPI:
+    """A worker and a page as one application; both start and end with it.
+
+    Args:
+        greeting: printed when both have started.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            for part in (worker, page):
+                if part is not None:
+                    await stack.enter_async_context(part.router.lifespan_context(part))
+            print(greeting, flush=True)
+            yield
+
+    app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    app.state.gate, app.state.worker = worker.state.gate, worker.state.worker
+    app.mount("/", Split(worker, page))
+    return app
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT; 0, or 1 with one sentence on standard error."""
+    args = build_parser().parse_args(argv)
+    try:
+        start_logging(args)
+        app = build_app(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return run_worker(app, args.host, args.port, log_level=args.log_level, timeout_graceful_shutdown=SHUTDOWN_SECONDS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""Chat with a model in the terminal: `python -m llava.serve.cli --model-path PATH --image-file picture.png`.
+
+The model runs in this process. Ctrl-C stops an answer; `/help` lists the commands. Questions may also come through a pipe, one a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+
+from PIL import Image
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.eval.run_llava import granularity_argument
+from llava.images import load_images
+from llava.inference import Answer, Assistant, Message, Options
+from llava.model.routing import RoutingRequest, allowed_levels
+from llava.utils import setup_logging
+
+HELP = """\
+/image PATH [PATH ...]     pictures for the next question (files, or http(s) addresses)
+/granularity auto|N|N,M    let the router choose, fix the tokens per view, or limit the choice
+/budget N|off              visual tokens of all pictures together
+/history                   what was said
+/clear                     forget it, pictures too
+/help                      this list
+/exit                      leave; so does the end of the input
+Ctrl-C stops an answer; at an empty prompt, a second one leaves."""
+
+PROMPT = "> "
+
+
+@dataclass
+class Conversation:
+    """What was said. waiting: pictures for the next question. images: those of the turns, in order."""
+
+    turns: list[Message] = field(default_factory=list)
+    images: list[Image.Image] = field(default_factory=list)
+    waiting: list[Image.Image] = field(default_factory=list)
+
+    def asked(self, question: str) -> tuple[list[Message], list[Image.Image]]:
+        """Turns and pictures with a new question at the end; nothing is kept yet."""
+        places = (DEFAULT_IMAGE_TOKEN + "\n") * len(self.waiting)
+        return [*self.turns, Message("user", places + question)], [*self.images, *self.waiting]
+
+    def keep(self, question: str, answer: str) -> None:
+        """Make a question and its answer part of the conversation."""
+        turns, images = self.asked(question)
+        self.turns, self.images, self.waiting = [*turns, Message("assistant", answer)], images, []
+
+
+@dataclass
+class Terminal:
+    """Where the chat reads and writes. interactive: a person types; colour: marks what is beside the point."""
+
+    interactive: bool
+    colour: bool
+    write: Callable[[str], None]
+    complain: Callable[[str], None]
+
+    def dim(self, text: str) -> str:
+        return f"\x1b[2m{text}\x1b[0m" if self.colour else text
+
+
+class Chat:
+    """One chat: reads lines, answers questions, obeys commands.
+
+    Args:
+        assistant: the loaded model. options: how to answer; commands change the routing. terminal: where to.
+    """
+
+    def __init__(self, assistant: Assistant, options: Options, terminal: Terminal) -> None:
+        self.assistant, self.options, self.terminal = assistant, options, terminal
+        self.conversation = Conversation()
+        self.failures = 0
+        self.interrupted = False
+        self.over = False
+        self.commands: dict[str, Callable[[str], None]] = {
+            "image": self._image,
+            "granularity": self._granularity,
+            "budget": self._budget,
+            "history": self._history,
+            "clear": self._clear,
+            "help": lambda _: self._say(HELP),
+            "exit": self._exit,
+        }
+
+    def run(self, read_line: Callable[[], str]) -> int:
+        """Go on until the input ends or the user leaves.
+
+        Args:
+            read_line: gives the next line; raises EOFError at the end.
+
+        Returns:
+            0; 1 where questions came through a pipe and one of them failed.
+        """
+        while not self.over:
+            try:
+                line = read_line()
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                self._interrupted_prompt()
+                continue
+            self.interrupted = False
+            self.take(line.strip())
+        return 1 if self.failures and not self.terminal.interactive else 0
+
+    def take(self, line: str) -> None:
+        """Obey a command, or answer a question; what cannot be done is said, and the chat goes on."""
+        try:
+            if line.startswith("/"):
+                self._command(line[1:])
+            elif line:
+                self._answer(line)
+        except (ValueError, OSError, FloatingPointError) as error:
+            self.failures += 1
+            self.terminal.complain(f"error: {error}")
+
+    def _interrupted_prompt(self) -> None:
+        self.over = self.interrupted
+        self.interrupted = True
+        self._say("" if self.over else "\n" + self.terminal.dim("Ctrl-C again, or /exit, leaves."))
+
+    def _command(self, text: str) -> None:
+        name, _, rest = text.partition(" ")
+        if name not in self.commands:
+            raise ValueError(f"There is no command /{printable(name)[:40]}; /help lists them.")
+        self.commands[name](rest.strip())
+
+    def _answer(self, question: str) -> None:
+        if DEFAULT_IMAGE_TOKEN in question:
+            raise ValueError(f"The question holds {DEFAULT_IMAGE_TOKEN}; add pictures with /image instead.")
+        turns, images = self.conversation.asked(question)
+        stream, said, start = self.assistant.stream(images, turns, self.options), "", perf_counter()
+        try:
+            for piece in stream:
+                said += piece
+                self.terminal.write(printable(piece))
+        except KeyboardInterrupt:
+            self.interrupted = True
+            self._say("\n" + self.terminal.dim("(stopped)"))
+            if said.strip():
+                self.conversation.keep(question, said.strip())
+            return
+        self._say("")
+        self.conversation.keep(question, stream.answer.text or "(no answer)")
+        self._say(self.terminal.dim(cost_line(stream.answer, 1000 * (perf_counter() - start))))
+
+    def _say(self, text: str) -> None:
+        self.terminal.write(text + "\n")
+
+    def _image(self, rest: str) -> None:
+        if not rest:
+            raise ValueError("/image needs the path of a picture.")
+        self.add_images([rest] if os.path.isfile(rest) else rest.split())
+
+    def add_images(self, names: Sequence[str]) -> None:
+        """Load pictures for the next question.
+
+        Raises:
+            ValueError: a picture that cannot be used.
+        """
+        loaded = load_images([os.path.expanduser(name) for name in names], allow_remote=True)
+        self.conversation.waiting += loaded
+        sizes = ", ".join(f"{image.width} x {image.height}" for image in loaded)
+        self._say(self.terminal.dim(f"{len(self.conversation.waiting)} for the next question ({sizes} added)"))
+
+    def _granularity(self, rest: str) -> None:
+        try:
+            wanted = granularity_argument(rest or "auto")
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"{error}.") from error
+        self._route(replace(self.options.routing, granularity=wanted))
+        self._say(self.terminal.dim(f"granularity {rest or 'auto'}, of {self._levels()}"))
+
+    def _budget(self, rest: str) -> None:
+        if rest != "off" and not rest.isdecimal():
+            raise ValueError(f"/budget is {printable(rest)[:40]!r}, expected a number of visual tokens, or off.")
+        self._route(replace(self.options.routing, max_visual_tokens=None if rest == "off" else int(rest)))
+        self._say(self.terminal.dim(f"budget {rest}"))
+
+    def _route(self, routing: RoutingRequest) -> None:
+        allowed_levels(self._levels(), routing, self.assistant.model.get_model().router is not None)
+        self.options = replace(self.options, routing=routing)
+
+    def _levels(self) -> list[int]:
+        return [level.tokens for level in self.assistant.model.levels]
+
+    def _history(self, rest: str) -> None:
+        for turn in self.conversation.turns:
+            places = turn.text.count(DEFAULT_IMAGE_TOKEN)
+            text = turn.text.replace(DEFAULT_IMAGE_TOKEN + "\n", "")
+            self._say(f"{turn.role}: {printable(text)}" + (f"  [{places} picture{'s' if places > 1 else ''}]" if places else ""))
+        if self.conversation.waiting:
+            self._say(self.terminal.dim(f"{len(self.conversation.waiting)} pictures wait for the next question"))
+
+    def _clear(self, rest: str) -> None:
+        self.conversation = Conversation()
+        self._say(self.terminal.dim("forgotten"))
+
+    def _exit(self, rest: str) -> None:
+        self.over = True
+
+
+def printable(text: str) -> str:
+    """A text without control characters: a model's answer must not steer the terminal."""
+    return "".join(character for character in text if character.isprintable() or character in "\n\t")
+
+
+def cost_line(answer: Answer, total: float) -> str:
+    """Granularity, tokens and milliseconds of one answer.
+
+    Args:
+        total: milliseconds in all.
+    """
+    time = f"{answer.milliseconds['ttft']:.0f} ms to the first word, {total:.0f} ms in all"
+    if not answer.reports:
+        return f"[{time}]"
+    levels = ", ".join(str(report.granularity) for report in answer.reports)
+    spent = sum(report.num_visual_tokens for report in answer.reports)
+    full = sum(report.full_visual_tokens for report in answer.reports)
+    return f"[granularity {levels}: {spent} of {full} visual tokens, {100 * (1 - spent / full):.0f} % saved; {time}]"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """LLaVA's flags, and the routing's."""
+    parser = argparse.ArgumentParser(prog="python -m llava.serve.cli", description="Chat with a model in the terminal.")
+    parser.add_argument("--model-path", help="checkpoint folder or hub id; the shipped micro model when missing")
+    parser.add_argument("--model-base", help="language model of a projector-only or adapter folder")
+    parser.add_argument("--image-file", nargs="+", default=[], help="pictures for the first question, as files or web addresses")
+    parser.add_argument("--device", help="cuda, mps or cpu; the best that is there when missing")
+    parser.add_argument("--conv-mode", help="conversation template; the checkpoint's when missing")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=float, help="nucleus sampling, with --temperature above 0")
+    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="length of an answer at most (default: %(default)s)")
+    parser.add_argument("--load-8bit", action="store_true", help="quantise the language model to 8 bits")
+    parser.add_argument("--load-4bit", action="store_true", help="quantise the language model to 4 bits")
+    parser.add_argument("--granularity", type=granularity_argument, help="auto (default), tokens per view, or a list to choose from")
+    parser.add_argument("--max-visual-tokens", type=int, help="budget of all pictures together")
+    parser.add_argument("--debug", action="store_true", help="log what is going on")
+    return parser
+
+
+def make_chat(args: argparse.Namespace, terminal: Terminal) -> Chat:
+    """Load the model that the flags name, and the first pictures.
+
+    Raises:
+        ValueError: flags, a checkpoint or a picture that cannot work. OSError: files that cannot be read.
+    """
+    if args.load_8bit and args.load_4bit:
+        raise ValueError("--load-8bit and --load-4bit are both given; choose one.")
+    options = Options(
+        conv_mode=args.conv_mode,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+    )
+    assistant = Assistant.load(args.model_path, args.model_base, load_8bit=args.load_8bit, load_4bit=args.load_4bit, device=args.device)
+    chat = Chat(assistant, options, terminal)
+    chat._route(RoutingRequest(args.granularity, args.max_visual_tokens))
+    if args.image_file:
+        chat.add_images(args.image_file)
+    return chat
+
+
+def open_terminal() -> Terminal:
+    """Standard input and output."""
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    def complain(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    return Terminal(sys.stdin.isatty(), colour, write, complain)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; 0, or 1 with one sentence on standard error."""
+    args = build_parser().parse_args(argv)
+    setup_logging("DEBUG" if args.debug else "WARNING")
+    terminal = open_terminal()
+    try:
+        chat = make_chat(args, terminal)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    if terminal.interactive:
+        import readline  # noqa: F401 - gives input() its editing keys and its history
+
+        terminal.write(terminal.dim("Type a question, or /help.") + "\n")
+    return chat.run(lambda: input(PROMPT if terminal.interactive else ""))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,491 @@
+"""What stands before the endpoints of every service: request ids, errors, keys, admission, and bounds on bodies.
+
+Pure ASGI, one class per rule, outermost first in `guard_app`: a request gets an id, shows its key, takes a place, and only then is its
+body read. Whatever goes wrong inside becomes one of `llava.serve.protocol.FAULTS`; the details stay in the log, under the request's id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llava.serve.protocol import ErrorKind, Limits, ServeError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MAX_JSON_ITEMS = 300_000
+"""Commas and brackets in a body, at most: bounds the objects that reading it makes. Pictures, in base64, have none of them."""
+LARGE_BODY = 1_000_000
+"""Bytes from which a body is parsed beside the event loop, so that others are served meanwhile."""
+MAX_JSON_DIGITS = 24
+"""Digits of a whole number, at most."""
+MAX_HEADER_BYTES = 16_384
+"""Address and headers of a request together."""
+HELD_BODIES = 8
+"""How many bodies of the largest size may be held at once, all requests together."""
+
+_SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class FieldError(ServeError):
+    """What is wrong with one field of a request.
+
+    Args:
+        param: the field, as a path such as `messages.0.content`.
+    """
+
+    def __init__(self, detail: str, param: str | None = None, kind: ErrorKind = ErrorKind.INVALID_REQUEST) -> None:
+        super().__init__(kind, detail)
+        self.param = param
+
+
+def request_id_of(scope: Scope) -> str:
+    """The id that `RequestIds` gave this request."""
+    return str(scope.get("state", {}).get("request_id", "-"))
+
+
+def error_fields(error: ServeError, request_id: str) -> dict[str, Any]:
+    """The value of `error` in OpenAI's error body."""
+    return {
+        "message": error.detail,
+        "type": error.kind.fault.type,
+        "param": getattr(error, "param", None),
+        "code": error.kind.value,
+        "request_id": request_id,
+    }
+
+
+def error_body(error: ServeError, request_id: str, worker_protocol: bool = False) -> dict[str, Any]:
+    """An error as JSON: OpenAI's, and for LLaVA's protocol with its `text` and `error_code` beside it."""
+    body: dict[str, Any] = {"error": error_fields(error, request_id)}
+    if worker_protocol:
+        body = {"text": f"{error.detail} (request {request_id})", "error_code": error.kind.fault.code, **body}
+    return body
+
+
+def error_response(error: ServeError, scope: Scope, status: int | None = None, headers: dict[str, str] | None = None) -> Response:
+    """An error as a response.
+
+    Args:
+        status: in place of the kind's own.
+    """
+    fault = error.kind.fault
+    extra = dict(headers or {})
+    if fault.retry_after is not None:
+        extra["Retry-After"] = str(fault.retry_after)
+    if error.kind is ErrorKind.UNAUTHORIZED:
+        extra["WWW-Authenticate"] = "Bearer"
+    body = error_body(error, request_id_of(scope), scope["path"].startswith("/worker_"))
+    return Response(json.dumps(body), status or fault.status, extra, media_type="application/json")
+
+
+def typed_error(raised: Exception, request_id: str) -> ServeError:
+    """Whatever was raised as an error that a client may read; the rest is written to the log."""
+    if isinstance(raised, ServeError):
+        logger.info("request %s failed: %s: %r", request_id, raised.kind.value, raised.detail)
+        return raised
+    if isinstance(raised, ClientDisconnect):
+        return ServeError(ErrorKind.CANCELLED)
+    logger.error("request %s failed inside", request_id, exc_info=raised)
+    return ServeError(ErrorKind.INTERNAL)
+
+
+def header_of(scope: Scope, name: bytes) -> str | None:
+    """A header's value; where it comes more than once, the last."""
+    values = [value for key, value in scope["headers"] if key == name]
+    return values[-1].decode("latin-1") if values else None
+
+
+def cut_connection(scope: Scope) -> None:
+    """Drop the connection without flushing what waits to be sent; where the server offers no handle, do nothing."""
+    transport = scope.get("state", {}).get("connection")
+    if transport is not None:
+        transport.abort()
+
+
+class Gate:
+    """Counts the requests that generate, and says no when there are too many or the server is going down.
+
+    Args:
+        capacity: requests inside at once: places in the batch and in the queue.
+        held_bytes: bytes of all their bodies together.
+    """
+
+    def __init__(self, capacity: int, held_bytes: int) -> None:
+        self.capacity, self.held_bytes = capacity, held_bytes
+        self.inside = self.bytes_inside = 0
+        self.draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @contextmanager
+    def places(self, count: int = 1) -> Iterator[None]:
+        """Hold so many places.
+
+        Raises:
+            ServeError: `DRAINING`, or `OVERLOADED` when not all of them are free.
+        """
+        if self.draining:
+            raise ServeError(ErrorKind.DRAINING)
+        with self.more_places(count):
+            yield
+
+    @contextmanager
+    def more_places(self, count: int) -> Iterator[None]:
+        """Hold more places for a request that is inside already; a server that goes down still finishes it."""
+        if self.inside + count > self.capacity:
+            raise ServeError(ErrorKind.OVERLOADED)
+        self.inside += count
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.inside -= count
+            if not self.inside:
+                self._idle.set()
+
+    def take_bytes(self, count: int) -> None:
+        """Hold bytes of a body; `OVERLOADED` when all bodies together would exceed the budget."""
+        if self.bytes_inside + count > self.held_bytes:
+            raise ServeError(ErrorKind.OVERLOADED)
+        self.bytes_inside += count
+
+    def give_bytes(self, count: int) -> None:
+        self.bytes_inside -= count
+
+    async def wait_idle(self) -> None:
+        """Return when nothing is inside."""
+        await self._idle.wait()
+
+
+class KeyRing:
+    """API keys, compared in constant time: a guess learns neither how much of a key it got right nor which key came close.
+
+    Args:
+        keys: empty means that no key is asked for.
+
+    Raises:
+        ValueError: an empty key, or one that a header cannot carry.
+    """
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        for number, key in enumerate(keys, start=1):
+            if not key or not key.isascii() or not key.isprintable() or " " in key:
+                raise ValueError(f"API key {number} is empty or holds spaces or other than ASCII characters; choose letters and digits.")
+        self._digests = [_digest(key) for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def accepts(self, authorization: str | None) -> bool:
+        """Whether a value of the Authorization header carries one of the keys."""
+        scheme, _, given = (authorization or "").partition(" ")
+        digest = _digest(given.strip())
+        found = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them, whichever fits
+        return any(found) and scheme.lower() == "bearer"
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def read_secrets(values: Sequence[str], file: str | None) -> tuple[str, ...]:
+    """Keys from the command line and from a file with one per line; empty lines and lines that start with `#` do not count.
+
+    Raises:
+        ValueError: a file that cannot be read or holds no key.
+    """
+    if file is None:
+        return tuple(values)
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"The key file {file!r} cannot be read; check its path and rights.") from error
+    found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not found:
+        raise ValueError(f"The key file {file!r} holds no key; write one per line.")
+    return (*values, *found)
+
+
+class RequestIds:
+    """Names each request, logs it, and turns whatever is raised inside into an error body.
+
+    A client's own `X-Request-Id` is kept where it is short and plain; every response carries the id.
+
+    Args:
+        on_error: told of each error's kind.
+    """
+
+    def __init__(self, app: ASGIApp, on_error: Callable[[ErrorKind], None] = lambda kind: None) -> None:
+        self.app, self.on_error = app, on_error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = header_of(scope, b"x-request-id")
+        request_id = given if given is not None and _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        status, start = 0, time.perf_counter()
+
+        async def named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode()), *_SAFETY_HEADERS]
+            await send(message)
+
+        try:
+            _check_head(scope)
+            await self.app(scope, receive, named)
+        except Exception as raised:
+            error = typed_error(raised, request_id)
+            self.on_error(error.kind)
+            if status:  # too late for another answer: an ending that no client takes for a whole one
+                cut_connection(scope)
+                await asyncio.sleep(0)
+            else:
+                await error_response(error, scope)(scope, receive, named)
+        finally:
+            took = 1000 * (time.perf_counter() - start)
+            logger.info("%s %r %d in %.0f ms, request %s", scope["method"], scope["path"][:200], status, took, request_id)
+
+
+def _check_head(scope: Scope) -> None:
+    """Bound the headers: the server bounds what it holds of unfinished ones, but takes longer ones that arrive in one piece."""
+    size = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+    if size > MAX_HEADER_BYTES:
+        raise ServeError(ErrorKind.TOO_LARGE)
+
+
+_SAFETY_HEADERS = ((b"x-content-type-options", b"nosniff"),)
+
+
+class ApiKeys:
+    """Lets in whoever shows a key, and everyone to the open paths.
+
+    Args:
+        open_paths: exact paths. open_prefixes: paths that start with one of these, up to a slash.
+    """
+
+    def __init__(
+        self, app: ASGIApp, keys: KeyRing, open_paths: Sequence[str] = ("/health",), open_prefixes: Sequence[str] = ()
+    ) -> None:
+        self.app, self.keys = app, keys
+        self.open_paths = frozenset(open_paths)
+        self.open_prefixes = tuple(prefix.rstrip("/") + "/" for prefix in open_prefixes)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self.keys and not self._is_open(scope["path"]):
+            if not self.keys.accepts(header_of(scope, b"authorization")):
+                raise ServeError(ErrorKind.UNAUTHORIZED)
+        await self.app(scope, receive, send)
+
+    def _is_open(self, path: str) -> bool:
+        return path in self.open_paths or f"{path}/".startswith(self.open_prefixes)
+
+
+class Admission:
+    """Takes a place for each request that generates, before its body is read, and gives it back at the end.
+
+    Args:
+        paths: the generating ones.
+    """
+
+    def __init__(self, app: ASGIApp, gate: Gate, paths: Sequence[str]) -> None:
+        self.app, self.gate, self.paths = app, gate, frozenset(paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self.paths:
+            await self.app(scope, receive, send)
+            return
+        with self.gate.places():
+            await self.app(scope, receive, send)
+
+
+class BoundedBodies:
+    """Bounds how large a body may be and how long it may take to arrive, by its header and again while it is read.
+
+    Args:
+        gate: holds the bytes of all bodies together.
+        max_bytes: of one body. seconds: from the request's headers to the body's last byte.
+    """
+
+    def __init__(self, app: ASGIApp, gate: Gate, max_bytes: int, seconds: float) -> None:
+        self.app, self.gate, self.max_bytes, self.seconds = app, gate, max_bytes, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        declared = header_of(scope, b"content-length")
+        if declared is not None and (not declared.isdecimal() or len(declared) > 18 or int(declared) > self.max_bytes):
+            raise ServeError(ErrorKind.TOO_LARGE)
+        deadline = anyio.current_time() + self.seconds
+        arrived, complete = 0, False
+
+        async def bounded() -> Message:
+            nonlocal arrived, complete
+            if complete:
+                return await receive()
+            message = await self._in_time(receive, deadline)
+            if message["type"] != "http.request":
+                return message
+            count = len(message.get("body", b""))
+            if arrived + count > self.max_bytes:
+                raise ServeError(ErrorKind.TOO_LARGE)
+            self.gate.take_bytes(count)
+            arrived += count
+            complete = not message.get("more_body", False)
+            return message
+
+        try:
+            await self.app(scope, bounded, send)
+        finally:
+            self.gate.give_bytes(arrived)
+
+    @staticmethod
+    async def _in_time(receive: Receive, deadline: float) -> Message:
+        try:
+            with anyio.fail_after(max(0.0, deadline - anyio.current_time())):
+                return await receive()
+        except TimeoutError as error:
+            raise ServeError(ErrorKind.TIMEOUT) from error
+
+
+def guard_app(
+    app: FastAPI,
+    gate: Gate,
+    limits: Limits,
+    *,
+    api_keys: Sequence[str] = (),
+    generating_paths: Sequence[str] = (),
+    open_paths: Sequence[str] = ("/health",),
+    open_prefixes: Sequence[str] = (),
+    on_error: Callable[[ErrorKind], None] = lambda kind: None,
+) -> None:
+    """Put all of this page's rules before an app, and leave the gate at `app.state.gate` for the server that runs it."""
+    app.state.gate = gate
+    app.add_middleware(BoundedBodies, gate=gate, max_bytes=limits.max_body_bytes, seconds=limits.body_seconds)
+    app.add_middleware(Admission, gate=gate, paths=generating_paths)
+    app.add_middleware(ApiKeys, keys=KeyRing(api_keys), open_paths=open_paths, open_prefixes=open_prefixes)
+    app.add_middleware(RequestIds, on_error=on_error)
+
+    async def refuse(request: Request, raised: Exception) -> Response:
+        assert isinstance(raised, HTTPException)
+        if raised.status_code == 404:
+            raise ServeError(ErrorKind.NOT_FOUND)
+        on_error(ErrorKind.INVALID_REQUEST)
+        error = ServeError(ErrorKind.INVALID_REQUEST, "This address does not answer to that method.")
+        return error_response(error, request.scope, raised.status_code, dict(raised.headers or {}))
+
+    app.add_exception_handler(HTTPException, refuse)
+
+
+async def read_json(request: Request) -> Any:
+    """The body of a request as plain JSON values.
+
+    Raises:
+        ServeError: no JSON by the strict reading of `parse_json`, another content type, or a body beyond its bounds.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":  # also keeps web pages of other origins from posting plain forms here
+        raise FieldError("The Content-Type is not application/json; send JSON and say so.")
+    body = await request.body()
+    return parse_json(body) if len(body) < LARGE_BODY else await asyncio.to_thread(parse_json, body)
+
+
+def parse_json(body: bytes) -> Any:
+    """Read JSON strictly: UTF-8, finite and sensibly long numbers, each name once, no lone surrogates, bounded in size and depth.
+
+    Raises:
+        FieldError: whatever is not so; the sentence never quotes the body.
+    """
+    if sum(body.count(mark) for mark in (b",", b"[", b"{")) > MAX_JSON_ITEMS:
+        raise FieldError(f"The body has more than {MAX_JSON_ITEMS} items.")
+    try:
+        text = body.decode("utf-8")
+        value = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        if b"\\u" in body and _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except FieldError:
+        raise
+    except UnicodeError as error:
+        raise FieldError("The body is not UTF-8 text.") from error
+    except RecursionError as error:
+        raise FieldError("The body is nested too deeply.") from error
+    except ValueError as error:
+        raise FieldError("The body is not valid JSON.") from error
+    return value
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MAX_JSON_DIGITS:
+        raise FieldError(f"The body holds a whole number of more than {MAX_JSON_DIGITS} digits.")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if number in (float("inf"), float("-inf")):
+        raise FieldError("The body holds a number that is too large.")
+    return number
+
+
+def _refuse_constant(name: str) -> Any:
+    raise FieldError(f"The body holds {name}, which is not JSON.")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise FieldError("An object of the body names a field twice.")
+    return found
+
+
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Return when the client is gone; call after the body was read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
+    """Await `work`, but cancel it when the client goes away.
+
+    Raises:
+        ServeError: `CANCELLED`. Or what the work raises.
+    """
+    working = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(wait_for_disconnect(receive))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ServeError(ErrorKind.CANCELLED)
+        return await working
+    finally:
+        working.cancel()
+        gone.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)

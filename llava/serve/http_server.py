@@ -1,0 +1,158 @@
+"""Running an app: uvicorn with bounds on headers and idle clients, and an end that lets running answers finish."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from llava.serve.http_guard import MAX_HEADER_BYTES, Gate
+
+logger = logging.getLogger(__name__)
+
+HEADER_SECONDS = 15.0
+"""In which a connection has to bring a request's headers, or the rest of a body that nobody reads any more."""
+KEEP_ALIVE_SECONDS = 15
+FLUSH_SECONDS = 30.0
+"""In which a client has to take what was sent, once its connection is to be closed."""
+DRAIN_SECONDS = 300.0
+"""That running answers get to finish after SIGTERM."""
+
+
+class GuardedProtocol(H11Protocol):
+    """One connection whose client cannot hold it open by doing nothing.
+
+    The app finds the transport at `scope["state"]["connection"]` and may abort it.
+    """
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, "connection": transport}
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_watching()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self.loop.call_later(FLUSH_SECONDS, self.transport.abort)
+        self._watch()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self.loop.call_later(FLUSH_SECONDS, self.transport.abort)
+
+    def _watch(self) -> None:
+        """Start the clock where the client owes us bytes that no app is waiting for; stop it where it does not."""
+        answered = self.cycle is None or self.cycle.response_complete
+        owes = self.conn.their_state is h11.IDLE or (self.conn.their_state is h11.SEND_BODY and answered)
+        if not owes:
+            self._stop_watching()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(HEADER_SECONDS, self._give_up)
+
+    def _stop_watching(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _give_up(self) -> None:
+        self._deadline = None
+        self.transport.abort()
+
+
+class DrainingServer(uvicorn.Server):
+    """A server that answers SIGTERM and SIGINT by refusing new work, finishing what runs, and returning.
+
+    A second signal ends it at once.
+
+    Args:
+        gate: counts what runs; its `draining` makes the app refuse.
+        drain_seconds: after which what still runs is cancelled.
+    """
+
+    def __init__(self, config: uvicorn.Config, gate: Gate, drain_seconds: float = DRAIN_SECONDS) -> None:
+        super().__init__(config)
+        self.gate, self.drain_seconds = gate, drain_seconds
+        self._finishing: asyncio.Task[None] | None = None
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals on the loop. uvicorn's own way raises them again at the end, which would make the exit status theirs."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGINT, signal.SIGTERM)
+        for number in signals:
+            loop.add_signal_handler(number, self.stop)
+        try:
+            yield
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+    def stop(self) -> None:
+        """Begin to drain; called again, end at once."""
+        if self._finishing is not None:
+            logger.warning("second signal: ending at once")
+            self.should_exit = self.force_exit = True
+            return
+        logger.info("draining: %d requests run", self.gate.inside)
+        self.gate.draining = True
+        self._finishing = asyncio.get_running_loop().create_task(self._finish())
+
+    async def _finish(self) -> None:
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.gate.wait_idle(), self.drain_seconds)
+        self.should_exit = True
+
+
+def make_server(
+    app: FastAPI, host: str, port: int, *, log_level: str = "info", drain_seconds: float = DRAIN_SECONDS, **options: Any
+) -> DrainingServer:
+    """A server for an app that `guard_app` guards; `run_server` runs it, and so does `await server.serve()`.
+
+    Args:
+        port: 0 takes a free one; it is printed.
+        options: uvicorn's own, such as `ssl_keyfile`.
+    """
+    settings: dict[str, Any] = {
+        "http": GuardedProtocol,
+        "ws": "none",
+        "h11_max_incomplete_event_size": MAX_HEADER_BYTES,
+        "timeout_keep_alive": KEEP_ALIVE_SECONDS,
+        "timeout_graceful_shutdown": int(FLUSH_SECONDS),
+        "access_log": False,  # RequestIds writes one line per request, with its id
+        "server_header": False,
+        "proxy_headers": False,
+        "log_level": log_level,
+    }
+    config = uvicorn.Config(app, host=host, port=port, **{**settings, **options})
+    return DrainingServer(config, app.state.gate, drain_seconds)
+
+
+def run_server(server: DrainingServer) -> int:
+    """Run until a signal; 0, or 1 when the server could not start."""
+    try:
+        server.run()
+    except SystemExit:  # uvicorn's word for a port that is taken or a lifespan that failed; it logged which
+        return 1
+    return 0 if server.started else 1

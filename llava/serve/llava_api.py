@@ -1,0 +1,139 @@
+"""LLaVA's worker protocol as data: finished prompts and base64 pictures in, null-separated JSON out.
+
+Each part of a stream holds the whole text so far, prompt included, and an `error_code` that is 0 while all is well. Beyond LLaVA's fields
+there are those about granularity; the first part tells what the pictures cost, the last one what the whole answer took.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.model.routing import RoutingRequest
+from llava.serve.http_guard import FieldError, error_body
+from llava.serve.openai_api import (
+    Granularity,
+    RoutingFields,
+    check_model,
+    check_new_tokens,
+    check_pictures,
+    check_prompt_length,
+    compact_json,
+    read_routing,
+    read_stop,
+    report_fields,
+    usage_fields,
+    validate,
+)
+from llava.serve.protocol import Finished, Limits, ModelCard, Sampling, ServeError, Started
+
+GREEDY_BELOW = 0.001
+"""LLaVA samples only above this temperature."""
+NEW_TOKENS = 256
+"""Of an answer at most, where a request does not say."""
+
+
+class WorkerRequest(RoutingFields):
+    """A prompt to continue."""
+
+    model: str | None = Field(None, max_length=512)
+    prompt: str = Field(min_length=1, description="Written by a conversation template; one `<image>` per picture.")
+    images: Annotated[list[str], Field(max_length=1024, fail_fast=True)] | None = Field(None, description="Base64, or data URLs.")
+    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
+    max_new_tokens: int | None = Field(None, ge=1, le=10_000_000, description="256 when missing.")
+    stop: str | Annotated[list[str], Field(max_length=1024, fail_fast=True)] | None = None
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    echo: bool = Field(True, description="Whether the prompt stands before the text of each part.")
+    vis_token_granularity: Granularity | None = Field(None, description="Another name of `granularity`.")
+
+
+@dataclass(frozen=True)
+class WorkerCall:
+    """A worker request that was read and found possible. sources: the pictures, base64 or data URLs."""
+
+    prompt: str
+    sources: tuple[str, ...]
+    sampling: Sampling
+    routing: RoutingRequest
+    echo: bool
+
+
+def read_worker_request(value: Any, card: ModelCard, limits: Limits) -> WorkerCall:
+    """Read the JSON values of a worker request.
+
+    Raises:
+        FieldError: what cannot be done, and in which field.
+    """
+    request = validate(WorkerRequest, value)
+    if request.model:
+        check_model(request.model, card)
+    sources = tuple(request.images or ())
+    check_pictures(len(sources), card, limits, "images")
+    check_prompt_length(len(request.prompt), limits, "prompt")
+    longest = request.max_new_tokens or min(NEW_TOKENS, limits.max_new_tokens)
+    check_new_tokens(longest, limits, "max_new_tokens")
+    places = request.prompt.count(DEFAULT_IMAGE_TOKEN)
+    if places != len(sources):
+        raise FieldError(f"The prompt has {places} {DEFAULT_IMAGE_TOKEN}, but there are {len(sources)} images; make them agree.", "images")
+    return WorkerCall(
+        prompt=request.prompt,
+        sources=sources,
+        sampling=Sampling(
+            temperature=request.temperature if request.temperature > GREEDY_BELOW else 0.0,
+            top_p=request.top_p,
+            max_new_tokens=longest,
+            seed=request.seed,
+            stop=read_stop(request.stop, limits),
+        ),
+        routing=read_routing(_one_granularity(request), card),
+        echo=request.echo,
+    )
+
+
+def _one_granularity(request: WorkerRequest) -> RoutingFields:
+    """The routing fields, whichever of its two names the granularity came under."""
+    old, new = request.vis_token_granularity, request.granularity
+    if old is not None and new is not None and old != new:
+        raise FieldError("vis_token_granularity and granularity differ, but mean the same; give one.", "granularity")
+    return RoutingFields(
+        granularity=new if old is None else old,
+        max_visual_tokens=request.max_visual_tokens,
+        granularity_bias=request.granularity_bias,
+    )
+
+
+class WorkerWriter:
+    """Writes the parts of one stream.
+
+    Args:
+        prompt: what stands before each text.
+    """
+
+    def __init__(self, prompt: str) -> None:
+        self.text = prompt
+
+    def opening(self, event: Started) -> bytes:
+        """The first part: no text yet, but what the pictures cost."""
+        return null_ended({"text": self.text, "error_code": 0, "avg_llava": report_fields(event)})
+
+    def piece(self, text: str) -> bytes:
+        self.text += text
+        return null_ended({"text": self.text, "error_code": 0})
+
+    def ending(self, event: Finished) -> bytes:
+        """The last part."""
+        report = {"finish_reason": event.finish_reason, "usage": usage_fields([event]), "avg_llava": report_fields(event)}
+        return null_ended({"text": self.text, "error_code": 0, **report})
+
+    @staticmethod
+    def error(error: ServeError, request_id: str) -> bytes:
+        return null_ended(error_body(error, request_id, worker_protocol=True))
+
+
+def null_ended(value: Any) -> bytes:
+    """One part of a stream."""
+    return compact_json(value) + b"\0"

@@ -1,0 +1,543 @@
+"""The OpenAI chat API as data: what a body may hold, how it becomes generation requests, and how events become bodies.
+
+The set of fields is closed: one we do not know is refused by its name, never ignored. Beyond OpenAI's there are `granularity`,
+`max_visual_tokens` and `granularity_bias`, and answers tell in `usage` and `avg_llava` what was chosen and what it saved.
+Nothing here opens a connection or decodes a picture.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
+from llava.inference import Message
+from llava.model.routing import RoutingRequest
+from llava.serve.http_guard import FieldError
+from llava.serve.protocol import (
+    ErrorKind,
+    Finished,
+    GenerationRequest,
+    ImageReport,
+    Limits,
+    ModelCard,
+    Sampling,
+    Started,
+    TokenScore,
+)
+
+LOWEST_LOG_PROBABILITY = -9999.0
+"""Stands for minus infinity, which JSON cannot say; OpenAI's API uses the same."""
+
+
+class Closed(BaseModel):
+    """A body without other fields than those declared, and without conversions between types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+
+
+class TextPart(Closed):
+    """Text within a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(Closed):
+    """Where a picture is: a data URL (`data:image/png;base64,...`), or a web address where the server fetches those."""
+
+    url: str
+    detail: Literal["auto"] | None = Field(None, description="The model chooses its own; use `granularity` to choose for it.")
+
+
+class ImagePart(Closed):
+    """A picture within a user's message."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+class ChatMessage(Closed):
+    """One turn. `developer` means `system`. Pictures go into users' turns."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[ContentPart], Field(min_length=1, max_length=1024, fail_fast=True)]
+    refusal: None = None
+    tool_calls: None = None
+
+
+class StreamOptions(Closed):
+    """What a stream holds besides the answer."""
+
+    include_usage: bool | None = Field(None, description="End with a chunk that holds `usage` and no choices.")
+
+
+class ResponseFormat(Closed):
+    """Only plain text is written."""
+
+    type: Literal["text"]
+
+
+Granularity = Literal["auto"] | int | Annotated[list[int], Field(min_length=1, max_length=64, fail_fast=True)]
+
+
+class RoutingFields(Closed):
+    """How many visual tokens the pictures may cost."""
+
+    granularity: Granularity | None = Field(
+        None, description="Tokens per view: null or `auto` lets the model choose, a number fixes it, a list limits the choice."
+    )
+    max_visual_tokens: int | None = Field(None, ge=1, le=10_000_000, description="Budget for all pictures together.")
+    granularity_bias: float | None = Field(
+        None, ge=-1000, le=1000, allow_inf_nan=False, description="Added to the router's logits per log2 of tokens; negative is cheaper."
+    )
+
+
+class ChatRequest(RoutingFields):
+    """A conversation to continue."""
+
+    model: str = Field(max_length=512)
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(None, ge=1, le=1024)
+    max_tokens: int | None = Field(None, ge=1, le=10_000_000)
+    max_completion_tokens: int | None = Field(None, ge=1, le=10_000_000)
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="0, the default, is greedy.")
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: str | Annotated[list[str], Field(max_length=1024, fail_fast=True)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=1024)
+    frequency_penalty: float | None = Field(None, ge=0, le=0, description="Only 0.")
+    presence_penalty: float | None = Field(None, ge=0, le=0, description="Only 0.")
+    response_format: ResponseFormat | None = None
+    user: str | None = Field(None, max_length=256, description="Written to the log beside the request's id.")
+    logit_bias: None = None
+    tools: None = None
+    tool_choice: None = None
+
+
+class ErrorFields(BaseModel):
+    """What went wrong; `request_id` finds the details in the server's log."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+    request_id: str
+
+
+class ErrorBody(BaseModel):
+    """The body of every error."""
+
+    error: ErrorFields
+
+
+class ImageFields(BaseModel):
+    """How one picture's cost came about; see `llava.serve.protocol.ImageReport`."""
+
+    granularity: int
+    visual_tokens: int
+    full_visual_tokens: int
+    tokens_per_level: dict[str, int]
+    logits: list[float]
+    probabilities: list[float]
+    cached: bool
+    grid: dict[str, Any] | None
+
+
+class ReportFields(BaseModel):
+    """What the answer took."""
+
+    images: list[ImageFields]
+    milliseconds: dict[str, float]
+
+
+class UsageFields(BaseModel):
+    """Tokens; the prompt's include the visual ones."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    visual_tokens: int
+    full_visual_tokens: int
+    granularities: list[int]
+
+
+class ChatCompletion(BaseModel):
+    """A whole answer, or with `object` `chat.completion.chunk` and `delta` in its choices, a part of a streamed one."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[dict[str, Any]]
+    usage: UsageFields | None = None
+    avg_llava: ReportFields | None = None
+
+
+class ModelFields(BaseModel):
+    """A served model."""
+
+    id: str
+    object: str
+    created: int
+    owned_by: str
+    context_length: int
+    granularities: list[int]
+    has_router: bool
+    takes_images: bool
+    max_images: int
+
+
+class ModelList(BaseModel):
+    """The served models."""
+
+    object: str
+    data: list[ModelFields]
+
+
+@dataclass(frozen=True)
+class ChatCall:
+    """A chat request that was read and found possible.
+
+    turns: with `<image>` where a picture goes. sources: the pictures' addresses, in that order.
+    """
+
+    turns: tuple[Message, ...]
+    sources: tuple[str, ...]
+    sampling: Sampling
+    routing: RoutingRequest
+    n: int
+    stream: bool
+    include_usage: bool
+    user: str | None
+
+    def requests(self, request_id: str, images: Sequence[Image.Image]) -> list[GenerationRequest]:
+        """One generation request per choice; with a seed, each choice draws from its own."""
+        return [
+            GenerationRequest(
+                request_id=request_id if self.n == 1 else f"{request_id}.{index}",
+                messages=self.turns,
+                images=tuple(images),
+                sampling=self._seeded(index),
+                routing=self.routing,
+            )
+            for index in range(self.n)
+        ]
+
+    def _seeded(self, index: int) -> Sampling:
+        seed = self.sampling.seed
+        if seed is None or index == 0:
+            return self.sampling
+        return Sampling(**{**asdict(self.sampling), "seed": (seed + index) % 2**63})
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def validate(schema: type[M], value: Any) -> M:
+    """Check plain JSON values against a schema.
+
+    Raises:
+        FieldError: one thing that is wrong, by the name of its field; values are not quoted.
+    """
+    try:
+        return schema.model_validate(value)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        first = max(found, key=lambda each: len(each["loc"]))  # of a union's branches, the one that fits furthest
+        param = ".".join(str(part) for part in first["loc"] if _is_field(part))[:200]
+        what = "this field is not known here" if first["type"] == "extra_forbidden" else first["msg"]
+        raise FieldError(f"{param or 'The body'!r}: {what}.", param or None) from error
+
+
+def _is_field(part: int | str) -> bool:
+    """Whether a part of pydantic's path names a field or a place in a list, not a branch of a union."""
+    return isinstance(part, int) or not (part in _BRANCHES or "[" in part)
+
+
+_BRANCHES = frozenset(("str", "int", "float", "bool", "none", "text", "image_url")) - {"text", "image_url"}
+
+
+def read_chat(value: Any, card: ModelCard, limits: Limits) -> ChatCall:
+    """Read the JSON values of a chat request.
+
+    Args:
+        card: the model that is asked. limits: what one request may hold.
+
+    Raises:
+        FieldError: what cannot be done, and in which field.
+    """
+    request = validate(ChatRequest, value)
+    check_model(request.model, card)
+    turns, sources = _read_messages(request.messages, card, limits)
+    if request.stream_options is not None and not request.stream:
+        raise FieldError("stream_options is there, but stream is not true; set both or neither.", "stream_options")
+    n = request.n or 1
+    if n > limits.max_n:
+        raise FieldError(f"n is {n}, expected at most {limits.max_n}.", "n")
+    return ChatCall(
+        turns=turns,
+        sources=sources,
+        sampling=_read_sampling(request, limits),
+        routing=read_routing(request, card),
+        n=n,
+        stream=bool(request.stream),
+        include_usage=bool(request.stream_options and request.stream_options.include_usage),
+        user=request.user,
+    )
+
+
+def check_model(name: str, card: ModelCard) -> None:
+    """Refuse a model that is not the served one."""
+    if name != card.name:
+        raise FieldError(f"There is no model {name[:100]!r} here, only {card.name!r}.", "model", ErrorKind.MODEL_NOT_FOUND)
+
+
+def _read_messages(messages: Sequence[ChatMessage], card: ModelCard, limits: Limits) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+    if len(messages) > limits.max_messages:
+        raise FieldError(f"There are {len(messages)} messages, expected at most {limits.max_messages}.", "messages")
+    roles = ["system" if message.role == "developer" else message.role for message in messages]
+    spoken = roles[1:] if roles[0] == "system" else roles
+    if len(spoken) % 2 == 0 or spoken != [("user", "assistant")[index % 2] for index in range(len(spoken))]:
+        raise FieldError(
+            "The roles are not in order; expected at most one system message first, then user and assistant in turn, the user last.",
+            "messages",
+        )
+    turns, sources = [], []
+    for index, (role, message) in enumerate(zip(roles, messages, strict=True)):
+        text, found = _read_content(message.content, role, f"messages.{index}.content")
+        turns.append(Message(role, text))
+        sources.extend(found)
+    check_pictures(len(sources), card, limits, "messages")
+    check_prompt_length(sum(len(turn.text) for turn in turns), limits, "messages")
+    return tuple(turns), tuple(sources)
+
+
+def _read_content(content: str | list[ContentPart], role: str, param: str) -> tuple[str, list[str]]:
+    """A message's text, with a placeholder for each picture, and the pictures' addresses."""
+    parts = [TextPart(type="text", text=content)] if isinstance(content, str) else content
+    sources = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
+    texts = [part.text for part in parts if isinstance(part, TextPart)]
+    if sources and role != "user":
+        raise FieldError(f"A message of role {role} holds a picture; only users' messages may.", param)
+    if any(mark in text for text in texts for mark in (DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER)):
+        raise FieldError(f"The text holds {DEFAULT_IMAGE_TOKEN}, which marks a picture's place; send pictures as image_url parts.", param)
+    if not any(text.strip() for text in texts):
+        raise FieldError("The message has no text; write a question.", param)
+    return "\n".join(part.text if isinstance(part, TextPart) else DEFAULT_IMAGE_TOKEN for part in parts), sources
+
+
+def check_pictures(count: int, card: ModelCard, limits: Limits, param: str) -> None:
+    """Refuse more pictures than the model or the server takes."""
+    most = min(limits.max_images, card.max_images) if card.takes_images else 0
+    if count > most:
+        raise FieldError(f"There are {count} pictures, expected at most {most}.", param)
+
+
+def check_prompt_length(count: int, limits: Limits, param: str) -> None:
+    """Refuse a longer text than the server reads."""
+    if count > limits.max_prompt_characters:
+        raise FieldError(
+            f"The text has {count} characters, expected at most {limits.max_prompt_characters}.", param, ErrorKind.CONTEXT_LENGTH
+        )
+
+
+def _read_sampling(request: ChatRequest, limits: Limits) -> Sampling:
+    if request.max_tokens is not None and request.max_completion_tokens not in (None, request.max_tokens):
+        raise FieldError("max_tokens and max_completion_tokens differ, but mean the same; give one.", "max_tokens")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise FieldError("top_logprobs is there, but logprobs is not true; set both or neither.", "top_logprobs")
+    if (request.top_logprobs or 0) > limits.max_logprobs:
+        raise FieldError(f"top_logprobs is {request.top_logprobs}, expected at most {limits.max_logprobs}.", "top_logprobs")
+    longest = request.max_tokens or request.max_completion_tokens or min(Sampling.max_new_tokens, limits.max_new_tokens)
+    check_new_tokens(longest, limits, "max_tokens" if request.max_tokens else "max_completion_tokens")
+    return Sampling(
+        temperature=request.temperature or 0.0,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        max_new_tokens=longest,
+        seed=request.seed,
+        stop=read_stop(request.stop, limits),
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+    )
+
+
+def check_new_tokens(count: int, limits: Limits, param: str) -> None:
+    """Refuse a longer answer than the server writes."""
+    if count > limits.max_new_tokens:
+        raise FieldError(f"{param} is {count}, expected at most {limits.max_new_tokens}.", param)
+
+
+def read_stop(stop: str | Sequence[str] | None, limits: Limits) -> tuple[str, ...]:
+    """The texts that end an answer."""
+    texts = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    if len(texts) > limits.max_stop:
+        raise FieldError(f"stop has {len(texts)} texts, expected at most {limits.max_stop}.", "stop")
+    if any(not 0 < len(text) <= limits.max_stop_characters for text in texts):
+        raise FieldError(f"A text of stop is empty or longer than {limits.max_stop_characters} characters.", "stop")
+    return texts
+
+
+def read_routing(fields: RoutingFields, card: ModelCard) -> RoutingRequest:
+    """What is asked about granularity, checked against what the model has."""
+    wanted = None if fields.granularity == "auto" else fields.granularity
+    if not card.granularities and (wanted is not None or fields.max_visual_tokens is not None):
+        raise FieldError("This model has no granularities to choose from; leave the field out.", "granularity")
+    if fields.granularity_bias and not card.has_router:
+        raise FieldError("This model has no router to bias; leave the field out.", "granularity_bias")
+    named = [wanted] if isinstance(wanted, int) else list(wanted or ())
+    known = [number in card.granularities for number in named]
+    finest_or_more = isinstance(wanted, int) and wanted > card.granularities[-1]  # scripts ask every LLaVA for 576
+    if not all(known) and not finest_or_more:
+        raise FieldError(f"granularity is not among this model's: {list(card.granularities)}.", "granularity")
+    granularity = tuple(wanted) if isinstance(wanted, list) else wanted
+    return RoutingRequest(granularity, fields.max_visual_tokens, fields.granularity_bias or 0.0)  # type: ignore[arg-type]
+
+
+def image_fields(report: ImageReport) -> dict[str, Any]:
+    """One picture's report as JSON values."""
+    return {
+        "granularity": report.granularity,
+        "visual_tokens": report.visual_tokens,
+        "full_visual_tokens": report.full_visual_tokens,
+        "tokens_per_level": {str(level): tokens for level, tokens in report.tokens_per_level.items()},
+        "logits": report.logits,
+        "probabilities": report.probabilities,
+        "cached": report.cached,
+        "grid": report.grid,
+    }
+
+
+def report_fields(event: Started | Finished) -> dict[str, Any]:
+    """The value of `avg_llava`: pictures and milliseconds."""
+    return {
+        "images": [image_fields(report) for report in event.images],
+        "milliseconds": {part: round(value, 3) for part, value in event.milliseconds.items()},
+    }
+
+
+def usage_fields(endings: Sequence[Finished]) -> dict[str, Any]:
+    """The value of `usage`: the prompt counts once, the answers add up."""
+    first = endings[0]
+    written = sum(ending.completion_tokens for ending in endings)
+    return {
+        "prompt_tokens": first.prompt_tokens,
+        "completion_tokens": written,
+        "total_tokens": first.prompt_tokens + written,
+        "visual_tokens": sum(image.visual_tokens for image in first.images),
+        "full_visual_tokens": sum(image.full_visual_tokens for image in first.images),
+        "granularities": [image.granularity for image in first.images],
+    }
+
+
+def score_fields(scores: Sequence[TokenScore]) -> dict[str, Any]:
+    """The value of a choice's `logprobs`."""
+    return {
+        "content": [
+            {
+                **_token_fields(score.text, score.log_probability),
+                "top_logprobs": [_token_fields(text, value) for text, value in score.alternatives],
+            }
+            for score in scores
+        ],
+        "refusal": None,
+    }
+
+
+def _token_fields(text: str, log_probability: float) -> dict[str, Any]:
+    return {"token": text, "logprob": max(log_probability, LOWEST_LOG_PROBABILITY), "bytes": list(text.encode("utf-8", "replace"))}
+
+
+class ChatWriter:
+    """Writes the bodies of one call's answer.
+
+    Args:
+        request_id: names the completion. model: as served. scored: whether log probabilities were asked for.
+    """
+
+    def __init__(self, request_id: str, model: str, scored: bool) -> None:
+        self.head = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": model}
+        self.scored = scored
+
+    def completion(self, choices: Sequence[tuple[str, Sequence[TokenScore], Finished]]) -> dict[str, Any]:
+        """The whole answer, from each choice's text, scores and ending."""
+        endings = [ending for _, _, ending in choices]
+        slowest = max(endings, key=lambda ending: ending.milliseconds.get("total", 0.0))
+        return {
+            **self.head,
+            "object": "chat.completion",
+            "choices": [
+                self._choice(index, "message", {"role": "assistant", "content": text}, scores, ending.finish_reason)
+                for index, (text, scores, ending) in enumerate(choices)
+            ],
+            "usage": usage_fields(endings),
+            "avg_llava": report_fields(slowest),
+        }
+
+    def opening(self, index: int, event: Started) -> bytes:
+        """The chunk that names the role; it already tells what the pictures cost."""
+        return self._chunk(index, {"role": "assistant", "content": ""}, (), None, avg_llava=report_fields(event))
+
+    def piece(self, index: int, text: str, scores: Sequence[TokenScore]) -> bytes:
+        return self._chunk(index, {"content": text}, scores, None)
+
+    def ending(self, index: int, event: Finished) -> bytes:
+        return self._chunk(index, {}, (), event.finish_reason, avg_llava=report_fields(event))
+
+    def usage(self, endings: Sequence[Finished]) -> bytes:
+        """The chunk without choices that `include_usage` asks for."""
+        slowest = max(endings, key=lambda ending: ending.milliseconds.get("total", 0.0))
+        body = {"choices": [], "usage": usage_fields(endings), "avg_llava": report_fields(slowest)}
+        return server_sent({**self.head, "object": "chat.completion.chunk", **body})
+
+    def _chunk(
+        self, index: int, delta: Mapping[str, Any], scores: Sequence[TokenScore], finish_reason: str | None, **extra: Any
+    ) -> bytes:
+        choice = self._choice(index, "delta", delta, scores, finish_reason)
+        return server_sent({**self.head, "object": "chat.completion.chunk", "choices": [choice], **extra})
+
+    def _choice(
+        self, index: int, key: str, value: Mapping[str, Any], scores: Sequence[TokenScore], finish_reason: str | None
+    ) -> dict[str, Any]:
+        logprobs = score_fields(scores) if self.scored and (scores or key == "message") else None
+        return {"index": index, key: value, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def server_sent(value: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + compact_json(value) + b"\n\n"
+
+
+def compact_json(value: Any) -> bytes:
+    """JSON in UTF-8, without spaces."""
+    return _ENCODER.encode(value).encode("utf-8", "replace")
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)  # `json.dumps` would make one per call
+STREAM_END = b"data: [DONE]\n\n"
+
+
+def model_fields(card: ModelCard, created: int) -> dict[str, Any]:
+    """A model as `/v1/models` tells it."""
+    return {
+        "id": card.name,
+        "object": "model",
+        "created": created,
+        "owned_by": "avg-llava",
+        "context_length": card.context_length,
+        "granularities": list(card.granularities),
+        "has_router": card.has_router,
+        "takes_images": card.takes_images,
+        "max_images": card.max_images,
+    }

@@ -1,0 +1,230 @@
+"""What was said on the page, kept on the server: a browser sends its new question and never the history."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import time
+import uuid
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from PIL import Image
+
+from llava.images import ImageError, decode_image
+from llava.serve.chat_client import ChatError, Outcome
+
+THUMBNAIL = 384
+"""Longest side of the small copy that the page shows."""
+MAX_QUESTION_CHARACTERS = 20_000
+MAX_TURNS = 100
+
+Status = Literal["streaming", "done", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a question: data_url for the model, thumbnail (a data URL too) for the page, both made here from checked bytes."""
+
+    data_url: str
+    thumbnail: str
+    size: tuple[int, int]
+    sha256: str
+
+    @property
+    def cost(self) -> int:
+        """Bytes it takes to remember it."""
+        return len(self.data_url) + len(self.thumbnail)
+
+
+def read_picture(data: bytes) -> Picture:
+    """Check and decode the bytes of an image file.
+
+    Raises:
+        ImageError: see `llava.images`.
+    """
+    image = decode_image(data)
+    media_type = {"MPO": "JPEG"}.get(name := image_format(data), name).lower()
+    return Picture(
+        data_url=_data_url(media_type, data),
+        thumbnail=_data_url("jpeg", _small_jpeg(image)),
+        size=image.size,
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
+
+
+def image_format(data: bytes) -> str:
+    """Pillow's name of the format of a file that `decode_image` has read."""
+    with Image.open(io.BytesIO(data)) as image:
+        if image.format is None:
+            raise ImageError("the image has no format, expected an image file")
+        return image.format
+
+
+def _small_jpeg(image: Image.Image) -> bytes:
+    copy = image.copy()
+    copy.thumbnail((THUMBNAIL, THUMBNAIL))
+    file = io.BytesIO()
+    copy.save(file, "JPEG", quality=88)
+    return file.getvalue()
+
+
+def _data_url(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one side is asked. granularity: `None` lets the router choose. max_visual_tokens: `None` for no budget."""
+
+    model: str
+    granularity: int | None = None
+    max_visual_tokens: int | None = None
+    granularity_bias: float = 0.0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_tokens: int = 512
+
+    def body(self) -> dict[str, Any]:
+        """The fields of a request; ours only where they say something, so that a server without them can be asked too."""
+        body: dict[str, Any] = {
+            "model": self.model,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "max_tokens": self.max_tokens,
+        }
+        ours = {
+            "granularity": self.granularity,
+            "max_visual_tokens": self.max_visual_tokens,
+            "granularity_bias": self.granularity_bias or None,
+        }
+        return body | {name: value for name, value in ours.items() if value is not None}
+
+
+@dataclass
+class Reply:
+    """One side's answer to one question.
+
+    first_ms, total_ms: as this page saw them, network included. vote: the last kind of vote on it.
+    """
+
+    settings: Settings
+    text: str = ""
+    status: Status = "streaming"
+    outcome: Outcome | None = None
+    error: ChatError | None = None
+    first_ms: float | None = None
+    total_ms: float | None = None
+    vote: str | None = None
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is part of the conversation from now on."""
+        return self.status in ("done", "stopped") and bool(self.text.strip())
+
+
+@dataclass
+class Turn:
+    """A question with its pictures, and a reply per side."""
+
+    question: str
+    pictures: list[Picture]
+    replies: dict[int, Reply] = field(default_factory=dict)
+
+    def reply(self, side: int) -> Reply | None:
+        """That side's, or the first side's where the second was not there yet."""
+        return self.replies.get(side) or self.replies.get(0)
+
+
+@dataclass
+class Conversation:
+    """Turns, and what is going on."""
+
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    turns: list[Turn] = field(default_factory=list)
+    busy: bool = False
+    stop: bool = False
+    used: float = field(default_factory=time.monotonic)
+
+    @property
+    def cost(self) -> int:
+        return sum(picture.cost for turn in self.turns for picture in turn.pictures)
+
+    @property
+    def num_pictures(self) -> int:
+        return sum(len(turn.pictures) for turn in self.turns)
+
+    def messages(self, side: int) -> list[dict[str, Any]]:
+        """The conversation up to its last question, as that side has seen it.
+
+        A question without a usable answer is left out, and its pictures go with the next one.
+        """
+        messages: list[dict[str, Any]] = []
+        waiting: list[Picture] = []
+        for turn in self.turns[:-1]:
+            reply = turn.reply(side)
+            waiting += turn.pictures
+            if reply is None or not reply.counts:
+                continue
+            messages += [_user_message(turn.question, waiting), {"role": "assistant", "content": reply.text.strip()}]
+            waiting = []
+        last = self.turns[-1]
+        return [*messages, _user_message(last.question, waiting + last.pictures)]
+
+
+def _user_message(question: str, pictures: list[Picture]) -> dict[str, Any]:
+    if not pictures:
+        return {"role": "user", "content": question}
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": picture.data_url}} for picture in pictures]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
+
+
+class Conversations:
+    """The conversations of all browsers, by session; the longest unused are forgotten when there are too many or too large ones.
+
+    Args:
+        max_count: of conversations. max_bytes: of their pictures together. max_age: seconds without use.
+    """
+
+    def __init__(self, max_count: int = 1000, max_bytes: int = 1_000_000_000, max_age: float = 3 * 3600.0) -> None:
+        self.max_count, self.max_bytes, self.max_age = max_count, max_bytes, max_age
+        self._by_session: OrderedDict[str, Conversation] = OrderedDict()
+
+    def get(self, session: str) -> Conversation:
+        """That session's conversation, a new one where there is none."""
+        conversation = self._by_session.setdefault(session, Conversation())
+        self._by_session.move_to_end(session)
+        conversation.used = time.monotonic()
+        self._forget_old(keep=session)
+        return conversation
+
+    def find(self, session: str) -> Conversation | None:
+        return self._by_session.get(session)
+
+    def drop(self, session: str) -> Conversation | None:
+        """Forget a conversation and end what it still has running."""
+        conversation = self._by_session.pop(session, None)
+        if conversation is not None:
+            conversation.stop = True
+        return conversation
+
+    @property
+    def num_busy(self) -> int:
+        return sum(conversation.busy for conversation in self._by_session.values())
+
+    def __len__(self) -> int:
+        return len(self._by_session)
+
+    def _forget_old(self, keep: str) -> None:
+        total = sum(conversation.cost for conversation in self._by_session.values())
+        oldest_allowed = time.monotonic() - self.max_age
+        for session, conversation in list(self._by_session.items()):
+            fits = total <= self.max_bytes and len(self._by_session) <= self.max_count and conversation.used >= oldest_allowed
+            if fits:
+                return
+            if session != keep:
+                total -= conversation.cost
+                self.drop(session)

@@ -1,0 +1,140 @@
+"""What the page's server answers at all, and the headers it sends.
+
+Gradio serves more than this page uses: a proxy, components' own routes, remote files named in a request. Here is a closed list of paths
+and methods; requests are small (pictures come in through `uploads.py` alone) and name no remote file; and the browser is told to load
+nothing from anywhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+from urllib.parse import unquote
+
+from starlette.datastructures import MutableHeaders
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+MAX_JSON_BYTES = 1_000_000
+"""Largest request besides an upload: a question and settings."""
+MAX_DEPTH = 40
+"""Deepest nesting of such a request."""
+
+_PLAIN = r"(?:|config|info|theme\.css|robots\.txt|favicon\.ico|manifest\.json|(?:static|assets|svelte)/.+)"
+_GET_API = r"(?:info|config|queue/data|queue/status|heartbeat/[\w-]+|startup-events|app_id|upload_progress|call/\w+/\w+|theme\.css|file=.+)"
+_GET = re.compile(rf"/(?:{_PLAIN}|gradio_api/{_GET_API})")
+_POST = re.compile(r"/gradio_api/(?:queue/join|run/[\w-]+|api/[\w-]+|call/[\w-]+|cancel|reset|upload)/?")
+_REMOTE = re.compile(r"\s*[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; "
+    "form-action 'self'; frame-ancestors {ancestors}"
+)
+
+
+class PageGuard:
+    """ASGI middleware around the page.
+
+    Args:
+        embed: let other sites show the page in a frame.
+    """
+
+    def __init__(self, app: ASGIApp, embed: bool = False) -> None:
+        self.app = app
+        self.headers = {
+            "Content-Security-Policy": _POLICY.format(ancestors="*" if embed else "'self'"),
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return  # the page has no websockets; the server closes the connection
+        send = self._with_headers(send)
+        if not _is_open(scope):
+            await PlainTextResponse("There is nothing at this address.", 404)(scope, receive, send)
+        elif scope["method"] == "POST" and not scope["path"].startswith("/gradio_api/upload"):
+            await self._post(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await _read_body(receive)
+        if body is None:
+            await PlainTextResponse("The request is too large.", 413)(scope, receive, send)
+        elif not _is_clean(body):
+            await PlainTextResponse("The request is not JSON, or names a file that was not uploaded here.", 400)(scope, receive, send)
+        else:
+            await self.app(scope, _replay(body, receive), send)
+
+    def _with_headers(self, send: Send) -> Send:
+        async def wrapped(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in self.headers.items():
+                    headers[name] = value
+            await send(message)
+
+        return wrapped
+
+
+def _is_open(scope: Scope) -> bool:
+    path, method = scope["path"], scope["method"]
+    if method == "POST":
+        return _POST.fullmatch(path) is not None
+    if method not in ("GET", "HEAD") or _GET.fullmatch(path) is None:
+        return False
+    _, is_file, name = path.partition("/file=")
+    return not is_file or _REMOTE.match(unquote(name)) is None
+
+
+async def _read_body(receive: Receive) -> bytes | None:
+    body = b""
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        body += message.get("body", b"")
+        if len(body) > MAX_JSON_BYTES:
+            return None
+        if not message.get("more_body"):
+            return body
+
+
+def _is_clean(body: bytes) -> bool:
+    try:
+        return not body or _names_no_remote_file(json.loads(body), MAX_DEPTH)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _names_no_remote_file(value: Any, depth: int) -> bool:
+    """Whether no file in a request is a web address: Gradio would fetch it."""
+    if depth == 0:
+        return False
+    if isinstance(value, dict):
+        path = value.get("path")
+        if isinstance(path, str) and _REMOTE.match(path):
+            return False
+        return all(_names_no_remote_file(each, depth - 1) for each in value.values())
+    if isinstance(value, list):
+        return all(_names_no_remote_file(each, depth - 1) for each in value)
+    return True
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    sent = False
+
+    async def replayed() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed

@@ -1,0 +1,92 @@
+"""Pictures coming in from a browser.
+
+Takes the place of Gradio's own upload: a file is kept only if its header says it is a picture within the limits, under a name made
+here (its SHA-256 and its format), and nothing of the browser's file name survives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from pathlib import Path
+
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from llava.images import MAX_BYTES, ImageError, decode_image
+from llava.serve.page.conversation import image_format
+
+MAX_FILES = 8
+"""Pictures per upload."""
+
+
+class Uploads:
+    """The folder of uploaded pictures.
+
+    Args:
+        folder: made here, for this user alone.
+        max_bytes: of all pictures kept together; further ones are refused until old ones expire.
+        max_age: seconds after which a picture expires.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int = 2_000_000_000, max_age: float = 3600.0) -> None:
+        self.folder, self.max_bytes, self.max_age = folder, max_bytes, max_age
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._kept: set[Path] = set()
+
+    async def receive(self, request: Request) -> Response:
+        """Answer Gradio's `POST /gradio_api/upload`: the server's paths of the pictures, in order."""
+        try:
+            length = int(request.headers.get("content-length", ""))
+        except ValueError:
+            return PlainTextResponse("The upload has no Content-Length.", 411)
+        if length > MAX_FILES * (MAX_BYTES + 10_000):
+            return PlainTextResponse(f"At most {MAX_FILES} pictures of {MAX_BYTES // 1_000_000} MB are taken at once.", 413)
+        try:
+            async with request.form(max_files=MAX_FILES, max_fields=10) as form:
+                files = [part for part in form.getlist("files") if isinstance(part, UploadFile)]
+                contents = [await part.read(MAX_BYTES + 1) for part in files]
+            paths = [await run_in_threadpool(self.keep, data) for data in contents]
+        except MultiPartException:
+            return PlainTextResponse("The upload is not a well-formed form.", 400)
+        except ImageError as error:
+            return PlainTextResponse(f"A file cannot be used: {error}.", 400)
+        except OverflowError as error:
+            return PlainTextResponse(str(error), 507)
+        return JSONResponse([str(path) for path in paths]) if paths else PlainTextResponse("The upload holds no file.", 400)
+
+    async def progress(self, request: Request) -> Response:
+        """Answer Gradio's question how far an upload is: it has only ever to hear that nothing is left to wait for."""
+        return PlainTextResponse('data: {"msg": "done"}\n\n', media_type="text/event-stream")
+
+    def keep(self, data: bytes) -> Path:
+        """Check a picture and store it.
+
+        Raises:
+            ImageError: not a picture within the limits. OverflowError: the folder is full.
+        """
+        self.expire()
+        decode_image(data)
+        if sum(path.stat().st_size for path in self._kept) + len(data) > self.max_bytes:
+            raise OverflowError("There is no room for more pictures now; try again later.")
+        suffix = {"mpo": "jpg", "jpeg": "jpg"}.get(name := image_format(data).lower(), name)
+        path = self.folder / f"{hashlib.sha256(data).hexdigest()}.{suffix}"
+        temporary = path.with_suffix(f".{os.urandom(8).hex()}")
+        temporary.write_bytes(data)
+        temporary.replace(path)
+        self._kept.add(path)
+        return path
+
+    def expire(self) -> None:
+        """Delete what is older than `max_age`."""
+        for path in list(self._kept):
+            try:
+                if time.time() - path.stat().st_mtime > self.max_age:
+                    path.unlink()
+                    self._kept.discard(path)
+            except FileNotFoundError:
+                self._kept.discard(path)

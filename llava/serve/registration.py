@@ -1,0 +1,77 @@
+"""How a worker makes itself known to a controller, and stays known, whichever of the two starts first or starts again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+logger = logging.getLogger(__name__)
+
+HEART_BEAT_SECONDS = 5.0
+"""Between two heart beats, a third of LLaVA's: within it, a controller that was started again knows its workers."""
+CALL_SECONDS = 5.0
+"""For one call to the controller."""
+RETRY_SECONDS = 1.0
+"""After the first call that failed; doubled up to the interval of the heart beats."""
+
+
+@dataclass(frozen=True)
+class Registration:
+    """Where to register and as what.
+
+    controller_url, worker_url: as in `http://localhost:10000`; the controller calls the worker back at the second. token: what the
+    controller asks of workers, or `None`. interval: seconds between two heart beats.
+    """
+
+    controller_url: str
+    worker_url: str
+    token: str | None = None
+    interval: float = HEART_BEAT_SECONDS
+
+    async def run(self, status: Callable[[], dict[str, Any]]) -> None:
+        """Register, send heart beats, and register again when the controller has forgotten us; until cancelled, never raising.
+
+        Args:
+            status: `model_names`, `speed` and `queue_length` as of now.
+        """
+        known, failures = False, 0
+        async with httpx.AsyncClient(base_url=self.controller_url, timeout=CALL_SECONDS, trust_env=False) as client:
+            while True:
+                try:
+                    known = await self._beat(client, status()) if known else await self._register(client, status())
+                    failures, pause = 0, self.interval if known else 0.0
+                except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
+                    pause = min(RETRY_SECONDS * 2 ** min(failures, 10), self.interval)
+                    failures += 1
+                    level = logging.WARNING if failures == 1 else logging.DEBUG
+                    logger.log(level, "the controller at %s cannot be used (%s); trying again", self.controller_url, _reason(error))
+                await asyncio.sleep(pause)
+
+    async def _register(self, client: httpx.AsyncClient, status: dict[str, Any]) -> bool:
+        body = self._signed({"check_heart_beat": True, "worker_status": status})
+        (await client.post("/register_worker", json=body)).raise_for_status()
+        logger.info("registered at the controller %s as %s", self.controller_url, self.worker_url)
+        return True
+
+    def _signed(self, body: dict[str, Any]) -> dict[str, Any]:
+        named = {"worker_name": self.worker_url, **body}
+        return named if self.token is None else {**named, "token": self.token}
+
+    async def _beat(self, client: httpx.AsyncClient, status: dict[str, Any]) -> bool:
+        body = self._signed({"queue_length": status["queue_length"]})
+        response = (await client.post("/receive_heart_beat", json=body)).raise_for_status()
+        if bool(response.json()["exist"]):
+            return True
+        logger.info("the controller %s does not know us any more; registering again", self.controller_url)
+        return False
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, httpx.HTTPStatusError):
+        return f"it answered with status {error.response.status_code}"
+    return type(error).__name__

@@ -1,0 +1,430 @@
+"""The HTTP side of a worker, whatever engine stands behind it: LLaVA's worker protocol and the OpenAI API over one `Engine`.
+
+A body becomes generation requests, events become parts of a stream or one answer. A client that goes away, or that does not read, ends
+its generation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Message as AsgiMessage
+from starlette.types import Receive, Scope, Send
+
+from llava import __version__
+from llava.serve.http_guard import (
+    HELD_BODIES,
+    Gate,
+    error_fields,
+    error_response,
+    guard_app,
+    read_json,
+    request_id_of,
+    typed_error,
+    unless_gone,
+)
+from llava.serve.http_server import DRAIN_SECONDS, make_server, run_server
+from llava.serve.llava_api import WorkerCall, WorkerRequest, WorkerWriter, read_worker_request
+from llava.serve.metrics import CONTENT_TYPE, Metrics
+from llava.serve.openai_api import (
+    STREAM_END,
+    ChatCall,
+    ChatCompletion,
+    ChatRequest,
+    ChatWriter,
+    ErrorBody,
+    ModelFields,
+    ModelList,
+    check_model,
+    model_fields,
+    read_chat,
+    server_sent,
+)
+from llava.serve.openapi import describe_bodies
+from llava.serve.pictures import PictureLoader
+from llava.serve.protocol import (
+    Engine,
+    ErrorKind,
+    Event,
+    Finished,
+    Generation,
+    GenerationRequest,
+    Limits,
+    Piece,
+    ServeError,
+    Started,
+    TokenScore,
+)
+from llava.serve.registration import Registration
+
+__all__ = ["Registration", "Worker", "create_worker_app", "run_worker"]
+
+logger = logging.getLogger(__name__)
+
+CHAT_PATH = "/v1/chat/completions"
+WORKER_PATH = "/worker_generate_stream"
+DEFAULT_PLACES = 16
+
+Numbered = tuple[int, Event]
+"""An event, and which of the call's choices it belongs to."""
+
+
+class Worker:
+    """Answers the calls of both protocols.
+
+    Args:
+        engine: makes the answers. limits: of one request. gate: counts the requests inside. pictures: decodes. metrics: counts.
+        stream_interval: tokens between two parts of a stream.
+    """
+
+    def __init__(
+        self, engine: Engine, limits: Limits, gate: Gate, pictures: PictureLoader, metrics: Metrics, stream_interval: int = 1
+    ) -> None:
+        self.engine, self.limits, self.gate = engine, limits, gate
+        self.pictures, self.metrics, self.stream_interval = pictures, metrics, stream_interval
+        self.created = int(time.time())
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request sent now would be worked on."""
+        return self.engine.ready and not self.gate.draining
+
+    def status(self) -> dict[str, Any]:
+        """What LLaVA's controller wants to know."""
+        return {"model_names": [self.engine.card.name], "speed": 1, "queue_length": self.gate.inside}
+
+    async def chat(self, request: Request) -> Response:
+        """Answer `/v1/chat/completions`."""
+        request_id = request_id_of(request.scope)
+        call = read_chat(await read_json(request), self.engine.card, self.limits)
+        if call.user is not None:
+            logger.info("request %s is of user %r", request_id, call.user)
+        writer = ChatWriter(request_id, self.engine.card.name, call.sampling.logprobs is not None)
+        events = self._chat_events(call, request_id)
+        if not call.stream:
+            return JSONResponse(writer.completion(await unless_gone(request.receive, _collected(events, call.n))))
+        first = await unless_gone(request.receive, anext(events))
+        parts = self._chat_parts(call, writer, first, events, request_id)
+        return Streamed(parts, "text/event-stream", self.limits.send_seconds)
+
+    async def _chat_events(self, call: ChatCall, request_id: str) -> AsyncGenerator[Numbered, None]:
+        with self.gate.more_places(call.n - 1):
+            async with self.pictures.loaded(call.sources) as images:
+                async with aclosing(self._events(call.requests(request_id, images))) as events:
+                    async for event in events:
+                        yield event
+
+    async def _chat_parts(
+        self, call: ChatCall, writer: ChatWriter, first: Numbered, events: AsyncGenerator[Numbered, None], request_id: str
+    ) -> AsyncGenerator[bytes, None]:
+        endings: list[Finished] = []
+        tail = b""
+        async with aclosing(events):
+            try:
+                async for index, event in _with_first(first, events):
+                    if isinstance(event, Started):
+                        yield writer.opening(index, event)
+                    elif isinstance(event, Piece):
+                        yield writer.piece(index, event.text, event.scores)
+                    else:
+                        endings.append(event)
+                        tail = writer.ending(index, event)
+                        if len(endings) < call.n:
+                            yield tail
+                tail += writer.usage(endings) if call.include_usage else b""
+            except Exception as raised:
+                tail = server_sent({"error": error_fields(self._failed(raised, request_id), request_id)})
+            yield tail + STREAM_END  # in one piece: each costs a call of the system
+
+    async def generate(self, request: Request) -> Response:
+        """Answer `/worker_generate_stream`."""
+        request_id = request_id_of(request.scope)
+        call = read_worker_request(await read_json(request), self.engine.card, self.limits)
+        events = self._worker_events(call, request_id)
+        first = await unless_gone(request.receive, anext(events))
+        return Streamed(self._worker_parts(call, first, events, request_id), "application/octet-stream", self.limits.send_seconds)
+
+    async def _worker_events(self, call: WorkerCall, request_id: str) -> AsyncGenerator[Numbered, None]:
+        async with self.pictures.loaded(call.sources, plain_base64=True) as images:
+            asked = GenerationRequest(request_id, prompt=call.prompt, images=images, sampling=call.sampling, routing=call.routing)
+            async with aclosing(self._events([asked])) as events:
+                async for event in events:
+                    yield event
+
+    async def _worker_parts(
+        self, call: WorkerCall, first: Numbered, events: AsyncGenerator[Numbered, None], request_id: str
+    ) -> AsyncGenerator[bytes, None]:
+        writer = WorkerWriter(call.prompt if call.echo else "")
+        async with aclosing(events):
+            try:
+                async for _, event in _with_first(first, events):
+                    if isinstance(event, Started):
+                        yield writer.opening(event)
+                    elif isinstance(event, Piece):
+                        yield writer.piece(event.text)
+                    else:
+                        yield writer.ending(event)
+            except Exception as raised:
+                yield writer.error(self._failed(raised, request_id), request_id)
+
+    def _failed(self, raised: Exception, request_id: str) -> ServeError:
+        error = typed_error(raised, request_id)
+        self.metrics.failed(error.kind)
+        return error
+
+    async def _events(self, requests: Sequence[GenerationRequest]) -> AsyncGenerator[Numbered, None]:
+        """The events of all of one call's generations as they come; what is left of them at the end is cancelled."""
+        running: list[Generation] = []
+        try:
+            for request in requests:
+                running.append(self.engine.submit(request))
+            async with aclosing(_merged(running)) as merged:
+                async for index, event in _coalesced(merged, self.stream_interval):
+                    self._count(event)
+                    yield index, event
+        finally:
+            for generation in running:
+                generation.cancel()
+
+    def _count(self, event: Event) -> None:
+        if isinstance(event, Started):
+            self.metrics.started(event)
+        elif isinstance(event, Finished):
+            self.metrics.finished(event)
+
+
+async def _with_first(first: Numbered, rest: AsyncIterator[Numbered]) -> AsyncIterator[Numbered]:
+    yield first
+    async for event in rest:
+        yield event
+
+
+async def _merged(running: Sequence[Generation]) -> AsyncGenerator[Numbered, None]:
+    if len(running) == 1:
+        async for event in running[0]:
+            yield 0, event
+        return
+    queue: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue(maxsize=len(running))
+
+    async def pump(index: int, generation: Generation) -> None:
+        try:
+            async for event in generation:
+                await queue.put((index, event))
+            await queue.put((index, None))
+        except Exception as error:  # raised again below, by the reader
+            await queue.put((index, error))
+
+    pumps = [asyncio.create_task(pump(index, generation)) for index, generation in enumerate(running)]
+    left = len(pumps)
+    try:
+        while left:
+            index, item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                left -= 1
+            else:
+                yield index, item
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def _coalesced(events: AsyncIterator[Numbered], interval: int) -> AsyncIterator[Numbered]:
+    """Join so many pieces of the same choice into one; the rest passes unchanged and in order."""
+    held: dict[int, list[Piece]] = {}
+    async for index, event in events:
+        if isinstance(event, Piece) and interval > 1:
+            held.setdefault(index, []).append(event)
+            if len(held[index]) < interval:
+                continue
+        for piece in _joined(held.pop(index, [])):
+            yield index, piece
+        if not isinstance(event, Piece) or interval == 1:
+            yield index, event
+
+
+def _joined(pieces: Sequence[Piece]) -> list[Piece]:
+    if not pieces:
+        return []
+    return [Piece("".join(piece.text for piece in pieces), tuple(score for piece in pieces for score in piece.scores))]
+
+
+async def _collected(events: AsyncGenerator[Numbered, None], count: int) -> list[tuple[str, list[TokenScore], Finished]]:
+    """Every choice's text, scores and ending."""
+    texts: list[list[str]] = [[] for _ in range(count)]
+    scores: list[list[TokenScore]] = [[] for _ in range(count)]
+    endings: dict[int, Finished] = {}
+    async with aclosing(events):
+        async for index, event in events:
+            if isinstance(event, Piece):
+                texts[index].append(event.text)
+                scores[index].extend(event.scores)
+            elif isinstance(event, Finished):
+                endings[index] = event
+    return [("".join(texts[index]), scores[index], endings[index]) for index in range(count)]
+
+
+class Streamed(Response):
+    """A response whose parts go out one by one, each at once.
+
+    Args:
+        parts: closed at the end, whatever the end is. send_seconds: that the client may take to read one part.
+    """
+
+    def __init__(self, parts: AsyncGenerator[bytes, None], media_type: str, send_seconds: float) -> None:
+        super().__init__(media_type=media_type, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self.parts, self.send_seconds = parts, send_seconds
+        self._gave_up = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await unless_gone(receive, self._send_all(send))
+
+    async def _send_all(self, send: Send) -> None:
+        async with aclosing(self.parts):
+            await self._send(send, {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for part in self.parts:
+                await self._send(send, {"type": "http.response.body", "body": part, "more_body": True})
+            await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send(self, send: Send, message: AsgiMessage) -> None:
+        # A plain timer: a scope of anyio's or asyncio's costs several times as much, and this runs once per token.
+        task = asyncio.current_task()
+        assert task is not None
+        timer = asyncio.get_running_loop().call_later(self.send_seconds, self._give_up, task)
+        try:
+            await send(message)
+        except asyncio.CancelledError:
+            if self._gave_up:
+                raise ServeError(ErrorKind.CANCELLED, "The client did not read its answer.") from None
+            raise
+        finally:
+            timer.cancel()
+
+    def _give_up(self, task: asyncio.Task[None]) -> None:
+        self._gave_up = True
+        task.cancel()
+
+
+def create_worker_app(
+    engine: Engine,
+    limits: Limits | None = None,
+    *,
+    api_keys: Sequence[str] = (),
+    registration: Registration | None = None,
+    places: int = DEFAULT_PLACES,
+    stream_interval: int = 1,
+    open_prefixes: Sequence[str] = (),
+    pictures: PictureLoader | None = None,
+) -> FastAPI:
+    """The app of one worker.
+
+    Args:
+        engine: makes the answers; drained and closed when the app ends.
+        limits: of one request and of the queue.
+        api_keys: one of them must come with every request but `/health`; none given, none asked for.
+        registration: a controller to register at, or `None`.
+        places: requests that the engine answers at once; with `limits.max_queue` more waiting, the next is refused.
+        stream_interval: tokens between two parts of a stream.
+        open_prefixes: paths that need no key, such as those of a page mounted into this app.
+        pictures: decodes and fetches; one by `limits` when missing.
+
+    Returns:
+        The app; `app.state.worker` is its `Worker` and `app.state.gate` its `Gate`.
+    """
+    limits = limits or Limits()
+    gate = Gate(places + limits.max_queue, HELD_BODIES * limits.max_body_bytes)
+    metrics = Metrics(engine.stats)
+    worker = Worker(engine, limits, gate, pictures or PictureLoader(limits), metrics, stream_interval)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        beats = asyncio.create_task(registration.run(worker.status)) if registration is not None else None
+        yield
+        if beats is not None:
+            beats.cancel()
+            with suppress(asyncio.CancelledError):
+                await beats
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(engine.drain(), DRAIN_SECONDS)
+        worker.pictures.close()
+        await engine.close()
+
+    app = FastAPI(title="AVG-LLaVA worker", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.worker = worker
+    _add_routes(app, worker, metrics)
+    describe_bodies(app, {CHAT_PATH: ChatRequest, WORKER_PATH: WorkerRequest}, guarded=bool(api_keys))
+    guard_app(
+        app,
+        gate,
+        limits,
+        api_keys=api_keys,
+        generating_paths=(CHAT_PATH, WORKER_PATH),
+        open_prefixes=open_prefixes,
+        on_error=metrics.failed,
+    )
+    return app
+
+
+def _add_routes(app: FastAPI, worker: Worker, metrics: Metrics) -> None:
+    errors: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorBody, "description": "What went wrong."}}
+
+    @app.post(CHAT_PATH, response_model=None, responses={200: {"model": ChatCompletion}, **errors})
+    async def chat_completions(request: Request) -> Response:
+        return await worker.chat(request)
+
+    @app.post(WORKER_PATH, response_model=None, responses=errors)
+    async def worker_generate_stream(request: Request) -> Response:
+        return await worker.generate(request)
+
+    @app.post("/worker_get_status", responses=errors)
+    async def worker_get_status() -> dict[str, Any]:
+        return worker.status()
+
+    @app.get("/v1/models", response_model=None, responses={200: {"model": ModelList}, **errors})
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [model_fields(worker.engine.card, worker.created)]}
+
+    @app.get("/v1/models/{model:path}", response_model=None, responses={200: {"model": ModelFields}, **errors})
+    async def get_model(model: str) -> dict[str, Any]:
+        check_model(model, worker.engine.card)
+        return model_fields(worker.engine.card, worker.created)
+
+    @app.get("/health", responses=errors)
+    async def health() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @app.get("/ready", response_model=None, responses={200: {"model": dict[str, str]}, **errors})
+    async def ready(request: Request) -> Response:
+        if worker.is_ready:
+            return JSONResponse({"status": "ready"})
+        kind = ErrorKind.DRAINING if worker.gate.draining else ErrorKind.OVERLOADED
+        return error_response(ServeError(kind, "The engine takes no requests now."), request.scope)
+
+    @app.get("/metrics", response_model=None, responses=errors)
+    async def show_metrics() -> Response:
+        return Response(metrics.render(), media_type=CONTENT_TYPE)
+
+
+def run_worker(
+    app: FastAPI, host: str, port: int, *, log_level: str = "info", drain_seconds: float = DRAIN_SECONDS, **options: Any
+) -> int:
+    """Serve an app until SIGTERM or SIGINT, then finish what runs, refusing new requests.
+
+    Args:
+        port: 0 takes a free one; it is printed.
+        options: uvicorn's own, such as `ssl_keyfile`.
+
+    Returns:
+        0, or 1 when the server could not start.
+    """
+    return run_server(make_server(app, host, port, log_level=log_level, drain_seconds=drain_seconds, **options))

@@ -1,0 +1,127 @@
+"""Flags that all workers share: where to listen and register, whom to let in, and what one request may take."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from llava.fetch import FetchError, split_url
+from llava.serve.http_guard import read_secrets
+from llava.serve.protocol import Limits
+from llava.serve.registration import Registration
+from llava.utils import setup_logging
+
+_WILDCARDS = ("0.0.0.0", "::", "")
+
+
+def add_network_flags(parser: argparse.ArgumentParser, port: int = 21002) -> None:
+    """Where the worker listens, and the controller that it registers at.
+
+    Args:
+        port: the default one.
+    """
+    group = parser.add_argument_group("network")
+    group.add_argument("--host", default="localhost", help="address to listen at; 0.0.0.0 is all of this machine's (default: %(default)s)")
+    group.add_argument("--port", type=int, default=port, help="0 takes a free one (default: %(default)s)")
+    group.add_argument(
+        "--controller-address", "--controller", metavar="URL", help="controller to register at; without it the worker serves alone"
+    )
+    group.add_argument(
+        "--worker-address", "--worker", metavar="URL", help="this worker's address as the controller reaches it (default: host and port)"
+    )
+    group.add_argument("--no-register", action="store_true", help="serve alone even if a controller is named")
+    group.add_argument("--registration-token", metavar="TOKEN", help="what the controller asks of workers; the process list shows it")
+    group.add_argument("--registration-token-file", metavar="FILE", help="the same, read from a file")
+
+
+def add_guard_flags(parser: argparse.ArgumentParser) -> None:
+    """Whom the worker lets in, what one request may take, and what is logged."""
+    defaults = Limits()
+    group = parser.add_argument_group("limits and access")
+    group.add_argument("--api-key", action="append", default=[], metavar="KEY", help="asked of every client; may be given more than once")
+    group.add_argument("--api-key-file", metavar="FILE", help="keys, one per line")
+    group.add_argument(
+        "--max-queue", type=int, default=defaults.max_queue, help="requests that wait; the next gets 503 (default: %(default)s)"
+    )
+    group.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="longest answer (default: %(default)s)")
+    group.add_argument("--max-images", type=int, default=defaults.max_images, help="pictures of one request (default: %(default)s)")
+    group.add_argument("--max-body-mb", type=float, default=defaults.max_body_bytes / 1e6, help="largest request (default: %(default)g)")
+    group.add_argument("--allow-remote-images", action="store_true", help="fetch http(s) pictures from public addresses")
+    group.add_argument(
+        "--allowed-host", action="append", default=[], metavar="HOST", help="fetch from this host only; may be given more than once"
+    )
+    group.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"), help="default: %(default)s")
+    group.add_argument("--log-file", metavar="FILE", help="also write the log to this file")
+
+
+def read_limits(args: argparse.Namespace) -> Limits:
+    """The limits that the flags ask for.
+
+    Raises:
+        ValueError: numbers that cannot work, or hosts without fetching.
+    """
+    least = {"max_queue": 0, "max_new_tokens": 1, "max_images": 0}
+    for name, bound in least.items():
+        if getattr(args, name) < bound:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected {bound} or more.")
+    if not 0.001 <= args.max_body_mb <= 4000:
+        raise ValueError(f"--max-body-mb is {args.max_body_mb:g}, expected 0.001 to 4000.")
+    if args.allowed_host and not args.allow_remote_images:
+        raise ValueError("--allowed-host is given, but fetching is off; add --allow-remote-images or leave it out.")
+    return Limits(
+        max_body_bytes=int(1e6 * args.max_body_mb),
+        max_images=args.max_images,
+        max_new_tokens=args.max_new_tokens,
+        max_queue=args.max_queue,
+        allow_remote_images=args.allow_remote_images,
+        allowed_hosts=tuple(args.allowed_host),
+    )
+
+
+def read_api_keys(args: argparse.Namespace) -> tuple[str, ...]:
+    """The keys of the command line and of the key file."""
+    return read_secrets(args.api_key, args.api_key_file)
+
+
+def read_registration(args: argparse.Namespace) -> Registration | None:
+    """The controller to register at, or `None`.
+
+    Raises:
+        ValueError: addresses that are none, a free port that nobody could name, or two tokens.
+    """
+    if args.controller_address is None or args.no_register:
+        return None
+    tokens = read_secrets([args.registration_token] if args.registration_token else [], args.registration_token_file)
+    if len(tokens) > 1:
+        raise ValueError("More than one registration token is given; give one, by flag or by file.")
+    if args.worker_address is None and args.port == 0:
+        raise ValueError("--port is 0, so the controller cannot be told where this worker is; give --port or --worker-address.")
+    host = "localhost" if args.host in _WILDCARDS else f"[{args.host}]" if ":" in args.host else args.host
+    worker_url = args.worker_address or f"http://{host}:{args.port}"
+    return Registration(
+        _checked_url("--controller-address", args.controller_address),
+        _checked_url("--worker-address", worker_url),
+        tokens[0] if tokens else None,
+    )
+
+
+def _checked_url(flag: str, url: str) -> str:
+    try:
+        split_url(url)
+    except FetchError as error:
+        raise ValueError(f"{flag} is {url!r}, expected http(s)://host:port.") from error
+    return url.rstrip("/")
+
+
+def start_logging(args: argparse.Namespace) -> None:
+    """Log to standard error, and to the file that `--log-file` names."""
+    setup_logging(args.log_level.upper())
+    if args.log_file is None:
+        return
+    try:
+        handler = logging.FileHandler(args.log_file, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--log-file {args.log_file!r} cannot be written; check its folder.") from error
+    handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(name)s | %(message)s"))
+    for name in ("llava", "uvicorn"):
+        logging.getLogger(name).addHandler(handler)

@@ -1,0 +1,451 @@
+"""The page's server without a browser: conversations, votes, reports, uploads, and what it refuses to do."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+
+from llava.serve import gradio_web_server
+from llava.serve.chat_client import ChatClient, ChatError, Outcome
+from llava.serve.page.app import PageOptions, create_page_app
+from llava.serve.page.catalogue import Catalogue, ModelList
+from llava.serve.page.chat import Chat, Refusal
+from llava.serve.page.conversation import Conversation, Conversations, Reply, Settings, Turn, read_picture
+from llava.serve.page.log import ConversationLog
+from llava.serve.page.render import chat_messages, error_html, notice_html, report_html, view_svg
+from tests.serve.page_backend import Backend, running
+
+ROOT = Path(__file__).resolve().parents[2]
+EVIL = '<script>alert(1)</script><img src="http://192.0.2.1/x">'
+
+
+def png(size=(32, 24), colour="red"):
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def api():
+    backend = Backend()
+    with running(backend.app) as url:
+        yield backend, url
+
+
+@pytest.fixture(scope="module")
+def page(api, tmp_path_factory):
+    """(address, the application's chat, the log's folder)."""
+    logs = tmp_path_factory.mktemp("logs")
+    app = create_page_app(PageOptions(api[1], mode="reload", log_folder=logs))
+    with running(app) as url:
+        yield url, app.state.chat, logs
+
+
+def make_chat(url, tmp_path, mode="reload"):
+    client = ChatClient(url)
+    return Chat(client, Catalogue(client, mode, seconds=0), Conversations(), ConversationLog(tmp_path / "logs"), tmp_path)
+
+
+ONE_SIDE = (Settings("avg-llava"),)
+
+
+async def converse(chat, *questions, sides=ONE_SIDE, files=()):
+    for question in questions:
+        conversation = await chat.begin("s", question, files, sides)
+        async for _ in chat.answers(conversation):
+            pass
+        files = ()
+    return conversation
+
+
+# --- conversations ---
+
+
+def test_a_conversation_goes_out_with_its_pictures_and_earlier_answers(api, tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    chat = make_chat(api[1], tmp_path)
+    conversation = asyncio.run(converse(chat, "first", "second", files=[str(tmp_path / "a.png")]))
+    messages = api[0].bodies[-1]["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant", "user"]
+    assert [part["type"] for part in messages[0]["content"]] == ["image_url", "text"]
+    assert messages[1]["content"] == "You asked avg-llava: first"
+    assert conversation.turns[1].replies[0].status == "done"
+
+
+def test_a_failed_question_is_left_out_and_its_picture_goes_with_the_next(api, tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    chat = make_chat(api[1], tmp_path)
+    conversation = asyncio.run(converse(chat, "refuse", "again", files=[str(tmp_path / "a.png")]))
+    assert conversation.turns[0].replies[0].error.code == "overloaded"
+    (message,) = api[0].bodies[-1]["messages"]
+    assert [part["type"] for part in message["content"]] == ["image_url", "text"]
+
+
+def test_two_sides_keep_their_own_answers(api, tmp_path):
+    sides = (Settings("avg-llava"), Settings("avg-llava-stage3", granularity=36))
+    chat = make_chat(api[1], tmp_path)
+    conversation = asyncio.run(converse(chat, "first", "second", sides=sides))
+    assert [conversation.messages(side)[1]["content"].split()[2] for side in (0, 1)] == ["avg-llava:", "avg-llava-stage3:"]
+    assert {(body["model"], body.get("granularity")) for body in api[0].bodies[-2:]} == {("avg-llava", None), ("avg-llava-stage3", 36)}
+
+
+@pytest.mark.parametrize(
+    ("text", "files", "model", "told"),
+    [
+        ("  ", (), "avg-llava", "Type a question"),
+        ("x" * 20_001, (), "avg-llava", "20,001 characters"),
+        ("hi", (), "gone", "not being served"),
+        ("hi", ("/etc/passwd",), "avg-llava", "no longer here"),
+        ("hi", ("../../etc/passwd",), "avg-llava", "no longer here"),
+        ("hi", ("missing.png",), "avg-llava", "no longer here"),
+        ("hi", ("text.png",), "avg-llava", "cannot be used"),
+        ("hi", ("link.png",), "avg-llava", "no longer here"),
+        ("hi", ("good.png",) * 9, "avg-llava", "at most 8 pictures"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_and_the_next_question_works(api, tmp_path, text, files, model, told):
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "good.png").write_bytes(png())
+    (tmp_path / "link.png").symlink_to("/etc/hostname")
+    chat = make_chat(api[1], tmp_path)
+
+    async def go():
+        with pytest.raises(Refusal, match=told):
+            await chat.begin("s", text, [str(tmp_path / name) for name in files], [Settings(model)])
+        return await converse(chat, "fine")
+
+    assert asyncio.run(go()).turns[-1].replies[0].status == "done"
+
+
+def test_one_answer_at_a_time_and_stopping_keeps_what_was_written(api, tmp_path):
+    chat = make_chat(api[1], tmp_path)
+
+    async def go():
+        conversation = await chat.begin("s", "long", [], [Settings("avg-llava")])
+        with pytest.raises(Refusal, match="still being written"):
+            await chat.begin("s", "second", [], [Settings("avg-llava")])
+        async for _ in chat.answers(conversation):
+            if conversation.turns[0].replies[0].text:
+                chat.stop("s")
+        return conversation
+
+    conversation = asyncio.run(go())
+    reply = conversation.turns[0].replies[0]
+    assert reply.status == "stopped" and reply.counts and not conversation.busy
+
+
+def test_a_closed_answer_frees_the_conversation(api, tmp_path):
+    chat = make_chat(api[1], tmp_path)
+
+    async def go():
+        conversation = await chat.begin("s", "long", [], [Settings("avg-llava")])
+        answers = chat.answers(conversation)
+        await anext(answers)
+        await answers.aclose()
+        return conversation
+
+    assert not asyncio.run(go()).busy
+
+
+def test_a_page_that_ends_lets_answers_finish_and_takes_no_new_questions(api, tmp_path):
+    chat = make_chat(api[1], tmp_path)
+
+    async def go():
+        conversation = await chat.begin("s", "slow but sure", [], [Settings("avg-llava")])
+        answers = chat.answers(conversation)
+        await anext(answers)
+        draining = asyncio.create_task(chat.drain(10.0))
+        await asyncio.sleep(0)
+        with pytest.raises(Refusal, match="shutting down"):
+            await chat.begin("t", "too late", [], [Settings("avg-llava")])
+        async for _ in answers:
+            assert not draining.done()
+        await draining
+        return conversation
+
+    assert asyncio.run(go()).turns[0].replies[0].status == "done"
+
+
+def test_old_and_large_conversations_are_forgotten():
+    picture = read_picture(png())
+    conversations = Conversations(max_count=3, max_bytes=2 * picture.cost)
+    for name in "abcd":
+        conversations.get(name)
+    assert len(conversations) == 3 and conversations.find("a") is None
+    for name in "bcd":
+        conversations.get(name).turns.append(Turn("q", [picture]))
+    conversations.get("d")
+    assert conversations.find("b") is None and conversations.find("d") is not None
+
+
+# --- the list of models ---
+
+
+def test_once_keeps_the_first_list_and_reload_asks_again(api):
+    async def go(mode):
+        async with ChatClient(api[1]) as client:
+            catalogue = Catalogue(client, mode, seconds=0)
+            lists = []
+            for names in ([], ["one"], ["two"]):
+                api[0].models = names
+                lists.append((await catalogue.get()).names)
+            return lists
+
+    kept = api[0].models
+    try:
+        assert asyncio.run(go("once")) == [[], ["one"], ["one"]]
+        assert asyncio.run(go("reload")) == [[], ["one"], ["two"]]
+    finally:
+        api[0].models = kept
+
+
+# --- votes ---
+
+
+def test_votes_and_conversations_are_lines_under_names_made_here(api, tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    chat = make_chat(api[1], tmp_path)
+    asyncio.run(converse(chat, "../../evil\nname", files=[str(tmp_path / "a.png")]))
+    assert chat.vote("s", 0, 1, True) and chat.vote("s", 0, 1, "Flag") and chat.vote("s", 0, 1, None)
+    assert chat.vote("s", 0, 1, None) == ""
+    (file,) = (tmp_path / "logs").iterdir()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d-conv\.json", file.name)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["type"] for line in lines] == ["chat", "upvote", "flag", "unvote"]
+    assert lines[1]["state"] == [
+        {"question": "../../evil\nname", "images": [read_picture(png()).sha256], "answer": lines[1]["state"][0]["answer"]}
+    ]
+    assert lines[0]["request_id"] == "req-7" and "data:" not in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("session", "message", "value"), [("s", 0, True), ("s", 7, True), ("s", -1, True), ("t", 1, True), ("s", 1, "../x")]
+)
+def test_votes_on_nothing_are_refused(api, tmp_path, session, message, value):
+    chat = make_chat(api[1], tmp_path)
+    asyncio.run(converse(chat, "hello"))
+    with pytest.raises(Refusal):
+        chat.vote(session, 0, message, value)
+
+
+# --- what is drawn ---
+
+
+def finished(images=(), usage=None, text="answer"):
+    return Reply(Settings("m"), text, "done", Outcome("stop", usage or {}, tuple(images)), first_ms=12.0, total_ms=2345.0)
+
+
+def test_a_report_shows_choice_probabilities_savings_and_times(api):
+    report = api[0].report((640, 480), {"messages": [1]})
+    html = report_html(finished([report], {"visual_tokens": 100, "full_visual_tokens": 400}), [read_picture(png((640, 480)))])
+    assert "<b>144</b> tokens per view" in html and "<b>75 %</b> saved" in html and "<b>2.3 s</b> in all" in html
+    assert html.count("<svg") == 2 and "whole view: 12 by 12" in html and "4 tiles" in html
+    assert html.count("avg-chosen") == 1 and "55 %" in html
+
+
+def test_nothing_from_outside_becomes_markup(api):
+    report = {
+        **api[0].report((640, 480), {"messages": [1]}),
+        "granularity": EVIL,
+        "tokens_per_level": {EVIL: EVIL, "2": 3},
+        "probabilities": [EVIL, 1],
+    }
+    reply = finished([report], {"visual_tokens": EVIL, "full_visual_tokens": EVIL, "completion_tokens": EVIL}, EVIL)
+    picture = read_picture(png())
+    drawn = str(chat_messages([Turn(EVIL, [picture], {0: reply})], 0, lambda html: html))
+    drawn += (
+        error_html(ChatError(EVIL, EVIL, EVIL)) + notice_html(ModelList(error=ChatError(EVIL, EVIL)), EVIL) + notice_html(ModelList(), EVIL)
+    )
+    assert "<script" not in drawn and '<img src="http' not in drawn and "&lt;script&gt;" in drawn
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"canvas": [0, 10]},
+        {"canvas": [1e9, 10]},
+        {"canvas": "<b>"},
+        {"grid": [100_000, 100_000]},
+        {"rows": [5, 1]},
+        {"columns": [0, 99_999]},
+        {"tiles": [0, 1]},
+        {"picture": [1, 2, 3]},
+        {"newlines": float("inf")},
+        {"newlines": EVIL},
+    ],
+)
+def test_a_grid_that_makes_no_sense_is_not_drawn(api, change):
+    view = api[0].report((640, 480), {"messages": [1]})["grid"]["views"][1]
+    picture = read_picture(png())
+    assert view_svg(view, picture) is not None
+    assert view_svg({**view, **change}, picture) is None
+    assert view_svg(EVIL, picture) is None
+
+
+def test_no_models_and_no_server_are_told_apart():
+    assert "No model is being served now" in notice_html(ModelList(), "http://localhost:30000")
+    assert "Nothing answers" in notice_html(ModelList(error=ChatError("Nothing answers.", "server_unreachable")), "http://localhost:30000")
+
+
+# --- the server ---
+
+
+def upload(url, *files):
+    return httpx.post(f"{url}/gradio_api/upload", files=[("files", file) for file in files], timeout=20)
+
+
+def test_uploads_get_names_made_here_and_only_pictures_are_kept(page):
+    url, chat, _ = page
+    answer = upload(url, ("../../../evil<script>.html", png(), "text/html"))
+    assert answer.status_code == 200
+    (path,) = map(Path, answer.json())
+    assert re.fullmatch(r"[0-9a-f]{64}\.png", path.name) and path.is_relative_to(chat.upload_folder)
+    assert path.stat().st_mode & 0o077 == 0 or path.parent.stat().st_mode & 0o077 == 0
+    shown = httpx.get(f"{url}/gradio_api/file={path}")
+    assert shown.status_code == 200 and shown.headers["content-type"] == "image/png"
+    for name, data in (("a.png", b"no picture"), ("a.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>"), ("empty.png", b"")):
+        refused = upload(url, (name, data, "image/png"))
+        assert refused.status_code == 400 and "cannot be used" in refused.text
+    assert upload(url, *[("a.png", png(), "image/png")] * 9).status_code == 400
+    assert httpx.post(f"{url}/gradio_api/upload", content=iter([b"x"])).status_code == 411
+    assert (
+        httpx.post(f"{url}/gradio_api/upload", content=b"x", headers={"content-type": "multipart/form-data; boundary=q"}).status_code == 400
+    )
+
+
+def test_expired_uploads_are_deleted(tmp_path):
+    from llava.serve.page.uploads import Uploads
+
+    uploads = Uploads(tmp_path / "up", max_age=-1.0)
+    path = uploads.keep(png())
+    assert path.exists()
+    uploads.expire()
+    assert not path.exists()
+    full = Uploads(tmp_path / "full", max_bytes=10)
+    with pytest.raises(OverflowError, match="no room"):
+        full.keep(png())
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/file=/etc/passwd",
+        "/gradio_api/file=http://192.0.2.1/x",
+        "/gradio_api/file=HTTPS%3A//192.0.2.1/x",
+        "/gradio_api/file=file%3A///etc/passwd",
+        "/gradio_api/proxy=http://192.0.2.1/x",
+        "/gradio_api/stream/a/b/c/playlist.m3u8",
+        "/gradio_api/deep_link",
+        "/monitoring",
+        "/login_check",
+        "/docs",
+        "/openapi.json",
+        "/../../etc/passwd",
+        "/static/..%2f..%2f..%2fetc/passwd",
+        f"/gradio_api/file={ROOT}/pyproject.toml",
+        f"/gradio_api/file={ROOT}/playground/images/scene_pink.png",
+    ],
+)
+def test_no_file_proxy_or_unknown_address_is_served(page, path):
+    answer = httpx.get(page[0] + path)
+    assert answer.status_code in (403, 404)
+    assert "root:" not in answer.text and 'avg-llava"' not in answer.text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"not json",
+        b"[" * 5000 + b"]" * 5000,
+        json.dumps({"data": [{"text": "x", "files": [{"path": "http://192.0.2.1/x.png", "meta": {"_type": "gradio.FileData"}}]}]}).encode(),
+        json.dumps({"data": [{"path": " file:///etc/passwd"}]}).encode(),
+    ],
+)
+def test_requests_that_name_remote_files_or_are_no_json_never_reach_gradio(page, content):
+    for path in ("/gradio_api/queue/join", "/gradio_api/run/predict", "/gradio_api/call/ask"):
+        assert httpx.post(page[0] + path, content=content, headers={"content-type": "application/json"}).status_code == 400
+    assert httpx.post(f"{page[0]}/gradio_api/queue/join", content=b"x" * 1_100_000).status_code == 413
+
+
+def test_the_browser_is_told_to_load_nothing_foreign(page):
+    answer = httpx.get(page[0])
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'self'" in policy and "frame-ancestors 'self'" in policy and "http:" not in policy
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="https?://(?!127\.0\.0\.1)', answer.text)
+    config = httpx.get(f"{page[0]}/config").json()
+    assert config["analytics_enabled"] is False
+
+
+def test_programs_can_ask_through_gradio_client(page):
+    gradio_client = pytest.importorskip("gradio_client")
+    client = gradio_client.Client(page[0], verbose=False, analytics_enabled=False)
+    picture = gradio_client.handle_file(str(ROOT / "playground" / "images" / "scene_pink.png"))
+    answer = client.predict({"text": "What is this?", "files": [picture]}, "", "36", 0, api_name="/ask")
+    assert answer["text"].startswith("You asked avg-llava: What is this?") and answer["usage"]["granularities"] == [36]
+    with pytest.raises(Exception, match="not being served"):
+        client.predict({"text": "What is this?", "files": []}, "gone", "auto", 0, api_name="/ask")
+    with pytest.raises(Exception):  # noqa: B017 - whatever gradio_client makes of Gradio's refusal of a path outside the uploads
+        client.predict(
+            {"text": "x", "files": [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}]}, "", "auto", 0, api_name="/ask"
+        )
+
+
+# --- the command ---
+
+
+def test_the_published_command_parses():
+    args = gradio_web_server.build_parser().parse_args(["--controller", "http://localhost:30000", "--model-list-mode", "reload"])
+    options = gradio_web_server.read_options(args)
+    assert (options.url, options.mode, options.log_folder) == ("http://localhost:30000", "reload", Path("logs"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--share"], "third party"),
+        (["--moderate"], "third party"),
+        (["--concurrency-count", "0"], "expected 1 or more"),
+        (["--port", "70000"], "expected 1 to 65535"),
+        (["--controller", "localhost:30000"], "expected one like"),
+    ],
+)
+def test_flags_that_cannot_work_end_with_one_sentence(flags, told, capsys):
+    assert gradio_web_server.main(flags) == 1
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+
+
+def test_an_empty_conversation_draws_nothing():
+    assert chat_messages(Conversation().turns, 0, str) == []
+
+
+@pytest.mark.slow
+def test_the_command_serves_the_page_and_ends_well_on_sigterm(api, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "llava.serve.gradio_web_server", "--controller", api[1], "--port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stdout.readline() == f"The page is at http://127.0.0.1:{port}\n"
+        with httpx.Client(transport=httpx.HTTPTransport(retries=8)) as client:
+            assert "gradio_config" in client.get(f"http://127.0.0.1:{port}").text
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()

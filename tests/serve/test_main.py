@@ -1,0 +1,121 @@
+"""`python -m llava.serve`: worker, API and page in one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+
+from llava.serve import __main__ as main_module
+from llava.serve.__main__ import Split, build_parser, join_apps, main
+from llava.serve.page.app import PageOptions, create_page_app
+from llava.serve.worker_base import create_worker_app
+from tests.serve.fake_engine import FakeEngine
+from tests.serve.page_backend import running
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_one_address_has_the_api_and_the_page(capsys):
+    port = free_port()
+    page = create_page_app(PageOptions(f"http://127.0.0.1:{port}", api_key="key", mode="reload", log_folder=None))
+    app = join_apps(create_worker_app(FakeEngine(), api_keys=("key",)), page, "hello")
+    with running(app, port) as url:
+        assert capsys.readouterr().out == "hello\n"
+        assert httpx.get(f"{url}/health").json() == {"status": "alive"}
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        assert httpx.get(f"{url}/v1/models", headers={"authorization": "Bearer key"}).json()["data"][0]["id"] == "fake"
+        assert "gradio_config" in httpx.get(url).text
+        gradio_client = pytest.importorskip("gradio_client")
+        client = gradio_client.Client(url, verbose=False, analytics_enabled=False)
+        answer = client.predict({"text": "one two", "files": []}, "", "auto", 0, api_name="/ask")
+        assert answer["text"].split() == ["one", "two"]
+
+
+def test_without_a_page_only_the_api_is_there():
+    with running(join_apps(create_worker_app(FakeEngine()), None, "hello")) as url:
+        assert httpx.get(url).status_code == 404
+        assert httpx.get(f"{url}/v1/models").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "wanted"),
+    [("/v1/models", "worker"), ("/v1", "worker"), ("/metrics", "worker"), ("/", "page"), ("/v1x", "page"), ("/gradio_api/v1", "page")],
+)
+def test_paths_are_split(path, wanted):
+    def app(name):
+        async def answer(scope, receive, send):
+            asked.append(name)
+
+        return answer
+
+    asked = []
+    coroutine = Split(app("worker"), app("page"))({"path": path}, None, None)
+    with pytest.raises(StopIteration):
+        coroutine.send(None)
+    assert asked == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--port", "0"], "expected 1 to 65535"),
+        (["--load-4bit", "--load-8bit"], "choose one"),
+        (["--model-path", "/nowhere/at/all"], "nowhere"),
+    ],
+)
+def test_flags_that_cannot_work_end_with_one_sentence(flags, told, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(flags) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_the_page_asks_this_process_whatever_it_listens_on():
+    def own(host):
+        return main_module._own_url(build_parser().parse_args(["--host", host]), "127.0.0.1")
+
+    assert own("0.0.0.0") == "http://127.0.0.1:8000" and own("127.0.0.1") == "http://127.0.0.1:8000"
+    assert own("::1") == "http://[::1]:8000" and own("192.0.2.7") == "http://192.0.2.7:8000"
+
+
+@pytest.mark.slow
+def test_the_command_serves_the_micro_model_and_ends_well_on_sigterm(tmp_path):
+    port = free_port()
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "llava.serve", "--port", str(port), "--log-dir", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    watch = threading.Timer(120, process.kill)
+    watch.start()
+    try:
+        greeting = [process.stdout.readline().strip() for _ in range(4)]
+        assert greeting[0] == "Model avg-llava-micro is ready."
+        assert greeting[1].startswith(f"API   http://127.0.0.1:{port}/v1") and greeting[2] == f"Page  http://127.0.0.1:{port}/"
+        url = f"http://127.0.0.1:{port}"
+        body = {"model": "avg-llava-micro", "messages": [{"role": "user", "content": "Which colour?"}], "max_tokens": 4}
+        for _ in range(100):
+            try:
+                answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+                break
+            except httpx.ConnectError:
+                threading.Event().wait(0.1)
+        assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"]
+        assert "gradio_config" in httpx.get(url).text
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        watch.cancel()
+        process.kill()
+        process.wait()

@@ -1,0 +1,177 @@
+"""The worker as a program: its flags, what it refuses before loading anything, and what it hands on."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+import httpx
+import pytest
+
+from llava.serve import model_worker
+from llava.serve.model_worker import batch_rows, build_app, build_parser, check_arguments, load_engine, main
+from llava.serve.worker_flags import read_api_keys, read_limits, read_registration, start_logging
+from tests.serve.bodies import CHAT, chat_body
+from tests.serve.fake_engine import FakeEngine
+from tests.serve.running import RunningApp
+
+PUBLISHED = [
+    "--host 0.0.0.0 --controller http://localhost:30000 --port 40000 --worker http://localhost:40000 --model-path zhibinlan/AVG-LLaVA",
+    "--host 0.0.0.0 --controller http://localhost:30000 --port 40001 --worker http://localhost:40001 --model-path ckpt2",
+    "--host 0.0.0.0 --controller http://localhost:30000 --port 40000 --worker http://localhost:40000 --model-path x --load-4bit",
+    "--host 0.0.0.0 --controller http://localhost:30000 --port 40000 --worker http://localhost:40000 --model-path x --load-8bit",
+    "--controller-address http://c:1 --worker-address http://w:2 --model-path x --model-base y --model-name z --device mps --multi-modal "
+    "--limit-model-concurrency 5 --stream-interval 2 --no-register",
+]
+
+
+@pytest.fixture(autouse=True)
+def as_it_was():
+    """Programs set up logging for their whole process; put it back."""
+    loggers = [logging.getLogger(name) for name in ("llava", "uvicorn")]
+    before = [(logger, list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, handlers, propagate, level in before:
+        for handler in set(logger.handlers) - set(handlers):
+            logger.removeHandler(handler)
+            handler.close()
+        logger.propagate = propagate
+        logger.setLevel(level)
+
+
+def parsed(text: str = "") -> argparse.Namespace:
+    return build_parser().parse_args(text.split())
+
+
+@pytest.mark.parametrize("line", PUBLISHED)
+def test_the_published_commands_are_understood(line):
+    args = parsed(line)
+    check_arguments(args)
+    read_limits(args)
+    registration = read_registration(args)
+    if args.no_register:
+        assert registration is None and batch_rows(args) == 5
+    else:
+        assert registration.controller_url == "http://localhost:30000"
+        assert registration.worker_url == f"http://localhost:{args.port}"
+
+
+def test_no_controller_is_needed():
+    assert read_registration(parsed()) is None
+
+
+@pytest.mark.parametrize(
+    ("line", "url"),
+    [
+        ("--host 0.0.0.0 --port 5", "http://localhost:5"),
+        ("--host 10.0.0.7 --port 5", "http://10.0.0.7:5"),
+        ("--host ::1 --port 5", "http://[::1]:5"),
+        ("--worker http://other:7/", "http://other:7"),
+    ],
+)
+def test_the_workers_own_address(line, url):
+    assert read_registration(parsed(f"{line} --controller http://c:1/")).worker_url == url
+
+
+def test_the_registration_token(tmp_path):
+    file = tmp_path / "token"
+    file.write_text("secret\n")
+    assert read_registration(parsed(f"--controller http://c --registration-token-file {file}")).token == "secret"
+    assert read_registration(parsed("--controller http://c --registration-token other")).token == "other"
+    with pytest.raises(ValueError, match="More than one registration token"):
+        read_registration(parsed(f"--controller http://c --registration-token a --registration-token-file {file}"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--use-flash-attn", "--attn-implementation sdpa"),
+        ("--load-8bit --load-4bit", "choose one"),
+        ("--max-batch-rows 3 --limit-model-concurrency 4", "they mean the same"),
+        ("--max-batch-rows 0", "--max-batch-rows is 0"),
+        ("--max-batch-tokens -1", "--max-batch-tokens is -1"),
+        ("--stream-interval 0", "--stream-interval is 0"),
+        ("--cache-mb -1", "--cache-mb is -1"),
+        ("--max-queue -1", "--max-queue is -1"),
+        ("--max-body-mb 0", "--max-body-mb is 0"),
+        ("--max-body-mb nan", "--max-body-mb is nan"),
+        ("--allowed-host x", "--allow-remote-images"),
+        ("--controller localhost:1", "--controller-address is 'localhost:1'"),
+        ("--controller http://c --worker w", "--worker-address is 'w'"),
+        ("--controller http://[c", "--controller-address is 'http://[c'"),
+        ("--controller http://c:99999", "--controller-address is"),
+        ("--controller http://", "--controller-address is"),
+        ("--controller http://c --port 0", "--port is 0"),
+        ("--api-key-file /nonexistent", "cannot be read"),
+        ("--log-file /nonexistent/x", "cannot be written"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_loaded(line, message, capsys, monkeypatch):
+    monkeypatch.setattr(model_worker, "load_engine", lambda args: pytest.fail("a model was loaded"))
+    assert main(line.split()) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_a_checkpoint_that_is_none_is_one_sentence(tmp_path, capsys):
+    assert main(["--model-path", str(tmp_path)]) == 1
+    assert "has no config.json" in capsys.readouterr().err
+
+
+def test_limits_and_keys_come_from_the_flags(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("b\nc\n")
+    args = parsed(
+        f"--api-key a --api-key-file {file} --max-queue 3 --max-new-tokens 9 --max-images 2 --max-body-mb 1.5 --allow-remote-images "
+        "--allowed-host one --allowed-host two"
+    )
+    limits = read_limits(args)
+    assert read_api_keys(args) == ("a", "b", "c")
+    assert (limits.max_queue, limits.max_new_tokens, limits.max_images, limits.max_body_bytes) == (3, 9, 2, 1_500_000)
+    assert limits.allow_remote_images and limits.allowed_hosts == ("one", "two")
+
+
+def test_the_model_is_loaded_as_the_flags_say(monkeypatch):
+    seen = {}
+
+    class Loader:
+        @staticmethod
+        def load(path, base, **options):
+            seen.update(path=path, base=base, **options)
+            return "assistant"
+
+    monkeypatch.setattr(model_worker, "Assistant", Loader)
+    monkeypatch.setattr(model_worker, "EmbeddedEngine", lambda assistant, name, **options: seen.update(name=name, **options))
+    load_engine(
+        parsed(
+            "--model-path a/b --model-base c --device cpu --dtype bfloat16 --attn-implementation eager --load-8bit --max-batch-rows 3 "
+            "--max-batch-tokens 99 --max-queue 4 --cache-mb 2 --max-images 5"
+        )
+    )
+    assert seen == {
+        "path": "a/b", "base": "c", "name": "b", "device": "cpu", "dtype": "bfloat16", "attn_implementation": "eager", "load_8bit": True,
+        "load_4bit": False, "max_batch_rows": 3, "max_batch_tokens": 99, "max_queue": 4, "cache_bytes": 2_000_000, "max_images": 5,
+    }  # fmt: skip
+
+
+def test_flags_without_effect_say_so(monkeypatch, caplog):
+    monkeypatch.setattr(model_worker, "load_engine", lambda args: FakeEngine())
+    with caplog.at_level(logging.INFO, "llava"):
+        build_app(parsed("--multi-modal --no-register --controller http://c:1"))
+    assert "--multi-modal changes nothing" in caplog.text and "--no-register" in caplog.text
+
+
+def test_the_app_has_the_places_that_the_flags_name(monkeypatch):
+    monkeypatch.setattr(model_worker, "load_engine", lambda args: FakeEngine())
+    app = build_app(parsed("--limit-model-concurrency 2 --max-queue 3 --api-key k --stream-interval 4"))
+    assert app.state.gate.capacity == 5 and app.state.worker.stream_interval == 4
+    with RunningApp(app) as running, httpx.Client(base_url=running.url, trust_env=False) as client:
+        assert client.post(CHAT, json=chat_body()).status_code == 401
+        assert client.post(CHAT, json=chat_body(), headers={"Authorization": "Bearer k"}).status_code == 200
+
+
+def test_a_log_file_gets_the_log(tmp_path):
+    file = tmp_path / "worker.log"
+    start_logging(parsed(f"--log-file {file}"))
+    logging.getLogger("llava.serve.test").warning("a line")
+    assert "a line" in file.read_text()

@@ -1,0 +1,281 @@
+"""What the chat API takes, what it refuses and how it answers; and OpenAI's own client against it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import openai
+import pytest
+
+from llava.inference import Message
+from llava.model.routing import RoutingRequest
+from llava.serve.http_guard import FieldError
+from llava.serve.openai_api import ChatWriter, read_chat, score_fields, server_sent
+from llava.serve.protocol import ErrorKind, Finished, ImageReport, Limits, Sampling, ServeError, TokenScore
+from llava.serve.worker_base import create_worker_app
+from tests.serve.bodies import chat_body, data_url, picture
+from tests.serve.fake_engine import CARD, FakeEngine
+from tests.serve.running import RunningApp
+
+LIMITS = Limits(max_messages=6, max_prompt_characters=200, max_new_tokens=600, max_stop=2, max_stop_characters=5, max_n=3)
+
+
+USER, ASSISTANT = {"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}
+
+
+def read(card=CARD, **fields):
+    return read_chat(chat_body(**fields), card, LIMITS)
+
+
+def test_a_plain_question_is_greedy_and_lets_the_model_choose():
+    call = read()
+    assert call.turns == (Message("user", "what is this"),)
+    assert call.sampling == Sampling() and call.routing == RoutingRequest()
+    assert (call.n, call.stream, call.include_usage, call.sources) == (1, False, False, ())
+
+
+def test_parts_become_text_with_a_placeholder_where_each_picture_stands():
+    body = chat_body("first?", ("data:a", "data:b"))
+    body["messages"][0]["content"].append({"type": "image_url", "image_url": {"url": "data:c", "detail": "auto"}})
+    body["messages"] += [{"role": "assistant", "content": "no"}, {"role": "user", "content": "why"}]
+    body["messages"].insert(0, {"role": "developer", "content": "be brief"})
+    call = read_chat(body, CARD, LIMITS)
+    assert [turn.role for turn in call.turns] == ["system", "user", "assistant", "user"]
+    assert call.turns[1].text == "<image>\n<image>\nfirst?\n<image>"
+    assert call.sources == ("data:a", "data:b", "data:c")
+
+
+def test_every_field_arrives():
+    call = read(
+        temperature=0.5, top_p=0.9, max_tokens=7, seed=3, stop=["a", "b"], logprobs=True, top_logprobs=2, n=2, stream=True,
+        stream_options={"include_usage": True}, granularity=[36, 144], max_visual_tokens=100, granularity_bias=-0.5, user="me",
+    )  # fmt: skip
+    assert call.sampling == Sampling(0.5, 0.9, 7, 3, ("a", "b"), 2)
+    assert call.routing == RoutingRequest((36, 144), 100, -0.5)
+    assert (call.n, call.stream, call.include_usage, call.user) == (2, True, True, "me")
+
+
+def test_what_openais_clients_send_by_default_is_accepted():
+    neutral = {"frequency_penalty": 0, "presence_penalty": 0.0, "response_format": {"type": "text"}, "tools": None, "n": None, "stop": None}
+    assert read(**neutral).sampling == Sampling()
+    assert read(max_completion_tokens=9).sampling.max_new_tokens == 9
+    assert read(stop="x").sampling.stop == ("x",)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "read_as"), [(None, None), ("auto", None), (36, 36), (576, 576), (9999, 9999), ([576, 36], (576, 36))]
+)
+def test_granularity(granularity, read_as):
+    assert read(granularity=granularity).routing.granularity == read_as
+
+
+def test_choices_draw_from_seeds_of_their_own():
+    requests = read(n=3, seed=2**63 - 1, temperature=1).requests("id", ())
+    assert [request.sampling.seed for request in requests] == [2**63 - 1, 0, 1]
+    assert [request.request_id for request in requests] == ["id.0", "id.1", "id.2"]
+    assert [request.sampling.seed for request in read(n=2).requests("id", ())] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs"),
+        ({"prompt_embeds": "AAAA"}, "prompt_embeds"),
+        ({"stream": "yes"}, "stream"),
+        ({"n": 4}, "n"),
+        ({"n": 0}, "n"),
+        ({"n": 1.5}, "n"),
+        ({"n": True}, "n"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": "0"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 601}, "max_tokens"),
+        ({"max_completion_tokens": 601}, "max_completion_tokens"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
+        ({"seed": 2**63}, "seed"),
+        ({"stop": ["a", "b", "c"]}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"stop": "123456"}, "stop"),
+        ({"stop": [1]}, "stop.0"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": 5}, "logprobs"),
+        ({"frequency_penalty": 0.1}, "frequency_penalty"),
+        ({"presence_penalty": -0.1}, "presence_penalty"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"tools": [{}]}, "tools"),
+        ({"logit_bias": {"1": 2}}, "logit_bias"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"granularity": 37}, "granularity"),
+        ({"granularity": []}, "granularity"),
+        ({"granularity": [36, 577]}, "granularity"),
+        ({"granularity": "fine"}, "granularity"),
+        ({"granularity": True}, "granularity"),
+        ({"max_visual_tokens": 0}, "max_visual_tokens"),
+        ({"granularity_bias": 1e9}, "granularity_bias"),
+        ({"model": 5}, "model"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [1]}, "messages.0"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "x"}] * 2}, "messages"),
+        ({"messages": [USER, ASSISTANT, USER, ASSISTANT, USER, ASSISTANT, USER]}, "messages"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": " "}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": "x" * 201}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "x", "name": "bob"}]}, "messages.0.name"),
+        ({"messages": [{"role": "user", "content": "look: <image>"}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": "look: <image-placeholder>"}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages.0.content.0"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages.0.content.0.text.text"),
+        ({"messages": [{"role": "system", "content": [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "text", "text": "x"}]},
+                       {"role": "user", "content": "x"}]}, "messages.0.content"),
+        ({"urls": ("data:x",) * 9}, "messages"),
+        ({"urls": ("data:x",), "text": ""}, "messages.0.content"),
+    ],
+)  # fmt: skip
+def test_refused_by_the_name_of_the_field(fields, param):
+    with pytest.raises(FieldError) as refused:
+        read(**fields)
+    assert refused.value.param == param
+    assert refused.value.kind in (ErrorKind.INVALID_REQUEST, ErrorKind.CONTEXT_LENGTH)
+
+
+@pytest.mark.parametrize("value", [None, 3, "x", [], [{}], {}, True])
+def test_other_bodies_than_objects_are_refused(value):
+    with pytest.raises(FieldError):
+        read_chat(value, CARD, LIMITS)
+
+
+def test_another_model_is_not_found():
+    with pytest.raises(FieldError) as refused:
+        read(model="gpt-4")
+    assert refused.value.kind is ErrorKind.MODEL_NOT_FOUND
+
+
+def test_a_model_without_choices_refuses_to_choose():
+    plain = replace(CARD, granularities=(), has_router=False, takes_images=False)
+    for fields in ({"granularity": 36}, {"max_visual_tokens": 5}, {"granularity_bias": 1.0}, {"urls": ("data:x",)}):
+        with pytest.raises(FieldError):
+            read(plain, **fields)
+    assert read(plain, granularity="auto").routing == RoutingRequest()
+
+
+def test_an_error_never_quotes_what_was_sent():
+    with pytest.raises(FieldError) as refused:
+        read(temperature="secret-text")
+    assert "secret" not in refused.value.detail
+
+
+def test_usage_adds_up_and_tells_what_was_saved():
+    image = ImageReport(36, 48, 600, {36: 48, 576: 600})
+    ending = Finished("stop", 60, 5, (image, image), {"total": 3.0})
+    usage = ChatWriter("id", "m", False).completion([("a", [], ending), ("b", [], ending)])["usage"]
+    assert usage == {
+        "prompt_tokens": 60, "completion_tokens": 10, "total_tokens": 70, "visual_tokens": 96, "full_visual_tokens": 1200,
+        "granularities": [36, 36],
+    }  # fmt: skip
+
+
+def test_scores_are_json_even_where_a_token_is_impossible():
+    fields = score_fields([TokenScore("é", -math.inf, (("b", -1.0),))])
+    assert fields["content"][0]["logprob"] == -9999.0
+    assert fields["content"][0]["bytes"] == [195, 169]
+    assert json.loads(server_sent(fields)[6:]) == fields
+
+
+@pytest.fixture(scope="module")
+def running():
+    engine = FakeEngine()
+    app = create_worker_app(engine, Limits(max_new_tokens=600), api_keys=("key-1",))
+    with RunningApp(app) as served:
+        served.engine = engine
+        yield served
+
+
+@pytest.fixture
+def client(running):
+    running.engine.failure = running.engine.fail_after = None
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="key-1", max_retries=0) as made:
+        yield made
+
+
+def ask(client, text="what is this", urls=(), **fields):
+    body = chat_body(text, urls)
+    return client.chat.completions.create(model="fake", messages=body["messages"], **fields)
+
+
+def test_the_sdk_asks_about_a_picture(client):
+    answer = ask(client, "what is this", (data_url(picture()),), extra_body={"granularity": 36, "max_visual_tokens": 64})
+    assert answer.choices[0].message.content == "<image> what is this [30x20]"
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.prompt_tokens == 58 and answer.usage.visual_tokens == 48 and answer.usage.granularities == [36]
+    image = answer.avg_llava["images"][0]
+    assert image["tokens_per_level"] == {"36": 48, "144": 180, "576": 600} and len(image["probabilities"]) == 3
+    assert answer.avg_llava["milliseconds"]["total"] == 15.5
+
+
+def test_the_sdk_streams(client):
+    chunks = list(ask(client, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == "what is this "
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[-1].choices == [] and chunks[-1].usage.total_tokens == 13
+
+
+def test_the_sdk_gets_choices_and_log_probabilities(client):
+    answer = ask(client, n=2, logprobs=True, top_logprobs=2, max_tokens=2)
+    assert [choice.message.content for choice in answer.choices] == ["what is "] * 2
+    assert [choice.finish_reason for choice in answer.choices] == ["length"] * 2
+    assert answer.choices[1].logprobs.content[0].logprob == -0.5
+    assert len(answer.choices[1].logprobs.content[0].top_logprobs) == 2
+    chunks = list(ask(client, n=2, logprobs=True, stream=True))
+    for index in range(2):
+        own = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == index]
+        assert "".join(choice.delta.content or "" for choice in own) == "what is this "
+        assert sum(len(choice.logprobs.content) for choice in own if choice.logprobs) == 3
+
+
+def test_the_sdk_carries_a_conversation_on(client):
+    first = ask(client)
+    messages = [{"role": "user", "content": "what"}, first.choices[0].message, {"role": "user", "content": "and then"}]
+    assert client.chat.completions.create(model="fake", messages=messages).choices[0].message.content == "and then "
+
+
+def test_the_sdk_reads_errors(client, running):
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, temperature=9)
+    assert refused.value.param == "temperature" and refused.value.code == "invalid_request"
+    assert refused.value.body["request_id"] == refused.value.response.headers["x-request-id"]
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="other", messages=[{"role": "user", "content": "x"}])
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="key-2").models.list()
+    running.engine.failure = ServeError(ErrorKind.OUT_OF_MEMORY)
+    with pytest.raises(openai.InternalServerError) as failed:
+        ask(client)
+    assert failed.value.status_code == 503 and failed.value.response.headers["retry-after"] == "1"
+
+
+def test_the_sdk_reads_an_error_in_the_middle_of_a_stream(client, running):
+    running.engine.failure, running.engine.fail_after = ServeError(ErrorKind.NOT_FINITE), 2
+    pieces = []
+    with pytest.raises(openai.APIError) as failed:
+        for chunk in ask(client, stream=True):
+            pieces.append(chunk.choices[0].delta.content)
+    assert pieces == ["", "what ", "is "] and failed.value.code == "non_finite_logits"
+
+
+def test_the_sdk_lists_models(client):
+    assert [model.id for model in client.models.list()] == ["fake"]
+    assert client.models.retrieve("fake").granularities == [36, 144, 576]
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("a/b")
