@@ -14,20 +14,19 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from llava.inference import Assistant, Message, Options, write_prompt
-from llava.mm_utils import process_images, tokenizer_image_token
+from llava.eval.report.answers import Record, ask_all, by_picture, load_picture, router_logits
+from llava.eval.report.outcomes import Outcomes
+from llava.eval.report.tasks import read_questions
+from llava.inference import Assistant, Options
 from llava.model.routing import RoutingRequest
 from playground.world import COARSE_FAMILIES, FAMILIES, FINE_FAMILIES
 
@@ -36,149 +35,11 @@ SOLVED_WITHIN = 5.0
 """A level solves a family when its accuracy is at most this many points below the family's best level."""
 
 
-@dataclass(frozen=True)
-class Record:
-    """One question: was it answered rightly at each level, and what did each level cost; coarse to fine."""
-
-    question_id: int
-    image: str
-    text: str
-    answer: str
-    family: str
-    said: list[str]
-    right: list[bool]
-    tokens: list[int]
-
-
-def read_questions(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """The questions of a JSONL file, by picture."""
-    by_image: dict[str, list[dict[str, Any]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        question = json.loads(line)
-        by_image.setdefault(question["image"], []).append(question)
-    return by_image
-
-
-@dataclass(frozen=True)
-class EncodedQuestions:
-    """Questions about a few pictures: left-padded ids and mask (B, L), features per question, sizes per question."""
-
-    questions: list[dict[str, Any]]
-    ids: Tensor
-    mask: Tensor
-    features: list[Tensor]
-    sizes: list[tuple[int, int]]
-
-
-def encoded_batches(assistant: Assistant, path: Path, images_per_batch: int = 8) -> Iterator[EncodedQuestions]:
-    """Batches of questions, each picture encoded once however many questions ask about it."""
-    model = assistant.model
-    groups = list(read_questions(path).items())
-    for start in tqdm(range(0, len(groups), images_per_batch), desc=path.stem, unit="batch"):
-        chosen = groups[start : start + images_per_batch]
-        pictures = [Image.open(path.parent / name).convert("RGB") for name, _ in chosen]
-        views = process_images(pictures, assistant.image_processor, model.config)
-        features = model.encode_views(model.prepare_views(views))
-        questions = [question for _, asked in chosen for question in asked]
-        owner = [index for index, (_, asked) in enumerate(chosen) for _ in asked]
-        prompts = [write_prompt([Message("user", question["text"])], 1, model.config.conv_version) for question in questions]
-        rows = [tokenizer_image_token(prompt, assistant.tokenizer, return_tensors="pt") for prompt in prompts]
-        ids = pad_sequence(rows, batch_first=True, padding_side="left")  # type: ignore[arg-type]
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")  # type: ignore[arg-type]
-        yield EncodedQuestions(questions, ids, mask, [features[index] for index in owner], [pictures[index].size for index in owner])
-
-
-@torch.inference_mode()
-def answer_all(assistant: Assistant, path: Path) -> list[Record]:
-    """Greedy answers to every question at every granularity."""
-    model, records = assistant.model, []
-    for batch in encoded_batches(assistant, path):
-        said = []
-        for level in model.levels:
-            inputs = model.splice(
-                batch.ids, batch.mask, None, batch.features, batch.sizes, [level.tokens] * len(batch.features), padding_side="left"
-            )
-            ids = model.generate(
-                inputs_embeds=inputs.inputs_embeds,
-                attention_mask=inputs.attention_mask.long(),
-                max_new_tokens=LONGEST_ANSWER,
-                do_sample=False,
-                pad_token_id=assistant.tokenizer.pad_token_id,
-            )
-            said.append([text.strip() for text in assistant.tokenizer.batch_decode(ids, skip_special_tokens=True)])
-        for index, question in enumerate(batch.questions):
-            views, size = len(batch.features[index]), batch.sizes[index]
-            texts = [level[index] for level in said]
-            records.append(
-                Record(
-                    **question,
-                    said=texts,
-                    right=[text.lower() == question["answer"].lower() for text in texts],
-                    tokens=[model.num_visual_tokens(size, level.tokens, views) for level in model.levels],
-                )
-            )
-    return records
-
-
-@torch.inference_mode()
-def router_logits(assistant: Assistant, path: Path) -> np.ndarray:
-    """(questions, G) logits of a model's router, in file order."""
-    model = assistant.model
-    batches = encoded_batches(assistant, path)
-    return torch.cat([model.route_logits(batch.ids, batch.mask, None, batch.features) for batch in batches]).numpy()
-
-
-class Results:
-    """Answers as arrays, and what any way of choosing a level makes of them.
-
-    Accuracy is the mean over families, in percent: every family counts the same.
-    """
+class Results(Outcomes):
+    """Answers about the micro world; see `Outcomes`."""
 
     def __init__(self, records: Sequence[Record]) -> None:
-        self.right = np.array([record.right for record in records], dtype=float)  # (Q, G)
-        self.tokens = np.array([record.tokens for record in records], dtype=float)  # (Q, G)
-        self.family = np.array([record.family for record in records])
-        self.levels = self.right.shape[1]
-
-    def of_families(self, values: np.ndarray) -> dict[str, float]:
-        """Mean of per-question values in each family."""
-        return {family: float(values[self.family == family].mean()) for family in FAMILIES}
-
-    def accuracy(self, weights: np.ndarray) -> dict[str, float]:
-        """Accuracy per family when a question takes level g with probability `weights` (Q, G)."""
-        return self.of_families(100 * (self.right * weights).sum(1))
-
-    def fixed(self, level: int) -> np.ndarray:
-        return np.tile(np.eye(self.levels)[level], (len(self.right), 1))
-
-    def chosen(self, logits: np.ndarray) -> np.ndarray:
-        return np.eye(self.levels)[logits.argmax(1)]
-
-    def cheapest_right(self) -> np.ndarray:
-        """The cheapest level that answers rightly; the cheapest of all where none does."""
-        return np.eye(self.levels)[self.right.argmax(1)]
-
-    def row(self, weights: np.ndarray) -> dict[str, Any]:
-        """A line of the table."""
-        families = self.accuracy(weights)
-        tokens = self.of_families((self.tokens * weights).sum(1))
-        mean_tokens = statistics.mean(tokens.values())
-        return {
-            "accuracy": statistics.mean(families.values()),
-            "tokens": mean_tokens,
-            "families": families,
-            "family_tokens": tokens,
-            "saved": 100 * (1 - mean_tokens / float(self.tokens[:, -1].mean())),
-            "choices": {family: self.share(weights, family) for family in FAMILIES},
-        }
-
-    def share(self, weights: np.ndarray, family: str) -> list[float]:
-        return [100 * float(value) for value in weights[self.family == family].mean(0)]
-
-    def interpolated(self, tokens: float) -> float:
-        """Accuracy of the line through the fixed levels at a mean token count: what random choice between neighbours reaches."""
-        fixed = [self.row(self.fixed(level)) for level in range(self.levels)]
-        return float(np.interp(tokens, [row["tokens"] for row in fixed], [row["accuracy"] for row in fixed]))
+        super().__init__(records, FAMILIES)
 
     def solving_levels(self, family: str) -> list[int]:
         """Levels within `SOLVED_WITHIN` points of a family's best."""
@@ -268,17 +129,38 @@ def plot(outcome: dict[str, Any], level_names: Sequence[int], folder: Path) -> N
     figure.savefig(folder / "results.png", dpi=100)
 
 
+def answer_all(assistant: Assistant, path: Path) -> list[Record]:
+    """Greedy answers to every question at every granularity.
+
+    Raises:
+        ValueError: a question crashed; the first is named.
+    """
+    task = read_questions(path)
+    levels = [level.tokens for level in assistant.model.levels]
+    records, crashes = ask_all(assistant, task.items, task.folder, levels, LONGEST_ANSWER)
+    if crashes:
+        first = crashes[0]
+        raise ValueError(f"{len(crashes)} of {len(task.items)} questions crashed; the first, {first.question_id}: {first.reason}")
+    return records
+
+
+def logits_of(assistants: Sequence[Assistant], path: Path) -> list[np.ndarray]:
+    """(questions, G) logits of each model's router, in the order of `answer_all`."""
+    task = read_questions(path)
+    return router_logits(assistants, task.items, task.folder)
+
+
 def time_answers(assistant: Assistant, path: Path, count: int = 60) -> dict[str, Any]:
     """End-to-end milliseconds of adaptive and full answers to the same coarse questions on one thread, taken in turns."""
     torch.set_num_threads(1)
     finest = assistant.model.levels[-1].tokens
-    asked = [question for group in read_questions(path).values() for question in group if question["family"] in COARSE_FAMILIES][:count]
+    asked = [item for item in by_picture(read_questions(path).items) if item.family in COARSE_FAMILIES][:count]
     spent: dict[str, list[float]] = {"adaptive": [], "full": []}
     for question in tqdm(asked, desc="timing", unit="question"):
-        picture = Image.open(path.parent / question["image"]).convert("RGB")
+        picture = load_picture(path.parent / question.image)
         for name, wish in (("adaptive", None), ("full", finest)):
             start = time.perf_counter()
-            assistant.answer([picture], question["text"], Options(max_new_tokens=LONGEST_ANSWER, routing=RoutingRequest(wish)))
+            assistant.answer([picture], question.text, Options(max_new_tokens=LONGEST_ANSWER, routing=RoutingRequest(wish)))
             spent[name].append(1000 * (time.perf_counter() - start))
     median = {name: statistics.median(values) for name, values in spent.items()}
     return {"questions": len(asked), "median ms": median, "speed-up": median["full"] / median["adaptive"]}
@@ -308,7 +190,7 @@ def main() -> None:
         name, _, paths = text.partition("=")
         assistants = [Assistant.load(path, device="cpu") for path in paths.split(",")]
         names = [level.tokens for level in assistants[0].model.levels]
-        routers[name] = [router_logits(assistant, args.questions) for assistant in assistants]
+        routers[name] = logits_of(assistants, args.questions)
     outcome = table(Results(records), routers, names)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "results.json").write_text(json.dumps(outcome, indent=1), encoding="utf-8")

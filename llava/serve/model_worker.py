@@ -58,6 +58,12 @@ def add_batch_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--limit-model-concurrency", type=int, metavar="N", help="LLaVA's name of --max-batch-rows")
     group.add_argument("--max-batch-tokens", type=int, help="positions held for all of them (default: four full contexts)")
     group.add_argument("--cache-mb", type=float, default=256.0, help="memory for features of pictures seen before (default: %(default)g)")
+    group.add_argument(
+        "--prefix-cache-mb",
+        type=float,
+        default=256.0,
+        help="memory for prompts read up to the end of their pictures, for the next question about them (default: %(default)g)",
+    )
     group.add_argument("--stream-interval", type=int, default=1, help="tokens between two parts of a stream (default: %(default)s)")
 
 
@@ -80,8 +86,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             found.append(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
-    if args.cache_mb < 0:
-        found.append(f"--cache-mb is {args.cache_mb:g}, expected 0 or more")
+    for name in ("cache_mb", "prefix_cache_mb"):
+        if getattr(args, name) < 0:
+            found.append(f"--{name.replace('_', '-')} is {getattr(args, name):g}, expected 0 or more")
     if found:
         raise ValueError("The flags cannot work: " + "; ".join(found) + ".")
 
@@ -105,6 +112,7 @@ def load_engine(args: argparse.Namespace) -> EmbeddedEngine:
         max_batch_tokens=args.max_batch_tokens,
         max_queue=args.max_queue,
         cache_bytes=int(1e6 * args.cache_mb),
+        prefix_cache_bytes=int(1e6 * args.prefix_cache_mb),
         max_images=args.max_images,
     )
 

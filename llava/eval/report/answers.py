@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from llava.eval.report.tasks import NO_FAMILY, Item
@@ -191,8 +192,12 @@ def ask_all(
             records += done
             crashes += failed
             progress.update(len(batch))
-    place = {item.question_id: index for index, item in enumerate(items)}
-    return sorted(records, key=lambda record: place[record.question_id]), crashes
+    place = {(item.question_id, item.image): index for index, item in enumerate(items)}
+
+    def in_order(each: Record | Crash) -> int:
+        return place[each.question_id, each.image]
+
+    return sorted(records, key=in_order), sorted(crashes, key=in_order)
 
 
 def _careful(work: Callable[[Sequence[Item]], list[Record]], batch: Sequence[Item]) -> tuple[list[Record], list[Crash]]:
@@ -208,20 +213,34 @@ def _careful(work: Callable[[Sequence[Item]], list[Record]], batch: Sequence[Ite
 
 
 @torch.inference_mode()
-def router_logits(assistant: Assistant, items: Sequence[Item], folder: Path, batch_size: int = 80) -> np.ndarray:
-    """(questions, G) logits of a model's router, in the order of `by_picture`; no answer is generated.
+def router_logits(assistants: Sequence[Assistant], items: Sequence[Item], folder: Path, batch_size: int = 80) -> list[np.ndarray]:
+    """(questions, G) logits of several models' routers, in the order of `items`; no answer is generated.
+
+    The models differ in nothing but their routers, so the first one encodes the pictures for all.
 
     Raises:
-        ValueError: the model has no router.
+        ValueError: a model without a router, or one that sees or reads in another way than the first.
     """
-    model, encoder = assistant.model, Encoder(assistant, folder)
-    if model.model.router is None:
-        raise ValueError("This model has no router, so there are no logits to compare.")
-    rows = []
+    for assistant in assistants:
+        _check_router_alone_differs(assistants[0].model, assistant.model)
+    encoder = Encoder(assistants[0], folder)
+    rows: list[dict[int, Tensor]] = [{} for _ in assistants]
     for batch in tqdm(list(batches(items, batch_size)), desc="routing", unit="batch"):
         encoded = encoder(batch)
-        views = [len(features) for features in encoded.features]
-        plan = model.plan(encoded.rows, views, encoded.sizes, RoutingRequest(), encoded.merge_type)
-        reports = [each.reports[0] for each in model.encode_rows(encoded.rows, encoded.features, plan, always_route=True)]
-        rows += [report.logits for report in reports]
-    return torch.stack(rows).numpy()
+        ids = pad_sequence([row.ids for row in encoded.rows], batch_first=True)
+        mask = pad_sequence([torch.ones_like(row.ids) for row in encoded.rows], batch_first=True)
+        for own, assistant in zip(rows, assistants, strict=True):
+            logits = assistant.model.route_logits(ids, mask, None, encoded.features).float().cpu()
+            own |= {id(item): row for item, row in zip(batch, logits, strict=True)}
+    return [torch.stack([own[id(item)] for item in items]).numpy() for own in rows]
+
+
+def _check_router_alone_differs(first: Any, model: Any) -> None:
+    if model.model.router is None:
+        raise ValueError("A model has no router, so it has no logits to compare.")
+    own, other = (
+        {name: tensor for name, tensor in each.state_dict().items() if not name.startswith("model.router.")} for each in (first, model)
+    )
+    different = [name for name in own if name not in other or not torch.equal(own[name], other[name])]
+    if different:
+        raise ValueError(f"Two models differ in {different[0]}, not in their routers alone; compare routers of one model.")

@@ -8,14 +8,14 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from llava.eval.report.answers import Record, load_picture
@@ -100,13 +100,11 @@ def measure(
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 runs[name][index].append(request(index, name))
             turn += 1
-    watched = range(min(MEMORY_QUESTIONS, len(sample)))
-    peaks = {
-        name: {index: peak_bytes(assistant, pictures[index], sample[index].text, ways[name], max_new_tokens) for index in watched}
-        for name in tqdm(names, desc="memory", unit="row")
-    }
+    peaks: list[dict[str, float]] = [{} for _ in sample]
+    for index in tqdm(range(min(MEMORY_QUESTIONS, len(sample))), desc="memory", unit="question"):
+        peaks[index] = peak_bytes({name: partial(request, index, name) for name in names}, assistant.model.device)
     costs = {
-        name: [_cost(assistant.model, runs[name][index], peaks[name].get(index)) for index in range(len(sample))] for name in names
+        name: [_cost(assistant.model, runs[name][index], peaks[index].get(name)) for index in range(len(sample))] for name in names
     }
     differing = sum(
         runs[name][index][0][0].text != expected[name][index] for name in names for index in range(len(sample))
@@ -138,25 +136,39 @@ def kv_cache_bytes(model: Any, positions: int) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * width * kept * model.dtype.itemsize
 
 
-def peak_bytes(assistant: Assistant, picture: Image.Image, text: str, routing: RoutingRequest, max_new_tokens: int) -> float:
-    """The most tensor memory that one answer holds at one moment, above what was held before.
+def peak_bytes(requests: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """The most tensor memory that each of some requests holds at one moment, above what was held before it.
 
-    On CUDA the allocator tells; elsewhere the profiler sees every allocation and release.
+    On CUDA the allocator tells, on a CPU the profiler sees every allocation and release; of other devices nothing is known.
     """
-    options = Options(max_new_tokens=max_new_tokens, routing=routing)
-    device = assistant.model.device
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        assistant.answer([picture], text, options)
-        return torch.cuda.max_memory_allocated(device) - before
+        return {name: _peak_on_cuda(request, device) for name, request in requests.items()}
+    if device.type != "cpu":
+        return {}
+    mark = "request "
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as watcher:
-        assistant.answer([picture], text, options)
+        for name, request in requests.items():
+            with torch.profiler.record_function(mark + name):
+                request()
     assert watcher.profiler is not None and watcher.profiler.kineto_results is not None
-    events = [event for event in watcher.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-    return float(max(0, held.max())) if len(held) else 0.0
+    events = watcher.profiler.kineto_results.events()
+    spans = {event.name().removeprefix(mark): event for event in events if event.name().startswith(mark)}
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    times, sizes = np.array(changes, dtype=np.int64).reshape(-1, 2).T
+    peaks = {}
+    for name in requests:
+        within = (times >= spans[name].start_ns()) & (times <= spans[name].start_ns() + spans[name].duration_ns())
+        peaks[name] = float(np.cumsum(sizes[within]).max(initial=0))
+    return peaks
+
+
+def _peak_on_cuda(request: Callable[[], object], device: torch.device) -> float:
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    request()
+    torch.cuda.synchronize(device)
+    return float(torch.cuda.max_memory_allocated(device) - before)
 
 
 def mixed(fixed: Sequence[Sequence[Cost]], weights: np.ndarray) -> list[Cost]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def _playground() -> Task:
 
 def _easy_vqa() -> Task:
     try:
-        import easy_vqa
+        easy_vqa = importlib.import_module("easy_vqa")
     except ImportError as error:
         raise ValueError('The task easy_vqa needs the package easy-vqa; run pip install -e ".[playground]".') from error
     texts, answers, owners = easy_vqa.get_test_questions()

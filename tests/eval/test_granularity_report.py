@@ -1,0 +1,371 @@
+"""The report: rows computed by hand, the shipped model end to end, failures that are said, and a page that runs nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llava.eval.granularity_report import main, markdown, pick_examples
+from llava.eval.report.answers import Record, ask_all, is_right, load_picture, router_logits
+from llava.eval.report.measure import PARTS, Cost, balanced_sample, kv_cache_bytes, mixed, peak_bytes, summarise
+from llava.eval.report.outcomes import Outcomes
+from llava.eval.report.page import write_page
+from llava.eval.report.tasks import open_task, read_questions
+from llava.inference import Assistant, Options
+from llava.model.routing import RoutingRequest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+EVALUATION = REPOSITORY / "playground" / "eval"
+LEVELS = [4, 8, 16]
+TOKENS = [10, 20, 40]
+ATTACK = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+BROWSER_FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync",
+)  # fmt: skip
+
+
+def made_up() -> Outcomes:
+    """Two families, one picture each question: `easy` is right everywhere, `hard` at the finest level only."""
+    records = [
+        Record(index, f"{index}.png", "?", "x", family, right=[family == "easy", family == "easy", True], tokens=TOKENS)
+        for index, family in enumerate(["easy"] * 6 + ["hard"] * 2)
+    ]
+    return Outcomes(records)
+
+
+@pytest.fixture(scope="module")
+def micro() -> Assistant:
+    return Assistant.load(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A report of thirty questions with the shipped model."""
+    output = tmp_path_factory.mktemp("report")
+    flags = ["--task", "playground", "--limit", "30", "--timing-samples", "3", "--timing-repeats", "1", "--budgets", "48"]
+    assert main([*flags, "--biases=-1,1", "--examples", "3", "--device", "cpu", "--output", str(output)]) == 0
+    return {"output": output, **json.loads((output / "report.json").read_text())}
+
+
+def questions(folder: Path, *changes: dict[str, Any]) -> Path:
+    """A question file about a shipped picture; each change makes a line."""
+    shutil.copy(EVALUATION / "images" / "000.png", folder / "a.png")
+    lines = [
+        {"question_id": index, "image": "a.png", "text": "What is the background colour?", "answer": "beige", **change}
+        for index, change in enumerate(changes)
+    ]
+    path = folder / "mine.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+# ---- rows -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_family_counts_the_same() -> None:
+    outcomes = made_up()
+    assert [outcomes.row(outcomes.fixed(level))["accuracy"] for level in range(3)] == [50.0, 50.0, 100.0]
+    oracle = outcomes.row(outcomes.cheapest_right())
+    assert (oracle["accuracy"], oracle["tokens"], oracle["saved"]) == (100.0, 25.0, 37.5)
+    assert oracle["choices"] == {"easy": [100.0, 0.0, 0.0], "hard": [0.0, 0.0, 100.0]}
+
+
+def test_random_choice_costs_what_it_is_compared_with() -> None:
+    outcomes = made_up()
+    for tokens in (10, 15, 25, 40):
+        row = outcomes.row(outcomes.random_at(tokens))
+        assert row["tokens"] == pytest.approx(tokens) and row["accuracy"] == pytest.approx(outcomes.interpolated(tokens))
+
+
+def test_wishes_choose_as_the_model_does() -> None:
+    outcomes = made_up()
+    logits: list[list[float] | None] = [[0.0, 1.0, 0.9]] * 8
+
+    def chosen(**wish: Any) -> list[int]:
+        return outcomes.wished(logits, LEVELS, RoutingRequest(**wish)).argmax(1).tolist()
+
+    assert chosen() == [1] * 8 and chosen(bias=0.2) == [2] * 8 and chosen(bias=-2.0) == [0] * 8
+    assert chosen(max_visual_tokens=15) == [0] * 8 and chosen(granularity=[4, 16]) == [2] * 8
+    with pytest.raises(ValueError, match="no router to bias"):
+        outcomes.wished([None] * 8, LEVELS, RoutingRequest(bias=1.0))
+
+
+def test_intervals_hold_the_accuracy_and_repeat() -> None:
+    outcomes = made_up()
+    rng = np.random.default_rng(0)
+    outcomes.right = (rng.random((8, 3)) < 0.6).astype(float)
+    weights = outcomes.fixed(1)
+    first, again = outcomes.resampled(weights, 3), outcomes.resampled(weights, 3)
+    interval = outcomes.interval(first)
+    assert interval is not None and interval[0] < outcomes.row(weights)["accuracy"] < interval[1]
+    assert (first == again).all() and np.ptp(first - outcomes.resampled(weights, 3)) == 0
+
+
+def test_the_interval_knows_that_questions_share_pictures() -> None:
+    rng = np.random.default_rng(1)
+    right = [bool(value) for value in rng.random(40) < 0.5]
+    apart = Outcomes([Record(i, f"{i}.png", "?", "x", right=[value], tokens=[1]) for i, value in enumerate(right)])
+    shared = Outcomes([Record(i, f"{i // 10}.png", "?", "x", right=[right[i // 10]], tokens=[1]) for i in range(40)])
+    widths = [np.ptp(each.interval(each.resampled(each.fixed(0), 0)) or (0.0, 0.0)) for each in (apart, shared)]
+    assert widths[1] > 1.5 * widths[0]
+    single = Outcomes([Record(0, "0.png", "?", "x", right=[True], tokens=[1])])
+    assert single.interval(single.resampled(single.fixed(0), 0)) is None
+
+
+def test_mixed_costs_weigh_the_fixed_ones() -> None:
+    def cost(total: float) -> Cost:
+        return Cost({part: total / len(PARTS) for part in PARTS}, total / 2, total, 2.0, 100.0, total * 2**20)
+
+    mixture = mixed([[cost(10.0)], [cost(30.0)]], np.array([[0.25, 0.75]]))
+    line = summarise(mixture)
+    assert line["total_ms"] == pytest.approx(25.0) and line["ttft_ms"] == pytest.approx(12.5)
+    assert line["tokens_per_second"] == pytest.approx(80.0) and line["peak_mib"] == pytest.approx(25.0)
+
+
+def test_samples_and_examples_take_families_in_turn() -> None:
+    records = [
+        Record(index, f"{index}.png", "?", "x", "ab"[index % 2], right=[index > 3, True], tokens=[1, 2], said=["", ""])
+        for index in range(8)
+    ]
+    assert sorted(record.family for record in balanced_sample(records, 4, 0)) == ["a", "a", "b", "b"]
+    picked = pick_examples(records, [1] * 7 + [0], 4)
+    assert [record.family for record, _ in picked] == ["a", "b", "a", "b"] and not picked[0][0].right[0]
+    assert pick_examples(records, [0] * 8, 3)[-1][0].right == [False, True] and pick_examples(records, [0] * 8, 0) == []
+
+
+# ---- answers and costs ------------------------------------------------------------------------------------------------------------
+
+
+def test_batches_answer_and_route_as_single_requests_do(micro: Assistant) -> None:
+    task = read_questions(EVALUATION / "test.jsonl")
+    items = [*task.items[3:8], task.items[25], task.items[0]]
+    records, crashes = ask_all(micro, items, task.folder, [4, 64], 16, batch_size=4)
+    assert not crashes and [record.question_id for record in records] == [item.question_id for item in items]
+    (logits,) = router_logits([micro], items, task.folder, batch_size=3)
+    for index, record in enumerate(records):
+        picture = load_picture(task.folder / record.image)
+        free = micro.answer([picture], record.text, Options(max_new_tokens=16))
+        single = [micro.answer([picture], record.text, Options(max_new_tokens=16, routing=RoutingRequest(level))).text for level in (4, 64)]
+        assert record.said == single and record.tokens == [24, 336]
+        asked = free.reports[0].logits
+        assert asked is not None and record.logits == pytest.approx(asked.tolist(), abs=1e-4)
+        assert record.logits == pytest.approx(logits[index], abs=1e-4)
+
+
+def test_pictures_without_tiles_are_laid_out_as_single_requests_do(micro: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(micro.model.config, "image_aspect_ratio", "pad")
+    task = read_questions(EVALUATION / "test.jsonl")
+    records, crashes = ask_all(micro, task.items[:2], task.folder, [4, 64], 16)
+    assert not crashes and records[0].tokens == [4, 64]
+    for record in records:
+        picture = load_picture(task.folder / record.image)
+        options = [Options(max_new_tokens=16, routing=RoutingRequest(level)) for level in (4, 64)]
+        assert record.said == [micro.answer([picture], record.text, option).text for option in options]
+
+
+def test_peak_memory_is_what_a_request_holds_at_once() -> None:
+    def work(*sizes: int) -> None:
+        for size in sizes:
+            torch.zeros(size, dtype=torch.uint8)
+
+    peaks = peak_bytes({"one": lambda: work(3 * 2**20), "in turn": lambda: work(2**20, 2**20)}, torch.device("cpu"))
+    assert peaks["one"] == pytest.approx(3 * 2**20, rel=0.01) and peaks["in turn"] == pytest.approx(2**20, rel=0.01)
+
+
+def test_the_cache_is_as_large_as_the_tensors_in_it(micro: Assistant) -> None:
+    output = micro.model.generate(
+        inputs_embeds=torch.zeros(1, 7, micro.model.config.hidden_size), attention_mask=torch.ones(1, 7, dtype=torch.long),
+        max_new_tokens=1, do_sample=False, return_dict_in_generate=True,
+    )  # fmt: skip
+    held = sum(tensor.nbytes for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values))
+    assert kv_cache_bytes(micro.model, 7) == held
+
+
+def test_case_and_space_do_not_matter() -> None:
+    assert is_right(" Red\n", "red") and not is_right("reddish", "red")
+
+
+# ---- the command ------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_has_every_row_and_column(made: dict[str, Any]) -> None:
+    rows = {row["name"]: row for row in made["rows"]}
+    assert [row["kind"] for row in made["rows"]] == ["fixed"] * 5 + ["random", "adaptive", "bias", "bias", "budget", "oracle"]
+    assert made["answered"] == made["asked"] == 30 and not made["crashes"]
+    assert rows["random at that cost"]["tokens"] == pytest.approx(rows["adaptive"]["tokens"])
+    assert rows["oracle"]["accuracy"] == max(row["accuracy"] for row in made["rows"])
+    assert rows["adaptive, at most 48"]["tokens"] <= 48 < rows["adaptive"]["tokens"]
+    for row in made["rows"]:
+        cost = row["cost"]
+        assert 0 < cost["ttft_ms"] < cost["total_ms"] and cost["peak_mib"] > 1 and cost["kv_mib"] > 0
+        assert (cost["router_share"] > 0) == (row["kind"] in ("adaptive", "bias", "budget"))
+    assert made["oracle_gap"]["accuracy"] == pytest.approx(rows["oracle"]["accuracy"] - rows["adaptive"]["accuracy"])
+    assert made["timing"]["differing"] == 0 and set(rows["adaptive"]["choices"]) == set(made["families"])
+    table = (made["output"] / "report.md").read_text()
+    assert table == markdown(made) and table.count("\n| fixed ") == 5 and "Oracle gap" in table
+    assert len((made["output"] / "answers.jsonl").read_text().splitlines()) == 30
+
+
+def test_the_page_is_whole_and_asks_for_nothing(made: dict[str, Any]) -> None:
+    page = (made["output"] / "report.html").read_text()
+    assert "<script" not in page and "http://" not in page and "https://" not in page and "@import" not in page
+    assert page.count("data:image/jpeg;base64,") == 3 and "default-src 'none'" in page
+    assert "Every way of choosing" in page and page.count("<tr") > 20
+
+
+def test_a_text_cannot_become_part_of_the_page(made: dict[str, Any]) -> None:
+    from PIL import Image
+
+    report = json.loads(json.dumps({key: value for key, value in made.items() if key != "output"}))
+    for example in report["examples"]:
+        example |= {"text": ATTACK, "said": ATTACK, "answer": ATTACK, "family": ATTACK, "right": False}
+        example["tries"][0]["said"] = ATTACK
+    report["task"] = report["facts"][0] = report["rows"][0]["name"] = ATTACK
+    report["crashes"] = [{"question_id": ATTACK, "image": ATTACK, "reason": ATTACK}]
+    page = write_page(report, [Image.new("RGB", (40, 20))] * 3)
+    assert "<script" not in page and "<img src=x" not in page and page.count("&lt;script&gt;") > 15
+
+
+def test_one_task_of_ones_own_and_fewer_granularities(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = questions(tmp_path, {}, {"text": "Which cell of the grid is marked?", "answer": "nowhere"})
+    output = tmp_path / "out"
+    flags = ["--questions", str(path), "--granularities", "4,16", "--timing-samples", "0", "--device", "cpu"]
+    assert main([*flags, "--output", str(output)]) == 0
+    report = json.loads((output / "report.json").read_text())
+    assert report["granularities"] == [4, 16] and report["families"] == ["all"] and report["rows"][0]["accuracy"] == 50.0
+    assert all(row["cost"] is None and row["interval"] is None for row in report["rows"])
+    assert "fixed 16" in capsys.readouterr().out and "Where the time" not in (output / "report.html").read_text()
+
+
+def test_a_model_without_a_router_says_what_is_left_out(
+    tmp_path: Path, micro: Assistant, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(micro.model.model, "router", None)
+    monkeypatch.setattr(Assistant, "load", classmethod(lambda *args, **options: micro))
+    flags = ["--questions", str(questions(tmp_path, {})), "--timing-samples", "1", "--output", str(tmp_path / "out")]
+    assert main([*flags, "--budgets", "100"]) == 0
+    assert "no router" in capsys.readouterr().out and "no router" in (tmp_path / "out" / "report.html").read_text()
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    assert [row["kind"] for row in rows] == ["fixed"] * 5 + ["budget", "oracle"] and rows[5]["tokens"] == rows[2]["tokens"]
+    assert main([*flags, "--biases=-1"]) == 1 and "no router to bias" in capsys.readouterr().err
+
+
+def test_crashed_questions_are_counted_and_end_the_run_with_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    path = questions(tmp_path, {"text": ""}, {"image": "broken.png"}, {"image": "missing.png"}, {})
+    output = tmp_path / "out"
+    assert main(["--questions", str(path), "--timing-samples", "0", "--device", "cpu", "--output", str(output)]) == 1
+    assert "3 of 4 questions crashed" in capsys.readouterr().err
+    report = json.loads((output / "report.json").read_text())
+    assert report["answered"] == 1 and [crash["question_id"] for crash in report["crashes"]] == [0, 1, 2]
+    assert report["rows"][0]["accuracy"] == 100.0 and "3 of 4 questions crashed" in (output / "report.html").read_text()
+
+
+def test_answers_of_an_earlier_report_are_not_asked_again(
+    made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llava.eval import granularity_report
+
+    asked: list[int] = []
+
+    def counting(assistant: Assistant, items: Any, *rest: Any) -> Any:
+        asked.append(len(items))
+        return ask_all(assistant, items, *rest)
+
+    monkeypatch.setattr(granularity_report, "ask_all", counting)
+    answers = made["output"] / "answers.jsonl"
+    flags = ["--task", "playground", "--limit", "32", "--timing-samples", "0", "--device", "cpu", "--output", str(tmp_path / "out")]
+    assert main([*flags, "--answers", str(answers)]) == 0
+    assert asked == [1, 2] and json.loads((tmp_path / "out" / "report.json").read_text())["answered"] == 32
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    lines[0]["logits"][0] += 1
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main([*flags, "--answers", str(tmp_path / "other.jsonl")]) == 1 and "another model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--task", "vqa"], "no task 'vqa'; choose one of playground, easy_vqa"),
+        (["--task", "playground", "--image-folder", "x"], "--image-folder belongs to --questions"),
+        (["--questions", "nowhere.jsonl"], "no question file nowhere.jsonl"),
+        (["--task", "playground", "--model-path", "nowhere/at/all"], "nowhere/at/all"),
+        (["--task", "playground", "--granularities", "5,64"], "this model has [4, 8, 16, 32, 64]"),
+        (["--task", "playground", "--budgets", "5"], "max_visual_tokens is 5, but the coarsest granularity allowed costs 24"),
+    ],
+)
+def test_a_wrong_wish_is_one_sentence(flags: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*flags, "--device", "cpu", "--output", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and sentence in error
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("{", "line 1 is not JSON"),
+        ("[1]", "line 1 is a JSON list"),
+        ('{"question_id": 1, "image": "a.png", "text": "?"}', "line 1 has no answer"),
+        ('{"question_id": 1, "image": ["a.png"], "text": "?", "answer": "x"}', "an image of type list"),
+        ("", "holds no question"),
+    ],
+)
+def test_a_wrong_line_is_named(line: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=sentence.replace("an image", "a image")):
+        read_questions(tmp_path / "mine.jsonl")
+
+
+def test_easy_vqa_asks_in_the_micro_worlds_words() -> None:
+    pytest.importorskip("easy_vqa")
+    task = open_task("easy_vqa")
+    assert len(task.items) == 9673 and set(task.families) == {"shape", "colour", "yes or no"}
+    assert all(item.text.startswith("In the poster, ") for item in task.items) and (task.folder / task.items[0].image).is_file()
+
+
+# ---- the page in a browser --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_in_chromium(made: dict[str, Any], width: int, dark: bool, tmp_path: Path) -> None:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    executable = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if executable is None:
+        pytest.skip("no chromium; set CHROMIUM to its path")
+    from PIL import Image
+
+    report = {key: value for key, value in made.items() if key != "output"}
+    report["examples"] = [{**example, "text": f"{ATTACK} {'long' * 40}"} for example in report["examples"]]
+    path = tmp_path / "report.html"
+    path.write_text(write_page(report, [Image.new("RGB", (40, 20))] * len(report["examples"])))
+    said: list[str] = []
+    asked: list[str] = []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=list(BROWSER_FLAGS))
+        scheme = "dark" if dark else "light"
+        page = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme).new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(path.as_uri())
+        page.wait_for_timeout(200)
+        size = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+        broken = page.evaluate("[...document.images].filter(image => !image.complete || !image.naturalWidth).length")
+        shown = page.evaluate("[...document.querySelectorAll('svg.plot')].filter(plot => plot.getBoundingClientRect().width > 100).length")
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        title = page.title()
+        browser.close()
+    assert said == [] and [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
+    assert size[0] <= size[1] == width and broken == 0 and shown == 1 and "owned" not in title
+    assert background == ("rgb(18, 23, 22)" if dark else "rgb(246, 247, 246)")
