@@ -45,7 +45,7 @@ class Options:
     """How to answer.
 
     conv_mode: the conversation template; `None` takes the checkpoint's.
-    temperature: 0 is greedy. top_p, num_beams, max_new_tokens: transformers' own.
+    temperature: 0 is greedy. top_p, num_beams, max_new_tokens, min_new_tokens: transformers' own.
     seed: makes sampling repeatable.
     stop: texts that end the answer, besides the template's separator.
     routing: granularity, budget and bias, see `RoutingRequest`.
@@ -56,6 +56,7 @@ class Options:
     top_p: float | None = None
     num_beams: int = 1
     max_new_tokens: int = 512
+    min_new_tokens: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     routing: RoutingRequest = field(default_factory=RoutingRequest)
@@ -70,6 +71,8 @@ class Options:
             errors.append(f"num_beams is {self.num_beams}, expected 1 or more")
         if self.max_new_tokens < 1:
             errors.append(f"max_new_tokens is {self.max_new_tokens}, expected 1 or more")
+        if not 0 <= self.min_new_tokens <= max(0, self.max_new_tokens):
+            errors.append(f"min_new_tokens is {self.min_new_tokens}, expected 0 to max_new_tokens, {self.max_new_tokens}")
         if self.num_beams > 1 and self.temperature > 0:
             errors.append(f"num_beams {self.num_beams} and temperature {self.temperature} exclude each other; set one back")
         if errors:
@@ -476,6 +479,8 @@ class Assistant:
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if options.temperature > 0:
             sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
+        if options.min_new_tokens:
+            sampling["min_new_tokens"] = options.min_new_tokens
         if stop:
             sampling |= {"stop_strings": list(stop), "tokenizer": self.tokenizer}
         with torch.random.fork_rng(enabled=options.seed is not None):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from llava.eval.granularity_report import build_parser as report_parser
 from llava.eval.run_llava import build_parser, eval_model
 from llava.inference import MICRO_MODEL
 from llava.model.routing import RoutingRequest
@@ -76,7 +77,8 @@ def test_the_command_lines_flags_parse(words: list[str]) -> None:
 
 
 def test_flags_in_the_text_exist() -> None:
-    known = {flag for action in build_parser()._actions for flag in action.option_strings} | {"--no-build-isolation"}
+    parsers = (build_parser(), report_parser())
+    known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings} | {"--no-build-isolation"}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", read("README.md"))) - {"--upgrade"} <= known
 
 

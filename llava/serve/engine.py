@@ -58,6 +58,8 @@ logger = logging.getLogger(__name__)
 _END = None
 _PREFILL_POSITIONS = 8192
 """Positions, padding included, that one prefill works on at most, so that running answers do not wait long for it."""
+_STEPS_FOR_COMPANY = 2
+"""Steps of the running requests that a waiting one may be passed over to be taken in together with others."""
 _PADDING_SHARE, _PADDING = 0.15, 32
 """Padding that one prefill may add: this share of its prompts' own positions, and a few."""
 
@@ -197,6 +199,7 @@ class EmbeddedEngine:
         self._running: list[_Task] = []  # by slot
         self._ready: deque[_Task] = deque()
         self._waiting: deque[_Task] = deque()
+        self._passed_over = 0  # steps since the first waiting request came
         self._outstanding = 0  # requests taken and neither finished nor failed
         self._finished = 0
         self._draining = self._closed = False
@@ -366,7 +369,7 @@ class EmbeddedEngine:
         """One turn of the crank: let cancelled requests go, encode and admit waiting ones, and take one step with the running ones."""
         self._drop_cancelled()
         free = self._rows_allowed - len(self._running) - len(self._ready)
-        if self._waiting and free > 0:
+        if free > 0 and self._enough_waiting(free):
             with self._changed:
                 tasks = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
             self._ready.extend(self._isolating(self._encode, tasks))
@@ -376,6 +379,18 @@ class EmbeddedEngine:
             self._deliver()
         if self._running:
             self._step_or_step_back()
+
+    def _enough_waiting(self, free: int) -> bool:
+        """Whether to take waiting requests in now: encoding and prefill cost the running ones as much for one as for several, so the first
+        to come waits a few steps for company."""
+        waiting = len(self._waiting)
+        if not waiting:
+            return False
+        self._passed_over += 1
+        if self._running and waiting < min(free, len(self._running)) and self._passed_over <= _STEPS_FOR_COMPANY:
+            return False
+        self._passed_over = 0
+        return True
 
     def _isolating(self, work: Callable[[list[_Task]], None], tasks: list[_Task]) -> list[_Task]:
         """Do work on tasks together; if that fails, one by one, so that a bad one fails alone. Returns those that went through."""
@@ -575,6 +590,9 @@ class EmbeddedEngine:
     def _pick(self, hidden: Tensor, tasks: Sequence[_Task]) -> list[Picked]:
         """The next token of each row of (B, D)."""
         logits = self.model.lm_head(hidden)
+        early = [row for row, task in enumerate(tasks) if len(task.stream.ids) < task.request.sampling.min_new_tokens]
+        if early and (ends := end_ids(self.model)):
+            logits[torch.tensor(early, device=logits.device)[:, None], torch.tensor(ends, device=logits.device)] = float("-inf")
         return pick(logits, [task.request.sampling for task in tasks], [task.draws for task in tasks])
 
     def _accept(self, tasks: Sequence[_Task], picks: Sequence[Picked]) -> None:

@@ -112,6 +112,7 @@ class ChatRequest(RoutingFields):
     n: int | None = Field(None, ge=1, le=1024)
     max_tokens: int | None = Field(None, ge=1, le=10_000_000)
     max_completion_tokens: int | None = Field(None, ge=1, le=10_000_000)
+    min_tokens: int | None = Field(None, ge=0, le=10_000_000, description="The model's own end is not taken before so many.")
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="0, the default, is greedy.")
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
@@ -363,10 +364,13 @@ def _read_sampling(request: ChatRequest, limits: Limits) -> Sampling:
         raise FieldError(f"top_logprobs is {request.top_logprobs}, expected at most {limits.max_logprobs}.", "top_logprobs")
     longest = request.max_tokens or request.max_completion_tokens or min(Sampling.max_new_tokens, limits.max_new_tokens)
     check_new_tokens(longest, limits, "max_tokens" if request.max_tokens else "max_completion_tokens")
+    if (request.min_tokens or 0) > longest:
+        raise FieldError(f"min_tokens is {request.min_tokens}, expected at most the longest answer, {longest}.", "min_tokens")
     return Sampling(
         temperature=request.temperature or 0.0,
         top_p=1.0 if request.top_p is None else request.top_p,
         max_new_tokens=longest,
+        min_new_tokens=request.min_tokens or 0,
         seed=request.seed,
         stop=read_stop(request.stop, limits),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,

@@ -111,6 +111,7 @@ class Sampling:
     """How the answer's tokens are drawn.
 
     temperature: 0 is greedy. top_p: share of the probability to draw from. max_new_tokens: at most so many; the context may end sooner.
+    min_new_tokens: the model's own end is not taken before so many.
     seed: makes draws repeatable, whatever else is in the batch. stop: texts that end the answer, themselves left out; the template's own
     are added. logprobs: `None`, or how many alternatives per token to report (0: the chosen token alone).
     """
@@ -118,6 +119,7 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     max_new_tokens: int = 512
+    min_new_tokens: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None

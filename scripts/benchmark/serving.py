@@ -37,7 +37,6 @@ from tqdm import tqdm
 from llava.inference import Assistant, Options
 
 QUESTIONS = Path(__file__).resolve().parents[2] / "playground" / "eval" / "test.jsonl"
-LONGEST_ANSWER = 16
 WAIT_FOR_WORKER = 180.0
 
 
@@ -60,30 +59,32 @@ class Reply:
     retry_after: str | None
 
 
-def load_asks(model_path: str | None, pictures: int, per_picture: int, seed: int = 0) -> list[Ask]:
+def load_asks(args: argparse.Namespace, seed: int = 0) -> list[Ask]:
     """Questions about some pictures, answered one by one in this process first."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for line in QUESTIONS.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         rows.setdefault(row["image"], []).append(row)
-    chosen = [row for name in list(rows)[:pictures] for row in rows[name][:per_picture]]
+    chosen = [row for name in list(rows)[: args.pictures] for row in rows[name][: args.questions_per_picture]]
     random.Random(seed).shuffle(chosen)
-    assistant = Assistant.load(model_path)
+    assistant = Assistant.load(args.model_path)
+    options = Options(max_new_tokens=max(16, args.answer_tokens), min_new_tokens=args.answer_tokens)
     asks = []
     for row in tqdm(chosen, desc="answers one by one", unit="question"):
         path = QUESTIONS.parent / row["image"]
         with Image.open(path) as picture:
-            expected = assistant.answer([picture.convert("RGB")], row["text"], Options(max_new_tokens=LONGEST_ANSWER)).text
-        body = request_body(path.read_bytes(), row["text"])
+            expected = assistant.answer([picture.convert("RGB")], row["text"], options).text
+        body = request_body(path.read_bytes(), row["text"], options)
         asks.append(Ask(json.dumps(body).encode(), json.dumps(body | {"stream": True}).encode(), expected))
     return asks
 
 
-def request_body(picture: bytes, text: str) -> dict[str, Any]:
+def request_body(picture: bytes, text: str, options: Options) -> dict[str, Any]:
     """A chat completion about one picture, greedy."""
     url = "data:image/png;base64," + base64.b64encode(picture).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
-    return {"model": "bench", "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": LONGEST_ANSWER}
+    length = {"max_tokens": options.max_new_tokens, "min_tokens": options.min_new_tokens}
+    return {"model": "bench", "messages": [{"role": "user", "content": content}], "temperature": 0, **length}
 
 
 @contextmanager
@@ -183,7 +184,7 @@ async def crowd(url: str, asks: Sequence[Ask], clients: int, streaming: bool = F
 
 def throughput(args: argparse.Namespace) -> dict[str, Any]:
     """One at a time, a crowd, and the same crowd streaming, in turns."""
-    asks = load_asks(args.model_path, args.pictures, args.questions_per_picture)
+    asks = load_asks(args)
     flags = ["--max-batch-rows", str(args.clients), *args.worker_flags]
     sides: dict[str, list[Phase]] = {"one at a time": [], "crowd": [], "one at a time, streaming": []}
     with running_worker(args.model_path, flags, args.output.with_suffix(".log")) as (url, _):
@@ -196,6 +197,7 @@ def throughput(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "questions": len(asks),
         "pictures": args.pictures,
+        "least tokens of an answer": args.answer_tokens,
         "clients": args.clients,
         "rounds": args.rounds,
         "sides": {name: [phase.summary() for phase in phases] for name, phases in sides.items()},
@@ -206,7 +208,7 @@ def throughput(args: argparse.Namespace) -> dict[str, Any]:
 
 def overload(args: argparse.Namespace) -> dict[str, Any]:
     """Offer twice the sustainable rate for a while and watch memory, refusals and answers."""
-    asks = load_asks(args.model_path, args.pictures, args.questions_per_picture)
+    asks = load_asks(args)
     with running_worker(args.model_path, args.worker_flags, args.output.with_suffix(".log")) as (url, process):
         asyncio.run(crowd(url, asks, 16))
         sustained = asyncio.run(crowd(url, asks, 16)).requests_per_second
@@ -270,6 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model-path", help="checkpoint; the micro model when missing")
     parser.add_argument("--pictures", type=int, default=32, help="different pictures asked about")
     parser.add_argument("--questions-per-picture", type=int, default=10)
+    parser.add_argument("--answer-tokens", type=int, default=0, help="least length of each answer; 0 lets the model end it (default)")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=600, help="length of the overload")

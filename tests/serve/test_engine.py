@@ -173,6 +173,19 @@ def test_stop_texts_and_length_end_an_answer(micro, asked):
     assert second.end.completion_tokens == 1
 
 
+def test_an_answer_may_have_to_have_a_length(micro, asked):
+    """As transformers' min_new_tokens has it, in a crowd where only some ask for it."""
+    wanted = [request(*each, sampling=Sampling(max_new_tokens=12, min_new_tokens=9 * (place % 2))) for place, each in enumerate(asked[:6])]
+    outcomes = serve(micro, all_at_once(*wanted))
+    for each, outcome in zip(wanted, outcomes, strict=True):
+        options = Options(max_new_tokens=12, min_new_tokens=each.sampling.min_new_tokens)
+        answer = micro.answer(each.images, each.messages, options)
+        assert (outcome.text, outcome.end.completion_tokens) == (answer.text, len(answer.token_ids))
+        assert outcome.end.completion_tokens >= each.sampling.min_new_tokens
+    with pytest.raises(ValueError, match="min_new_tokens is 9, expected 0 to max_new_tokens, 3"):
+        Options(max_new_tokens=3, min_new_tokens=9)
+
+
 def test_a_seed_repeats_whatever_else_is_in_the_batch(micro, asked):
     warm = Sampling(temperature=3.0, top_p=0.95, max_new_tokens=8, seed=7)
     seeded = request(*asked[0], sampling=warm)

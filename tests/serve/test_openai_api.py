@@ -49,10 +49,10 @@ def test_parts_become_text_with_a_placeholder_where_each_picture_stands():
 
 def test_every_field_arrives():
     call = read(
-        temperature=0.5, top_p=0.9, max_tokens=7, seed=3, stop=["a", "b"], logprobs=True, top_logprobs=2, n=2, stream=True,
+        temperature=0.5, top_p=0.9, max_tokens=7, min_tokens=4, seed=3, stop=["a", "b"], logprobs=True, top_logprobs=2, n=2, stream=True,
         stream_options={"include_usage": True}, granularity=[36, 144], max_visual_tokens=100, granularity_bias=-0.5, user="me",
     )  # fmt: skip
-    assert call.sampling == Sampling(0.5, 0.9, 7, 3, ("a", "b"), 2)
+    assert call.sampling == Sampling(0.5, 0.9, 7, 4, 3, ("a", "b"), 2)
     assert call.routing == RoutingRequest((36, 144), 100, -0.5)
     assert (call.n, call.stream, call.include_usage, call.user) == (2, True, True, "me")
 
