@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import resource
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,11 +24,32 @@ logger = logging.getLogger(__name__)
 
 HEADER_SECONDS = 15.0
 """In which a connection has to bring a request's headers, or the rest of a body that nobody reads any more."""
+SWITCH_SECONDS = 0.0005
+"""A tenth of Python's default between two threads that both want the interpreter."""
 KEEP_ALIVE_SECONDS = 15
 FLUSH_SECONDS = 30.0
 """In which a client has to take what was sent, once its connection is to be closed."""
+MAX_FILES = 65_536
+"""Open files, connections included, that a server asks the system for."""
 DRAIN_SECONDS = 300.0
 """That running answers get to finish after SIGTERM."""
+
+
+def most_connections() -> int:
+    """Half of the files that this process may open; the rest is for connections to others, pictures and the log.
+
+    Without any left, the event loop would take no connections at all, and write thousands of lines a second about it.
+    """
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+
+
+def allow_many_files() -> None:
+    """Raise the limit of open files as far as the system lets us; many shells start with 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft < wanted:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class GuardedProtocol(H11Protocol):
@@ -39,6 +63,8 @@ class GuardedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.app_state = {**self.app_state, "connection": transport}
+        if len(self.connections) > most_connections():
+            transport.abort()
         self._watch()
 
     def data_received(self, data: bytes) -> None:
@@ -151,8 +177,21 @@ def make_server(
 
 def run_server(server: DrainingServer) -> int:
     """Run until a signal; 0, or 1 when the server could not start."""
+    allow_many_files()
+    share_the_interpreter()
     try:
         server.run()
     except SystemExit:  # uvicorn's word for a port that is taken or a lifespan that failed; it logged which
         return 1
     return 0 if server.started else 1
+
+
+def share_the_interpreter() -> None:
+    """Keep the event loop quick beside a thread that runs a model.
+
+    What is loaded by now lives as long as the process, so the garbage collector need not walk through it again and again; and the thread
+    gives the interpreter up sooner: the loop waits for it after every system call.
+    """
+    gc.collect()
+    gc.freeze()
+    sys.setswitchinterval(SWITCH_SECONDS)

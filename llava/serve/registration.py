@@ -71,7 +71,15 @@ class Registration:
         return False
 
 
+_HINTS = {
+    401: ": it asks for a token, give its own with --registration-token or --registration-token-file",
+    403: ": it does not allow this worker's address, start it with --worker-token or --allow-worker",
+}
+"""What to do about a registration that was refused."""
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, httpx.HTTPStatusError):
-        return f"it answered with status {error.response.status_code}"
+        status = error.response.status_code
+        return f"it answered with status {status}{_HINTS.get(status, '')}"
     return type(error).__name__

@@ -69,13 +69,15 @@ async def wait_for_model_name(backend: Backend) -> str:
         ValueError: it serves several or none.
     """
     outbound = Outbound()
+    level = logging.WARNING  # once; the waiting itself is no news
     try:
         while True:
             try:
                 models = await list_models(outbound, backend)
                 break
             except (Unreachable, BrokenOff) as error:
-                logger.warning("waiting for the backend %s: %s", backend.url, error)
+                logger.log(level, "waiting for the backend %s: %s", backend.url, error)
+                level = logging.DEBUG
                 await asyncio.sleep(WAIT_SECONDS)
     finally:
         await outbound.close()

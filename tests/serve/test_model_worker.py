@@ -145,12 +145,13 @@ def test_the_model_is_loaded_as_the_flags_say(monkeypatch):
     load_engine(
         parsed(
             "--model-path a/b --model-base c --device cpu --dtype bfloat16 --attn-implementation eager --load-8bit --max-batch-rows 3 "
-            "--max-batch-tokens 99 --max-queue 4 --cache-mb 2 --max-images 5"
+            "--max-batch-tokens 99 --max-queue 4 --cache-mb 2 --prefix-cache-mb 3 --max-images 5"
         )
     )
     assert seen == {
         "path": "a/b", "base": "c", "name": "b", "device": "cpu", "dtype": "bfloat16", "attn_implementation": "eager", "load_8bit": True,
-        "load_4bit": False, "max_batch_rows": 3, "max_batch_tokens": 99, "max_queue": 4, "cache_bytes": 2_000_000, "max_images": 5,
+        "load_4bit": False, "max_batch_rows": 3, "max_batch_tokens": 99, "max_queue": 4, "cache_bytes": 2_000_000,
+        "prefix_cache_bytes": 3_000_000, "max_images": 5,
     }  # fmt: skip
 
 
