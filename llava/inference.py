@@ -159,9 +159,14 @@ def write_prompt(
         if use_start_end:
             text = text.replace(DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN)
         conversation.append_message(conversation.roles[message_role == "assistant"], text)
+    opened = conversation.copy()
+    opened.append_message(conversation.roles[1], None)
+    if answer is None:
+        return opened.get_prompt()
     conversation.append_message(conversation.roles[1], answer)
     prompt = conversation.get_prompt()
-    return prompt if answer is None else prompt[: prompt.rindex(answer) + len(answer)]
+    # The answer's place is found from where the open prompt ends: its text may occur again in the template's own end mark.
+    return prompt[: prompt.index(answer, len(opened.get_prompt().rstrip())) + len(answer)]
 
 
 class _TokenClock(TextStreamer):
@@ -197,6 +202,18 @@ class _Cancelled(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
+class _StopTexts(StoppingCriteria):
+    """Ends each row as soon as its text holds one of some texts, whatever tokens it is made of."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
+        self.tokenizer, self.stop = tokenizer, stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """(B,) whether each row of new tokens (B, T) is done."""
+        texts = self.tokenizer.batch_decode(input_ids, skip_special_tokens=True)
+        return torch.tensor([cut_at_stop(text, self.stop)[1] for text in texts], device=input_ids.device)
 
 
 class AnswerStream:
@@ -481,8 +498,9 @@ class Assistant:
             sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
         if options.min_new_tokens:
             sampling["min_new_tokens"] = options.min_new_tokens
-        if stop:
-            sampling |= {"stop_strings": list(stop), "tokenizer": self.tokenizer}
+        criteria: list[StoppingCriteria] = [_StopTexts(self.tokenizer, stop)] if stop else []
+        if cancelled is not None:
+            criteria.append(cancelled)
         with torch.random.fork_rng(enabled=options.seed is not None):
             if options.seed is not None:
                 torch.manual_seed(options.seed)
@@ -492,7 +510,7 @@ class Assistant:
                 num_beams=options.num_beams,
                 max_new_tokens=max_new_tokens,
                 streamer=clock,
-                stopping_criteria=None if cancelled is None else [cancelled],
+                stopping_criteria=criteria or None,
                 pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id,
                 **sampling,
             )

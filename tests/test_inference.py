@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from llava import inference
+from llava.conversation import conv_templates
 from llava.inference import MICRO_MODEL, Answer, Assistant, Message, Options, Question, cached_assistant, cut_at_stop, write_prompt
 from llava.model.routing import RoutingRequest
 
@@ -228,6 +229,27 @@ def test_the_router_does_not_see_the_candidate_answers(assistant, picture):
     asked = assistant.answer([picture], QUESTION, SHORT)
     for likelihood in scored:
         assert torch.allclose(likelihood.reports[0].logits, asked.reports[0].logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("template", sorted(set(conv_templates) - {"plain", "v0_plain"}))
+@pytest.mark.parametrize("answer", ["s", "d", "/", "|", "e", "end", "Received.", "yes"])
+def test_the_beginning_of_an_answer_is_not_found_in_the_templates_own_marks(template, answer):
+    turns = [Message("user", "Is it yes?")]
+    opened = write_prompt(turns, 0, template)
+    begun = write_prompt(turns, 0, template, answer=answer)
+    assert begun.startswith(opened.rstrip())
+    assert begun[len(opened.rstrip()) :].strip() == answer
+
+
+@pytest.mark.parametrize("stop", [" no", "n", " ", "o t"])
+def test_a_stop_text_ends_an_answer_whatever_tokens_it_is_made_of(micro, scene, stop):
+    options = Options(max_new_tokens=12, min_new_tokens=8, stop=(stop,))
+    answer = micro.answer([scene], "Name the pole colours from top to bottom.", options)
+    whole = micro.answer([scene], "Name the pole colours from top to bottom.", Options(max_new_tokens=12, min_new_tokens=8))
+    expected, stopped = cut_at_stop(micro.tokenizer.decode(whole.token_ids, skip_special_tokens=True), [stop])
+    assert answer.text == expected.strip()
+    assert (answer.finish_reason == "stop") == (stopped or whole.finish_reason == "stop")
+    assert micro.answer_batch([Question([scene], "Name the pole colours from top to bottom.")] * 2, options)[1].text == answer.text
 
 
 def test_likelihoods_that_cannot_be_had(assistant, picture):

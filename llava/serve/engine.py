@@ -5,8 +5,9 @@
     events to the caller's event loop <─────────── one decoding step for all running requests, again and again <──────────┘
 
 Between any two steps requests join and leave. A request's answer does not depend on its neighbours: rows of a batch never see each
-other, and each row draws from its own random numbers. When a batch fails, its requests are tried one by one, so that only the one that
-is to blame fails; when memory runs out, the youngest requests step back and start again from what they have written so far.
+other, and each row draws from its own random numbers. When a pass over a batch fails, it is taken over parts of it, so that only the
+request that is to blame fails; when memory runs out, parts fit where the whole did not, fewer requests are taken in at a time, and one that
+cannot join beside others waits until they are done.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from llava.serve.protocol import (
     Started,
     TokenScore,
 )
-from llava.serve.sampling import Picked, pick
+from llava.serve.sampling import Picked, pick, random_number
 from llava.serve.slots import SlotCache
 from llava.serve.text_stream import TextStream
 from llava.timing import StageTimer
@@ -91,21 +92,21 @@ class EngineGeneration:
             self.cancel()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Task:
     """A request and how far it has come.
 
     keys, pictures: of its pictures: features (C, P, D) where the cache had them, else views (C, 3, S, S) and `cached` false. row: its
-    encoded prompt. stream, draws: of its answer. picked: its first token. alone: it is run in a batch of its own, because a batch it was
-    in failed. slot: its row of the running batch. beginnings: key and length of what another question about the same pictures may share,
-    longest first; known: keys and values of the longest one that was read before.
+    encoded prompt. stream, seed: of its answer. picked: its first token. slot: its row of the running batch. beginnings: key and length of
+    what another question about the same pictures may share, longest first; known: keys and values of the longest one that was read before.
+    ended: it has got its last event.
     """
 
     request: GenerationRequest
     generation: EngineGeneration
     submitted: float
     stream: TextStream
-    draws: random.Random
+    seed: int
     prompt: PromptRow | None = None
     keys: list[str] = field(default_factory=list)
     pictures: list[Tensor] = field(default_factory=list)
@@ -118,8 +119,8 @@ class _Task:
     beginnings: list[tuple[str, int]] = field(default_factory=list)
     known: tuple[Tensor, ...] = ()
     picked: Picked | None = None
-    alone: bool = False
     slot: int = -1
+    ended: bool = False
 
     @property
     def prompt_row(self) -> PromptRow:
@@ -144,7 +145,7 @@ class _Task:
     @property
     def num_unread(self) -> int:
         """Positions that its prefill reads."""
-        return self.encoded.length + len(self.stream.ids) - self.num_known
+        return self.encoded.length - self.num_known
 
 
 class EmbeddedEngine:
@@ -196,6 +197,7 @@ class EmbeddedEngine:
         )
         self._slots = SlotCache(self.max_batch_rows, self.max_batch_tokens)
         self._rows_allowed = self.max_batch_rows  # falls when memory runs out, and grows back
+        self._short_of_memory = False  # the storage is given back as soon as nothing runs
         self._running: list[_Task] = []  # by slot
         self._ready: deque[_Task] = deque()
         self._waiting: deque[_Task] = deque()
@@ -203,6 +205,7 @@ class EmbeddedEngine:
         self._outstanding = 0  # requests taken and neither finished nor failed
         self._finished = 0
         self._draining = self._closed = False
+        self._end_kind = ErrorKind.CANCELLED  # what those are told that are left at the end
         self._changed = threading.Condition(threading.RLock())
         self._tokenizing = threading.Lock()
         self._outbox: list[tuple[EngineGeneration, Event | ServeError | None]] = []
@@ -245,30 +248,31 @@ class EmbeddedEngine:
     def submit(self, request: GenerationRequest) -> EngineGeneration:
         with self._changed:
             if self._draining or self._closed:
-                raise ServeError(ErrorKind.DRAINING)
+                raise ServeError(ErrorKind.DRAINING if self._end_kind is ErrorKind.CANCELLED else self._end_kind)
             if self._outstanding >= self.max_batch_rows + self.max_queue:
                 raise ServeError(ErrorKind.OVERLOADED)
             self._outstanding += 1
         generation = EngineGeneration(self._wake)
         template = self.model.config.conv_version
         stops = (*template_stops(template), *request.sampling.stop)
-        draws = random.Random(request.sampling.seed)
-        task = _Task(request, generation, monotonic(), TextStream(self.assistant.tokenizer, stops), draws)
+        seed = random.getrandbits(63) if request.sampling.seed is None else request.sampling.seed
+        task = _Task(request, generation, monotonic(), TextStream(self.assistant.tokenizer, stops), seed)
         self._preparers.submit(self._prepare, task)
         return generation
 
     async def drain(self) -> None:
         with self._changed:
             self._draining = True
-        while self._outstanding:
+        while self._outstanding > 0:
             await asyncio.sleep(0.01)
 
     async def close(self) -> None:
         with self._changed:
             self._draining = self._closed = True
             self._changed.notify()
+        # Off the event loop: a picture that is being decoded is waited for. What is prepared from now on is told that it is too late.
+        await asyncio.to_thread(self._preparers.shutdown)
         await asyncio.to_thread(self._thread.join)
-        self._preparers.shutdown(wait=True)
 
     def _wake(self) -> None:
         with self._changed:
@@ -279,19 +283,22 @@ class EmbeddedEngine:
     def _prepare(self, task: _Task) -> None:
         """Ids and views of one request, and every check that needs no computation by the model."""
         start = monotonic()
-        failure: Exception | None = ServeError(ErrorKind.CANCELLED)
-        if not task.generation.cancelled:
+        failure: Exception | None = ServeError(self._end_kind)
+        if not task.generation.cancelled and not self._closed:
             try:
                 self._prepare_inputs(task)
                 failure = None
             except Exception as error:
                 failure = error
         task.milliseconds["views"] = 1000 * (monotonic() - start)
-        if failure is None:
-            with self._changed:
+        with self._changed:
+            if failure is None and self._closed:
+                failure = ServeError(self._end_kind)
+            if failure is None:
                 self._waiting.append(task)
                 self._changed.notify()
-        else:
+        if failure is not None:
+            self._let_go(task)
             _post(task.generation.loop, [(task.generation, self._failure(task, failure))])
 
     def _prepare_inputs(self, task: _Task) -> None:
@@ -349,21 +356,30 @@ class EmbeddedEngine:
     # ---- the engine's thread -------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        with torch.inference_mode():
-            while True:
-                with self._changed:
-                    while not (self._closed or self._running or self._ready or self._waiting):
-                        self._changed.wait()
-                    if self._closed:
-                        break
-                try:
-                    self._turn()
-                except Exception:
-                    logger.exception("the engine failed outside of any request; everything in it is given up")
-                    self._give_up(ErrorKind.INTERNAL)
-                self._deliver()
-        self._give_up(ErrorKind.CANCELLED)
-        self._deliver()
+        try:
+            with torch.inference_mode():
+                self._turn_until_closed()
+        except BaseException:
+            logger.critical("the engine's thread has died; every request from now on is refused", exc_info=True)
+            self._end_kind = ErrorKind.INTERNAL
+        finally:
+            with self._changed:
+                self._closed = True
+            self._give_up(self._end_kind)
+
+    def _turn_until_closed(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._closed or self._running or self._ready or self._waiting):
+                    self._changed.wait()
+                if self._closed:
+                    return
+            try:
+                self._turn()
+            except Exception:
+                logger.exception("the engine failed outside of any request; everything in it is given up")
+                self._give_up(ErrorKind.INTERNAL)
+            self._deliver()
 
     def _turn(self) -> None:
         """One turn of the crank: let cancelled requests go, encode and admit waiting ones, and take one step with the running ones."""
@@ -372,13 +388,17 @@ class EmbeddedEngine:
         if free > 0 and self._enough_waiting(free):
             with self._changed:
                 tasks = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
-            self._ready.extend(self._isolating(self._encode, tasks))
+            self._ready.extend(self._isolating(self._encode, tasks, self._waiting))
         for joining in of_similar_length(self._admitted()):
-            joined = self._isolating(self._prefill, joining)
-            self._accept(joined, [task.picked for task in joined if task.picked is not None])
+            for task in self._isolating(self._prefill, joining, self._ready):
+                assert task.picked is not None, "a prefill picks the first token"
+                self._accept(task, task.picked)
             self._deliver()
         if self._running:
-            self._step_or_step_back()
+            for stepped, outcome in self._step(0, list(self._running)):
+                self._accept(stepped, outcome)
+        elif self._short_of_memory:
+            self._empty_batch()
 
     def _enough_waiting(self, free: int) -> bool:
         """Whether to take waiting requests in now: encoding and prefill cost the running ones as much for one as for several, so the first
@@ -392,25 +412,48 @@ class EmbeddedEngine:
         self._passed_over = 0
         return True
 
-    def _isolating(self, work: Callable[[list[_Task]], None], tasks: list[_Task]) -> list[_Task]:
-        """Do work on tasks together; if that fails, one by one, so that a bad one fails alone. Returns those that went through."""
+    def _isolating(self, work: Callable[[list[_Task]], None], tasks: list[_Task], queue: deque[_Task]) -> list[_Task]:
+        """Do work on tasks together; if that fails, one by one, so that a bad one fails alone. Returns those that went through.
+
+        Args:
+            queue: where the tasks came from; one that does not fit into memory beside the running ones goes back there.
+        """
         try:
             work(tasks)
             return tasks
         except Exception as error:
-            if len(tasks) == 1:
-                self._fail(tasks[0], error)
-                return []
-            logger.warning("a batch of %d requests failed (%s); they are tried one by one", len(tasks), type(error).__name__)
+            again = self._after_failure(tasks, error, queue)
+        # Only here, where the exception and the tensors in its traceback are gone.
         self._free_memory()
-        return [task for one in tasks for task in self._isolating(work, [one])]
+        return [task for one in tasks for task in self._isolating(work, [one], queue)] if again else []
+
+    def _after_failure(self, tasks: list[_Task], error: Exception, queue: deque[_Task]) -> bool:
+        """Whether to try the tasks again, one by one; a single one that is not tried again has failed or waits."""
+        self._slots.wipe_unused()
+        short = is_out_of_memory(error)
+        self._short_of_memory |= short
+        if len(tasks) > 1:
+            logger.warning("a batch of %d requests failed (%s); they are tried one by one", len(tasks), type(error).__name__)
+            return True
+        if short and self._running:
+            self._rows_allowed = len(self._running)
+            with self._changed:
+                ordered = sorted([*tasks, *queue], key=lambda task: task.submitted)
+                queue.clear()
+                queue.extend(ordered)
+            return False
+        if short and self._rows_allowed > 1:
+            self._rows_allowed //= 2
+            self._slots.clear()
+            return True
+        self._fail(tasks[0], error)
+        return False
 
     # ---- encode and route ----------------------------------------------------------------------------------------------------
 
     def _encode(self, tasks: list[_Task]) -> None:
         """Pictures and prompts become rows; each picture is encoded once, whoever asks about it."""
         timer = StageTimer(self.model.device)
-        start = monotonic()
         features = self._features(tasks, timer)
         plan = self._plan(tasks, [len(each) for each in features])
         try:
@@ -418,7 +461,7 @@ class EmbeddedEngine:
         except ValueError as error:  # a row that is longer than the context at the granularity the router chose
             raise self._too_long() from error
         for task, row in zip(tasks, encoded, strict=True):
-            task.milliseconds |= {"queue": 1000 * (start - task.submitted) - task.milliseconds["views"], **timer.milliseconds}
+            task.milliseconds |= timer.milliseconds
             self._accept_row(task, row)
 
     def _features(self, tasks: Sequence[_Task], timer: StageTimer) -> list[Tensor]:
@@ -436,7 +479,8 @@ class EmbeddedEngine:
         with timer("vision"):
             for key, features in zip(missing, self.model.encode_views(list(missing.values())), strict=True):
                 known[key] = features
-                self.cache.put(key, features)
+                if features.isfinite().all():  # what broke down once is not remembered
+                    self.cache.put(key, features)
         return [known[key] for task in tasks for key in task.keys]
 
     def _accept_row(self, task: _Task, encoded: EncodedRow) -> None:
@@ -486,8 +530,6 @@ class EmbeddedEngine:
         while self._ready:
             task = self._ready[0]
             others = len(self._running) + len(joining)
-            if others and (task.alone or any(other.alone for other in (*self._running, *joining))):
-                break
             longest, prompt = max(longest, task.positions), max(prompt, task.num_unread)
             rows = others + 1
             if rows > self._rows_allowed or (others and rows * longest > self.max_batch_tokens):
@@ -498,30 +540,30 @@ class EmbeddedEngine:
         return joining
 
     def _prefill(self, tasks: list[_Task]) -> None:
-        """Read the prompts (and what was written before a step back), pick each first token, join the running batch."""
+        """Read the prompts, pick each first token, join the running batch."""
         start = monotonic()
         rows = [self._unread(task) for task in tasks]
         hidden = self._read(rows, tasks)
         last = torch.tensor([row.length - 1 for row in rows], device=hidden.device)
         picks = self._pick(hidden[torch.arange(len(rows), device=hidden.device), last], tasks)
-        self._slots.end([task.num_known + row.length for task, row in zip(tasks, rows, strict=True)])
+        self._slots.end([task.encoded.length for task in tasks])
+        now = monotonic()
         for task, picked in zip(tasks, picks, strict=True):
-            task.pictures, task.picked, task.known = [], picked, ()
+            task.pictures, task.picked, task.known, task.first_token = [], picked, (), now
             task.slot = len(self._running)
             self._running.append(task)
-            self._keep_beginning(task)
-            if task.first_token is None:
-                task.first_token = monotonic()
-                task.milliseconds["prefill"] = 1000 * (task.first_token - start)
-                task.milliseconds["ttft"] = 1000 * (task.first_token - task.submitted)
-                self._send(task, Started(task.encoded.length, task.reports, dict(task.milliseconds)))
+            parts, ttft = {**task.milliseconds, "prefill": 1000 * (now - start)}, 1000 * (now - task.submitted)
+            task.milliseconds = {"queue": ttft - sum(parts.values()), **parts, "ttft": ttft}
+            self._send(task, Started(task.encoded.length, task.reports, dict(task.milliseconds)))
+            if picked.token is not None:
+                self._keep_beginning(task)
 
     def _read(self, rows: Sequence[SplicedRow], tasks: Sequence[_Task]) -> Tensor:
         """Hidden states (B, L, D) of what is unread, padded on the right; keys and values go behind the running rows."""
         embeds = pad_rows(rows, "right").inputs_embeds
         first, known = len(self._running), [task.num_known for task in tasks]
         needed = max(task.positions for task in (*self._running, *tasks))
-        self._slots.reserve(first + len(tasks), max(needed, max(known) + embeds.shape[1]))
+        self._slots.reserve(first + len(tasks), max(needed, max(known) + embeds.shape[1]), self._rows_allowed)
         for row, task in enumerate(tasks, start=first):
             if task.known:
                 self._slots.recall(row, task.known)
@@ -530,58 +572,48 @@ class EmbeddedEngine:
 
     def _keep_beginning(self, task: _Task) -> None:
         """Keep the keys and values up to the end of the last picture, for the next question about it."""
-        if task.beginnings and task.beginnings[0][0] not in self.prefixes:
-            key, length = task.beginnings[0]
+        if not task.beginnings or task.beginnings[0][0] in self.prefixes:
+            return
+        key, length = task.beginnings[0]
+        try:
             self.prefixes.put(key, *self._slots.beginning(task.slot, length))
+        except Exception as error:  # most likely there is no memory for it; the request itself went well
+            logger.warning("the beginning of request %s is not kept (%s)", task.request.request_id, type(error).__name__)
 
     def _unread(self, task: _Task) -> SplicedRow:
         """What the prefill of a request reads: its prompt without the beginning that is known."""
-        row = self._row_so_far(task)
-        return SplicedRow(row.inputs_embeds[task.num_known :], row.labels[task.num_known :])
-
-    def _row_so_far(self, task: _Task) -> SplicedRow:
-        row, written = task.encoded, task.stream.ids
-        if not written:
-            return row
-        ids = torch.tensor(written, device=row.labels.device)
-        return SplicedRow(torch.cat([row.inputs_embeds, self.model.get_input_embeddings()(ids)]), torch.cat([row.labels, ids]))
+        return SplicedRow(task.encoded.inputs_embeds[task.num_known :], task.encoded.labels[task.num_known :])
 
     # ---- one step of all running requests ------------------------------------------------------------------------------------
 
-    def _step_or_step_back(self) -> None:
-        try:
-            self._step()
-        except Exception as error:
-            if len(self._running) == 1:
-                task = self._running[0]
-                self._empty_batch()
-                self._fail(task, error)
-                return
-            logger.warning("a step of %d requests failed (%s)", len(self._running), type(error).__name__)
-            self._step_back(alone=not is_out_of_memory(error))
+    def _step(self, first: int, tasks: list[_Task]) -> list[tuple[_Task, Picked | Exception]]:
+        """The next token of the running tasks from row `first` on, or for a task that fails alone, why.
 
-    def _step(self) -> None:
-        tasks = list(self._running)
-        embed = self.model.get_input_embeddings()
+        A pass that fails is taken again over its two halves.
+        """
+        try:
+            return list(zip(tasks, self._next_tokens(first, tasks), strict=True))
+        except Exception as error:
+            short = is_out_of_memory(error)
+            self._short_of_memory |= short
+            if len(tasks) == 1:
+                return [(tasks[0], error)]
+            logger.warning("a step of %d requests failed (%s); it is taken in halves", len(tasks), type(error).__name__)
+        half = len(tasks) // 2
+        if short:
+            self._rows_allowed = max(half, 1)
+        self._free_memory()
+        return [*self._step(first, tasks[:half]), *self._step(first + half, tasks[half:])]
+
+    def _next_tokens(self, first: int, tasks: Sequence[_Task]) -> list[Picked]:
         tokens = torch.tensor([[task.stream.ids[-1]] for task in tasks], device=self.model.device)
-        embedded = embed(tokens)  # (B, 1, D)
-        positions, mask = self._slots.begin(0, self._slots.lengths, 1, embedded)
+        embedded = self.model.get_input_embeddings()(tokens)  # (B, 1, D)
+        lengths = self._slots.lengths[first : first + len(tasks)]
+        positions, mask = self._slots.begin(first, lengths, 1, embedded)
         hidden = self._language_model(inputs_embeds=embedded, attention_mask=mask, position_ids=positions)
         picks = self._pick(hidden[:, -1], tasks)
-        self._slots.end([length + 1 for length in self._slots.lengths])
-        self._accept(tasks, picks)
-
-    def _step_back(self, alone: bool) -> None:
-        """Give the batch's memory back and start again from what was written: with half as many requests at a time, or each alone."""
-        tasks = sorted(self._running, key=lambda task: task.submitted)
-        self._empty_batch()
-        if alone:
-            for task in tasks:
-                task.alone = True
-        else:
-            self._rows_allowed = max(1, len(tasks) // 2)
-            logger.warning("out of memory: at most %d requests at a time, one more with each that finishes", self._rows_allowed)
-        self._ready.extendleft(reversed(tasks))
+        self._slots.end([length + 1 for length in lengths])
+        return picks
 
     def _language_model(self, **inputs: Any) -> Tensor:
         """Hidden states (B, L, D) after the last layer; the vocabulary is left to `_pick`, for the positions that need it."""
@@ -593,24 +625,35 @@ class EmbeddedEngine:
         early = [row for row, task in enumerate(tasks) if len(task.stream.ids) < task.request.sampling.min_new_tokens]
         if early and (ends := end_ids(self.model)):
             logits[torch.tensor(early, device=logits.device)[:, None], torch.tensor(ends, device=logits.device)] = float("-inf")
-        return pick(logits, [task.request.sampling for task in tasks], [task.draws for task in tasks])
+        sampling = [task.request.sampling for task in tasks]
+        uniform = [
+            random_number(task.seed, len(task.stream.ids)) if wish.temperature else 0.0
+            for task, wish in zip(tasks, sampling, strict=True)
+        ]
+        return pick(logits, sampling, uniform)
 
-    def _accept(self, tasks: Sequence[_Task], picks: Sequence[Picked]) -> None:
-        """Write down each task's token, send the text that is certain, and let the finished go."""
-        ends = end_ids(self.model)
-        for task, picked in zip(tasks, picks, strict=True):
-            if picked.token is None:
-                self._leave(task)
-                self._fail(task, ServeError(ErrorKind.NOT_FINITE))
-                continue
-            text = task.stream.add(picked.token)
-            scores = self._scores(picked)
-            if text or scores:
-                self._send(task, Piece(text, scores))
-            if picked.token in ends or task.stream.stopped:
-                self._finish(task, "stop")
-            elif len(task.stream.ids) >= task.max_new_tokens:
-                self._finish(task, "length")
+    def _accept(self, task: _Task, outcome: Picked | Exception) -> None:
+        """Write down a task's next token, send the text that is certain, and let it go when it is done or has failed."""
+        try:
+            if isinstance(outcome, Exception):
+                raise outcome
+            if outcome.token is None:
+                raise ServeError(ErrorKind.NOT_FINITE)
+            self._write_down(task, outcome)
+        except Exception as error:
+            self._leave(task, wipe=True)
+            self._fail(task, error)
+
+    def _write_down(self, task: _Task, picked: Picked) -> None:
+        assert picked.token is not None
+        text = task.stream.add(picked.token)
+        scores = self._scores(picked)
+        if text or scores:
+            self._send(task, Piece(text, scores))
+        if picked.token in end_ids(self.model) or task.stream.stopped:
+            self._finish(task, "stop")
+        elif len(task.stream.ids) >= task.max_new_tokens:
+            self._finish(task, "length")
 
     def _scores(self, picked: Picked) -> tuple[TokenScore, ...]:
         if picked.log_probability is None or picked.token is None:
@@ -622,8 +665,8 @@ class EmbeddedEngine:
         return str(self.assistant.tokenizer.decode([token]))
 
     def _finish(self, task: _Task, reason: str) -> None:
-        self._leave(task)
         rest = task.stream.end()
+        self._leave(task)
         if rest:
             self._send(task, Piece(rest))
         now = monotonic()
@@ -632,14 +675,16 @@ class EmbeddedEngine:
         reason = "stop" if task.stream.stopped else reason
         self._send(task, Finished(reason, task.encoded.length, len(task.stream.ids), task.reports, milliseconds))
         self._send(task, _END)
-        self._let_go()
+        self._let_go(task)
         self._rows_allowed = min(self.max_batch_rows, self._rows_allowed + 1)
 
     # ---- leave ---------------------------------------------------------------------------------------------------------------
 
-    def _leave(self, task: _Task) -> None:
+    def _leave(self, task: _Task, wipe: bool = False) -> None:
         """Take a task out of the running batch; the last one moves into its row."""
-        moved = self._slots.leave(task.slot)
+        if task.slot < 0:
+            return
+        moved = self._slots.leave(task.slot, wipe)
         last = self._running.pop()
         assert last.slot == moved, "the batch and its cache disagree about the last row"
         if last is not task:
@@ -652,6 +697,7 @@ class EmbeddedEngine:
             task.slot = -1
         self._running = []
         self._slots.clear()
+        self._short_of_memory = False
         self._free_memory()
 
     def _drop_cancelled(self) -> None:
@@ -672,30 +718,39 @@ class EmbeddedEngine:
             tasks = [*self._running, *self._ready, *self._waiting]
             self._ready.clear()
             self._waiting.clear()
-        self._empty_batch()
+        # The callers first: giving memory back is what may fail on an accelerator that has failed.
         for task in tasks:
             self._fail(task, ServeError(kind))
+        self._deliver()
+        self._empty_batch()
 
     def _fail(self, task: _Task, error: Exception) -> None:
-        self._send(task, self._failure(task, error))
+        if not task.ended:
+            self._let_go(task)
+            self._send(task, self._failure(task, error))
 
     def _failure(self, task: _Task, error: Exception) -> ServeError:
         """What the caller is told; the log has the rest."""
         failure = as_serve_error(error)
-        self._let_go()
         if failure.kind in (ErrorKind.INTERNAL, ErrorKind.OUT_OF_MEMORY, ErrorKind.NOT_FINITE):
             logger.error("request %s failed: %s", task.request.request_id, failure.kind.value, exc_info=error)
         return failure
 
-    def _let_go(self) -> None:
+    def _let_go(self, task: _Task) -> None:
         """One request fewer, whichever way it ended."""
         with self._changed:
-            self._outstanding -= 1
-            self._finished += 1
+            if not task.ended:
+                task.ended = True
+                self._outstanding -= 1
+                self._finished += 1
 
     def _free_memory(self) -> None:
-        if self.model.device.type == "cuda":
+        if self.model.device.type != "cuda":
+            return
+        try:
             torch.cuda.empty_cache()
+        except RuntimeError:  # an accelerator that has failed fails at this too; requests are told by what they do there
+            logger.exception("the accelerator's memory cannot be given back")
 
     # ---- events to the callers' loops ----------------------------------------------------------------------------------------
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import uvicorn
 
+from llava.serve.http_guard import MAX_HEADER_BYTES
+from llava.serve.http_server import GuardedProtocol
 from llava.serve.page.app import PageOptions, create_page_app
 from llava.serve.page.chat import Chat
 
@@ -110,7 +112,15 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print(f"The page is at http://{'localhost' if args.host == '0.0.0.0' else args.host}:{args.port}", flush=True)
     config = uvicorn.Config(
-        app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=FLUSH_SECONDS, server_header=False
+        app,
+        host=args.host,
+        port=args.port,
+        http=GuardedProtocol,
+        ws="none",
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        log_level="warning",
+        timeout_graceful_shutdown=FLUSH_SECONDS,
+        server_header=False,
     )
     server = PageServer(config, app.state.chat)
     try:

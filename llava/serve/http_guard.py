@@ -1,7 +1,8 @@
 """What stands before the endpoints of every service: request ids, errors, keys, admission, and bounds on bodies.
 
-Pure ASGI, one class per rule, outermost first in `guard_app`: a request gets an id, shows its key, takes a place, and only then is its
-body read. Whatever goes wrong inside becomes one of `llava.serve.protocol.FAULTS`; the details stay in the log, under the request's id.
+Pure ASGI, one class per rule, outermost first in `guard_app`: a request gets an id, shows its key, is told if there is no place, and only
+then is its body read. Whatever goes wrong inside becomes one of `llava.serve.protocol.FAULTS`; the details stay in the log, under the
+request's id.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import anyio
 from fastapi import FastAPI, Request
@@ -26,6 +28,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llava.fetch import literal_address
 from llava.serve.protocol import ErrorKind, Limits, ServeError
 
 logger = logging.getLogger(__name__)
@@ -140,15 +143,21 @@ class Gate:
 
     @contextmanager
     def places(self, count: int = 1) -> Iterator[None]:
-        """Hold so many places.
+        """Hold so many places; raises as `check`."""
+        self.check(count)
+        with self.more_places(count):
+            yield
+
+    def check(self, count: int = 1) -> None:
+        """Say no to whoever would get no places now.
 
         Raises:
             ServeError: `DRAINING`, or `OVERLOADED` when not all of them are free.
         """
         if self.draining:
             raise ServeError(ErrorKind.DRAINING)
-        with self.more_places(count):
-            yield
+        if self.inside + count > self.capacity:
+            raise ServeError(ErrorKind.OVERLOADED)
 
     @contextmanager
     def more_places(self, count: int) -> Iterator[None]:
@@ -205,6 +214,18 @@ class KeyRing:
         return any(found) and scheme.lower() == "bearer"
 
 
+def _is_foreign_page(origin: str | None) -> bool:
+    """Whether an Origin header names a site by a name; addresses and this machine's own names cannot be pointed elsewhere."""
+    try:
+        parts = urlsplit(origin or "")
+        host = (parts.hostname or "").rstrip(".")
+    except ValueError:
+        return True
+    if parts.scheme not in ("http", "https") or host == "localhost" or host.endswith(".localhost"):
+        return False
+    return literal_address(host) is None
+
+
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
@@ -250,12 +271,13 @@ class RequestIds:
         request_id = given if given is not None and _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         status, start = 0, time.perf_counter()
+        extra = [(b"x-request-id", request_id.encode()), *_SAFETY_HEADERS, *(_CLOSING if _is_framed_twice(scope) else ())]
 
         async def named(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode()), *_SAFETY_HEADERS]
+                message["headers"] = [*message.get("headers", []), *extra]
             await send(message)
 
         try:
@@ -279,13 +301,23 @@ def _check_head(scope: Scope) -> None:
     size = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(name) + len(value) + 4 for name, value in scope["headers"])
     if size > MAX_HEADER_BYTES:
         raise ServeError(ErrorKind.TOO_LARGE)
+    if _is_framed_twice(scope):
+        raise FieldError("The request has a Content-Length and a Transfer-Encoding; send one of the two.")
 
 
+def _is_framed_twice(scope: Scope) -> bool:
+    """Whether a proxy before us may see this request end elsewhere than we do, and take our answers for those to other people."""
+    return {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}
+
+
+_CLOSING = ((b"connection", b"close"),)
 _SAFETY_HEADERS = ((b"x-content-type-options", b"nosniff"),)
 
 
 class ApiKeys:
-    """Lets in whoever shows a key, and everyone to the open paths.
+    """Lets in whoever shows a key, and everyone to the open paths; without keys everyone but the pages of web sites.
+
+    A site whose name is made to point at this machine (DNS rebinding) speaks through the browser of somebody who may reach this server.
 
     Args:
         open_paths: exact paths. open_prefixes: paths that start with one of these, up to a slash.
@@ -299,9 +331,11 @@ class ApiKeys:
         self.open_prefixes = tuple(prefix.rstrip("/") + "/" for prefix in open_prefixes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self.keys and not self._is_open(scope["path"]):
-            if not self.keys.accepts(header_of(scope, b"authorization")):
+        if scope["type"] == "http" and not self._is_open(scope["path"]):
+            if self.keys and not self.keys.accepts(header_of(scope, b"authorization")):
                 raise ServeError(ErrorKind.UNAUTHORIZED)
+            if not self.keys and _is_foreign_page(header_of(scope, b"origin")):
+                raise ServeError(ErrorKind.FORBIDDEN, "Pages of web sites may not ask here without an API key; start the server with one.")
         await self.app(scope, receive, send)
 
     def _is_open(self, path: str) -> bool:
@@ -309,7 +343,10 @@ class ApiKeys:
 
 
 class Admission:
-    """Takes a place for each request that generates, before its body is read, and gives it back at the end.
+    """Takes a place for each request that generates, once its body has come, and gives it back at the end.
+
+    A full server says so before the body is read. But a body that drips in holds no place: otherwise a handful of slow clients would keep
+    everybody else out. What arriving bodies take together is bounded by `BoundedBodies`.
 
     Args:
         paths: the generating ones.
@@ -322,8 +359,19 @@ class Admission:
         if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self.paths:
             await self.app(scope, receive, send)
             return
-        with self.gate.places():
-            await self.app(scope, receive, send)
+        self.gate.check()
+        with ExitStack() as held:
+            has_come = False
+
+            async def arriving() -> Message:
+                nonlocal has_come
+                message = await receive()
+                if not has_come and message["type"] == "http.request" and not message.get("more_body", False):
+                    has_come = True
+                    held.enter_context(self.gate.places())
+                return message
+
+            await self.app(scope, arriving, send)
 
 
 class BoundedBodies:
@@ -389,6 +437,7 @@ def guard_app(
 ) -> None:
     """Put all of this page's rules before an app, and leave the gate at `app.state.gate` for the server that runs it."""
     app.state.gate = gate
+    app.router.redirect_slashes = False  # to an address that is written with the Host header's name, whatever that is
     app.add_middleware(BoundedBodies, gate=gate, max_bytes=limits.max_body_bytes, seconds=limits.body_seconds)
     app.add_middleware(Admission, gate=gate, paths=generating_paths)
     app.add_middleware(ApiKeys, keys=KeyRing(api_keys), open_paths=open_paths, open_prefixes=open_prefixes)

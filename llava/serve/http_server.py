@@ -31,6 +31,8 @@ FLUSH_SECONDS = 30.0
 """In which a client has to take what was sent, once its connection is to be closed."""
 MAX_FILES = 65_536
 """Open files, connections included, that a server asks the system for."""
+BACKLOG = 256
+"""Connections that wait to be taken; so many are taken in one go, so that they and `most_connections` fit into 1024 open files."""
 DRAIN_SECONDS = 300.0
 """That running answers get to finish after SIGTERM."""
 
@@ -164,6 +166,7 @@ def make_server(
         "http": GuardedProtocol,
         "ws": "none",
         "h11_max_incomplete_event_size": MAX_HEADER_BYTES,
+        "backlog": BACKLOG,
         "timeout_keep_alive": KEEP_ALIVE_SECONDS,
         "timeout_graceful_shutdown": int(FLUSH_SECONDS),
         "access_log": False,  # RequestIds writes one line per request, with its id

@@ -268,7 +268,7 @@ def _is_field(part: int | str) -> bool:
     return isinstance(part, int) or not (part in _BRANCHES or "[" in part)
 
 
-_BRANCHES = frozenset(("str", "int", "float", "bool", "none", "text", "image_url")) - {"text", "image_url"}
+_BRANCHES = frozenset(("str", "int", "float", "bool", "none"))
 
 
 def read_chat(value: Any, card: ModelCard, limits: Limits) -> ChatCall:

@@ -1,6 +1,6 @@
 """From a batch of logits to one token per row, each row under its own sampling parameters.
 
-A row's draw depends on its own logits, parameters and random numbers alone: neither its place nor its neighbours change it.
+A row's draw depends on its own logits, parameters and random number alone: neither its place nor its neighbours change it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,16 @@ class Picked:
     alternatives: tuple[tuple[int, float], ...] = ()
 
 
-def pick(logits: Tensor, sampling: Sequence[Sampling], generators: Sequence[random.Random]) -> list[Picked]:
+def random_number(seed: int | str, place: int) -> float:
+    """A number in [0, 1) for the token at a place of an answer: the same whenever, and however often, that token is computed."""
+    return random.Random(f"{seed}/{place}").random()
+
+
+def pick(logits: Tensor, sampling: Sequence[Sampling], uniform: Sequence[float]) -> list[Picked]:
     """Pick the next token of every row.
 
     Args:
-        logits: (B, V). sampling: B parameters. generators: B sources of random numbers; a greedy row leaves its own untouched.
+        logits: (B, V). sampling: B parameters. uniform: B random numbers in [0, 1); a greedy row does not look at its own.
 
     Returns:
         B picks.
@@ -43,7 +48,7 @@ def pick(logits: Tensor, sampling: Sequence[Sampling], generators: Sequence[rand
     tokens = logits.argmax(-1)
     drawn = [row for row, wish in enumerate(sampling) if wish.temperature > 0 and usable[row]]
     if drawn:
-        tokens[drawn] = _draw(logits[drawn], [sampling[row] for row in drawn], [generators[row].random() for row in drawn])
+        tokens[drawn] = _draw(logits[drawn], [sampling[row] for row in drawn], [uniform[row] for row in drawn])
     chosen = tokens.tolist()
     scores = _scores(logits, chosen, sampling)
     return [Picked(None) if not usable[row] else Picked(token, *scores.get(row, ())) for row, token in enumerate(chosen)]

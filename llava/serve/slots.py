@@ -51,13 +51,17 @@ class SlotCache(Cache):
         """Let every row and the storage go."""
         self.lengths, self._keys, self._values, self.capacity = [], [], [], (0, 0)
 
-    def reserve(self, rows: int, positions: int) -> None:
-        """Make room for so many rows of so many positions, and for as many more rows as the budget allows; what is there is kept."""
+    def reserve(self, rows: int, positions: int, more_rows: int | None = None) -> None:
+        """Make room for so many rows of so many positions; what is there is kept.
+
+        Args:
+            more_rows: up to so many rows in all where the budget allows, against moving soon again; by default `max_rows`.
+        """
         have_rows, have_positions = self.capacity
         if rows <= have_rows and positions <= have_positions:
             return
         positions = -(-positions // _LENGTH_STEP) * _LENGTH_STEP
-        rows = max(rows, min(self.max_rows, self.max_positions // positions))
+        rows = max(rows, min(more_rows or self.max_rows, self.max_rows, self.max_positions // positions))
         # Both first, then both at once: running out of memory in between leaves what was there.
         keys = [self._moved(stored, rows, positions) for stored in self._keys]
         values = [self._moved(stored, rows, positions) for stored in self._values]
@@ -98,10 +102,14 @@ class SlotCache(Cache):
         """Write a layer's (B, H, L, E) of the new positions; give the (B, H, K, E) to attend to."""
         return self._write(self._keys, key_states, layer_idx), self._write(self._values, value_states, layer_idx)
 
+    def _storage(self, layers: list[Tensor], layer: int, like: Tensor) -> Tensor:
+        """A layer's storage; made when the first states (..., H, L, E) for it tell its heads, width, dtype and device."""
+        if layer == len(layers):
+            layers.append(like.new_zeros(self.capacity[0], like.shape[-3], self.capacity[1], like.shape[-1]))
+        return layers[layer]
+
     def _write(self, layers: list[Tensor], states: Tensor, layer: int) -> Tensor:
-        if layer == len(layers):  # the first pass: now a layer's heads, width, dtype and device are known
-            layers.append(states.new_zeros(self.capacity[0], states.shape[1], self.capacity[1], states.shape[3]))
-        stored = layers[layer]
+        stored = self._storage(layers, layer, states)
         last, end = self._first + len(self._known), max(self._known) + self._new
         if any(self._known):
             rows, positions = self._places_on(states.device)
@@ -119,20 +127,31 @@ class SlotCache(Cache):
 
     def end(self, lengths: Sequence[int]) -> None:
         """The pass went through: its rows have these lengths now."""
-        self.lengths[self._first :] = lengths
+        self.lengths[self._first : self._first + len(lengths)] = lengths
 
     # ---- rows ----------------------------------------------------------------------------------------------------------------
 
-    def leave(self, row: int) -> int:
-        """Take a row out; the last row moves into its place. Returns the index that row had."""
-        last = self.rows - 1
-        if row != last:
-            length = self.lengths[last]
-            for stored in (*self._keys, *self._values):
+    def leave(self, row: int, wipe: bool = False) -> int:
+        """Take a row out; the last row moves into its place. Returns the index that row had.
+
+        Args:
+            wipe: overwrite what the row held: a number that is not finite would reach the next row there through the mask.
+        """
+        last, length = self.rows - 1, self.lengths[-1]
+        for stored in (*self._keys, *self._values):
+            if row != last:
                 stored[row, :, :length] = stored[last, :, :length]
-            self.lengths[row] = length
+            if wipe:
+                stored[row, :, length if row != last else 0 :] = 0
+                stored[last] = 0
+        self.lengths[row] = length
         self.lengths.pop()
         return last
+
+    def wipe_unused(self) -> None:
+        """Overwrite whatever a failed pass may have left in rows that are not in use."""
+        for stored in (*self._keys, *self._values):
+            stored[self.rows :] = 0
 
     def beginning(self, row: int, length: int) -> tuple[Tensor, ...]:
         """Keys and then values of a row's first positions, (H, length, E) per layer; views, not copies."""
@@ -140,8 +159,10 @@ class SlotCache(Cache):
 
     def recall(self, row: int, beginning: Sequence[Tensor]) -> None:
         """Write what `beginning` gave, perhaps for another row, into a row that is not in use yet."""
-        for stored, known in zip((*self._keys, *self._values), beginning, strict=True):
-            stored[row, :, : known.shape[1]] = known
+        layers = len(beginning) // 2
+        for place, known in enumerate(beginning):
+            held = self._keys if place < layers else self._values
+            self._storage(held, place % layers, known)[row, :, : known.shape[1]] = known
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions of the longest row (transformers asks where no positions are given; here they always are)."""

@@ -39,12 +39,14 @@ class TextStream:
         self.ids.append(token)
         known = self._decode(self.ids[self._window_start : self._window_read])
         text = self._decode(self.ids[self._window_start :])
+        grown = self._text + text[len(known) :]
+        if self.stop and cut_at_stop(grown, self.stop)[1]:  # also within a run of bytes: what was asked for is there
+            self.stopped = True
+            return ""
         if len(text) > len(known) and not text.endswith(_UNFINISHED) and not self._is_byte(token):
-            self._text += text[len(known) :]
+            self._text = grown
             self._window_start, self._window_read = self._window_read, len(self.ids)
-            if self.stop:
-                self._text, self.stopped = cut_at_stop(self._text, self.stop)
-        return "" if self.stopped else self._take(self._certain())
+        return self._take(self._certain())
 
     def end(self) -> str:
         """The last piece."""

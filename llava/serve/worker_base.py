@@ -241,15 +241,21 @@ async def _merged(running: Sequence[Generation]) -> AsyncGenerator[Numbered, Non
 async def _coalesced(events: AsyncIterator[Numbered], interval: int) -> AsyncIterator[Numbered]:
     """Join so many pieces of the same choice into one; the rest passes unchanged and in order."""
     held: dict[int, list[Piece]] = {}
-    async for index, event in events:
-        if isinstance(event, Piece) and interval > 1:
-            held.setdefault(index, []).append(event)
-            if len(held[index]) < interval:
-                continue
-        for piece in _joined(held.pop(index, [])):
-            yield index, piece
-        if not isinstance(event, Piece) or interval == 1:
-            yield index, event
+    try:
+        async for index, event in events:
+            if isinstance(event, Piece) and interval > 1:
+                held.setdefault(index, []).append(event)
+                if len(held[index]) < interval:
+                    continue
+            for piece in _joined(held.pop(index, [])):
+                yield index, piece
+            if not isinstance(event, Piece) or interval == 1:
+                yield index, event
+    except Exception:  # what was written before the failure still belongs to the client
+        for index, pieces in held.items():
+            for piece in _joined(pieces):
+                yield index, piece
+        raise
 
 
 def _joined(pieces: Sequence[Piece]) -> list[Piece]:

@@ -40,6 +40,8 @@ from llava.inference import Assistant, Options
 
 QUESTIONS = Path(__file__).resolve().parents[2] / "playground" / "eval" / "test.jsonl"
 WAIT_FOR_WORKER = 180.0
+BROKEN = 0
+"""Counted in place of a status where a connection broke off without an answer."""
 
 
 @dataclass(frozen=True)
@@ -296,8 +298,12 @@ async def _offer(
 
     async def one(ask: Ask) -> None:
         connection = idle.pop() if idle else Connection(url)
-        replies.append((ask, await connection.post(ask)))
-        idle.append(connection)
+        try:
+            replies.append((ask, await connection.post(ask)))
+            idle.append(connection)
+        except (OSError, asyncio.IncompleteReadError):
+            replies.append((ask, Reply(BROKEN, "", 0.0, None)))
+            connection.close()
 
     tasks: set[asyncio.Task[None]] = set()
     start = time.perf_counter()

@@ -124,3 +124,40 @@ def test_the_storage_takes_another_shape_when_it_has_to():
     assert values_of(slots, 0) == [5] * 5
     slots.clear()
     assert (slots.capacity, slots.rows) == ((0, 0), 0)
+
+
+def test_a_row_is_wiped_where_it_is_asked_for():
+    """A number that is not finite must not reach the next row in the same place: a mask only adds to it."""
+    slots = SlotCache(4, 4096)
+    slots.reserve(3, 8)
+    nan = float("nan")
+    write(slots, 0, [0, 0, 0], [nan] * 4, [1.0, 2.0], [nan] * 6)
+    slots.leave(0, wipe=True)  # the last row, itself full of nan, takes its place
+    slots.leave(0, wipe=True)
+    assert values_of(slots, 0) == [1, 2]
+    assert all(stored.isfinite().all() for stored in (*slots._keys, *slots._values))
+    slots.begin(1, [0], 2, LIKE)
+    slots.update(torch.full((1, HEADS, 2, WIDTH), nan), torch.full((1, HEADS, 2, WIDTH), nan), 0)
+    slots.wipe_unused()
+    assert slots._keys[0].isfinite().all()
+
+
+def test_what_was_read_before_can_be_recalled_into_an_empty_storage():
+    slots = SlotCache(4, 4096)
+    slots.reserve(1, 8)
+    write(slots, 0, [0], [1.0, 2.0, 3.0])
+    known = tuple(tensor.clone() for tensor in slots.beginning(0, 2))
+    slots.clear()
+    slots.reserve(2, 8)
+    slots.recall(0, known)
+    write(slots, 0, [2], [9.0])
+    assert values_of(slots, 0) == [1, 2, 9]
+
+
+def test_a_part_of_the_rows_can_take_a_step():
+    slots = SlotCache(4, 4096)
+    slots.reserve(3, 8)
+    write(slots, 0, [0, 0, 0], [1.0], [2.0], [3.0])
+    write(slots, 1, [1], [20.0])
+    assert slots.lengths == [1, 2, 1]
+    assert [values_of(slots, row) for row in range(3)] == [[1], [2, 20], [3]]

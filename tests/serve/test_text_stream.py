@@ -78,3 +78,13 @@ def test_any_answer_comes_out_as_a_whole_decoding_gives_it(tokenizer, seed):
             break
     pieces.append(stream.end())
     assert "".join(pieces) == cut_at_stop(tokenizer.decode(stream.ids, skip_special_tokens=True), stop)[0].strip()
+    # It stops with the very token that brings a stop text, in a run of bytes too.
+    holds = [cut_at_stop(tokenizer.decode(ids[:count], skip_special_tokens=True), stop)[1] for count in range(1, len(stream.ids) + 1)]
+    assert stream.stopped == any(holds) and holds.index(True) == len(holds) - 1 if any(holds) else not stream.stopped
+
+
+def test_a_line_break_written_as_a_byte_stops_at_once(tokenizer):
+    newline = tokenizer.convert_tokens_to_ids("<0x0A>")
+    stream = TextStream(tokenizer, ("\n",))
+    stream.add(newline)
+    assert stream.stopped and stream.end() == ""

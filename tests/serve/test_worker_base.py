@@ -19,15 +19,15 @@ from io import BytesIO
 import httpx
 import pytest
 from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
 from PIL import Image
-from starlette.responses import JSONResponse
 
 from llava import fetch as fetching
 from llava.serve import pictures as pictures_page
 from llava.serve.http_guard import Gate, guard_app
 from llava.serve.pictures import PictureLoader
-from llava.serve.protocol import ErrorKind, Limits, ServeError
-from llava.serve.worker_base import Registration, create_worker_app, run_worker
+from llava.serve.protocol import ErrorKind, Limits, Piece, ServeError
+from llava.serve.worker_base import Registration, _coalesced, create_worker_app, run_worker
 from tests.serve.bodies import CHAT, WORKER, chat_body, data_url, picture, worker_body
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.running import RunningApp, wait_until
@@ -397,6 +397,22 @@ def test_pieces_are_joined_where_asked():
     texts = [chunk["choices"][0]["delta"].get("content") for chunk in chunks]
     assert texts == ["", "a b ", "c d ", "e ", None]
     assert [len((chunk["choices"][0]["logprobs"] or {"content": []})["content"]) for chunk in chunks] == [0, 2, 2, 1, 0]
+
+
+def test_what_was_held_back_comes_before_the_error_that_ends_a_stream():
+    async def broken():
+        for word in ("a ", "b ", "c "):
+            yield 0, Piece(word)
+        raise ServeError(ErrorKind.OUT_OF_MEMORY)
+
+    async def read():
+        texts = []
+        with pytest.raises(ServeError):
+            async for _, piece in _coalesced(broken(), 2):
+                texts.append(piece.text)
+        return texts
+
+    assert asyncio.run(read()) == ["a b ", "c "]
 
 
 def read_all(sock: socket.socket) -> bytes:

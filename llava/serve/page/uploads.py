@@ -11,10 +11,11 @@ import os
 import time
 from pathlib import Path
 
+import anyio
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from llava.images import MAX_BYTES, ImageError, decode_image
@@ -22,6 +23,10 @@ from llava.serve.page.conversation import image_format
 
 MAX_FILES = 8
 """Pictures per upload."""
+MAX_ARRIVING = 16
+"""Uploads that may be under way at once: what has come of each lies on the disk."""
+UPLOAD_SECONDS = 120.0
+"""In which one has to arrive."""
 
 
 class Uploads:
@@ -37,6 +42,7 @@ class Uploads:
         self.folder, self.max_bytes, self.max_age = folder, max_bytes, max_age
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._kept: set[Path] = set()
+        self._arriving = 0
 
     async def receive(self, request: Request) -> Response:
         """Answer Gradio's `POST /gradio_api/upload`: the server's paths of the pictures, in order."""
@@ -46,17 +52,26 @@ class Uploads:
             return PlainTextResponse("The upload has no Content-Length.", 411)
         if length > MAX_FILES * (MAX_BYTES + 10_000):
             return PlainTextResponse(f"At most {MAX_FILES} pictures of {MAX_BYTES // 1_000_000} MB are taken at once.", 413)
+        if self._arriving >= MAX_ARRIVING:
+            return PlainTextResponse("Too many pictures are being uploaded; try again.", 503, {"Retry-After": "1"})
+        self._arriving += 1
         try:
-            async with request.form(max_files=MAX_FILES, max_fields=10) as form:
-                files = [part for part in form.getlist("files") if isinstance(part, UploadFile)]
-                contents = [await part.read(MAX_BYTES + 1) for part in files]
-            paths = [await run_in_threadpool(self.keep, data) for data in contents]
+            with anyio.fail_after(UPLOAD_SECONDS):
+                async with request.form(max_files=MAX_FILES, max_fields=10) as form:
+                    files = [part for part in form.getlist("files") if isinstance(part, UploadFile)]
+                    paths = [await run_in_threadpool(self.keep, await part.read(MAX_BYTES + 1)) for part in files]
+        except TimeoutError:
+            return PlainTextResponse("The upload took too long.", 408)
+        except ClientDisconnect:
+            return PlainTextResponse("The upload broke off.", 400)
         except MultiPartException:
             return PlainTextResponse("The upload is not a well-formed form.", 400)
         except ImageError as error:
             return PlainTextResponse(f"A file cannot be used: {error}.", 400)
         except OverflowError as error:
             return PlainTextResponse(str(error), 507)
+        finally:
+            self._arriving -= 1
         return JSONResponse([str(path) for path in paths]) if paths else PlainTextResponse("The upload holds no file.", 400)
 
     async def progress(self, request: Request) -> Response:

@@ -1,0 +1,722 @@
+"""What was reported of servers of this kind, line by line, and the tests which show that ours behaves; here are those found nowhere else.
+
+`ATTACKS` and `PAINS` name, for each report, the tests that fail when its rule is broken. Every attack meets a server on a socket of this
+machine. Nothing here connects to another address: where a rule about addresses is tested, a recorder stands in place of the network.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import hmac
+import json
+import logging
+import pickle
+import re
+import resource
+import socket
+import struct
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from llava import fetch as fetching
+from llava.serve import gradio_web_server, http_server
+from llava.serve import pictures as pictures_page
+from llava.serve.controller import ControllerSettings, create_controller_app
+from llava.serve.page import uploads
+from llava.serve.page.app import PageOptions, create_page_app
+from llava.serve.pictures import PictureLoader
+from llava.serve.protocol import ErrorKind, Limits
+from llava.serve.worker_base import create_worker_app
+from tests.serve.bodies import CHAT, WORKER, chat_body, data_url, picture, worker_body
+from tests.serve.fake_engine import FakeEngine
+from tests.serve.page_backend import running as running_page
+from tests.serve.running import RunningApp, wait_until
+from tests.serve.test_controller import FOREIGN, MALFORMED, STATUS, RecordingConnector, no_names, settings
+from tests.serve.test_http_guard import raw_exchange
+from tests.serve.test_worker_base import BAD_PICTURES
+
+ROOT = Path(__file__).resolve().parents[2]
+HTTP = httpx.Client(timeout=20, trust_env=False)
+
+ATTACKS: dict[str, tuple[str, ...]] = {
+    "CVE-2024-9309, CVE-2024-12068, CVE-2024-10044: server-side requests through worker registration": (
+        "serve/test_threats.py::test_no_foreign_worker_is_registered_or_called",
+        "serve/test_controller.py::test_without_token_and_list_no_foreign_address_is_taken_or_called",
+        "serve/test_controller.py::test_the_token_is_asked_of_everybody_once_there_is_one",
+        "serve/test_controller.py::test_the_checked_address_is_what_is_connected_to_and_the_name_is_resolved_once",
+        "serve/test_controller.py::test_a_worker_that_redirects_is_not_followed",
+    ),
+    "CVE-2025-6242, CVE-2026-24779, CVE-2026-33626, CVE-2026-0599: server-side requests through addresses of pictures": (
+        "serve/test_threats.py::test_addresses_of_pictures_are_not_followed_unless_the_operator_says_so",
+        "serve/test_threats.py::test_followed_addresses_of_pictures_stay_on_the_public_internet",
+        "serve/test_worker_base.py::test_text_is_never_searched_for_addresses",
+        "serve/test_worker_base.py::test_each_redirect_passes_the_same_door",
+        "test_images.py::test_a_dripping_server_is_left_at_the_deadline",
+        "test_images.py::test_bad_answers_are_refused",
+    ),
+    "CVE-2026-22778: a decoder's words tell addresses": (
+        "serve/test_threats.py::test_every_broken_picture_gets_the_same_words",
+        "serve/test_http_guard.py::test_nothing_about_an_inner_failure_leaves_the_log",
+    ),
+    "CVE-2026-22773, GHSA-8jr5-v98p-w75m: odd pictures": (
+        "serve/test_faults.py::test_broken_and_odd_pictures_in_a_crowd_cost_nobody_an_answer",
+        "serve/test_worker_base.py::test_odd_pictures_are_read",
+        "test_images.py::test_exif_orientation_is_applied",
+    ),
+    "decompression bombs": (
+        "serve/test_threats.py::test_bombs_are_refused_by_their_headers",
+        "test_images.py::test_base64_length_is_checked_before_decoding",
+    ),
+    "CVE-2025-46722, CVE-2025-25183: caches with weak keys": (
+        "serve/test_faults.py::test_what_is_kept_of_one_picture_never_answers_for_another",
+        "serve/test_caches.py::test_a_key_holds_pixels_mode_size_and_revision",
+        "serve/test_caches.py::test_the_key_of_a_beginning_holds_ids_pictures_granularities_and_revision",
+    ),
+    "CVE-2025-62372: embeddings of a wrong shape": ("serve/test_threats.py::test_the_fields_of_a_request_are_a_closed_set",),
+    "CVE-2025-62164, CVE-2025-67729, CVE-2025-32434, CVE-2026-7301: unpickling": (
+        "serve/test_threats.py::test_nothing_that_comes_in_is_unpickled",
+        "serve/test_threats.py::test_no_module_unpickles_or_runs_a_checkpoints_code",
+        "model/test_loading.py::test_pickled_weights_are_read_only_when_asked",
+    ),
+    "CVE-2025-66448: code from a checkpoint": ("serve/test_threats.py::test_no_module_unpickles_or_runs_a_checkpoints_code",),
+    "CVE-2025-48956, CVE-2025-61620: huge headers and bodies, clients' own template arguments": (
+        "serve/test_threats.py::test_the_fields_of_a_request_are_a_closed_set",
+        "serve/test_threats.py::test_sizes_and_counts_have_caps",
+        "serve/test_http_guard.py::test_headers_that_do_not_come_or_are_too_large_end_the_connection",
+        "serve/test_fuzz.py::test_no_random_body_is_a_500",
+    ),
+    "CVE-2025-59425: a key compared in variable time": (
+        "serve/test_threats.py::test_keys_are_compared_in_constant_time_by_a_running_server",
+        "serve/test_http_guard.py::test_all_keys_are_compared_in_constant_time_whichever_fits",
+    ),
+    "CVE-2024-1561, CVE-2024-4325, CVE-2026-7302: files through the page or clients' file names": (
+        "serve/test_gradio_web_server.py::test_no_file_proxy_or_unknown_address_is_served",
+        "serve/test_gradio_web_server.py::test_uploads_get_names_made_here_and_only_pictures_are_kept",
+        "serve/test_gradio_web_server.py::test_requests_that_name_remote_files_or_are_no_json_never_reach_gradio",
+        "serve/test_gradio_web_server.py::test_expired_uploads_are_deleted",
+        "serve/test_gradio_web_server.py::test_programs_can_ask_through_gradio_client",
+        "serve/test_threats.py::test_uploads_that_drip_in_are_bounded_in_number_and_time",
+    ),
+    "overload": (
+        "serve/test_http_guard.py::test_a_full_server_says_so_before_the_body_comes",
+        "serve/test_http_guard.py::test_refusing_takes_less_than_50_milliseconds",
+        "serve/test_threats.py::test_bodies_that_drip_in_keep_nobody_out",
+        "serve/test_worker_base.py::test_a_client_that_leaves_ends_its_generation",
+        "serve/test_worker_base.py::test_a_signal_lets_running_answers_finish_and_refuses_new_ones",
+        "serve/test_faults.py::test_a_client_that_leaves_in_the_middle_gives_its_place_back",
+        "serve/test_faults.py::test_programs_recover_from_a_killed_controller_and_drain_on_sigterm",
+    ),
+}
+"""What attacks such servers."""
+
+PAINS: dict[str, tuple[str, ...]] = {
+    "LLaVA#709, #1149, #1305; LLaVA-NeXT#365, #398: batched answers wrong or empty": (
+        "serve/test_engine.py::test_a_crowd_gets_the_answers_that_each_gets_alone",
+        "serve/test_worker_with_model.py::test_answers_are_those_of_the_model_alone_whoever_else_asks",
+    ),
+    "LLaVA#14, #1332, #1634; FastChat#1527: every fault is 'high traffic'": (
+        "serve/test_worker_base.py::test_every_kind_of_error_reaches_the_client",
+        "serve/test_faults.py::test_one_request_of_a_batch_that_runs_out_of_memory_or_is_poisoned_fails_alone",
+        "serve/test_faults.py::test_a_batch_too_large_for_memory_costs_nobody_an_answer",
+    ),
+    "LLaVA#14, #361, #986: empty list of models, the order of starting matters": (
+        "serve/test_controller.py::test_any_order_of_starting_works_and_a_restarted_controller_is_found_again",
+        "serve/test_controller.py::test_workers_are_forgotten_after_silence_and_ready_says_so",
+        "serve/test_faults.py::test_a_controller_that_starts_again_has_its_worker_back",
+        "serve/test_page_browser.py::test_no_worker_is_told_and_a_new_one_is_found_by_itself",
+    ),
+    "AVG-LLaVA#4; LLaVA#754; LLaVA-NeXT#100, #115: wrong template, '!!!!'": (
+        "serve/test_worker_with_model.py::test_llavas_own_way_of_asking",
+        "serve/test_engine.py::test_broken_numbers_fail_their_own_row",
+        "serve/test_sampling.py::test_broken_numbers_are_seen_in_their_own_row",
+    ),
+    "AVG-LLaVA#8: a list of granularities, errors swallowed": (
+        "serve/test_openai_api.py::test_granularity",
+        "serve/test_engine.py::test_a_request_that_cannot_work_fails_alone_with_a_sentence",
+    ),
+    "LLaVE#3; LLaVA-NeXT#130, #501; LLaVA#402: no way to other engines": (
+        "serve/test_sglang_worker.py::test_our_own_api_as_the_backend_gives_the_same_answers_and_reports",
+        "serve/test_sglang_worker.py::test_a_misbehaving_backend_is_a_typed_error_with_a_request_id",
+    ),
+    "InternVL#1231; VisionZip#24; vllm PR#51221: fewer tokens but no speed-up": (
+        "serve/test_metrics.py::test_answers_are_counted_with_what_they_saved",
+        "serve/test_gradio_web_server.py::test_a_report_shows_choice_probabilities_savings_and_times",
+    ),
+    "LLaVA#700, #704: Mac and CPU": ("serve/test_main.py::test_the_command_serves_the_micro_model_and_ends_well_on_sigterm",),
+}
+"""What hurts users, where the serving side has a part in it."""
+
+
+@pytest.mark.parametrize("line", [*ATTACKS, *PAINS])
+def test_every_line_names_tests_that_exist(line: str) -> None:
+    for name in (ATTACKS | PAINS)[line]:
+        file, _, function = name.partition("::")
+        tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+        assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, name
+
+
+class Served:
+    """A worker over a made-up engine, and its app's parts."""
+
+    def __init__(self, running: RunningApp, engine: FakeEngine) -> None:
+        self.url, self.port, self.engine, self.gate = running.url, running.port, engine, running.server.gate
+
+    def ask(self, text: str = "hello", urls: tuple[str, ...] = (), **fields: Any) -> httpx.Response:
+        return HTTP.post(self.url + CHAT, json=chat_body(text, urls, **fields))
+
+    def raw(self, data: bytes, seconds: float = 5.0) -> bytes:
+        return raw_exchange(self.port, data, seconds)
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Served]:
+    engine = FakeEngine()
+    with RunningApp(create_worker_app(engine, Limits(max_body_bytes=30_000_000))) as running:
+        yield Served(running, engine)
+
+
+@pytest.fixture
+def serve() -> Iterator[Any]:
+    """Serves a worker app with other options until the test ends."""
+    with ExitStack() as stack:
+
+        def start(engine: FakeEngine | None = None, limits: Limits | None = None, **options: Any) -> Served:
+            engine = engine or FakeEngine()
+            return Served(stack.enter_context(RunningApp(create_worker_app(engine, limits, **options))), engine)
+
+        yield start
+
+
+def request_head(path: str = CHAT, *headers: str, method: str = "POST") -> bytes:
+    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: x", "Content-Type: application/json", *headers, "", ""]).encode()
+
+
+# ---- addresses ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [STATUS, None])
+def test_no_foreign_worker_is_registered_or_called(status: Any) -> None:
+    """From this machine without a token; through a proxy on this machine; and with the token, where the address is malformed."""
+    body = {"check_heart_beat": True, "worker_status": status}
+    open_one, keyed = RecordingConnector(), RecordingConnector()
+    wide = settings("0.0.0.0/0", "::/0", tokens=("secret",))
+    with (
+        RunningApp(create_controller_app(transport=open_one, resolve=no_names)) as first,
+        RunningApp(create_controller_app(wide, transport=keyed, resolve=no_names)) as second,
+    ):
+        for url in FOREIGN:
+            assert HTTP.post(first.url + "/register_worker", json={"worker_name": url, **body}).status_code == 403, url
+        for url in ("http://127.0.0.1:6379", "http://[::1]:6379"):
+            for header in ("X-Forwarded-For", "Forwarded", "Via", "X-Real-IP", "Origin"):
+                told = HTTP.post(first.url + "/register_worker", json={"worker_name": url, **body}, headers={header: "http://127.0.0.1"})
+                assert told.status_code == 403, (url, header)
+            assert HTTP.post(second.url + "/register_worker", json={"worker_name": url, **body}).status_code == 401
+        for url in MALFORMED:
+            for at in (first.url, second.url):
+                named = {"worker_name": url, "token": "secret", **body}
+                assert HTTP.post(at + "/register_worker", json=named).status_code == 400, url
+        metadata = {"worker_name": "http://169.254.169.254:80", "token": "secret", **body}
+        assert HTTP.post(second.url + "/register_worker", json=metadata).status_code == 403
+        for at in (first.url, second.url):
+            HTTP.post(at + "/refresh_all_workers", json={})
+            assert HTTP.post(at + CHAT, json=chat_body()).status_code == 503
+            assert HTTP.post(at + "/list_models", json={}).json() == {"models": []}
+    assert open_one.calls == keyed.calls == []
+
+
+PRIVATE = (
+    "http://169.254.169.254/latest/meta-data", "http://127.0.0.1/x.png", "http://[::1]/x.png", "http://10.1.2.3/x.png",
+    "http://2130706433/x",
+    "http://0177.0.0.1/x", "http://0x7f.1/x", "http://[::ffff:10.0.0.1]/x", "http://inside.example/x", "http://both.example/x",
+    "HTTPS://user@inside.example/x", "http://public.example\\@127.0.0.1/x",
+)  # fmt: skip
+
+
+def test_addresses_of_pictures_are_not_followed_unless_the_operator_says_so(serve: Any) -> None:
+    fetched: list[str] = []
+    limits = Limits()
+    loader = PictureLoader(limits, fetch_bytes=lambda url, resolve: fetched.append(url) or b"")  # type: ignore[func-returns-value]
+    served = serve(limits=limits, pictures=loader)
+    for url in (*PRIVATE, "http://public.example/x.png", "https://public.example/x.png", "//public.example/x", "file:///etc/passwd"):
+        assert served.ask("q", (url,)).json()["error"]["code"] == "invalid_image"
+        asked = HTTP.post(served.url + WORKER, json=worker_body("<image> q", images=[url]))
+        assert asked.json()["error"]["code"] == "invalid_image"
+    assert fetched == [] and served.engine.requests == []
+
+
+def test_followed_addresses_of_pictures_stay_on_the_public_internet(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"inside.example": ["10.0.0.5"], "both.example": ["93.184.216.34", "127.0.0.1"], "public.example": ["93.184.216.34"]}
+    resolved, connected = [], []
+
+    def resolve(host: str, port: int) -> list[str]:
+        resolved.append(host)
+        literal = fetching.literal_address(host)
+        return names.get(host, []) if literal is None else [str(literal)]
+
+    def connect(address: str, port: int, timeout: float) -> socket.socket:
+        connected.append(address)
+        raise OSError("nothing is connected to in tests")
+
+    def fetch(url: str, resolver: Any) -> bytes:
+        return fetching.fetch(url, max_bytes=1000, timeout=2.0, resolve=resolver, connect=connect)
+
+    monkeypatch.setattr(pictures_page, "resolve_host", resolve)
+    limits = Limits(allow_remote_images=True)
+    served = serve(limits=limits, pictures=PictureLoader(limits, fetch_bytes=fetch))
+    for url in PRIVATE:
+        assert served.ask("q", (url,)).json()["error"]["code"] == "invalid_image"
+    assert connected == []
+    resolved.clear()
+    assert served.ask("q", ("http://public.example/x",)).status_code == 400
+    assert connected == ["93.184.216.34"] and resolved == ["public.example"]  # once
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------------------------
+
+
+def test_every_broken_picture_gets_the_same_words(worker: Served) -> None:
+    for name, url in BAD_PICTURES.items():
+        error = worker.ask("q", (url,)).json()["error"]
+        assert error.pop("request_id") and error == {
+            "message": ErrorKind.INVALID_IMAGE.fault.text, "type": "invalid_request_error", "param": None, "code": "invalid_image",
+        }, name  # fmt: skip
+
+
+def bombs() -> list[bytes]:
+    """Small files that say they are gigapixels large."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    zeros = zlib.compress(b"\0" * 50_000_000, 9)
+    large_png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 40_000, 40_000, 8, 0, 0, 0, 0)) + chunk(b"IDAT", zeros)
+    inner = chunk(b"zTXt", b"a\0\0" + zeros) * 20  # a small picture with a gigabyte of comments
+    texts = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 2000, 8, 0, 0, 0, 0)) + inner
+    gif = b"GIF89a" + struct.pack("<HH", 65_535, 65_535) + b"\0\0\0," + struct.pack("<HHHH", 0, 0, 65_535, 65_535) + b"\0\x02\x00;"
+    ppm = b"P6 60000 60000 255\n"
+    bmp = b"BM" + struct.pack("<IIIIiiHHIIiiII", 60, 0, 54, 40, 50_000, 50_000, 1, 24, 0, 0, 0, 0, 0, 0)
+    rows = zlib.compress(b"\0" * (8100 * 1014), 9)  # a whole picture of one bit per pixel, a little beyond the cap
+    whole = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8100, 8100, 1, 0, 0, 0, 0)) + chunk(b"IDAT", rows)
+    return [large_png, texts, gif, ppm, bmp, whole + chunk(b"IEND", b"")]
+
+
+def test_bombs_are_refused_by_their_headers(worker: Served) -> None:
+    before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    for file in bombs():
+        response = worker.ask("q", (data_url(base64.b64encode(file).decode()),))
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_image"), file[:20]
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # kilobytes
+    assert grown < 200_000 and time.monotonic() - begun < 5
+
+
+# ---- what a request may hold -------------------------------------------------------------------------------------------------
+
+FOREIGN_FIELDS: dict[str, Any] = {
+    "prompt_embeds": "AAAA", "inputs_embeds": [[0.1]], "image_embeds": "AAAA", "embeddings": {"shape": [1, 2]},
+    "chat_template": "{{ 7*7 }}",
+    "chat_template_kwargs": {"tokenize": True}, "mm_processor_kwargs": {"num_crops": 10**9}, "logits_processors": ["os.system"],
+    "guided_regex": "(a+)+$", "lora_path": "/etc", "model_path": "/etc/passwd", "trust_remote_code": True, "documents": [{}],
+    "allowed_local_media_path": "/", "best_of": 1000, "tools": [{}], "functions": [], "__proto__": {}, "constructor": {}, "__class__": "x",
+}  # fmt: skip
+
+
+def test_the_fields_of_a_request_are_a_closed_set(worker: Served) -> None:
+    count = len(worker.engine.requests)
+    for name, value in FOREIGN_FIELDS.items():
+        refused = worker.ask(**{name: value})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, name)
+        assert HTTP.post(worker.url + WORKER, json=worker_body(**{name: value})).status_code == 400
+    for part in ({"type": "image_embeds", "image_embeds": "AAAA"}, {"type": "image_url", "image_url": {"url": "x", "path": "/etc"}}):
+        refused = worker.ask(messages=[{"role": "user", "content": [part]}])
+        assert refused.status_code == 400
+    assert len(worker.engine.requests) == count
+
+
+class Planted:
+    """Leaves a trace where it is unpickled."""
+
+    found: list[str] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Planted.found.append, ("unpickled",)
+
+
+def test_nothing_that_comes_in_is_unpickled(worker: Served) -> None:
+    planted = pickle.dumps(Planted())
+    for path in (CHAT, WORKER, "/worker_get_status"):
+        for kind in ("application/octet-stream", "application/x-pickle", "application/python-pickle", "application/json", "text/plain"):
+            HTTP.post(worker.url + path, content=planted, headers={"Content-Type": kind})
+    text = base64.b64encode(planted).decode()
+    assert worker.ask("q", (data_url(text),)).status_code == 400
+    assert HTTP.post(worker.url + WORKER, json=worker_body("<image>", images=[text])).status_code == 400
+    assert Planted.found == []
+
+
+UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "jsonpickle"}
+
+
+def test_no_module_unpickles_or_runs_a_checkpoints_code() -> None:
+    for file in sorted((ROOT / "llava").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            imported = {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+            imported |= {node.module or ""} if isinstance(node, ast.ImportFrom) else set()
+            assert not {name.partition(".")[0] for name in imported} & UNSAFE_MODULES, file
+            if not isinstance(node, ast.Call):
+                continue
+            given = {keyword.arg: keyword.value for keyword in node.keywords}
+            called = ast.unparse(node.func)
+            if called == "torch.load":
+                assert "weights_only" in given and ast.unparse(given["weights_only"]) == "True", file
+            assert "allow_pickle" not in given or ast.unparse(given["allow_pickle"]) == "False", file
+            remote = given.get("trust_remote_code")
+            assert remote is None or ast.unparse(remote) == "False", file
+            assert called not in ("eval", "exec", "os.system") and ast.unparse(given.get("shell", ast.Constant(False))) == "False", file
+
+
+def test_sizes_and_counts_have_caps(serve: Any) -> None:
+    served = serve(limits=Limits(max_body_bytes=100_000, max_prompt_characters=5000))
+    many = [{"type": "image_url", "image_url": {"url": data_url(picture((2, 2)))}}] * 9
+    long_talk = [{"role": ("user", "assistant")[turn % 2], "content": "x"} for turn in range(257)]
+    for fields in (
+        {"text": "x" * 5001}, {"max_tokens": 4097}, {"n": 9}, {"stop": ["x"] * 9}, {"stop": "x" * 257},
+        {"logprobs": True, "top_logprobs": 21},
+        {"messages": [{"role": "user", "content": [*many, {"type": "text", "text": "q"}]}]}, {"messages": long_talk}, {"user": "x" * 257},
+        {"model": "x" * 513}, {"granularity": [36] * 65}, {"seed": 2**63}, {"temperature": 1e9},
+    ):  # fmt: skip
+        assert served.ask(**fields).status_code == 400, fields
+    assert served.ask("x" * 100_001).status_code == 413
+    chunked = request_head(CHAT, "Transfer-Encoding: chunked") + b"c350\r\n" + b"x" * 50_000 + b"\r\n" + b"ffff\r\n" + b"x" * 65_535
+    assert served.raw(chunked, 1).startswith(b"HTTP/1.1 413")
+    for length in ("99999999999", "100001", "1" + "0" * 30):
+        assert served.raw(request_head(CHAT, f"Content-Length: {length}"), 0.5).startswith((b"HTTP/1.1 413", b"HTTP/1.1 400")), length
+    headers = [f"X-{number}: y" for number in range(3000)]
+    assert served.raw(request_head("/health", *headers, method="GET"), 1).startswith((b"HTTP/1.1 400", b"HTTP/1.1 413"))
+    assert served.engine.requests == [] and served.gate.bytes_inside == 0
+
+
+# ---- keys --------------------------------------------------------------------------------------------------------------------
+
+
+def test_keys_are_compared_in_constant_time_by_a_running_server(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[int, int]] = []
+    original = hmac.compare_digest
+
+    def compare(one: Any, other: Any) -> bool:
+        compared.append((len(one), len(other)))
+        return original(one, other)
+
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    served = serve(api_keys=("first-key", "second-key-that-is-longer"))
+    guesses = ("z", "f", "first-ke", "first-kez", "x" * 10_000, "first-key", "second-key-that-is-longer")
+    statuses = []
+    for guess in guesses:
+        compared.clear()
+        statuses.append(HTTP.get(served.url + "/v1/models", headers={"Authorization": f"Bearer {guess}"}).status_code)
+        assert compared == [(32, 32), (32, 32)], guess  # digests of one length, and every key whichever fits
+    assert statuses == [401] * 5 + [200] * 2
+
+
+TRICKS = (
+    "//v1/models", "/v1//models", "/%76%31/models", "/v1/models/", "/health/../v1/models", "/health/%2e%2e/metrics", "/health;/metrics",
+    "/health%2f..%2fmetrics", "/HEALTH", "/health%00", "/health%20", "/health#/metrics", "/./metrics", "/metrics?x=/health",
+    "/metrics/health",
+    "http://127.0.0.1/health", "http://x/metrics", "*", "/health\\..\\metrics", "/openapi.json", "/docs", "/redoc",
+)  # fmt: skip
+
+
+def test_no_spelling_of_a_path_gets_around_the_key(serve: Any) -> None:
+    served = serve(api_keys=("right",))
+    for path in TRICKS:
+        for method in ("GET", "POST", "HEAD", "OPTIONS", "TRACE", "CONNECT"):
+            answer = served.raw(request_head(path, "Content-Length: 0", "Connection: close", method=method))
+            assert answer.startswith((b"HTTP/1.1 401", b"HTTP/1.1 400")), (method, path, answer[:100])
+    upgrade = ("Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==")
+    assert served.raw(request_head("/v1/models", *upgrade, method="GET"), 0.5).startswith(b"HTTP/1.1 401")
+    two = request_head("/v1/models", "Authorization: Bearer right", "Authorization: Bearer wrong", "Connection: close", method="GET")
+    assert served.raw(two).startswith(b"HTTP/1.1 401")
+    assert served.raw(request_head("/%68ealth", "Connection: close", method="GET")).startswith(b"HTTP/1.1 200")  # the open path itself
+
+
+def test_keys_pictures_and_questions_stay_out_of_the_log_and_nobody_writes_a_line_of_it(
+    serve: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = serve(FakeEngine(), api_keys=("the-secret-key",))
+    image = picture((3, 3))
+    keyed = {"Authorization": "Bearer the-secret-key"}
+    evil = "x\n2026-01-01 | INFO | forged\r\x1b[31m\u2028"
+    with caplog.at_level(logging.DEBUG, "llava"):
+        body = chat_body("a private question", (data_url(image),), user=evil)
+        assert HTTP.post(served.url + CHAT, json=body, headers=keyed).status_code == 200
+        HTTP.post(served.url + CHAT, json=chat_body(model=evil), headers=keyed)
+        HTTP.post(served.url + CHAT, json={evil: 1}, headers=keyed)
+        HTTP.get(served.url + "/v1/models/%0aforged%1b[31m", headers=keyed)
+        HTTP.get(served.url + "/%0d%0aforged?key=the-secret-key", headers=keyed)
+        HTTP.get(served.url + "/health", headers={"Authorization": "Bearer the-secret-kez"})
+        served.raw(request_head("/health", "X-Request-Id: a\tforged", "Connection: close", method="GET"))
+        broken = chat_body("q", (data_url("AAAA" + "\n" + evil),))
+        HTTP.post(served.url + CHAT, json=broken, headers=keyed)
+    with RunningApp(create_controller_app(transport=RecordingConnector(), resolve=no_names)) as controller:
+        with caplog.at_level(logging.DEBUG, "llava"):
+            named = {"worker_name": "http://127.0.0.1:1", "worker_status": {**STATUS, "model_names": [evil]}}
+            assert HTTP.post(controller.url + "/register_worker", json=named).status_code == 400
+            HTTP.post(controller.url + "/register_worker", json={"worker_name": f"http://127.0.0.1:1/{evil}"})
+            HTTP.post(controller.url + CHAT, json=chat_body(model=evil))
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) > 10
+    for line in lines:
+        assert line.isprintable(), line
+        assert not any(secret in line for secret in ("the-secret", "a private question", image)), line
+
+
+# ---- two readings of one request ---------------------------------------------------------------------------------------------
+
+
+def test_a_request_that_two_servers_may_cut_differently_is_refused_and_the_connection_ends(worker: Served) -> None:
+    body = json.dumps(chat_body("mine")).encode()
+    hidden = request_head("/v1/models", "Connection: close", method="GET")
+    chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    for headers, sent in (
+        (("Content-Length: 4", "Transfer-Encoding: chunked"), chunks),
+        ((f"Content-Length: {len(chunks)}", "Transfer-Encoding: chunked"), chunks),
+        (("Content-Length: 4", "Content-Length: 5"), b"{}   "),
+        (("Transfer-Encoding: xchunked",), chunks),
+        (("Transfer-Encoding: chunked, identity",), chunks),
+        (("Transfer-Encoding: identity, chunked",), chunks),
+        (("Transfer-Encoding : chunked",), chunks),
+        (("Transfer-Encoding: chunked", "Transfer-Encoding: chunked"), chunks),
+        (("Content-Length: +2",), b"{}"),
+        (("Content-Length: 0x2",), b"{}"),
+        (("Content-Length: -1",), b"{}"),
+    ):
+        answer = worker.raw(request_head(CHAT, *headers) + sent + hidden)
+        assert re.match(rb"HTTP/1.1 (400|501) ", answer) and answer.count(b"HTTP/1.1") == 1, (headers, answer)
+        assert b"connection: close" in answer.lower()
+    broken = request_head(CHAT, "Transfer-Encoding: chunked") + chunks.replace(b"}\r\n0", b"}XX0") + hidden
+    assert worker.raw(broken).count(b"HTTP/1.1 200") == 0
+    for head in (
+        b"GET /health HTTP/1.1\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"GET /health\r\n\r\n",
+        b"\x16\x03\x01\x02\x00",
+    ):
+        assert worker.raw(head, 1).count(b"HTTP/1.1 200") == 0
+    assert worker.ask("after").json()["choices"][0]["message"]["content"] == "after "
+
+
+def test_requests_in_one_breath_get_their_own_answers_in_order(worker: Served) -> None:
+    bodies = [json.dumps(chat_body(f"question-{number}", stream=number % 2 == 1)).encode() for number in range(6)]
+    sent = b"".join(request_head(CHAT, f"Content-Length: {len(body)}", "X-Request-Id: same") + body for body in bodies)
+    answer = worker.raw(sent + request_head("/health", "Connection: close", method="GET"))
+    assert re.findall(rb"question-\d", answer) == [b"question-%d" % number for number in range(6)]
+
+
+def test_http_1_0_gets_whole_answers_without_chunks(worker: Served) -> None:
+    body = json.dumps(chat_body("old", stream=True)).encode()
+    head = f"POST {CHAT} HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    answer = worker.raw(head + body)
+    assert answer.endswith(b"data: [DONE]\n\n") and b"chunked" not in answer.lower()
+
+
+def test_no_answer_repeats_the_host_header(worker: Served) -> None:
+    for path in ("/health/", "/v1/chat/completions/", "/v1/models/", "//evil.example/health/", "/ready/"):
+        answer = worker.raw(request_head(path, "Connection: close", method="GET").replace(b"Host: x", b"Host: evil.example"))
+        assert b"evil" not in answer and not answer.startswith(b"HTTP/1.1 3"), path
+
+
+# ---- web pages of other sites ------------------------------------------------------------------------------------------------
+
+
+def test_a_web_page_cannot_ask_a_server_on_the_readers_machine(worker: Served) -> None:
+    plain = json.dumps(chat_body()).encode()
+    count = len(worker.engine.requests)
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "text/plain; application/json"):
+        assert HTTP.post(worker.url + CHAT, content=plain, headers={"Content-Type": kind, "Origin": "http://127.0.0.1"}).status_code == 400
+    asked = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    for path in (CHAT, WORKER, "/v1/models"):
+        told = HTTP.options(worker.url + path, headers=asked)
+        assert told.status_code >= 400 and not any(name.startswith("access-control") for name in told.headers)
+    # a name that its owner makes point at this machine: the browser takes the page and this server for one site
+    for origin in ("http://evil.example", "https://EVIL.example:8000", "http://localhost.evil.example", "http://xlocalhost", "http://[::1"):
+        told = HTTP.post(worker.url + CHAT, json=chat_body(), headers={"Origin": origin, "Host": "evil.example"})
+        assert (told.status_code, told.json()["error"]["code"]) == (403, "forbidden"), origin
+    assert len(worker.engine.requests) == count
+    for origin in (
+        "http://localhost:8000",
+        "http://127.0.0.1:8000",
+        "http://[::1]:8000",
+        "http://192.168.1.7",
+        "http://app.localhost",
+        "null",
+    ):
+        assert HTTP.post(worker.url + CHAT, json=chat_body(), headers={"Origin": origin}).status_code == 200, origin
+
+
+def test_a_site_of_the_operators_own_asks_with_a_key(serve: Any) -> None:
+    served = serve(api_keys=("right",))
+    headers = {"Origin": "https://chat.example", "Authorization": "Bearer right"}
+    assert HTTP.post(served.url + CHAT, json=chat_body(), headers=headers).status_code == 200
+    with RunningApp(create_controller_app(ControllerSettings(), transport=RecordingConnector(), resolve=no_names)) as controller:
+        for path in (
+            "/list_models",
+            "/refresh_all_workers",
+            "/get_worker_address",
+            CHAT,
+            WORKER,
+            "/register_worker",
+            "/receive_heart_beat",
+        ):
+            told = HTTP.post(controller.url + path, json=chat_body(), headers={"Origin": "http://evil.example"})
+            assert told.status_code in (400, 403), path
+        assert HTTP.get(controller.url + "/health", headers={"Origin": "http://evil.example"}).status_code == 200
+
+
+# ---- connections that do nothing ---------------------------------------------------------------------------------------------
+
+
+def connections(stack: ExitStack, port: int, count: int, data: bytes) -> list[socket.socket]:
+    found = []
+    for _ in range(count):
+        found.append(stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5)))
+        found[-1].sendall(data)
+    return found
+
+
+def test_bodies_that_drip_in_keep_nobody_out(serve: Any) -> None:
+    served = serve(limits=Limits(max_queue=2, body_seconds=1.5), places=2)
+    body = json.dumps(chat_body("patient")).encode()
+    with ExitStack() as stack:
+        slow = connections(stack, served.port, 20, request_head(CHAT, f"Content-Length: {len(body)}") + body[:10])
+        for _ in range(5):
+            assert served.ask("quick").status_code == 200
+        wait_until(lambda: served.gate.inside == 0 and served.gate.bytes_inside == 20 * 10)
+        slow[0].sendall(body[10:])
+        answer = b""
+        while b"patient" not in answer:
+            answer += slow[0].recv(65536)
+        assert answer.startswith(b"HTTP/1.1 200") and slow[1].recv(65536).startswith(b"HTTP/1.1 408")
+    wait_until(lambda: served.gate.bytes_inside == 0)
+
+
+def test_bodies_that_come_all_at_once_still_find_only_so_many_places(serve: Any) -> None:
+    served = serve(FakeEngine(start_delay=60), Limits(max_queue=1), places=2)
+    body = json.dumps(chat_body()).encode()
+    with ExitStack() as stack:
+        slow = connections(stack, served.port, 8, request_head(CHAT, f"Content-Length: {len(body)}") + body[:-1])
+        wait_until(lambda: served.gate.bytes_inside == 8 * (len(body) - 1))
+        for sock in slow:
+            sock.sendall(body[-1:])
+        wait_until(lambda: served.gate.inside == 3)
+        refused = 0
+        for sock in slow:
+            sock.settimeout(0.3)
+            try:
+                refused += sock.recv(65536).startswith(b"HTTP/1.1 503")
+            except TimeoutError:
+                pass
+        assert refused == 5 and len(served.engine.requests) == 3
+    wait_until(lambda: served.gate.inside == served.gate.bytes_inside == 0)
+
+
+def test_idle_connections_keep_nobody_out_and_are_ended(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "HEADER_SECONDS", 1.0)
+    served = serve()
+    with ExitStack() as stack:
+        idle = connections(stack, served.port, 150, b"") + connections(stack, served.port, 150, b"POST / HTTP/1.1\r\nX-A: b\r\n")
+        begun = time.monotonic()
+        assert served.ask("quick").status_code == 200 and time.monotonic() - begun < 1
+        for sock in idle:
+            try:
+                assert sock.recv(100) == b""
+            except ConnectionResetError:
+                pass
+        assert time.monotonic() - begun < 5
+
+
+def test_more_connections_than_the_process_may_have_are_dropped_at_once(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < http_server.most_connections() <= resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+    monkeypatch.setattr(http_server, "most_connections", lambda: 20)
+    served = serve()
+    with ExitStack() as stack:
+        dropped = 0
+        for sock in connections(stack, served.port, 40, b""):
+            sock.settimeout(0.05)
+            try:
+                dropped += sock.recv(100) == b""
+            except ConnectionResetError:
+                dropped += 1
+            except TimeoutError:
+                pass
+        assert dropped == 20
+    wait_until(lambda: served.raw(request_head("/health", "Connection: close", method="GET")).startswith(b"HTTP/1.1 200"))
+
+
+# ---- the page's own server ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[str]:
+    """The page without a controller: these tests ask no model."""
+    with running_page(create_page_app(PageOptions("http://127.0.0.1:9", log_folder=None))) as url:
+        yield url
+
+
+def upload_body(file: bytes) -> tuple[str, bytes]:
+    """A form's content type and body."""
+    part = b'--cut\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'
+    return "multipart/form-data; boundary=cut", part + file + b"\r\n--cut--\r\n"
+
+
+def test_uploads_that_drip_in_are_bounded_in_number_and_time(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "MAX_ARRIVING", 2)
+    monkeypatch.setattr(uploads, "UPLOAD_SECONDS", 1.5)
+    kind, body = upload_body(base64.b64decode(picture()))
+    head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    at, headers = page + "/gradio_api/upload", {"Content-Type": kind}
+    assert HTTP.post(at, content=body, headers=headers).status_code == 200
+    with ExitStack() as stack:
+        slow = connections(stack, int(page.rpartition(":")[2]), 2, head + body[:-20])
+        time.sleep(0.4)  # they are in before the next one asks
+        assert HTTP.post(at, content=body, headers=headers).status_code == 503
+        assert [sock.recv(100)[:12] for sock in slow] == [b"HTTP/1.1 408"] * 2
+    assert HTTP.post(at, content=body, headers=headers).status_code == 200
+
+
+def test_the_pages_program_ends_connections_that_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs: list[Any] = []
+    monkeypatch.setattr(gradio_web_server.PageServer, "run", lambda self: configs.append(self.config))
+    gradio_web_server.main(["--controller", "http://127.0.0.1:9", "--no-log"])
+    assert configs[0].http is http_server.GuardedProtocol and configs[0].ws == "none"
+    assert configs[0].h11_max_incomplete_event_size == http_server.MAX_HEADER_BYTES
+
+
+def test_events_that_the_page_does_not_have_change_nothing(page: str) -> None:
+    def join(**fields: Any) -> httpx.Response:
+        return httpx.post(page + "/gradio_api/queue/join", json={"data": [], "fn_index": 0, "session_hash": "mine", **fields})
+
+    numbers: tuple[Any, ...] = (-1, 999, 10**20, "x", None, [], {})
+    for number in numbers:
+        assert join(fn_index=number).status_code >= 400
+    names: tuple[Any, ...] = (None, 5, {}, [])
+    for session in names:
+        assert join(session_hash=session).status_code >= 400
+    for method, path in (("POST", "/gradio_api/component_server"), ("POST", "/login"), ("GET", "/gradio_api/stream/x"), ("PUT", "/config")):
+        assert httpx.request(method, page + path, json={}).status_code == 404
+    assert httpx.get(page + "/config").status_code == 200
+
+
+def test_a_page_shows_nothing_of_other_sessions(page: str) -> None:
+    """What is in the queue of a session comes out under that session's own random name alone."""
+    fields = {"data": [None] * 11, "fn_index": 0, "session_hash": "somebody-elses"}
+    assert HTTP.post(page + "/gradio_api/queue/join", json=fields).status_code == 200
+    for session in ("mine", "", "%25", "*", "somebody-else", "../somebody-elses"):
+        with HTTP.stream("GET", f"{page}/gradio_api/queue/data?session_hash={session}", timeout=5) as response:
+            first = next(response.iter_lines(), "")
+        assert "process" not in first and "output" not in first, session
