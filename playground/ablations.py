@@ -60,9 +60,9 @@ def markdown(rows: dict[str, Any], levels: Sequence[int]) -> str:
     head = ["choice", "accuracy [95 %]", "fine families", "visual tokens", "saved", "above chance", *(f"{level}, %" for level in levels)]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for name, row in rows.items():
-        low, high = row["interval"]
+        interval = "" if row["interval"] is None else f" [{row['interval'][0]:.1f}, {row['interval'][1]:.1f}]"
         cells = [
-            name, f"{row['accuracy']:.1f} [{low:.1f}, {high:.1f}]", f"{row['fine']:.1f}", f"{row['tokens']:.0f}", f"{row['saved']:.0f} %",
+            name, f"{row['accuracy']:.1f}{interval}", f"{row['fine']:.1f}", f"{row['tokens']:.0f}", f"{row['saved']:.0f} %",
             f"{row['above chance'] + 0.0:.1f}", *(f"{share:.0f}" for share in row["choices"]),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")

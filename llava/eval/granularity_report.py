@@ -25,12 +25,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from llava.eval.model_vqa import describe_model
 from llava.eval.report.answers import Crash, Encoder, Record, ask_all, load_picture
 from llava.eval.report.measure import MEMORY_QUESTIONS, Measurements, balanced_sample, measure, mixed, summarise
-from llava.eval.report.outcomes import RESAMPLES, Outcomes
+from llava.eval.report.outcomes import FEWEST_PICTURES, RESAMPLES, Outcomes
 from llava.eval.report.page import write_page
 from llava.eval.report.tasks import NO_FAMILY, TASKS, Item, Task, open_task, read_questions
-from llava.inference import Assistant
+from llava.inference import Assistant, micro_model_path
 from llava.model.routing import RoutingReport, RoutingRequest
 from llava.utils import setup_logging
 from llava.visualize import CAPTION, MARGIN, PANEL, draw_granularity
@@ -82,7 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--image-folder", "--image_folder", type=Path, help="what picture names are relative to; the folder of --questions when missing")
     add("--output", type=Path, required=True, help="folder for report.json, report.md, report.html and answers.jsonl")
     add("--limit", type=_positive, help="take the first N questions only")
-    add("--answers", type=Path, help="answers.jsonl of an earlier report on this model and these questions: only times are measured anew")
+    answers_help = "answers.jsonl of an earlier report on this model and these questions, as long and as fine: only times are measured anew"
+    add("--answers", type=Path, help=answers_help)
     add("--granularities", type=_numbers(int), help="compare these tokens per view only, as in 36,144,576; all of the model when missing")
     add("--biases", type=_numbers(float), help="rows of the router with these biases, as in --biases=-0.5,0.5")
     add("--budgets", type=_numbers(int), help="rows of the router within these visual tokens, as in 48,96")
@@ -155,10 +157,11 @@ def run(args: argparse.Namespace) -> str | None:
     wishes = _wishes(assistant, args)
     _check_wishes(assistant, task, wishes)
     args.output.mkdir(parents=True, exist_ok=True)
-    records, crashes = _answers(assistant, task, names, args)
+    origin = _origin(names, args)
+    records, crashes = _answers(assistant, task, names, origin, args)
     if not records:
         raise ValueError(f"Not one of {len(task.items)} questions could be answered; the first: {crashes[0].reason}")
-    _write_answers(args.output / "answers.jsonl", records)
+    _write_answers(args.output / "answers.jsonl", origin, records)
     failures = Failures(crashes, [])
     report, chosen = make_report(assistant, task, records, names, wishes, failures, args)
     pictures = [_drawing(assistant, task, record, names, level) for record, level in chosen]
@@ -213,8 +216,18 @@ def _check_wishes(assistant: Assistant, task: Task, wishes: Mapping[str, tuple[s
         return
 
 
+def _origin(names: Sequence[int], args: argparse.Namespace) -> dict[str, Any]:
+    """What answers depend on besides their questions; the first line of answers.jsonl."""
+    return {
+        "model": describe_model(args.model_path or micro_model_path()),
+        "model base": None if args.model_base is None else describe_model(args.model_base),
+        "granularities": list(names),
+        "max new tokens": args.max_new_tokens,
+    }
+
+
 def _answers(
-    assistant: Assistant, task: Task, names: Sequence[int], args: argparse.Namespace
+    assistant: Assistant, task: Task, names: Sequence[int], origin: Mapping[str, Any], args: argparse.Namespace
 ) -> tuple[list[Record], list[Crash]]:
     """Every question at every granularity: asked, or read from an earlier report."""
 
@@ -222,24 +235,31 @@ def _answers(
         records, crashes = ask_all(assistant, items, task.folder, names, args.max_new_tokens, args.batch_size)
         return [_limited(assistant, record, names) for record in records], crashes
 
-    return ask(task.items) if args.answers is None else _earlier(args.answers, task, names, ask)
+    return ask(task.items) if args.answers is None else _earlier(args.answers, task, origin, ask)
 
 
 def _earlier(
-    path: Path, task: Task, names: Sequence[int], ask: Callable[[Sequence[Item]], tuple[list[Record], list[Crash]]]
+    path: Path, task: Task, origin: Mapping[str, Any], ask: Callable[[Sequence[Item]], tuple[list[Record], list[Crash]]]
 ) -> tuple[list[Record], list[Crash]]:
-    """Records of an earlier report; questions that it lacks are asked now, and its first question again, to know the model by."""
+    """Records of an earlier report; questions that it lacks are asked now, and its first question again, in case pictures or code differ.
+
+    Raises:
+        ValueError: no such file, or answers that were made in another way; the sentence names what differs.
+    """
     if not path.is_file():
         raise ValueError(f"There is no file {path}; --answers takes the answers.jsonl of an earlier report.")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    first, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] or [{}]
+    before = first.get("made with", {})
+    changed = [f"{name} was {before.get(name)!r}, is {now!r}" for name, now in origin.items() if before.get(name) != now]
+    if changed:
+        raise ValueError(f"The answers in {path} were made in another way: {'; '.join(changed)}; ask for the same, or leave --answers out.")
     found = {(line["question_id"], line["image"], line["text"], line["answer"], line["family"]): Record(**line) for line in lines}
     keys = [(item.question_id, item.image, item.text, item.answer, item.family) for item in task.items]
     known = [item for item, key in zip(task.items, keys, strict=True) if key in found]
     kept = [found[key] for key in keys if key in found]
     again = ask(known[:1])[0]
-    wrong = not again or any(len(record.said) != len(names) for record in kept)
-    if wrong or again[0].said != kept[0].said or not _alike(again[0].logits, kept[0].logits):
-        raise ValueError(f"The answers in {path} are of another model, other questions or other granularities; leave --answers out.")
+    if not again or again[0].said != kept[0].said or not _alike(again[0].logits, kept[0].logits):
+        raise ValueError(f"The answers in {path} are of other questions, pictures or another model; leave --answers out.")
     records, crashes = ask([item for item, key in zip(task.items, keys, strict=True) if key not in found])
     return [*kept, *records], crashes
 
@@ -310,6 +330,7 @@ def make_report(
         "left_out": list(failures.parts),
         "pictures": len({record.image for record in records}),
         "families": outcomes.families,
+        "rare_families": outcomes.rare_families,
         "granularities": list(names),
         "device": str(assistant.model.device),
         "dtype": str(assistant.model.dtype).removeprefix("torch."),
@@ -511,9 +532,7 @@ def _notes(report: Mapping[str, Any], measured: Measurements | None, args: argpa
         "Right is an answer that equals the expected text, apart from case and surrounding space. Answers are greedy, of at most "
         f"{args.max_new_tokens} tokens."
         + (" Accuracy and visual tokens are means over question families: every family counts the same." if grouped else ""),
-        f"Intervals hold 95 % of {RESAMPLES} resamples of the pictures (bootstrap, seed {args.seed}); pictures are drawn, not questions, "
-        "because questions about one picture are not independent. Where every answer is right a bootstrap sees no doubt: read such an "
-        "interval as too narrow. The difference to the finest granularity is paired.",
+        _interval_note(report, args),
         "Visual tokens are what a picture keeps in the prompt, newline tokens included.",
     ]
     if "adaptive" in kinds:
@@ -537,6 +556,25 @@ def _notes(report: Mapping[str, Any], measured: Measurements | None, args: argpa
     return notes
 
 
+def _interval_note(report: Mapping[str, Any], args: argparse.Namespace) -> str:
+    if report["rare_families"]:
+        return _no_interval(report)
+    return (
+        f"Intervals hold 95 % of {RESAMPLES} resamples of the pictures (bootstrap, seed {args.seed}); pictures are drawn, not questions, "
+        "because questions about one picture are not independent. A resample that lacks a family is left out. Where every answer is right "
+        "a bootstrap sees no doubt: read such an interval as too narrow. The difference to the finest granularity is paired."
+    )
+
+
+def _no_interval(report: Mapping[str, Any]) -> str:
+    family, pictures = min(report["rare_families"].items(), key=lambda pair: pair[1])
+    what = "the questions are" if report["families"] == [NO_FAMILY] else f"the family '{family}' is"
+    return (
+        f"No intervals are given: {what} on {pictures} picture{'s' if pictures > 1 else ''}, and drawing from fewer than "
+        f"{FEWEST_PICTURES} says little about others."
+    )
+
+
 def _timing_notes(report: Mapping[str, Any], measured: Measurements, args: argparse.Namespace) -> list[str]:
     where = f"{report['device']}, {report['dtype']}, {report['threads']} thread(s), PyTorch {torch.__version__.split('+')[0]}"
     watched = min(MEMORY_QUESTIONS, len(measured.sample))
@@ -544,8 +582,9 @@ def _timing_notes(report: Mapping[str, Any], measured: Measurements, args: argpa
     peak = means.get(report["device"].split(":")[0], "not known on this device")
     return [
         f"Times are of single requests on {where}: {len(measured.sample)} questions spread over the families, after a warm-up; on each "
-        f"question all rows take turns, another one first each time, {args.timing_repeats} times. The median of a question's repetitions "
-        "counts, and the table shows means over questions. Random and oracle are computed from the fixed rows and have no router in them.",
+        f"question all rows take turns, {args.timing_repeats} times; the row that begins moves on by one from question to question and "
+        "from time to time. The median of a question's repetitions counts, and the table shows means over questions. Random and oracle are "
+        "computed from the fixed rows and have no router in them.",
         "TTFT is the time up to the first token, preparing the picture included. Tokens per second are new tokens over the whole time of "
         "the answers; short answers are mostly prefill.",
         f"Peak is the most tensor memory held at one moment of a request above the loaded weights, {peak}; mean over {watched} of "
@@ -567,6 +606,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     ] for row in report["rows"]]  # fmt: skip
     text = f"{report['answered']} of {report['asked']} questions of {report['task']}, model {report['model']}\n\n"
     text += _aligned([head, *lines])
+    if report["rare_families"]:
+        text += f"\n{_no_interval(report)}\n"
     gap = report["oracle_gap"]
     if gap is not None:
         adaptive = _of_kind(report["rows"], "adaptive")
@@ -597,8 +638,10 @@ def _aligned(cells: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "| " + " | ".join("-" * width for width in widths) + " |", *lines[1:]]) + "\n"
 
 
-def _write_answers(path: Path, records: Sequence[Record]) -> None:
-    path.write_text("".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+def _write_answers(path: Path, origin: Mapping[str, Any], records: Sequence[Record]) -> None:
+    """A line that says how the answers were made, so that no copy of the file loses it, then one per question."""
+    lines = [{"made with": origin}, *(asdict(record) for record in records)]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

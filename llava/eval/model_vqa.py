@@ -30,11 +30,11 @@ from transformers.utils import cached_file
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.conversation import get_template
-from llava.eval.run_llava import DEFAULTS, granularity_argument
+from llava.eval.run_llava import add_flag, add_model_and_options, options_of
 from llava.images import load_image
 from llava.inference import Answer, Assistant, Options, Question, micro_model_path
 from llava.mm_utils import get_model_name_from_path
-from llava.model.routing import RoutingRequest, allowed_levels
+from llava.model.routing import allowed_levels
 from llava.utils import pick_device, setup_logging
 
 logger = logging.getLogger(__name__)
@@ -141,8 +141,10 @@ def share(rows: Sequence[Row], parts: int, part: int) -> Sequence[Row]:
 class Journal:
     """What a run has done so far: a folder with the run's description and one part per process.
 
-    A line of a part is `{"row": index, "answer": {...}}` or `{"row": index, "error": {...}}`. Lines of earlier runs and of
-    other processes count alike, so a run may go on with another number of processes.
+    A line of a part is `{"row": index, "answer": {...}}`, `{"row": index, "error": {...}, "id": name}` or `{"withdrawn": [names]}`.
+    Lines of earlier runs and of other processes count alike, so a run may go on with another number of processes. An error counts until
+    it is withdrawn: when a process sets out to ask its question again, and when a whole run's errors have been reported, so that no
+    process of the next run takes them for its own. Withdrawing by name needs no order between parts and no waiting.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -171,22 +173,41 @@ class Journal:
         with self.part.open("ab", buffering=0) as file:
             file.write(text.encode())
 
+    def withdraw(self, records: Sequence[dict[str, Any]]) -> None:
+        """Let errors among these count no more; answers stay."""
+        names = [record["id"] for record in records if "error" in record]
+        if names:
+            self.add([{"withdrawn": names}])
+
     def records(self) -> dict[int, dict[str, Any]]:
-        """The last word on every row, by index; an answer is the last word for good.
+        """The last word on every row, by index: its answer, else an error that was not withdrawn.
 
         Raises:
             ValueError: a part was damaged.
         """
+        lines = [line for part in sorted(self.folder.glob("part-*.jsonl")) for line in _lines(part)]
+        withdrawn = {name for line in lines for name in line.get("withdrawn", ())}
         found: dict[int, dict[str, Any]] = {}
-        for part in sorted(self.folder.glob("part-*.jsonl")):
-            for number, line in enumerate(part.read_bytes().split(b"\n")[:-1], start=1):  # what follows the last newline is half a line
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{part} is damaged in line {number}; delete that line, its question is then asked again.") from error
-                if "answer" not in found.get(record["row"], {}):
-                    found[record["row"]] = record
+        for line in lines:
+            counts = "answer" in line or ("error" in line and line["id"] not in withdrawn)
+            if counts and "answer" not in found.get(line["row"], {}):
+                found[line["row"]] = line
         return found
+
+
+def _lines(part: Path) -> list[dict[str, Any]]:
+    """What the whole lines of a part say.
+
+    Raises:
+        ValueError: the part was damaged.
+    """
+    found = []
+    for number, line in enumerate(part.read_bytes().split(b"\n")[:-1], start=1):  # what follows the last newline is half a line
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{part} is damaged in line {number}; delete that line, its question is then asked again.") from error
+    return found
 
 
 def _refuse_another_run(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -265,7 +286,8 @@ def answer_rows(assistant: Assistant, rows: Sequence[Row], options: Options, ima
         logger.warning("a batch of %d failed and is asked one by one: %s", len(rows), message)
         return [record for row in rows for record in answer_rows(assistant, [row], options, image_folder, model_id)]
     logger.warning("question %r failed: %s", rows[0].question_id, message)
-    return [{"row": rows[0].index, "error": {"question_id": rows[0].question_id, "prompt": rows[0].text, "error": message}}]
+    error_line = {"question_id": rows[0].question_id, "prompt": rows[0].text, "error": message}
+    return [{"row": rows[0].index, "error": error_line, "id": uuid.uuid4().hex}]
 
 
 def _answered(row: Row, answer: Answer, model_id: str, batch_size: int) -> dict[str, Any]:
@@ -300,6 +322,7 @@ def answer_all(args: argparse.Namespace, rows: Sequence[Row], options: Options, 
     left = [row for row in own if "answer" not in done.get(row.index, {})]
     if not left:
         return
+    journal.withdraw([done[row.index] for row in left if row.index in done])
     assistant = _load(args, place)
     model = assistant.model
     allowed_levels([level.tokens for level in model.levels], options.routing, has_router=model.model.router is not None)
@@ -322,6 +345,8 @@ def _load(args: argparse.Namespace, place: Place) -> Assistant:
 def join(rows: Sequence[Row], journal: Journal, answers_file: Path) -> bool | None:
     """Write answers and errors in the order of the questions, once every question has one of the two.
 
+    Errors are reported once: afterwards the journal is as if their questions had not been asked.
+
     Returns:
         `None` while other processes are at work, else whether all were answered.
     """
@@ -339,6 +364,7 @@ def join(rows: Sequence[Row], journal: Journal, answers_file: Path) -> bool | No
         _write_whole(errors_file, "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors))
     else:
         errors_file.unlink(missing_ok=True)
+    journal.withdraw(ordered)
     print(summary(answers, len(rows), answers_file))
     if errors:
         print(
@@ -365,32 +391,17 @@ def summary(answers: Sequence[dict[str, Any]], asked: int, file: Path) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """The command line's flags: LLaVA's names, with dashes or underscores."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval.model_vqa", description="Answer a file of questions about pictures.")
-
-    def add(name: str, **options: Any) -> None:
-        dashed = name.replace("_", "-")
-        options.setdefault("default", DEFAULTS.get(name))
-        parser.add_argument(*dict.fromkeys((f"--{dashed}", f"--{name}")), dest=name, **options)
-
-    add("model_path", help="checkpoint folder or hub id; the shipped micro model when missing")
-    add("model_base", help="language model of a projector-only checkpoint")
-    add("image_folder", type=Path, default=None, help="what names of pictures are relative to; the question file's folder when missing")
-    add("question_file", type=Path, required=True, help="one JSON object per line: question_id, image (name, list or missing), text")
-    add("answers_file", type=Path, required=True, help="where the answers go; parts of an unfinished run lie in ANSWERS_FILE.parts")
-    add("conv_mode", help="conversation template; the checkpoint's when missing")
-    add("num_chunks", type=int, default=1, help="cut the questions into this many consecutive chunks, one run each")
-    add("chunk_idx", type=int, default=0, help="the chunk to answer, from 0")
-    add("temperature", type=float, help="0 is greedy (default)")
-    add("top_p", type=float, help="nucleus sampling, with --temperature above 0")
-    add("num_beams", type=int, help="beam search")
-    add("max_new_tokens", type=int, help="length of an answer at most (default: 512)")
-    add("seed", type=int, help="makes sampling repeatable")
-    add("vis_token_granularity", type=granularity_argument, help="auto (default), tokens per view, or a list such as 36,144 to choose from")
-    add("max_visual_tokens", type=int, help="budget for all pictures of a question together")
-    add("granularity_bias", type=float, help="added to the router's logits per log2 of the tokens; negative is cheaper")
-    add("batch_size", type=int, default=1, help="questions answered together; greedy answers do not depend on it (default: 1)")
-    add("device", help="cuda, mps or cpu; the best that is there when missing")
-    for flag in ("load_8bit", "load_4bit"):
-        add(flag, action="store_true", help="quantise the language model")
+    add_model_and_options(parser)
+    folder_help = "what names of pictures are relative to; the question file's folder when missing"
+    add_flag(parser, "image_folder", type=Path, help=folder_help)
+    question_help = "one JSON object per line: question_id, image (name, list or missing), text"
+    add_flag(parser, "question_file", type=Path, required=True, help=question_help)
+    answers_help = "where the answers go; parts of an unfinished run lie in ANSWERS_FILE.parts"
+    add_flag(parser, "answers_file", type=Path, required=True, help=answers_help)
+    add_flag(parser, "num_chunks", type=int, default=1, help="cut the questions into this many consecutive chunks, one run each")
+    add_flag(parser, "chunk_idx", type=int, default=0, help="the chunk to answer, from 0")
+    batch_help = "questions answered together; greedy answers do not depend on it (default: 1)"
+    add_flag(parser, "batch_size", type=int, default=1, help=batch_help)
     return parser
 
 
@@ -400,15 +411,7 @@ def _options(args: argparse.Namespace) -> Options:
     Raises:
         ValueError: flags that cannot work.
     """
-    options = Options(
-        conv_mode=args.conv_mode,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        num_beams=args.num_beams,
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-        routing=RoutingRequest(args.vis_token_granularity, args.max_visual_tokens, args.granularity_bias),
-    )
+    options = options_of(args)
     if args.conv_mode is not None:
         get_template(args.conv_mode)
     if args.batch_size < 1:

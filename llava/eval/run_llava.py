@@ -52,7 +52,7 @@ def eval_model(args: Any) -> str:
 
 def _answer(args: Any) -> Answer:
     assistant = _assistant(args)
-    return assistant.answer(_images(args), args.query, _options(args))
+    return assistant.answer(_images(args), args.query, options_of(args))
 
 
 def _field(args: Any, name: str) -> Any:
@@ -69,7 +69,8 @@ def _images(args: Any) -> list[Any]:
     return load_images([name.strip() for name in names.split(_field(args, "sep"))], allow_remote=True) if names else []
 
 
-def _options(args: Any) -> Options:
+def options_of(args: Any) -> Options:
+    """How to answer, from an argument object; the fields of `DEFAULTS` may be missing."""
     return Options(
         conv_mode=_field(args, "conv_mode"),
         temperature=_field(args, "temperature"),
@@ -117,31 +118,42 @@ def granularity_argument(text: str) -> int | list[int] | None:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line's flags: LLaVA's names, with dashes or underscores."""
-    parser = argparse.ArgumentParser(prog="python -m llava.eval.run_llava", description="Ask a model about one or more pictures.")
+def add_flag(parser: argparse.ArgumentParser, name: str, **options: Any) -> None:
+    """Add a flag that is read with dashes and with underscores; its default is that of `DEFAULTS` unless another is given."""
+    dashed = name.replace("_", "-")
+    options.setdefault("default", DEFAULTS.get(name))
+    parser.add_argument(*dict.fromkeys((f"--{dashed}", f"--{name}")), dest=name, **options)
+
+
+def add_model_and_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which model answers and how, the same for one question and for a file of them."""
 
     def add(name: str, **options: Any) -> None:
-        dashed = name.replace("_", "-")
-        parser.add_argument(*dict.fromkeys((f"--{dashed}", f"--{name}")), dest=name, default=DEFAULTS.get(name), **options)
+        add_flag(parser, name, **options)
 
     add("model_path", help="checkpoint folder or hub id; the shipped micro model when missing")
     add("model_base", help="language model of a projector-only checkpoint")
-    add("image_file", help="path or URL of the picture; several are joined by --sep")
-    parser.add_argument("--query", required=True, help="the question; <image> marks where a picture goes")
     add("conv_mode", help="conversation template; the checkpoint's when missing")
-    add("sep", help="what separates several pictures (default: comma)")
     add("temperature", type=float, help="0 is greedy (default)")
     add("top_p", type=float, help="nucleus sampling, with --temperature above 0")
     add("num_beams", type=int, help="beam search")
-    add("max_new_tokens", type=int, help="length of the answer at most (default: 512)")
+    add("max_new_tokens", type=int, help="length of an answer at most (default: 512)")
     add("seed", type=int, help="makes sampling repeatable")
     add("vis_token_granularity", type=granularity_argument, help="auto (default), tokens per view, or a list such as 36,144 to choose from")
-    add("max_visual_tokens", type=int, help="budget for all pictures together")
+    add("max_visual_tokens", type=int, help="budget for all pictures of a question together")
     add("granularity_bias", type=float, help="added to the router's logits per log2 of the tokens; negative is cheaper")
     add("device", help="cuda, mps or cpu; the best that is there when missing")
     for flag in ("load_8bit", "load_4bit"):
-        parser.add_argument(f"--{flag.replace('_', '-')}", f"--{flag}", dest=flag, action="store_true", help="quantise the language model")
+        add(flag, action="store_true", help="quantise the language model")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's flags: LLaVA's names, with dashes or underscores."""
+    parser = argparse.ArgumentParser(prog="python -m llava.eval.run_llava", description="Ask a model about one or more pictures.")
+    add_model_and_options(parser)
+    add_flag(parser, "image_file", help="path or URL of the picture; several are joined by --sep")
+    parser.add_argument("--query", required=True, help="the question; <image> marks where a picture goes")
+    add_flag(parser, "sep", help="what separates several pictures (default: comma)")
     parser.add_argument("--stream", action="store_true", help="print the answer as it is written")
     parser.add_argument("--explain", action="store_true", help="print logits, tokens at each granularity and milliseconds per part")
     parser.add_argument("--explain-image", metavar="OUT.png", help="draw views and the chosen token grid over the picture")
@@ -164,7 +176,7 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError("--explain-image needs a picture to draw on; give --image-file.")
     if args.explain_image and Path(args.explain_image).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"--explain-image is {args.explain_image!r}, expected a file name ending in .png, .jpg or .webp.")
-    options, images = _options(args), _images(args)
+    options, images = options_of(args), _images(args)
     assistant = _assistant(args)
     if args.stream:
         stream = assistant.stream(images, args.query, options)

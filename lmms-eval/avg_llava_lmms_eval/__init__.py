@@ -8,7 +8,7 @@ The harness finds the model through the entry point `lmms_eval.models` of this p
 ``generation.py``   a task's generation settings as `llava.inference.Options`
 ``asking.py``       batches, failures by sample, counts; knows nothing of the harness
 ``sample_log.py``   one line per sample: granularity, logits, visual tokens, milliseconds
-``scoring.py``      how the local tasks compare and average
+``local_tasks.py``  what the local tasks share: pictures, questions, scores, averages
 ``tasks/``          ``playground``, ``easy_vqa``, and ``my_questions`` to copy for one's own file
 ==================  ====================================================================================
 """

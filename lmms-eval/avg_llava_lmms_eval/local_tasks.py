@@ -13,12 +13,13 @@ from typing import Any
 
 from PIL import Image
 
+from llava.eval.report.answers import is_right, load_picture
+
 
 @lru_cache(maxsize=64)
 def open_picture(path: str | Path) -> Image.Image:
     """An RGB picture. Questions about one picture get the same object, which a batch then encodes once."""
-    with Image.open(path) as opened:
-        return opened.convert("RGB")
+    return load_picture(Path(path))
 
 
 def doc_to_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, str] | None = None) -> str:
@@ -27,14 +28,9 @@ def doc_to_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, 
     return ends.get("pre_prompt", "") + doc["text"] + ends.get("post_prompt", "")
 
 
-def same_answer(said: str, expected: str) -> bool:
-    """Whether two answers are equal but for case and outer white space; nothing is parsed out of a longer answer."""
-    return said.strip().lower() == expected.strip().lower()
-
-
 def process_results(doc: Mapping[str, Any], results: list[str]) -> dict[str, Any]:
     """The score, once for all questions, once under its family's name, and once for the mean over families."""
-    score = float(same_answer(results[0], doc["answer"]))
+    score = float(is_right(results[0], doc["answer"]))
     return {"accuracy": score, doc["family"]: score, "family_mean": {"family": doc["family"], "score": score}}
 
 

@@ -14,11 +14,11 @@ import torch
 
 from llava.eval.granularity_report import main, markdown, pick_examples
 from llava.eval.report.answers import Record, ask_all, is_right, load_picture, router_logits
-from llava.eval.report.measure import PARTS, Cost, balanced_sample, kv_cache_bytes, mixed, peak_bytes, summarise
+from llava.eval.report.measure import PARTS, Cost, balanced_sample, kv_cache_bytes, measure, mixed, peak_bytes, summarise
 from llava.eval.report.outcomes import Outcomes
 from llava.eval.report.page import write_page
 from llava.eval.report.tasks import open_task, read_questions
-from llava.inference import Assistant, Options
+from llava.inference import MICRO_MODEL, Assistant, Options
 from llava.model.routing import RoutingRequest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -34,9 +34,15 @@ BROWSER_FLAGS = (
 
 def made_up() -> Outcomes:
     """Two families, one picture each question: `easy` is right everywhere, `hard` at the finest level only."""
+    return of_families(easy=24, hard=8)
+
+
+def of_families(**questions: int) -> Outcomes:
+    """So many questions of each family, each on a picture of its own; see `made_up`."""
+    families = [family for family, count in questions.items() for _ in range(count)]
     records = [
         Record(index, f"{index}.png", "?", "x", family, right=[family == "easy", family == "easy", True], tokens=TOKENS)
-        for index, family in enumerate(["easy"] * 6 + ["hard"] * 2)
+        for index, family in enumerate(families)
     ]
     return Outcomes(records)
 
@@ -87,21 +93,21 @@ def test_random_choice_costs_what_it_is_compared_with() -> None:
 
 def test_wishes_choose_as_the_model_does() -> None:
     outcomes = made_up()
-    logits: list[list[float] | None] = [[0.0, 1.0, 0.9]] * 8
+    logits: list[list[float] | None] = [[0.0, 1.0, 0.9]] * 32
 
     def chosen(**wish: Any) -> list[int]:
         return outcomes.wished(logits, LEVELS, RoutingRequest(**wish)).argmax(1).tolist()
 
-    assert chosen() == [1] * 8 and chosen(bias=0.2) == [2] * 8 and chosen(bias=-2.0) == [0] * 8
-    assert chosen(max_visual_tokens=15) == [0] * 8 and chosen(granularity=[4, 16]) == [2] * 8
+    assert chosen() == [1] * 32 and chosen(bias=0.2) == [2] * 32 and chosen(bias=-2.0) == [0] * 32
+    assert chosen(max_visual_tokens=15) == [0] * 32 and chosen(granularity=[4, 16]) == [2] * 32
     with pytest.raises(ValueError, match="no router to bias"):
-        outcomes.wished([None] * 8, LEVELS, RoutingRequest(bias=1.0))
+        outcomes.wished([None] * 32, LEVELS, RoutingRequest(bias=1.0))
 
 
 def test_intervals_hold_the_accuracy_and_repeat() -> None:
     outcomes = made_up()
     rng = np.random.default_rng(0)
-    outcomes.right = (rng.random((8, 3)) < 0.6).astype(float)
+    outcomes.right = (rng.random((32, 3)) < 0.6).astype(float)
     weights = outcomes.fixed(1)
     first, again = outcomes.resampled(weights, 3), outcomes.resampled(weights, 3)
     interval = outcomes.interval(first)
@@ -113,11 +119,37 @@ def test_the_interval_knows_that_questions_share_pictures() -> None:
     rng = np.random.default_rng(1)
     right = [bool(value) for value in rng.random(40) < 0.5]
     apart = Outcomes([Record(i, f"{i}.png", "?", "x", right=[value], tokens=[1]) for i, value in enumerate(right)])
-    shared = Outcomes([Record(i, f"{i // 10}.png", "?", "x", right=[right[i // 10]], tokens=[1]) for i in range(40)])
+    shared = Outcomes([Record(i, f"{i // 5}.png", "?", "x", right=[right[i // 5]], tokens=[1]) for i in range(40)])
     widths = [np.ptp(each.interval(each.resampled(each.fixed(0), 0)) or (0.0, 0.0)) for each in (apart, shared)]
     assert widths[1] > 1.5 * widths[0]
     single = Outcomes([Record(0, "0.png", "?", "x", right=[True], tokens=[1])])
     assert single.interval(single.resampled(single.fixed(0), 0)) is None
+
+
+def test_a_draw_that_lacks_a_family_is_left_out() -> None:
+    """At level 0 `easy` is always right and `hard` never: with both families in it, every draw says 50 %."""
+    outcomes = of_families(easy=200, hard=8)
+    drawn = outcomes.resampled(outcomes.fixed(0), 0)
+    assert 1900 < len(drawn) <= 2000 and (drawn == 50.0).all() and outcomes.interval(drawn) == (50.0, 50.0)
+    assert len(outcomes.resampled(outcomes.fixed(1), 0)) == len(drawn)  # paired
+
+
+def test_a_family_on_few_pictures_has_no_interval() -> None:
+    outcomes = of_families(easy=9, hard=1)
+    drawn = outcomes.resampled(outcomes.fixed(0), 0)
+    assert outcomes.rare_families == {"hard": 1} and outcomes.interval(drawn) is None and (drawn == 50.0).all()
+    assert not of_families(easy=9, hard=8).rare_families
+
+
+def test_every_draw_of_many_pictures_counts() -> None:
+    """Where every family is on every picture, as in the playground, the draws are all those of the generator."""
+    rng = np.random.default_rng(2)
+    right = rng.random((50, 2)) < 0.7
+    places = [(picture, family) for picture in range(50) for family in (0, 1)]
+    records = [Record(i, f"{i:02}.png", "?", "x", "ab"[k], right=[bool(right[i, k])], tokens=[1]) for i, k in places]
+    outcomes = Outcomes(records)
+    draws = np.random.default_rng(5).multinomial(50, np.full(50, 1 / 50), size=2000)
+    assert outcomes.resampled(outcomes.fixed(0), 5) == pytest.approx((draws @ right * 2).mean(1))
 
 
 def test_mixed_costs_weigh_the_fixed_ones() -> None:
@@ -171,6 +203,25 @@ def test_pictures_without_tiles_are_laid_out_as_single_requests_do(micro: Assist
         assert record.said == [micro.answer([picture], record.text, option).text for option in options]
 
 
+def test_the_way_that_begins_changes_with_every_question_and_repetition(micro: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = read_questions(EVALUATION / "test.jsonl")
+    sample = [Record(item.question_id, item.image, item.text, item.answer) for item in task.items[:2]]
+    asked: list[tuple[str, Any]] = []
+    answer = micro.answer
+
+    def noted(images: Any, text: Any, options: Any) -> Any:
+        asked.append((text, options.routing.granularity))
+        return answer(images, text, options)
+
+    monkeypatch.setattr(micro, "answer", noted)
+    ways = {"coarse": RoutingRequest(4), "fine": RoutingRequest(8)}
+    measure(micro, sample, task.folder, ways, {name: ["", ""] for name in ways}, 2, repeats=2)
+    first, second = (record.text for record in sample)
+    timed = asked[4:12]  # between the warm-up and the requests whose memory is watched
+    assert timed[0::2] == [(first, 4), (second, 8), (first, 8), (second, 4)]
+    assert timed[1::2] == [(first, 8), (second, 4), (first, 4), (second, 8)]
+
+
 def test_peak_memory_is_what_a_request_holds_at_once() -> None:
     def work(*sizes: int) -> None:
         for size in sizes:
@@ -211,7 +262,7 @@ def test_the_report_has_every_row_and_column(made: dict[str, Any]) -> None:
     assert made["timing"]["differing"] == 0 and set(rows["adaptive"]["choices"]) == set(made["families"])
     table = (made["output"] / "report.md").read_text()
     assert table == markdown(made) and table.count("\n| fixed ") == 5 and "Oracle gap" in table
-    assert len((made["output"] / "answers.jsonl").read_text().splitlines()) == 30
+    assert len((made["output"] / "answers.jsonl").read_text().splitlines()) == 31
 
 
 def test_the_page_is_whole_and_asks_for_nothing(made: dict[str, Any]) -> None:
@@ -219,6 +270,17 @@ def test_the_page_is_whole_and_asks_for_nothing(made: dict[str, Any]) -> None:
     assert "<script" not in page and "http://" not in page and "https://" not in page and "@import" not in page
     assert page.count("data:image/jpeg;base64,") == 3 and "default-src 'none'" in page
     assert "Every way of choosing" in page and page.count("<tr") > 20
+
+
+def test_intervals_are_shown_where_there_are_some(made: dict[str, Any]) -> None:
+    """The thirty questions are on three pictures, too few for intervals."""
+    from PIL import Image
+
+    report = json.loads(json.dumps({key: value for key, value in made.items() if key != "output"}))
+    assert "No intervals are given: the family 'pole' is on 3 pictures," in markdown(report) and report["rows"][0]["interval"] is None
+    report["rows"][0]["interval"], report["rare_families"] = [12.25, 97.5], {}
+    page, table = write_page(report, [Image.new("RGB", (40, 20))] * 3), markdown(report)
+    assert "[12.2, 97.5]" in page and "[12.2, 97.5]" in table and "No intervals" not in table
 
 
 def test_a_text_cannot_become_part_of_the_page(made: dict[str, Any]) -> None:
@@ -242,7 +304,9 @@ def test_one_task_of_ones_own_and_fewer_granularities(tmp_path: Path, capsys: py
     report = json.loads((output / "report.json").read_text())
     assert report["granularities"] == [4, 16] and report["families"] == ["all"] and report["rows"][0]["accuracy"] == 50.0
     assert all(row["cost"] is None and row["interval"] is None for row in report["rows"])
-    assert "fixed 16" in capsys.readouterr().out and "Where the time" not in (output / "report.html").read_text()
+    said = capsys.readouterr().out
+    assert "fixed 16" in said and "No intervals are given: the questions are on 1 picture," in said
+    assert "No intervals are given" in (output / "report.html").read_text() and "Where the time" not in (output / "report.html").read_text()
 
 
 def test_a_model_without_a_router_says_what_is_left_out(
@@ -286,9 +350,40 @@ def test_answers_of_an_earlier_report_are_not_asked_again(
     assert main([*flags, "--answers", str(answers)]) == 0
     assert asked == [1, 2] and json.loads((tmp_path / "out" / "report.json").read_text())["answered"] == 32
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
-    lines[0]["logits"][0] += 1
+    lines[1]["logits"][0] += 1
     (tmp_path / "other.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert main([*flags, "--answers", str(tmp_path / "other.jsonl")]) == 1 and "another model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--max-new-tokens", "1"], "max new tokens was 16, is 1;"),
+        (["--granularities", "4,8,16,32"], "granularities was [4, 8, 16, 32, 64], is [4, 8, 16, 32];"),
+        (["--model-path", "COPY"], "model was "),
+    ],
+)
+def test_answers_made_in_another_way_are_refused(
+    made: dict[str, Any], more: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "COPY" in more:
+        shutil.copytree(MICRO_MODEL, tmp_path / "copy")
+        os.utime(tmp_path / "copy" / "model.safetensors", (1, 1))
+        more = ["--model-path", str(tmp_path / "copy")]
+    flags = ["--task", "playground", "--limit", "30", "--timing-samples", "0", "--device", "cpu", "--output", str(tmp_path / "out")]
+    assert main([*flags, "--answers", str(made["output"] / "answers.jsonl"), *more]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "made in another way: " in error and words in error and not (tmp_path / "out" / "report.json").exists()
+
+
+def test_answers_that_do_not_say_how_they_were_made_are_refused(
+    made: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (made["output"] / "answers.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "bare.jsonl").write_text("".join(lines[1:]))
+    flags = ["--task", "playground", "--limit", "30", "--timing-samples", "0", "--device", "cpu", "--output", str(tmp_path / "out")]
+    assert main([*flags, "--answers", str(tmp_path / "bare.jsonl")]) == 1
+    assert "max new tokens was None, is 16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

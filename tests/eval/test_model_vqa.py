@@ -353,6 +353,62 @@ def test_a_failed_question_does_not_end_its_process_before_the_others(
     assert codes == [0, 1] and len(read(tmp_path / "out.jsonl.errors.jsonl")) == 12
 
 
+def as_process(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    for name, value in (("RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_RANK", rank)):
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_errors_of_an_earlier_run_are_not_this_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: tuple[int, int]) -> None:
+    """A picture of the second process is broken, then mended: whoever comes first in the next run waits for that question."""
+    rows = [{"question_id": index, "image": f"{index}.png", "text": "What is the background colour?"} for index in range(4)]
+    for index in range(3):
+        shutil.copy(PICTURES / PLAYGROUND[0]["image"], tmp_path / f"{index}.png")
+    (tmp_path / "3.png").write_bytes(b"broken")
+    out = tmp_path / "out.jsonl"
+    given = ["--question-file", write(tmp_path / "rows.jsonl", rows), "--answers-file", out, "--device", "cpu", "--max-new-tokens", 4]
+
+    def run_all() -> list[int]:
+        codes = []
+        for rank in order:
+            as_process(monkeypatch, rank)
+            codes.append(main([str(word) for word in given]))
+        return codes
+
+    for _ in range(2):  # broken in both runs: each reports it once, when nothing is left to ask
+        assert sorted(run_all()) == [0, 1]
+        assert [error["question_id"] for error in read(tmp_path / "out.jsonl.errors.jsonl")] == [3]
+    shutil.copy(tmp_path / "0.png", tmp_path / "3.png")
+    assert run_all() == [0, 0]
+    assert [line["question_id"] for line in read(out)] == [0, 1, 2, 3] and not (tmp_path / "out.jsonl.errors.jsonl").exists()
+
+
+def test_errors_of_a_killed_run_are_asked_again_before_they_count(
+    tmp_path: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first process failed, the second was killed; then the first is at work again when the second is through."""
+
+    def fail(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    given, codes = flags(questions, tmp_path / "out.jsonl"), []
+    as_process(monkeypatch, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Assistant, "answer_batch", fail)
+        assert main(given) == 0
+    load = Assistant.load
+
+    def load_while_the_other_runs(*args: Any, **options: Any) -> Assistant:
+        monkeypatch.setattr(Assistant, "load", load)
+        as_process(monkeypatch, 1)
+        codes.append(main(given))
+        return load(*args, **options)
+
+    monkeypatch.setattr(Assistant, "load", load_while_the_other_runs)
+    codes.append(main(given))
+    assert codes == [0, 0] and len(read(tmp_path / "out.jsonl")) == 12
+
+
 def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
     monkeypatch.setattr(Assistant, "load", lambda *args, **options: loaded.append(options["device"]))

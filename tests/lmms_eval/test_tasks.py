@@ -8,12 +8,14 @@ import re
 import sys
 from pathlib import Path
 
+import avg_llava_lmms_eval
 import pytest
 import yaml
 from avg_llava_lmms_eval import TASKS
 from avg_llava_lmms_eval.__main__ import past_folders, remembering, with_tasks
-from avg_llava_lmms_eval.local_tasks import doc_to_text, mean_over_families, process_results, same_answer
+from avg_llava_lmms_eval.local_tasks import doc_to_text, mean_over_families, process_results
 
+from llava.eval.report.tasks import open_task
 from llava.inference import Options, Question
 
 yaml.SafeLoader.add_constructor("!function", lambda loader, node: "!function " + loader.construct_scalar(node))
@@ -67,10 +69,21 @@ def test_easy_vqa_comes_from_its_package():
     assert read("easy_vqa_plain")["include"] == "easy_vqa.yaml"
 
 
+def test_a_family_has_one_name_in_the_harness_and_in_the_report():
+    utils = utils_of("easy_vqa")
+    assert set(utils.questions_of(rows_of("easy_vqa"))["family"]) == set(open_task("easy_vqa").families)
+
+
+def test_the_packages_table_of_modules_is_its_modules():
+    package = TASKS.parent
+    listed = set(re.findall(r"^``(\w+\.py)``", avg_llava_lmms_eval.__doc__, flags=re.MULTILINE))
+    assert listed == {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py"}
+
+
 def test_scores():
-    assert same_answer(" Red\n", "red") and not same_answer("red.", "red") and not same_answer("", "red")
     doc = {"answer": "red", "family": "colour", "text": "which?"}
     assert process_results(doc, ["RED"]) == {"accuracy": 1.0, "colour": 1.0, "family_mean": {"family": "colour", "score": 1.0}}
+    assert [process_results(doc, [said])["accuracy"] for said in (" Red\n", "red.", "")] == [1.0, 0.0, 0.0]
     items = [{"family": "a", "score": 1.0}] * 3 + [{"family": "b", "score": 0.0}]
     assert mean_over_families(items) == 0.5
     assert doc_to_text(doc, {"pre_prompt": "In the poster, ", "post_prompt": "\n"}) == "In the poster, which?\n"

@@ -24,11 +24,12 @@ NEEDED = ("data", "stage3", "paper-loss-0", "cost-aware-0", "other-axis-0", "no-
 
 
 def made_up() -> Results:
-    """Two questions per family: coarse ones are right everywhere, fine ones at the finest level only."""
+    """Eight questions per family, each on a picture of its own: coarse ones are right everywhere, fine ones at the finest level only."""
     records = []
     for family in FAMILIES:
         right = [family in COARSE_FAMILIES] * 2 + [True]
-        records += [Record(len(records), f"{len(records)}.png", "?", "x", family, ["", ""], right, [24, 88, 336]) for _ in range(2)]
+        for number in range(len(records), len(records) + 8):
+            records.append(Record(number, f"{number}.png", "?", "x", family, ["", ""], right, [24, 88, 336]))
     return Results(records)
 
 
@@ -48,6 +49,11 @@ def test_the_table_tells_a_router_from_chance() -> None:
     assert rows["blind"]["above chance"] == 0.0 and rows["whole"]["above chance"] > 20 and rows["blind"]["fine"] == 0.0
     page = markdown(rows, LEVELS)
     assert page.count("\n") == 9 and "| whole | 100.0 [100.0, 100.0] | 100.0 | 149 | 56 % |" in page
+
+
+def test_a_choice_without_an_interval_is_a_line_all_the_same() -> None:
+    line = {"accuracy": 50.0, "interval": None, "tokens": 24.0, "saved": 93.0, "above chance": 0.0, "fine": 0.0, "choices": [100.0]}
+    assert "| fixed 4 | 50.0 | 0.0 | 24 | 93 % | 0.0 | 100 |" in markdown({"fixed 4": line}, [4])
 
 
 def run(folder: Path, **variables: object) -> subprocess.CompletedProcess[str]:

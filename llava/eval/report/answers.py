@@ -54,7 +54,7 @@ class Crash:
 
 
 def is_right(said: str, answer: str) -> bool:
-    """Whether two texts agree, apart from case and surrounding space."""
+    """Whether two texts agree, apart from case and surrounding space; nothing is parsed out of a longer answer."""
     return said.strip().lower() == answer.strip().lower()
 
 

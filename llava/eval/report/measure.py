@@ -75,7 +75,8 @@ def measure(
     max_new_tokens: int,
     repeats: int,
 ) -> Measurements:
-    """Time every way of choosing on every sampled question, starting with another way each time.
+    """Time every way of choosing on every sampled question. Which one begins moves on by one from question to question, and on each
+    question from repetition to repetition.
 
     Args:
         expected: by way, the batch's answer to each sampled question.
@@ -94,12 +95,11 @@ def measure(
     for index in range(min(WARM_UP, len(sample))):
         for name in names:
             request(index, name)
-    turn = 0
-    for _ in range(repeats):
+    for repetition in range(repeats):
         for index in tqdm(range(len(sample)), desc="timing", unit="question"):
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            first = (index + repetition) % len(names)
+            for name in names[first:] + names[:first]:
                 runs[name][index].append(request(index, name))
-            turn += 1
     peaks: list[dict[str, float]] = [{} for _ in sample]
     for index in tqdm(range(min(MEMORY_QUESTIONS, len(sample))), desc="memory", unit="question"):
         peaks[index] = peak_bytes({name: partial(request, index, name) for name in names}, assistant.model.device)

@@ -17,6 +17,8 @@ from llava.eval.report.answers import Record
 from llava.model.routing import RoutingRequest, allowed_levels, choose_levels
 
 RESAMPLES = 2000
+FEWEST_PICTURES = 8
+"""A family on fewer pictures gets no interval: drawing from so few says little about others, and many a draw would lack the family."""
 
 
 class Outcomes:
@@ -124,7 +126,8 @@ class Outcomes:
         """(R,) accuracies when the pictures are drawn anew with replacement.
 
         Pictures are drawn, not questions: questions about one picture are not independent. The same seed draws the same pictures for
-        every way of choosing, so differences of two results are paired.
+        every way of choosing, so differences of two results are paired. A draw that lacks a family is no estimate of a mean over all
+        families and is left out, so R may be below `resamples`.
         """
         pictures = int(self.picture.max()) + 1
         shape = (len(self.families), pictures)
@@ -132,13 +135,19 @@ class Outcomes:
         np.add.at(sums, (self._family_of_question, self.picture), 100 * (self.right * weights).sum(1))
         np.add.at(counts, (self._family_of_question, self.picture), 1)
         draws = np.random.default_rng(seed).multinomial(pictures, np.full(pictures, 1 / pictures), size=resamples).astype(float)
-        asked = draws @ counts.T  # (R, F); a family may be missing from a resample of few pictures
-        means = np.divide(draws @ sums.T, asked, out=np.full(asked.shape, np.nan), where=asked > 0)
-        return np.nanmean(means, axis=1)
+        asked = draws @ counts.T  # (R, F)
+        whole = (asked > 0).all(axis=1)
+        return (draws[whole] @ sums.T / asked[whole]).mean(axis=1)
+
+    @cached_property
+    def rare_families(self) -> dict[str, int]:
+        """The families on fewer than `FEWEST_PICTURES` pictures, and on how many each is."""
+        pictures = {family: len(np.unique(self.picture[self.family == family])) for family in self.families}
+        return {family: count for family, count in pictures.items() if count < FEWEST_PICTURES}
 
     def interval(self, values: np.ndarray) -> tuple[float, float] | None:
-        """The middle 95 percent of resampled values; `None` for a single picture, which says nothing about others."""
-        if int(self.picture.max()) == 0:
+        """The middle 95 percent of resampled values; `None` where a family is on too few pictures, see `rare_families`."""
+        if self.rare_families or not len(values):
             return None
         low, high = np.percentile(values, [2.5, 97.5])
         return float(low), float(high)

@@ -94,13 +94,14 @@ def _easy_vqa() -> Task:
     paths = easy_vqa.get_test_image_paths()
     folder = Path(paths[owners[0]]).parent
     items = [
-        Item(number, Path(paths[owner]).name, f"In the poster, {text}", answer, _easy_vqa_family(answer))
+        Item(number, Path(paths[owner]).name, f"In the poster, {text}", answer, easy_vqa_family(answer))
         for number, (text, answer, owner) in enumerate(zip(texts, answers, owners, strict=True))
     ]
     return Task("easy_vqa", folder, items)
 
 
-def _easy_vqa_family(answer: str) -> str:
+def easy_vqa_family(answer: str) -> str:
+    """What a question of easy-VQA asks for, told from its answer: the package has 3 shapes, 8 colours, yes and no."""
     if answer in ("yes", "no"):
         return "yes or no"
     return "shape" if answer in ("circle", "rectangle", "triangle") else "colour"

@@ -9,20 +9,14 @@ import easy_vqa
 from avg_llava_lmms_eval.local_tasks import doc_to_text, mean_over_families, open_picture, process_results
 from PIL import Image
 
+from llava.eval.report.tasks import easy_vqa_family
+
 __all__ = ["doc_to_text", "doc_to_visual", "mean_over_families", "process_results", "questions_of"]
 
-SHAPES = ("circle", "rectangle", "triangle")
 READERS = {
     "train": (easy_vqa.get_train_questions, easy_vqa.get_train_image_paths),
     "test": (easy_vqa.get_test_questions, easy_vqa.get_test_image_paths),
 }
-
-
-def family_of(answer: str) -> str:
-    """What a question asks for, told from its answer: the package has 3 shapes, 8 colours, yes and no."""
-    if answer in ("yes", "no"):
-        return "yes_no"
-    return "shape" if answer in SHAPES else "colour"
 
 
 def questions_of(split: datasets.Dataset) -> datasets.Dataset:
@@ -35,7 +29,7 @@ def questions_of(split: datasets.Dataset) -> datasets.Dataset:
     paths = read_paths()
     texts, answers, owners = read_questions()
     rows = [
-        {"question_id": index, "image": str(paths[owner]), "text": text, "answer": answer, "family": family_of(answer)}
+        {"question_id": index, "image": str(paths[owner]), "text": text, "answer": answer, "family": easy_vqa_family(answer)}
         for index, (text, answer, owner) in enumerate(zip(texts, answers, owners, strict=True))
     ]
     return datasets.Dataset.from_list(rows)
