@@ -23,7 +23,14 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 CORE = [Requirement(text) for text in PROJECT["project"]["dependencies"]]
 EXTRAS = {name: [Requirement(text) for text in texts] for name, texts in PROJECT["project"]["optional-dependencies"].items()}
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "easy_vqa": "easy-vqa", "google": "protobuf", "yaml": "pyyaml", "prometheus_client": "prometheus-client"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "easy_vqa": "easy-vqa",
+    "google": "protobuf",
+    "yaml": "pyyaml",
+    "prometheus_client": "prometheus-client",
+}
 """Distributions that are not called like what they are imported as."""
 
 
@@ -56,7 +63,9 @@ def test_core_dependencies_cover_what_inference_imports() -> None:
     assert lacking(imports, CORE) == {}
 
 
-@pytest.mark.parametrize(("folder", "extra"), [("llava/train", "train"), ("llava/serve", "serve"), ("llava/eval", "eval"), ("playground", "playground")])
+@pytest.mark.parametrize(
+    ("folder", "extra"), [("llava/train", "train"), ("llava/serve", "serve"), ("llava/eval", "eval"), ("playground", "playground")]
+)
 def test_an_extra_covers_what_its_folder_imports(folder: str, extra: str) -> None:
     assert lacking(imported(ROOT / folder), CORE + EXTRAS[extra]) == {}
 
