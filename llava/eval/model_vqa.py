@@ -454,7 +454,7 @@ def main(argv: list[str] | None = None) -> int:
     setup_logging()
     try:
         return run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ def load_pretrained_model(
 
     Raises:
         ValueError: a folder that is not a checkpoint, another model type, flags that contradict, or keys that do not fit.
+        ImportError: quantised weights are asked for and bitsandbytes is not installed.
     """
     options = _loading_options(load_8bit, load_4bit, device_map, device, use_flash_attn, kwargs)
     if load_4bit and options["device_map"] == {"": "cpu"}:
@@ -110,6 +112,7 @@ def _loading_options(
     _check_device(chosen)
     options["device_map"] = device_map if chosen == "cuda" and device_map is not None else {"": chosen}
     if load_8bit or load_4bit:
+        _prepare_bitsandbytes()
         compute = options["dtype"] if isinstance(options["dtype"], torch.dtype) else torch.float32 if chosen == "cpu" else torch.bfloat16
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=load_8bit,
@@ -120,6 +123,20 @@ def _loading_options(
             llm_int8_skip_modules=list(WHOLE_PARTS),
         )
     return options
+
+
+def _prepare_bitsandbytes() -> None:
+    if find_spec("bitsandbytes") is None:
+        raise ImportError(
+            '8-bit and 4-bit weights need bitsandbytes, which is not installed: pip install "bitsandbytes>=0.50,<0.51", or the train extra '
+            'with pip install -e ".[train]".'
+        )
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_kernel_hint)
+
+
+def _is_no_kernel_hint(record: logging.LogRecord) -> bool:
+    """Keep back what bitsandbytes warns of where an optional faster kernel of a package we do not use is missing; nothing depends on it."""
+    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
 
 
 def load_adapter_model(

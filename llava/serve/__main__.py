@@ -16,6 +16,7 @@ from pathlib import Path
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
+from llava.serve.http_server import check_address
 from llava.serve.model_worker import add_batch_flags, add_model_flags, batch_rows, check_arguments, load_engine
 from llava.serve.worker_base import create_worker_app, run_worker
 from llava.serve.worker_flags import add_guard_flags, read_api_keys, read_limits, start_logging
@@ -52,10 +53,11 @@ def build_app(args: argparse.Namespace) -> FastAPI:
     if not 0 < args.port < 65536:
         raise ValueError(f"--port is {args.port}, expected 1 to 65535.")
     limits, keys = read_limits(args), read_api_keys(args)
+    check_address(args.host, args.port)
     engine = load_engine(args)
     worker = create_worker_app(engine, limits, api_keys=keys, places=batch_rows(args), stream_interval=args.stream_interval)
     page = None if args.no_page else _page(args, keys)
-    return join_apps(worker, page, _greeting(args, engine.card.name, page is not None))
+    return join_apps(worker, page)
 
 
 def _own_url(args: argparse.Namespace, everywhere: str) -> str:
@@ -76,10 +78,10 @@ def _page(args: argparse.Namespace, keys: tuple[str, ...]) -> FastAPI:
     )
 
 
-def _greeting(args: argparse.Namespace, model: str, has_page: bool) -> str:
+def _greeting(args: argparse.Namespace, model: str) -> str:
     url = _own_url(args, "localhost")
     lines = [f"Model {model} is ready.", f"  API   {url}/v1  (OpenAI's; metrics at {url}/metrics)"]
-    return "\n".join([*lines, *([f"  Page  {url}/"] if has_page else []), "Ctrl-C ends it."])
+    return "\n".join([*lines, *([f"  Page  {url}/"] if not args.no_page else []), "Ctrl-C ends it."])
 
 
 class Split:
@@ -95,12 +97,8 @@ class Split:
         await app(scope, receive, send)
 
 
-def join_apps(worker: FastAPI, page: FastAPI | None, greeting: str) -> FastAPI:
-    """A worker and a page as one application; both start and end with it.
-
-    Args:
-        greeting: printed when both have started.
-    """
+def join_apps(worker: FastAPI, page: FastAPI | None) -> FastAPI:
+    """A worker and a page as one application; both start and end with it."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -108,7 +106,6 @@ def join_apps(worker: FastAPI, page: FastAPI | None, greeting: str) -> FastAPI:
             for part in (worker, page):
                 if part is not None:
                     await stack.enter_async_context(part.router.lifespan_context(part))
-            print(greeting, flush=True)
             yield
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
@@ -126,7 +123,15 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return run_worker(app, args.host, args.port, log_level=args.log_level, timeout_graceful_shutdown=SHUTDOWN_SECONDS)
+    greeting = _greeting(args, app.state.worker.engine.card.name)
+    return run_worker(
+        app,
+        args.host,
+        args.port,
+        log_level=args.log_level,
+        on_started=lambda: print(greeting, flush=True),
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+    )
 
 
 if __name__ == "__main__":

@@ -119,7 +119,10 @@ class Chat:
                 self._answer(line)
         except (ValueError, OSError, FloatingPointError) as error:
             self.failures += 1
-            self.terminal.complain(f"error: {error}")
+            budget = self.options.routing.max_visual_tokens
+            asked = bool(line) and not line.startswith("/")
+            hint = f" (The budget is {budget}, the granularity {self._wanted()}; /budget and /granularity change them.)"
+            self.terminal.complain(f"error: {error}{hint if asked and budget is not None else ''}")
 
     def _interrupted_prompt(self) -> None:
         self.over = self.interrupted
@@ -168,7 +171,7 @@ class Chat:
         loaded = load_images([os.path.expanduser(name) for name in names], allow_remote=True)
         self.conversation.waiting += loaded
         sizes = ", ".join(f"{image.width} x {image.height}" for image in loaded)
-        self._say(self.terminal.dim(f"{len(self.conversation.waiting)} for the next question ({sizes} added)"))
+        self._say(self.terminal.dim(f"{pictures(len(self.conversation.waiting))} for the next question ({sizes} added)"))
 
     def _granularity(self, rest: str) -> None:
         try:
@@ -176,7 +179,7 @@ class Chat:
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"{error}.") from error
         self._route(replace(self.options.routing, granularity=wanted))
-        self._say(self.terminal.dim(f"granularity {rest or 'auto'}, of {self._levels()}"))
+        self._say(self.terminal.dim(f"granularity {self._wanted()}, of {self._levels()}"))
 
     def _budget(self, rest: str) -> None:
         if rest != "off" and not rest.isdecimal():
@@ -184,7 +187,15 @@ class Chat:
         self._route(replace(self.options.routing, max_visual_tokens=None if rest == "off" else int(rest)))
         self._say(self.terminal.dim(f"budget {rest}"))
 
+    def _wanted(self) -> str:
+        wanted = self.options.routing.granularity
+        return "auto" if wanted is None else str(wanted) if isinstance(wanted, int) else ",".join(map(str, wanted))
+
     def _route(self, routing: RoutingRequest) -> None:
+        finest = self._levels()[-1]
+        if isinstance(routing.granularity, int) and routing.granularity > finest:
+            self._say(self.terminal.dim(f"{routing.granularity} is more than this model has; its finest is taken"))
+            routing = replace(routing, granularity=finest)
         allowed_levels(self._levels(), routing, self.assistant.model.get_model().router is not None)
         self.options = replace(self.options, routing=routing)
 
@@ -195,9 +206,9 @@ class Chat:
         for turn in self.conversation.turns:
             places = turn.text.count(DEFAULT_IMAGE_TOKEN)
             text = turn.text.replace(DEFAULT_IMAGE_TOKEN + "\n", "")
-            self._say(f"{turn.role}: {printable(text)}" + (f"  [{places} picture{'s' if places > 1 else ''}]" if places else ""))
+            self._say(f"{turn.role}: {printable(text)}" + (f"  [{pictures(places)}]" if places else ""))
         if self.conversation.waiting:
-            self._say(self.terminal.dim(f"{len(self.conversation.waiting)} pictures wait for the next question"))
+            self._say(self.terminal.dim(f"{pictures(len(self.conversation.waiting))} for the next question"))
 
     def _clear(self, rest: str) -> None:
         self.conversation = Conversation()
@@ -205,6 +216,11 @@ class Chat:
 
     def _exit(self, rest: str) -> None:
         self.over = True
+
+
+def pictures(count: int) -> str:
+    """`1 picture`, `2 pictures`."""
+    return f"{count} picture{'' if count == 1 else 's'}"
 
 
 def printable(text: str) -> str:

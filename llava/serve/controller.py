@@ -45,7 +45,7 @@ from llava.serve.addresses import (
 )
 from llava.serve.dispatch import DispatchMethod, Worker, WorkerStatus, WorkerTable
 from llava.serve.http_guard import HELD_BODIES, FieldError, Gate, KeyRing, error_response, guard_app, read_json, read_secrets
-from llava.serve.http_server import make_server, run_server
+from llava.serve.http_server import check_address, make_server, run_server
 from llava.serve.llava_api import WorkerRequest
 from llava.serve.metrics import CONTENT_TYPE
 from llava.serve.openai_api import ChatRequest, validate
@@ -541,7 +541,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     setup_logging(args.log_level.upper())
     try:
-        app = create_controller_app(settings_from(args))
+        settings = settings_from(args)
+        check_address(args.host, args.port)
+        app = create_controller_app(settings)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -18,7 +18,7 @@ from pathlib import Path
 import uvicorn
 
 from llava.serve.http_guard import MAX_HEADER_BYTES
-from llava.serve.http_server import GuardedProtocol
+from llava.serve.http_server import GuardedProtocol, check_address
 from llava.serve.page.app import PageOptions, create_page_app
 from llava.serve.page.chat import Chat
 
@@ -106,7 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per look at the list of models is too many
     try:
-        app = create_page_app(read_options(args))
+        options = read_options(args)
+        check_address(args.host, args.port)
+        app = create_page_app(options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import resource
 import signal
+import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -43,6 +45,44 @@ def most_connections() -> int:
     Without any left, the event loop would take no connections at all, and write thousands of lines a second about it.
     """
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+
+
+def check_address(host: str, port: int) -> None:
+    """Find out whether a server could listen here, before a model is loaded for it: bind as it would, and let go again.
+
+    Args:
+        port: 0 stands for a free one.
+
+    Raises:
+        ValueError: it could not.
+    """
+    if not 0 <= port < 65536:
+        raise ValueError(f"--port is {port}, expected 0 to 65535.")
+    foreign = f"--host is {host!r}, which is no address of this machine; use 127.0.0.1, or 0.0.0.0 for every interface."
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(foreign) from error
+    problems = [_bind_problem(family, address) for family, _, _, _, address in found]
+    if errno.EADDRINUSE in problems:
+        raise ValueError(f"port {port} of {host} is taken; end what listens there, or choose another with --port.")
+    if errno.EACCES in problems:
+        raise ValueError(f"port {port} of {host} may not be used by this user; choose one above 1023 with --port.")
+    if None not in problems:
+        raise ValueError(foreign)
+
+
+def _bind_problem(family: int, address: Any) -> int | None:
+    """The number of the system's error, or `None` where the address is free."""
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn's: a server that has just ended is no obstacle
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            probe.bind(address)
+    except OSError as error:
+        return error.errno
+    return None
 
 
 def allow_many_files() -> None:
@@ -114,12 +154,21 @@ class DrainingServer(uvicorn.Server):
     Args:
         gate: counts what runs; its `draining` makes the app refuse.
         drain_seconds: after which what still runs is cancelled.
+        on_started: called once connections are taken.
     """
 
-    def __init__(self, config: uvicorn.Config, gate: Gate, drain_seconds: float = DRAIN_SECONDS) -> None:
+    def __init__(
+        self, config: uvicorn.Config, gate: Gate, drain_seconds: float = DRAIN_SECONDS, on_started: Callable[[], None] | None = None
+    ) -> None:
         super().__init__(config)
-        self.gate, self.drain_seconds = gate, drain_seconds
+        self.gate, self.drain_seconds, self.on_started = gate, drain_seconds, on_started
         self._finishing: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the app, listen, and say so."""
+        await super().startup(sockets)
+        if self.started and self.on_started is not None:
+            self.on_started()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -154,12 +203,20 @@ class DrainingServer(uvicorn.Server):
 
 
 def make_server(
-    app: FastAPI, host: str, port: int, *, log_level: str = "info", drain_seconds: float = DRAIN_SECONDS, **options: Any
+    app: FastAPI,
+    host: str,
+    port: int,
+    *,
+    log_level: str = "info",
+    drain_seconds: float = DRAIN_SECONDS,
+    on_started: Callable[[], None] | None = None,
+    **options: Any,
 ) -> DrainingServer:
     """A server for an app that `guard_app` guards; `run_server` runs it, and so does `await server.serve()`.
 
     Args:
         port: 0 takes a free one; it is printed.
+        on_started: called once connections are taken.
         options: uvicorn's own, such as `ssl_keyfile`.
     """
     settings: dict[str, Any] = {
@@ -175,7 +232,7 @@ def make_server(
         "log_level": log_level,
     }
     config = uvicorn.Config(app, host=host, port=port, **{**settings, **options})
-    return DrainingServer(config, app.state.gate, drain_seconds)
+    return DrainingServer(config, app.state.gate, drain_seconds, on_started)
 
 
 def run_server(server: DrainingServer) -> int:

@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from llava.inference import Assistant, micro_model_path
 from llava.mm_utils import get_model_name_from_path
 from llava.serve.engine import EmbeddedEngine
+from llava.serve.http_server import check_address
 from llava.serve.worker_base import DEFAULT_PLACES, create_worker_app, run_worker
 from llava.serve.worker_flags import add_guard_flags, add_network_flags, read_api_keys, read_limits, read_registration, start_logging
 
@@ -126,6 +127,7 @@ def build_app(args: argparse.Namespace) -> FastAPI:
     """The worker's app, its model loaded; everything that can be wrong with the flags is found before that."""
     check_arguments(args)
     limits, keys, registration = read_limits(args), read_api_keys(args), read_registration(args)
+    check_address(args.host, args.port)
     if args.multi_modal:
         logger.warning("--multi-modal changes nothing: whether a model takes pictures is read from its config")
     if args.no_register and args.controller_address:

@@ -20,10 +20,11 @@ DECODING_THREADS = 2
 FETCHING_THREADS = 8
 MAX_HELD_PIXELS = 512_000_000
 """Pixels of all requests' pictures together, three bytes each."""
+NOT_FETCHED = "Pictures at web addresses are not fetched here: send the picture as a data URL, or ask the operator, who can allow it."
 
 
 class PictureLoader:
-    """Decodes pictures off the event loop; where something is wrong with one, clients read the same sentence whatever it was.
+    """Decodes pictures off the event loop; what is wrong with one, clients are not told: one sentence for all.
 
     Args:
         limits: whether web addresses are fetched, and from which hosts.
@@ -75,11 +76,13 @@ class PictureLoader:
     async def _load(self, source: str, plain_base64: bool) -> Image.Image:
         loop = asyncio.get_running_loop()
         is_remote = source[:8].lower().startswith(("http://", "https://"))
+        if is_remote and not self.limits.allow_remote_images:
+            raise ServeError(ErrorKind.INVALID_IMAGE, NOT_FETCHED)
         try:
-            if is_remote and self.limits.allow_remote_images:
+            if is_remote:
                 data = await loop.run_in_executor(self._fetchers, self._fetch, source, self._resolve)
                 return await loop.run_in_executor(self._decoders, decode_image, data)
-            if plain_base64 and not is_remote and not source[:5].lower() == "data:":
+            if plain_base64 and not source[:5].lower() == "data:":
                 return await loop.run_in_executor(self._decoders, load_image_from_base64, source)
             return await loop.run_in_executor(self._decoders, _load_inline, source)
         except (ImageError, FetchError) as error:

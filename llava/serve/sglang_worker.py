@@ -22,8 +22,9 @@ from dataclasses import replace
 from fastapi import FastAPI
 
 from llava.serve.http_guard import read_secrets
+from llava.serve.http_server import check_address
 from llava.serve.outbound import BrokenOff, Outbound, Patience, Unreachable
-from llava.serve.protocol import Limits
+from llava.serve.protocol import ErrorKind, Limits
 from llava.serve.registration import Registration
 from llava.serve.remote_engine import Backend, RemoteEngine, list_models
 from llava.serve.worker_base import create_worker_app, run_worker
@@ -48,7 +49,13 @@ def create_bridge_app(
     """The app of a worker that answers through a backend; see `create_worker_app`."""
     engine = RemoteEngine(backend)
     app = create_worker_app(
-        engine, limits, api_keys=api_keys, registration=registration, places=backend.concurrency, stream_interval=stream_interval
+        engine,
+        limits,
+        api_keys=api_keys,
+        registration=registration,
+        places=backend.concurrency,
+        stream_interval=stream_interval,
+        not_ready=ErrorKind.BACKEND_UNREACHABLE,
     )
     worker_lifespan = app.router.lifespan_context
 
@@ -150,6 +157,7 @@ def build_app(args: argparse.Namespace) -> FastAPI:
     if registration is not None:
         registration = replace(registration, interval=HEART_BEAT_SECONDS)
     backend = backend_from(args, limits)
+    check_address(args.host, args.port)
     if args.multi_modal:
         logger.warning("--multi-modal changes nothing: pictures are passed on to the backend")
     if not backend.model:

@@ -329,6 +329,7 @@ def create_worker_app(
     registration: Registration | None = None,
     places: int = DEFAULT_PLACES,
     stream_interval: int = 1,
+    not_ready: ErrorKind = ErrorKind.OVERLOADED,
     open_prefixes: Sequence[str] = (),
     pictures: PictureLoader | None = None,
 ) -> FastAPI:
@@ -341,6 +342,7 @@ def create_worker_app(
         registration: a controller to register at, or `None`.
         places: requests that the engine answers at once; with `limits.max_queue` more waiting, the next is refused.
         stream_interval: tokens between two parts of a stream.
+        not_ready: what `/ready` says where the engine takes no requests.
         open_prefixes: paths that need no key, such as those of a page mounted into this app.
         pictures: decodes and fetches; one by `limits` when missing.
 
@@ -367,7 +369,7 @@ def create_worker_app(
 
     app = FastAPI(title="AVG-LLaVA worker", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.worker = worker
-    _add_routes(app, worker, metrics)
+    _add_routes(app, worker, metrics, not_ready)
     describe_bodies(app, {CHAT_PATH: ChatRequest, WORKER_PATH: WorkerRequest}, guarded=bool(api_keys))
     guard_app(
         app,
@@ -381,7 +383,7 @@ def create_worker_app(
     return app
 
 
-def _add_routes(app: FastAPI, worker: Worker, metrics: Metrics) -> None:
+def _add_routes(app: FastAPI, worker: Worker, metrics: Metrics, not_ready: ErrorKind) -> None:
     errors: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorBody, "description": "What went wrong."}}
 
     @app.post(CHAT_PATH, response_model=None, responses={200: {"model": ChatCompletion}, **errors})
@@ -413,8 +415,10 @@ def _add_routes(app: FastAPI, worker: Worker, metrics: Metrics) -> None:
     async def ready(request: Request) -> Response:
         if worker.is_ready:
             return JSONResponse({"status": "ready"})
-        kind = ErrorKind.DRAINING if worker.gate.draining else ErrorKind.OVERLOADED
-        return error_response(ServeError(kind, "The engine takes no requests now."), request.scope)
+        if worker.gate.draining:
+            return error_response(ServeError(ErrorKind.DRAINING), request.scope)
+        detail = "The engine takes no requests now." if not_ready is ErrorKind.OVERLOADED else None
+        return error_response(ServeError(not_ready, detail), request.scope)
 
     @app.get("/metrics", response_model=None, responses=errors)
     async def show_metrics() -> Response:

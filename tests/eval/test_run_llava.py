@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from PIL import Image
 
@@ -88,3 +90,10 @@ def test_a_granularity_that_is_no_number_is_a_usage_error(capsys):
     with pytest.raises(SystemExit) as stop:
         build_parser().parse_args(["--query", "q", "--vis-token-granularity", "fine"])
     assert stop.value.code == 2 and "not auto, a number" in capsys.readouterr().err
+
+
+def test_quantised_weights_without_their_library_end_with_one_sentence(base, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert main([*base, "--query", "Why?", "--load-4bit"]) == 1
+    told = capsys.readouterr().err
+    assert 'pip install "bitsandbytes>=0.50,<0.51"' in told and "Traceback" not in told

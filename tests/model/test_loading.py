@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.builder import load_pretrained_model
+from llava.model.builder import _is_no_kernel_hint, load_pretrained_model
 
 ANSWER = {"do_sample": False, "max_new_tokens": 5}
 
@@ -206,3 +208,17 @@ def test_pickled_weights_are_read_only_when_asked(checkpoint):
 def test_flags_that_cannot_work_are_refused_before_loading(options, message):
     with pytest.raises((ValueError, RuntimeError), match=message):
         load_pretrained_model("there-is-no-such-folder", **options)
+
+
+@pytest.mark.parametrize("option", ["load_4bit", "load_8bit"])
+def test_without_bitsandbytes_the_way_to_install_it_is_named_before_anything_is_read(option, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match=r'pip install "bitsandbytes>=0.50,<0.51"'):
+        load_pretrained_model("/nowhere/at/all", device="cpu", **{option: True})
+
+
+def test_only_the_hint_about_a_missing_kernel_is_kept_back():
+    def passes(text):
+        return _is_no_kernel_hint(logging.LogRecord("bitsandbytes", logging.WARNING, "", 0, text, ("why",), None))
+
+    assert not passes("Failed to load CPU gemm_4bit_forward from kernels-community: %s.") and passes("Something else: %s.")

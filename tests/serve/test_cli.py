@@ -252,3 +252,24 @@ def test_before_a_terminal_ctrl_c_stops_the_answer_and_then_leaves():
     screen.until("> ")
     screen.type("\x03")
     assert screen.status() == 0
+
+
+def test_more_than_the_finest_is_the_finest_and_said_once(chat, caplog):
+    say(chat, "/granularity 99", "one", "two")
+    assert [options.routing.granularity for _, _, options in chat.assistant.calls] == [64, 64]
+    text = "".join(chat.written)
+    assert text.count("99 is more than this model has; its finest is taken") == 1 and "granularity 64, of [4, 16, 64]" in text
+    assert caplog.records == [] and chat.complaints == []
+
+
+def test_a_question_that_fails_under_a_budget_names_both_ways_out(chat):
+    chat.assistant.pieces = [ValueError("max_visual_tokens is 5, raise the budget.")]
+    say(chat, "/granularity 4,16", "/budget 5", "What colour?")
+    assert "(The budget is 5, the granularity 4,16; /budget and /granularity change them.)" in chat.complaints[0]
+
+
+def test_pictures_are_counted_in_words(chat, tmp_path):
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    say(chat, f"/image {tmp_path}/a.png", f"/image {tmp_path}/a.png")
+    text = "".join(chat.written)
+    assert "1 picture for the next question (20 x 10 added)" in text and "2 pictures for the next question" in text

@@ -14,7 +14,9 @@ import httpx
 import pytest
 
 from llava.serve import __main__ as main_module
+from llava.serve import model_worker
 from llava.serve.__main__ import Split, build_parser, join_apps, main
+from llava.serve.http_server import check_address, make_server, run_server
 from llava.serve.page.app import PageOptions, create_page_app
 from llava.serve.worker_base import create_worker_app
 from tests.serve.fake_engine import FakeEngine
@@ -29,12 +31,11 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def test_one_address_has_the_api_and_the_page(capsys):
+def test_one_address_has_the_api_and_the_page():
     port = free_port()
     page = create_page_app(PageOptions(f"http://127.0.0.1:{port}", api_key="key", mode="reload", log_folder=None))
-    app = join_apps(create_worker_app(FakeEngine(), api_keys=("key",)), page, "hello")
+    app = join_apps(create_worker_app(FakeEngine(), api_keys=("key",)), page)
     with running(app, port) as url:
-        assert capsys.readouterr().out == "hello\n"
         assert httpx.get(f"{url}/health").json() == {"status": "alive"}
         assert httpx.get(f"{url}/v1/models").status_code == 401
         assert httpx.get(f"{url}/v1/models", headers={"authorization": "Bearer key"}).json()["data"][0]["id"] == "fake"
@@ -46,7 +47,7 @@ def test_one_address_has_the_api_and_the_page(capsys):
 
 
 def test_without_a_page_only_the_api_is_there():
-    with running(join_apps(create_worker_app(FakeEngine()), None, "hello")) as url:
+    with running(join_apps(create_worker_app(FakeEngine()), None)) as url:
         assert httpx.get(url).status_code == 404
         assert httpx.get(f"{url}/v1/models").status_code == 200
 
@@ -105,12 +106,7 @@ def test_the_command_serves_the_micro_model_and_ends_well_on_sigterm(tmp_path):
         assert greeting[1].startswith(f"API   http://127.0.0.1:{port}/v1") and greeting[2] == f"Page  http://127.0.0.1:{port}/"
         url = f"http://127.0.0.1:{port}"
         body = {"model": "avg-llava-micro", "messages": [{"role": "user", "content": "Which colour?"}], "max_tokens": 4}
-        for _ in range(100):
-            try:
-                answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
-                break
-            except httpx.ConnectError:
-                threading.Event().wait(0.1)
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)  # once: who reads that it is ready may ask
         assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"]
         assert "gradio_config" in httpx.get(url).text
         process.send_signal(signal.SIGTERM)
@@ -119,3 +115,60 @@ def test_the_command_serves_the_micro_model_and_ends_well_on_sigterm(tmp_path):
         watch.cancel()
         process.kill()
         process.wait()
+
+
+def refuse_to_load(*args, **options):
+    raise AssertionError("The model is loaded although the port is taken.")
+
+
+@pytest.mark.parametrize("program", [main_module, model_worker])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_taken_port_is_noticed_before_the_model_is_loaded(program, host, monkeypatch, capsys):
+    monkeypatch.setattr(program, "load_engine", refuse_to_load)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert program.main(["--host", host, "--port", str(port)]) == 1
+    written = capsys.readouterr()
+    assert f"port {port} of {host} is taken; " in written.err and "is ready" not in written.out
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "told"),
+    [("127.0.0.1", 70000, "expected 0 to 65535"), ("192.0.2.7", 0, "no address of this machine"), ("no such host", 0, "no address of")],
+)
+def test_addresses_that_cannot_work_are_refused(host, port, told):
+    with pytest.raises(ValueError, match=told):
+        check_address(host, port)
+
+
+def test_an_address_that_has_just_been_used_is_free():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            server.accept()[0].close()  # this side ends first, so that its port lingers
+            client.recv(1)
+    check_address("127.0.0.1", port)
+
+
+def test_it_is_ready_once_it_listens():
+    told = []
+
+    def ask():
+        told.append(server.servers[0].is_serving())
+        server.should_exit = True
+
+    server = make_server(create_worker_app(FakeEngine()), "127.0.0.1", 0, log_level="warning", on_started=ask)
+    assert run_server(server) == 0 and told == [True]
+
+
+@pytest.mark.parametrize("program", ["llava.serve", "llava.serve.controller", "llava.serve.model_worker", "llava.serve.sglang_worker",
+                                     "llava.serve.gradio_web_server"])  # fmt: skip
+def test_without_the_extra_a_program_says_what_to_install(program, tmp_path):
+    for name in ("fastapi", "uvicorn"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}', name={name!r})")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    ended = subprocess.run([sys.executable, "-m", program, "--help"], capture_output=True, text=True, env=environment, timeout=120)
+    assert ended.returncode == 1 and len(ended.stderr.splitlines()) == 1
+    assert 'install the serve extra: pip install -e ".[serve]"' in ended.stderr

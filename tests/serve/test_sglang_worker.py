@@ -204,3 +204,9 @@ def test_without_a_model_name_the_only_one_of_the_backend_is_taken(capsys: pytes
     with FakeBackend(lambda exchange: exchange.chat(["x"]), two) as fake:
         assert main(["--backend", fake.url, "--port", "0"]) == 1
     assert "expected one model; name it with --model" in capsys.readouterr().err
+
+
+def test_without_its_backend_the_bridge_says_that_this_is_why() -> None:
+    with bridge_to("http://127.0.0.1:9") as bridge:
+        told = HTTP.get(bridge.url + "/ready")
+    assert told.status_code == 503 and told.json()["error"]["code"] == "backend_unreachable"

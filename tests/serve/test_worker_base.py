@@ -25,7 +25,7 @@ from PIL import Image
 from llava import fetch as fetching
 from llava.serve import pictures as pictures_page
 from llava.serve.http_guard import Gate, guard_app
-from llava.serve.pictures import PictureLoader
+from llava.serve.pictures import NOT_FETCHED, PictureLoader
 from llava.serve.protocol import ErrorKind, Limits, Piece, ServeError
 from llava.serve.worker_base import Registration, _coalesced, create_worker_app, run_worker
 from tests.serve.bodies import CHAT, WORKER, chat_body, data_url, picture, worker_body
@@ -145,7 +145,7 @@ def test_status_and_readiness():
     assert call(app, "POST", "/worker_get_status").json() == {"model_names": ["fake"], "speed": 1, "queue_length": 0}
     assert call(app, "GET", "/ready").json() == {"status": "ready"}
     engine.ready = False
-    assert call(app, "GET", "/ready").status_code == 503 and call(app, "GET", "/health").status_code == 200
+    assert call(app, "GET", "/ready").json()["error"]["code"] == "overloaded" and call(app, "GET", "/health").status_code == 200
     engine.ready, app.state.gate.draining = True, True
     refused = call(app, "GET", "/ready")
     assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down" and refused.headers["retry-after"] == "5"
@@ -223,7 +223,8 @@ def test_bad_pictures_have_one_constant_answer(name, no_connections):
     engine = FakeEngine()
     response = ask(engine, "q", (BAD_PICTURES[name],))
     assert response.status_code == 400 and response.json()["error"]["code"] == "invalid_image"
-    assert response.json()["error"]["message"] == ErrorKind.INVALID_IMAGE.fault.text
+    is_web = BAD_PICTURES[name].startswith(("http://", "https://"))
+    assert response.json()["error"]["message"] == (NOT_FETCHED if is_web else ErrorKind.INVALID_IMAGE.fault.text)
     assert engine.requests == [] and no_connections == []
 
 

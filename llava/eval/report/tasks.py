@@ -89,7 +89,7 @@ def _easy_vqa() -> Task:
     try:
         easy_vqa = importlib.import_module("easy_vqa")
     except ImportError as error:
-        raise ValueError('The task easy_vqa needs the package easy-vqa; run pip install -e ".[playground]".') from error
+        raise ValueError('The task easy_vqa needs the package easy-vqa; run pip install -e ".[eval]".') from error
     texts, answers, owners = easy_vqa.get_test_questions()
     paths = easy_vqa.get_test_image_paths()
     folder = Path(paths[owners[0]]).parent
