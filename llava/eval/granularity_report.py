@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-size", "--batch_size", type=_positive, default=80, help="questions at a time (default: 80)")
     add("--max-new-tokens", "--max_new_tokens", type=_positive, default=16, help="length of an answer at most (default: 16)")
     add("--timing-samples", type=_count, default=40, help="questions that times are measured on (default: 40; 0: none)")
-    add("--timing-repeats", type=_positive, default=3, help="requests per question and row, the median counts (default: 3)")
+    add("--timing-repeats", type=_positive, default=3, help="requests per question and row, the one of median time counts (default: 3)")
     add("--examples", type=_count, default=12, help="pictures on the page (default: 12)")
     add("--seed", type=int, default=0, help="of the sample and of the intervals (default: 0)")
     add("--threads", type=_positive, help="CPU threads; PyTorch's choice when missing")
@@ -583,7 +583,8 @@ def _timing_notes(report: Mapping[str, Any], measured: Measurements, args: argpa
     return [
         f"Times are of single requests on {where}: {len(measured.sample)} questions spread over the families, after a warm-up; on each "
         f"question all rows take turns, {args.timing_repeats} times; the row that begins moves on by one from question to question and "
-        "from time to time. The median of a question's repetitions counts, and the table shows means over questions. Random and oracle are "
+        "from time to time. Of a question's repetitions the one of median time counts, with all its parts; table and bars show means over "
+        "questions. Random and oracle are "
         "computed from the fixed rows and have no router in them.",
         "TTFT is the time up to the first token, preparing the picture included. Tokens per second are new tokens over the whole time of "
         "the answers; short answers are mostly prefill.",

@@ -2,15 +2,16 @@
 
 The harness finds the model through the entry point `lmms_eval.models` of this package; nothing of the harness is copied or changed.
 
-==================  ====================================================================================
-``model.py``        the harness's view: `generate_until`, `loglikelihood`, processes
-``arguments.py``    what may stand in ``--model_args``
-``generation.py``   a task's generation settings as `llava.inference.Options`
-``asking.py``       batches, failures by sample, counts; knows nothing of the harness
-``sample_log.py``   one line per sample: granularity, logits, visual tokens, milliseconds
-``local_tasks.py``  what the local tasks share: pictures, questions, scores, averages
-``tasks/``          ``playground``, ``easy_vqa``, and ``my_questions`` to copy for one's own file
-==================  ====================================================================================
+====================  ====================================================================================
+``model.py``          the harness's view: `generate_until`, `loglikelihood`, processes
+``arguments.py``      what may stand in ``--model_args``
+``generation.py``     a task's generation settings as `llava.inference.Options`
+``asking.py``         batches, failures by sample, counts; knows nothing of the harness
+``sample_log.py``     one line per sample: granularity, logits, visual tokens, milliseconds
+``local_tasks.py``    what the local tasks share: pictures, questions, scores, averages
+``own_questions.py``  one's own file of questions, read and checked before anything is asked
+``tasks/``            ``playground``, ``easy_vqa``, and ``my_questions`` to copy for one's own file
+====================  ====================================================================================
 """
 
 from __future__ import annotations

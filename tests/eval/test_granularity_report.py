@@ -56,7 +56,7 @@ def micro() -> Assistant:
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A report of thirty questions with the shipped model."""
     output = tmp_path_factory.mktemp("report")
-    flags = ["--task", "playground", "--limit", "30", "--timing-samples", "3", "--timing-repeats", "1", "--budgets", "48"]
+    flags = ["--task", "playground", "--limit", "30", "--timing-samples", "3", "--timing-repeats", "2", "--budgets", "48"]
     assert main([*flags, "--biases=-1,1", "--examples", "3", "--device", "cpu", "--output", str(output)]) == 0
     return {"output": output, **json.loads((output / "report.json").read_text())}
 
@@ -257,6 +257,7 @@ def test_the_report_has_every_row_and_column(made: dict[str, Any]) -> None:
     for row in made["rows"]:
         cost = row["cost"]
         assert 0 < cost["ttft_ms"] < cost["total_ms"] and cost["peak_mib"] > 1 and cost["kv_mib"] > 0
+        assert sum(cost["milliseconds"].values()) == pytest.approx(cost["total_ms"])  # bars and table say the same
         assert (cost["router_share"] > 0) == (row["kind"] in ("adaptive", "bias", "budget"))
     assert made["oracle_gap"]["accuracy"] == pytest.approx(rows["oracle"]["accuracy"] - rows["adaptive"]["accuracy"])
     assert made["timing"]["differing"] == 0 and set(rows["adaptive"]["choices"]) == set(made["families"])

@@ -165,6 +165,14 @@ def test_wrong_flags_are_one_error_and_no_answer(
     assert not (tmp_path / "out.jsonl").exists() and not list(tmp_path.glob("out.jsonl.parts/part-*"))
 
 
+def test_quantised_weights_without_their_library_end_with_one_sentence(
+    tmp_path: Path, questions: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert main(flags(questions, tmp_path / "out.jsonl", "--load-4bit")) == 1
+    assert 'pip install "bitsandbytes>=0.50,<0.51"' in capsys.readouterr().err
+
+
 # ---- chunks and processes
 
 

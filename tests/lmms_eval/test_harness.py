@@ -125,13 +125,22 @@ def test_the_walk_through_of_the_readme_leads_to_a_task(environment, tmp_path):
     shutil.copytree(ROOT / "lmms-eval" / "avg_llava_lmms_eval" / "tasks" / "my_questions", folder)
     config = (folder / "my_questions.yaml").rename(folder / "receipts.yaml")
     config.write_text(config.read_text().replace("task: my_questions", "task: receipts"))
+    finished = run(tmp_path / "template", "--include_path", str(folder), TASKS="receipts")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
     shutil.copy(ROOT / "playground" / "images" / "scene_beige.png", folder / "1.png")
-    row = {"question_id": 1, "image": "1.png", "text": "Which number does the sign show?", "answer": "658", "family": "reading"}
-    (folder / "questions.jsonl").write_text(json.dumps(row) + "\n")
+    rows = [
+        {"question_id": 1, "image": "1.png", "text": "Which number does the sign show?", "answer": 658},
+        {"question_id": "2", "image": ["1.png"], "text": "Which large shape is there?", "answer": "circle", "family": "seeing"},
+    ]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     finished = run(tmp_path / "out", "--include_path", str(folder), TASKS="receipts")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     (path,) = (tmp_path / "out").glob("*/*_results.json")
-    assert json.loads(path.read_text())["results"]["receipts"]["accuracy,none"] == 1.0
+    scores = json.loads(path.read_text())["results"]["receipts"]
+    assert [scores[f"{name},none"] for name in ("accuracy", "all", "seeing")] == [1.0, 1.0, 1.0]
+    (folder / "questions.jsonl").write_text('{"question_id": 1, "text": "Which?"}\n')
+    finished = run(tmp_path / "wrong", "--include_path", str(folder), TASKS="receipts")
+    assert finished.returncode == 1 and "line 1: answer is missing" in finished.stderr
 
 
 CHOICES = """

@@ -5,6 +5,7 @@ Times and peak memory come from separate passes, because watching every allocati
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
 import time
@@ -26,11 +27,13 @@ PARTS = ("views", "vision", "router", "splice", "prefill", "decode", "other")
 """Where an answer's time goes, in order; `other` is what the parts leave of the whole: tokenising, decoding text, bookkeeping."""
 WARM_UP = 2
 MEMORY_QUESTIONS = 10
+PROFILER_QUIET = "6"
+"""`KINETO_LOG_LEVEL` above which the profiler writes no lines of its own, its marks of start and stop (5) included."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One question by one way of choosing. Milliseconds are medians over repetitions.
+    """One question by one way of choosing. Milliseconds are those of the repetition whose whole time is the median.
 
     milliseconds: of each of `PARTS`; ttft: up to the first token; total: the whole call.
     kv_bytes: of the keys and values of all positions, computed from the shapes.
@@ -80,7 +83,7 @@ def measure(
 
     Args:
         expected: by way, the batch's answer to each sampled question.
-        repeats: how often each request is made; the median counts.
+        repeats: how often each request is made; the one of median time counts (of an even number, the faster of the middle two).
     """
     names = list(ways)
     runs: dict[str, list[list[tuple[Answer, float]]]] = {name: [[] for _ in sample] for name in names}
@@ -95,11 +98,13 @@ def measure(
     for index in range(min(WARM_UP, len(sample))):
         for name in names:
             request(index, name)
-    for repetition in range(repeats):
-        for index in tqdm(range(len(sample)), desc="timing", unit="question"):
-            first = (index + repetition) % len(names)
-            for name in names[first:] + names[:first]:
-                runs[name][index].append(request(index, name))
+    with tqdm(total=repeats * len(sample) * len(names), desc="timing", unit="request") as progress:
+        for repetition in range(repeats):
+            for index in range(len(sample)):
+                first = (index + repetition) % len(names)
+                for name in names[first:] + names[:first]:
+                    runs[name][index].append(request(index, name))
+                progress.update(len(names))
     peaks: list[dict[str, float]] = [{} for _ in sample]
     for index in tqdm(range(min(MEMORY_QUESTIONS, len(sample))), desc="memory", unit="question"):
         peaks[index] = peak_bytes({name: partial(request, index, name) for name in names}, assistant.model.device)
@@ -113,17 +118,17 @@ def measure(
 
 
 def _cost(model: Any, runs: Sequence[tuple[Answer, float]], peak: float | None) -> Cost:
-    answers = [answer for answer, _ in runs]
-    total = statistics.median(spent for _, spent in runs)
-    parts = {part: statistics.median(answer.milliseconds.get(part, 0.0) for answer in answers) for part in PARTS[:-1]}
+    # One request as a whole: medians of each part by itself would not add up to the median of the whole.
+    answer, total = sorted(runs, key=lambda run: run[1])[(len(runs) - 1) // 2]
+    parts = {part: answer.milliseconds.get(part, 0.0) for part in PARTS[:-1]}
     parts["other"] = max(0.0, total - sum(parts.values()))
-    new_tokens = len(answers[0].token_ids)
+    new_tokens = len(answer.token_ids)
     return Cost(
         milliseconds=parts,
-        ttft=statistics.median(answer.milliseconds["ttft"] for answer in answers),
+        ttft=answer.milliseconds["ttft"],
         total=total,
         new_tokens=new_tokens,
-        kv_bytes=kv_cache_bytes(model, answers[0].prompt_tokens + new_tokens),
+        kv_bytes=kv_cache_bytes(model, answer.prompt_tokens + new_tokens),
         peak_bytes=peak,
     )
 
@@ -145,6 +150,7 @@ def peak_bytes(requests: Mapping[str, Callable[[], object]], device: torch.devic
         return {name: _peak_on_cuda(request, device) for name, request in requests.items()}
     if device.type != "cpu":
         return {}
+    os.environ.setdefault("KINETO_LOG_LEVEL", PROFILER_QUIET)
     mark = "request "
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as watcher:
         for name, request in requests.items():

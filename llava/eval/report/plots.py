@@ -134,7 +134,7 @@ def choice_bars(choices: Mapping[str, Sequence[float]], levels: Sequence[int]) -
 
 def time_bars(rows: Sequence[Mapping[str, Any]]) -> str:
     """A bar per row: where the time of an answer goes, on one scale."""
-    longest = max(sum(row["cost"]["milliseconds"].values()) for row in rows)
+    longest = max(row["cost"]["total_ms"] for row in rows)
     lines = []
     for row in rows:
         parts = row["cost"]["milliseconds"]
@@ -145,7 +145,7 @@ def time_bars(rows: Sequence[Mapping[str, Any]]) -> str:
         )
         lines.append(
             f'<div class="bar-row"><span class="bar-name">{escape(row["name"])}</span><span class="bar open">{segments}</span>'
-            f'<span class="bar-value">{sum(parts.values()):.1f} ms</span></div>'
+            f'<span class="bar-value">{row["cost"]["total_ms"]:.1f} ms</span></div>'
         )
     key = "".join(f'<li><span class="swatch part-{part}"></span>{part}</li>' for part in PARTS)
     return f'<ul class="legend">{key}</ul><div class="bars timed">{"".join(lines)}</div>'
