@@ -177,6 +177,8 @@ def test_the_program_answers_through_a_pipe_and_tells_failures_by_its_status():
 
 
 SLOW_SPEAKER = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, as tests may be, is started deaf to Ctrl-C
 import sys, time
 from types import SimpleNamespace
 from llava.inference import Answer
