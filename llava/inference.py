@@ -334,9 +334,19 @@ class Assistant:
             return []
         options = options or Options()
         timer = StageTimer(self.model.device)
-        stop = self._stop_texts(options)
         with torch.inference_mode():
             encoded = self._encode_questions(questions, options, timer)
+        return self.answer_rows(encoded, options, timer)
+
+    def answer_rows(self, encoded: Sequence[EncodedRow], options: Options, timer: StageTimer | None = None) -> list[Answer]:
+        """Answer prompts that are encoded already, in one batch; what `answer_batch` does after encoding.
+
+        Args:
+            timer: goes on counting, where the encoding was timed too.
+        """
+        timer = timer or StageTimer(self.model.device)
+        stop = self._stop_texts(options)
+        with torch.inference_mode():
             inputs = pad_rows([each.row for each in encoded], "left")
             rooms = [min(options.max_new_tokens, self._room(each.row.length)) for each in encoded]
             with timer("generate"):

@@ -19,9 +19,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from llava.eval.report.tasks import NO_FAMILY, Item
-from llava.inference import Assistant, cut_at_stop, template_stops
+from llava.inference import Assistant, Options
+from llava.model.llava_arch import EncodedRow
 from llava.model.routing import RoutingRequest
-from llava.model.splice import PromptRow, pad_rows, prompt_rows
+from llava.model.splice import PromptRow, prompt_rows
 
 logger = logging.getLogger(__name__)
 
@@ -150,22 +151,8 @@ def ask(assistant: Assistant, batch: EncodedItems, levels: Sequence[int], max_ne
 
 
 def _generate(assistant: Assistant, rows: Sequence[Any], max_new_tokens: int) -> list[str]:
-    model, tokenizer = assistant.model, assistant.tokenizer
-    rooms = [min(max_new_tokens, model.config.context_length - row.length) for row in rows]
-    if min(rooms) < 1:
-        raise ValueError(f"A prompt of {max(row.length for row in rows)} positions leaves no room in the context for an answer.")
-    stop = template_stops(model.config.conv_version)
-    inputs = pad_rows(rows, "left")
-    ids = model.generate(
-        inputs_embeds=inputs.inputs_embeds,
-        attention_mask=inputs.attention_mask.long(),
-        max_new_tokens=max(rooms),
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        **({"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}),
-    )
-    texts = [str(tokenizer.decode(row[:room], skip_special_tokens=True)) for row, room in zip(ids, rooms, strict=True)]
-    return [cut_at_stop(text, stop)[0].strip() for text in texts]
+    encoded = [EncodedRow(row, []) for row in rows]
+    return [answer.text for answer in assistant.answer_rows(encoded, Options(max_new_tokens=max_new_tokens))]
 
 
 def ask_all(
