@@ -4,9 +4,9 @@
                           ^──────────── registration and heart beats
 
 It speaks LLaVA's protocol (`/register_worker`, `/receive_heart_beat`, `/list_models`, `/get_worker_address`, `/refresh_all_workers`,
-`/worker_generate_stream`, `/worker_get_status`) and the OpenAI API. Which addresses it calls is decided by `llava.serve.addresses`, who
-gets a request by `llava.serve.dispatch`, and how it is passed on by `llava.serve.relay`. Nothing is kept beyond its life: workers register
-again by themselves.
+`/worker_generate_stream`, `/worker_get_status`; `/unregister_worker` is our own) and the OpenAI API. Which addresses it calls is decided
+by `llava.serve.addresses`, who gets a request by `llava.serve.dispatch`, and how it is passed on by `llava.serve.relay`. Nothing is kept
+beyond its life: workers register again by themselves.
 
     python -m llava.serve.controller --host 0.0.0.0 --port 30000
 """
@@ -58,7 +58,7 @@ from llava.utils import setup_logging
 logger = logging.getLogger("llava.serve.controller")  # also when run as a program
 
 GENERATING_PATHS = ("/v1/chat/completions", "/worker_generate_stream")
-_REGISTRATION_PATHS = ("/register_worker", "/receive_heart_beat")
+_REGISTRATION_PATHS = ("/register_worker", "/receive_heart_beat", "/unregister_worker")
 _PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 _RESOLVE_SECONDS = 5.0
 _RESOLVING_AT_ONCE = 8
@@ -122,6 +122,13 @@ class HeartBeat(_Open):
 
     worker_name: Name
     queue_length: int = Field(0, ge=0, le=1_000_000)
+    token: Name | None = None
+
+
+class Leave(_Open):
+    """A worker takes no more requests."""
+
+    worker_name: Name
     token: Name | None = None
 
 
@@ -253,15 +260,27 @@ class Controller:
         A beat without the token counts when it comes from where the registration came from. To anybody else the worker is not known, so
         that a worker whose address has changed registers again.
         """
-        try:
-            name = parse_worker_url(asked.worker_name).text
-        except ValueError as error:
-            raise FieldError(str(error), "worker_name") from error
-        worker = self.table.find(name)
-        is_same = worker is not None and caller.peer is not None and worker.registered_from == caller.peer
-        if not is_same and not peer_may_register(self.settings.rules, caller):
+        name = _worker_name(asked.worker_name)
+        if not self._is_registrant(caller, name) and not peer_may_register(self.settings.rules, caller):
             return False
         return self.table.beat(name, asked.queue_length)
+
+    def leave(self, caller: Caller, asked: Leave) -> bool:
+        """Forget a worker that is going down; whether it was known. What it is answering goes on.
+
+        Only whoever may register workers is heard, and without the token only from where that worker's registration came from.
+        """
+        name = _worker_name(asked.worker_name)
+        may = peer_may_register(self.settings.rules, caller) and (caller.has_token or self._is_registrant(caller, name))
+        if not may or self.table.find(name) is None:
+            return False
+        self.table.remove(name)
+        logger.info("worker %s has left", name)
+        return True
+
+    def _is_registrant(self, caller: Caller, name: str) -> bool:
+        worker = self.table.find(name)
+        return worker is not None and caller.peer is not None and worker.registered_from == caller.peer
 
     async def refresh(self) -> None:
         """Ask all workers how they are, and forget those that are not there; several at the same time are one."""
@@ -365,6 +384,14 @@ _REFUSED = (
 )
 
 
+def _worker_name(text: str) -> str:
+    """A worker's address in the one spelling that the table knows."""
+    try:
+        return parse_worker_url(text).text
+    except ValueError as error:
+        raise FieldError(str(error), "worker_name") from error
+
+
 def read_status(fields: StatusFields) -> WorkerStatus:
     """What a worker says of itself.
 
@@ -408,6 +435,7 @@ def create_controller_app(
             "/worker_generate_stream": WorkerRequest,
             "/register_worker": RegisterRequest,
             "/receive_heart_beat": HeartBeat,
+            "/unregister_worker": Leave,
             "/get_worker_address": ModelName,
         },
         guarded=bool(settings.api_keys),
@@ -435,6 +463,11 @@ def _add_worker_endpoints(app: FastAPI, controller: Controller) -> None:
     async def receive_heart_beat(request: Request) -> dict[str, bool]:
         asked = validate(HeartBeat, await read_json(request))
         return {"exist": controller.beat(controller.caller(request, asked.token), asked)}
+
+    @app.post("/unregister_worker", summary="A worker takes no more requests")
+    async def unregister_worker(request: Request) -> dict[str, bool]:
+        asked = validate(Leave, await read_json(request))
+        return {"exist": controller.leave(controller.caller(request, asked.token), asked)}
 
 
 def _add_client_endpoints(app: FastAPI, controller: Controller) -> None:

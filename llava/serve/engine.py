@@ -627,8 +627,7 @@ class EmbeddedEngine:
             logits[torch.tensor(early, device=logits.device)[:, None], torch.tensor(ends, device=logits.device)] = float("-inf")
         sampling = [task.request.sampling for task in tasks]
         uniform = [
-            random_number(task.seed, len(task.stream.ids)) if wish.temperature else 0.0
-            for task, wish in zip(tasks, sampling, strict=True)
+            random_number(task.seed, len(task.stream.ids)) if wish.temperature else 0.0 for task, wish in zip(tasks, sampling, strict=True)
         ]
         return pick(logits, sampling, uniform)
 

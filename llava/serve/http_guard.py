@@ -137,9 +137,22 @@ class Gate:
     def __init__(self, capacity: int, held_bytes: int) -> None:
         self.capacity, self.held_bytes = capacity, held_bytes
         self.inside = self.bytes_inside = 0
-        self.draining = False
+        self._draining = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+
+    @property
+    def draining(self) -> bool:
+        """Whether the server is going down: what is inside finishes, nobody else gets in."""
+        return self._draining.is_set()
+
+    def drain(self) -> None:
+        """Let nobody in any more."""
+        self._draining.set()
+
+    async def wait_draining(self) -> None:
+        """Return when nobody is let in any more."""
+        await self._draining.wait()
 
     @contextmanager
     def places(self, count: int = 1) -> Iterator[None]:
@@ -323,9 +336,7 @@ class ApiKeys:
         open_paths: exact paths. open_prefixes: paths that start with one of these, up to a slash.
     """
 
-    def __init__(
-        self, app: ASGIApp, keys: KeyRing, open_paths: Sequence[str] = ("/health",), open_prefixes: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing, open_paths: Sequence[str] = ("/health",), open_prefixes: Sequence[str] = ()) -> None:
         self.app, self.keys = app, keys
         self.open_paths = frozenset(open_paths)
         self.open_prefixes = tuple(prefix.rstrip("/") + "/" for prefix in open_prefixes)

@@ -152,7 +152,7 @@ class DrainingServer(uvicorn.Server):
     A second signal ends it at once.
 
     Args:
-        gate: counts what runs; its `draining` makes the app refuse.
+        gate: counts what runs; draining, it makes the app refuse.
         drain_seconds: after which what still runs is cancelled.
         on_started: called once connections are taken.
     """
@@ -193,7 +193,7 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         logger.info("draining: %d requests run", self.gate.inside)
-        self.gate.draining = True
+        self.gate.drain()
         self._finishing = asyncio.get_running_loop().create_task(self._finish())
 
     async def _finish(self) -> None:

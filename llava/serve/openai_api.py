@@ -505,9 +505,7 @@ class ChatWriter:
         body = {"choices": [], "usage": usage_fields(endings), "avg_llava": report_fields(slowest)}
         return server_sent({**self.head, "object": "chat.completion.chunk", **body})
 
-    def _chunk(
-        self, index: int, delta: Mapping[str, Any], scores: Sequence[TokenScore], finish_reason: str | None, **extra: Any
-    ) -> bytes:
+    def _chunk(self, index: int, delta: Mapping[str, Any], scores: Sequence[TokenScore], finish_reason: str | None, **extra: Any) -> bytes:
         choice = self._choice(index, "delta", delta, scores, finish_reason)
         return server_sent({**self.head, "object": "chat.completion.chunk", "choices": [choice], **extra})
 

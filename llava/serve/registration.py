@@ -1,10 +1,11 @@
-"""How a worker makes itself known to a controller, and stays known, whichever of the two starts first or starts again."""
+"""How a worker makes itself known to a controller, stays known, whichever of the two starts first or starts again, and says good-bye."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,15 +34,17 @@ class Registration:
     token: str | None = None
     interval: float = HEART_BEAT_SECONDS
 
-    async def run(self, status: Callable[[], dict[str, Any]]) -> None:
-        """Register, send heart beats, and register again when the controller has forgotten us; until cancelled, never raising.
+    async def run(self, status: Callable[[], dict[str, Any]], leaving: Awaitable[None]) -> None:
+        """Register, send heart beats, and register again when the controller has forgotten us; never raising.
 
         Args:
             status: `model_names`, `speed` and `queue_length` as of now.
+            leaving: done when this worker takes no more requests; the controller is told so, and this ends.
         """
         known, failures = False, 0
+        end = asyncio.ensure_future(leaving)
         async with httpx.AsyncClient(base_url=self.controller_url, timeout=CALL_SECONDS, trust_env=False) as client:
-            while True:
+            while not end.done():
                 try:
                     known = await self._beat(client, status()) if known else await self._register(client, status())
                     failures, pause = 0, self.interval if known else 0.0
@@ -50,7 +53,14 @@ class Registration:
                     failures += 1
                     level = logging.WARNING if failures == 1 else logging.DEBUG
                     logger.log(level, "the controller at %s cannot be used (%s); trying again", self.controller_url, _reason(error))
-                await asyncio.sleep(pause)
+                await asyncio.wait({end}, timeout=pause)
+            if known:
+                await self._leave(client)
+
+    async def _leave(self, client: httpx.AsyncClient) -> None:
+        with suppress(httpx.HTTPError):  # a controller that is gone, or too old to know this call, finds out by our silence
+            (await client.post("/unregister_worker", json=self._signed({}))).raise_for_status()
+            logger.info("left the controller %s", self.controller_url)
 
     async def _register(self, client: httpx.AsyncClient, status: dict[str, Any]) -> bool:
         body = self._signed({"check_heart_beat": True, "worker_status": status})

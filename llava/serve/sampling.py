@@ -69,9 +69,7 @@ def _draw(logits: Tensor, sampling: Sequence[Sampling], uniform: Sequence[float]
     return order.gather(-1, places)[:, 0]
 
 
-def _scores(
-    logits: Tensor, chosen: Sequence[int], sampling: Sequence[Sampling]
-) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
+def _scores(logits: Tensor, chosen: Sequence[int], sampling: Sequence[Sampling]) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
     """Log probability and alternatives of the rows that ask for them."""
     rows = [row for row, wish in enumerate(sampling) if wish.logprobs is not None]
     if not rows:

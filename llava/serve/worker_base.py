@@ -356,12 +356,11 @@ def create_worker_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        beats = asyncio.create_task(registration.run(worker.status)) if registration is not None else None
+        beats = asyncio.create_task(registration.run(worker.status, gate.wait_draining())) if registration is not None else None
         yield
+        gate.drain()  # if no signal said so before
         if beats is not None:
-            beats.cancel()
-            with suppress(asyncio.CancelledError):
-                await beats
+            await beats
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(engine.drain(), DRAIN_SECONDS)
         worker.pictures.close()
@@ -425,9 +424,7 @@ def _add_routes(app: FastAPI, worker: Worker, metrics: Metrics, not_ready: Error
         return Response(metrics.render(), media_type=CONTENT_TYPE)
 
 
-def run_worker(
-    app: FastAPI, host: str, port: int, *, log_level: str = "info", drain_seconds: float = DRAIN_SECONDS, **options: Any
-) -> int:
+def run_worker(app: FastAPI, host: str, port: int, *, log_level: str = "info", drain_seconds: float = DRAIN_SECONDS, **options: Any) -> int:
     """Serve an app until SIGTERM or SIGINT, then finish what runs, refusing new requests.
 
     Args:

@@ -227,6 +227,30 @@ def test_heart_beats_count_from_where_the_worker_registered_or_with_the_token() 
     assert controller.post("/receive_heart_beat", {**beat, "token": "secret"}, "10.0.0.8").json() == {"exist": True}
 
 
+def test_a_worker_leaves_by_its_own_word_alone() -> None:
+    controller = Called(settings(tokens=("secret",)))
+    bye = {"worker_name": "http://10.0.0.7:40000/"}
+    controller.register("http://10.0.0.7:40000", peer="10.0.0.7", token="secret")
+    assert controller.post("/unregister_worker", bye, "10.0.0.7").json() == {"exist": False}  # without the token
+    assert controller.post("/unregister_worker", {**bye, "token": "wrong"}, "10.0.0.7").json() == {"exist": False}
+    assert controller.models == ["m"]
+    assert controller.post("/unregister_worker", {**bye, "token": "secret"}, "10.0.0.7").json() == {"exist": True}
+    assert controller.models == []
+    assert controller.post("/unregister_worker", {**bye, "token": "secret"}, "10.0.0.7").json() == {"exist": False}
+    assert controller.post("/unregister_worker", {"worker_name": "no address", "token": "secret"}, "10.0.0.7").status_code == 400
+
+
+def test_without_tokens_nobody_sends_anothers_worker_away() -> None:
+    controller = Called(settings("10.1.0.0/16"))
+    bye = {"worker_name": "http://10.1.0.5:40000"}
+    controller.register("http://10.1.0.5:40000", peer="10.1.0.5")
+    for peer in ("10.1.0.6", "127.0.0.1", "203.0.113.9"):
+        assert controller.post("/unregister_worker", bye, peer).json() == {"exist": False}
+    assert controller.post("/unregister_worker", bye, "10.1.0.5", origin="http://evil.example").status_code == 403
+    assert controller.models == ["m"]
+    assert controller.post("/unregister_worker", bye, "10.1.0.5").json() == {"exist": True}
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -302,6 +326,7 @@ GOOD_BODIES = (
     ("/register_worker", {"worker_name": "http://127.0.0.1:40000", "check_heart_beat": True, "worker_status": STATUS}),
     ("/register_worker", {"worker_name": "http://localhost:40001", "check_heart_beat": False, "worker_status": None, "token": "x"}),
     ("/receive_heart_beat", {"worker_name": "http://127.0.0.1:40000", "queue_length": 3}),
+    ("/unregister_worker", {"worker_name": "http://127.0.0.1:40000"}),
     ("/get_worker_address", {"model": "m"}),
     ("/list_models", {}),
     ("/worker_get_status", {}),
@@ -701,6 +726,10 @@ def test_any_order_of_starting_works_and_a_restarted_controller_is_found_again()
                 wait_until(has_model, 10)
                 assert time.monotonic() - begun < 10
                 assert Stack(running).chat().status_code == 200
+    with AtPort(create_controller_app(), controller_port):
+        with AtPort(create_worker_app(FakeEngine(), registration=registration), worker_port):
+            wait_until(has_model, 10)
+        assert not has_model()  # it said good-bye
 
 
 def started(*command: str, ready: str, seconds: float = 90.0) -> subprocess.Popen[bytes]:

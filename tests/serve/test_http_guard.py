@@ -312,7 +312,7 @@ def test_choices_take_places_of_their_own():
 def test_a_draining_gate_lets_nobody_in_but_those_inside_finish():
     gate = Gate(5, 0)
     with gate.places():
-        gate.draining = True
+        gate.drain()
         with pytest.raises(ServeError) as refused, gate.places():
             pass
         assert refused.value.kind is ErrorKind.DRAINING

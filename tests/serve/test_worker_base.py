@@ -146,7 +146,8 @@ def test_status_and_readiness():
     assert call(app, "GET", "/ready").json() == {"status": "ready"}
     engine.ready = False
     assert call(app, "GET", "/ready").json()["error"]["code"] == "overloaded" and call(app, "GET", "/health").status_code == 200
-    engine.ready, app.state.gate.draining = True, True
+    engine.ready = True
+    app.state.gate.drain()
     refused = call(app, "GET", "/ready")
     assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down" and refused.headers["retry-after"] == "5"
     assert call(app, "POST", CHAT, json=chat_body()).status_code == 503
@@ -541,11 +542,13 @@ class Controller:
         self.known: set[str] = set()
         self.registered: list[dict] = []
         self.beats: list[dict] = []
+        self.left: list[dict] = []
         self.refuse = False
         self.app = FastAPI()
         guard_app(self.app, Gate(10, 10**6), Limits())
         self.app.post("/register_worker")(self.register)
         self.app.post("/receive_heart_beat")(self.beat)
+        self.app.post("/unregister_worker")(self.leave)
 
     async def register(self, request: Request):
         if self.refuse:
@@ -558,6 +561,10 @@ class Controller:
         body = await request.json()
         self.beats.append(body)
         return JSONResponse({"exist": body["worker_name"] in self.known})
+
+    async def leave(self, request: Request):
+        self.left.append(await request.json())
+        return JSONResponse({"exist": True})
 
 
 def test_a_worker_registers_and_comes_back_when_it_is_forgotten():
@@ -577,10 +584,34 @@ def test_a_worker_registers_and_comes_back_when_it_is_forgotten():
             assert controller.beats[0] == {"worker_name": "http://worker:1", "queue_length": 0, "token": "token"}
             controller.known.clear()
             wait_until(lambda: len(controller.registered) == 2)
-        time.sleep(0.1)  # one may have been under way
+        assert controller.left == [{"worker_name": "http://worker:1", "token": "token"}]
         count = len(controller.beats)
         time.sleep(0.2)
         assert len(controller.beats) == count  # a worker that has ended sends no more
+
+
+def test_a_worker_takes_its_leave_when_it_begins_to_drain_and_still_finishes():
+    controller, engine = Controller(), FakeEngine(piece_delay=0.2)
+    with RunningApp(controller.app) as there:
+        registration = Registration(there.url, "http://worker:1", interval=30)
+        with RunningApp(create_worker_app(engine, registration=registration)) as worker:
+            wait_until(lambda: len(controller.registered) == 1)
+            with httpx.stream("POST", worker.url + CHAT, json=chat_body(stream=True), trust_env=False) as answer:
+                lines = answer.iter_lines()
+                next(lines)
+                worker.server.servers[0].get_loop().call_soon_threadsafe(worker.server.gate.drain)
+                wait_until(lambda: len(controller.left) == 1, 5)
+                assert "[DONE]" in "".join(lines)
+
+
+def test_a_controller_that_knows_no_good_bye_is_no_hindrance():
+    controller = Controller()
+    controller.app.router.routes = [route for route in controller.app.router.routes if "unregister" not in route.path]
+    with RunningApp(controller.app) as there:
+        with RunningApp(create_worker_app(FakeEngine(), registration=Registration(there.url, "http://worker:1"))):
+            wait_until(lambda: len(controller.registered) == 1)
+            begun = time.monotonic()
+        assert time.monotonic() - begun < 5
 
 
 def test_a_worker_serves_while_no_controller_is_there_and_finds_it_later():
