@@ -379,6 +379,40 @@ def test_requests_that_name_remote_files_or_are_no_json_never_reach_gradio(page,
     assert httpx.post(f"{page[0]}/gradio_api/queue/join", content=b"x" * 1_100_000).status_code == 413
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("queue/join", {"fn_index": 999, "data": [], "session_hash": "a"}),
+        ("queue/join", {"fn_index": True, "data": [], "session_hash": "a"}),
+        ("queue/join", {"fn_index": [], "data": [], "session_hash": "a"}),
+        ("queue/join", {"data": [], "session_hash": "a"}),
+        ("queue/join", []),
+        ("run/predict", {"fn_index": -1, "data": [], "session_hash": "a"}),
+        ("run/nope", {"data": [], "session_hash": "a"}),
+        ("run/stop", {"data": []}),
+        ("run/stop", {"data": [], "session_hash": 5}),
+        ("run/stop", {"data": None, "session_hash": "a"}),
+        ("run/compare", {"data": [], "session_hash": "a"}),
+        ("run/compare", None),
+        ("call/nope", {"data": []}),
+    ],
+)
+def test_a_call_of_no_event_is_the_callers_mistake(page, path, body):
+    assert httpx.post(f"{page[0]}/gradio_api/{path}", json=body).status_code == 400
+
+
+def test_calls_in_the_pages_own_form_reach_it(page):
+    number = next(each["id"] for each in httpx.get(f"{page[0]}/config").json()["dependencies"] if each["api_name"] == "compare")
+    for path, fields in (("run/compare", {}), ("run/predict", {"fn_index": number})):
+        answer = httpx.post(f"{page[0]}/gradio_api/{path}", json={"data": [True], "session_hash": "a", **fields})
+        assert answer.status_code == 200 and answer.json()["data"]
+
+
+def test_names_beyond_a_file_systems_are_not_looked_for(page):
+    for folder in ("static", "assets", "svelte"):
+        assert httpx.get(f"{page[0]}/{folder}/{'a' * 300}").status_code == 404
+
+
 def test_the_browser_is_told_to_load_nothing_foreign(page):
     answer = httpx.get(page[0])
     policy = answer.headers["content-security-policy"]

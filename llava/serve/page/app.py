@@ -84,7 +84,7 @@ def create_page_app(options: PageOptions) -> FastAPI:
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
-        middleware=[Middleware(PageGuard, embed=options.embed)],
+        middleware=[Middleware(PageGuard, events=_events(blocks), embed=options.embed)],
     )
     app.add_route("/gradio_api/upload", uploads.receive, methods=["POST"])
     app.add_route("/gradio_api/upload_progress", uploads.progress, methods=["GET"])
@@ -105,6 +105,16 @@ def create_page_app(options: PageOptions) -> FastAPI:
         theme=_theme(),
         head=f"<style>{CSS}</style>",  # Gradio rewrites what it is given as css, and drops what it does not know
     )
+
+
+def _events(blocks: gr.Blocks) -> dict[int | str, int]:
+    """The page's events, by number and by name, with the number of their inputs."""
+    found: dict[int | str, int] = {}
+    for number, event in blocks.fns.items():
+        found[number] = len(event.inputs)
+        if isinstance(event.api_name, str):
+            found[event.api_name] = len(event.inputs)
+    return found
 
 
 def _theme() -> gr.themes.Base:

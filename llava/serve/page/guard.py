@@ -1,14 +1,15 @@
 """What the page's server answers at all, and the headers it sends.
 
 Gradio serves more than this page uses: a proxy, components' own routes, remote files named in a request. Here is a closed list of paths
-and methods; requests are small (pictures come in through `uploads.py` alone) and name no remote file; and the browser is told to load
-nothing from anywhere else.
+and methods; requests are small (pictures come in through `uploads.py` alone), name no remote file and call an event that the page has, all
+of which Gradio itself would answer with an internal error; and the browser is told to load nothing from anywhere else.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote
 
@@ -21,10 +22,14 @@ MAX_JSON_BYTES = 1_000_000
 MAX_DEPTH = 40
 """Deepest nesting of such a request."""
 
+MAX_NAME = 200
+"""Longest part of a path; file systems refuse more than 255."""
+
 _PLAIN = r"(?:|config|info|theme\.css|robots\.txt|favicon\.ico|manifest\.json|(?:static|assets|svelte)/.+)"
 _GET_API = r"(?:info|config|queue/data|queue/status|heartbeat/[\w-]+|startup-events|app_id|upload_progress|call/\w+/\w+|theme\.css|file=.+)"
 _GET = re.compile(rf"/(?:{_PLAIN}|gradio_api/{_GET_API})")
-_POST = re.compile(r"/gradio_api/(?:queue/join|run/[\w-]+|api/[\w-]+|call/[\w-]+|cancel|reset|upload)/?")
+_CALL = re.compile(r"/gradio_api/(?:queue/join|(?P<way>run|call)/(?P<name>[\w-]+))/?")
+_POST = re.compile(rf"{_CALL.pattern}|/gradio_api/(?:cancel|reset|upload)/?")
 _REMOTE = re.compile(r"\s*[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 
 _POLICY = (
@@ -38,11 +43,12 @@ class PageGuard:
     """ASGI middleware around the page.
 
     Args:
+        events: the page's events, by number and by name, with the number of their inputs.
         embed: let other sites show the page in a frame.
     """
 
-    def __init__(self, app: ASGIApp, embed: bool = False) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, events: Mapping[int | str, int], embed: bool = False) -> None:
+        self.app, self.events = app, events
         self.headers = {
             "Content-Security-Policy": _POLICY.format(ancestors="*" if embed else "'self'"),
             "X-Content-Type-Options": "nosniff",
@@ -69,8 +75,21 @@ class PageGuard:
             await PlainTextResponse("The request is too large.", 413)(scope, receive, send)
         elif not _is_clean(body):
             await PlainTextResponse("The request is not JSON, or names a file that was not uploaded here.", 400)(scope, receive, send)
+        elif (call := _CALL.fullmatch(scope["path"])) and not self._is_event(call, json.loads(body or b"null")):
+            await PlainTextResponse("The request calls no event of this page, or not in its form.", 400)(scope, receive, send)
         else:
             await self.app(scope, _replay(body, receive), send)
+
+    def _is_event(self, call: re.Match[str], asked: Any) -> bool:
+        if not isinstance(asked, dict):
+            return False
+        event: Any = asked.get("fn_index") if call["name"] in (None, "predict") else call["name"]
+        if type(event) not in (int, str) or event not in self.events:
+            return False
+        if call["way"] != "run":
+            return True  # what is wrong with its data is told where its answer is waited for
+        data, session = asked.get("data"), asked.get("session_hash")
+        return isinstance(data, list) and len(data) == self.events[event] and isinstance(session, str) and session != ""
 
     def _with_headers(self, send: Send) -> Send:
         async def wrapped(message: Message) -> None:
@@ -85,6 +104,8 @@ class PageGuard:
 
 def _is_open(scope: Scope) -> bool:
     path, method = scope["path"], scope["method"]
+    if any(len(part) > MAX_NAME for part in path.split("/")):
+        return False
     if method == "POST":
         return _POST.fullmatch(path) is not None
     if method not in ("GET", "HEAD") or _GET.fullmatch(path) is None:

@@ -221,6 +221,8 @@ def _place_for_programs(chat: Chat, concurrency: int) -> None:
         try:
             names = (await chat.catalogue.get()).names
             values = (False, model or (names[0] if names else None), granularity, None, AUTO, max_visual_tokens, 0.0, 0.0, 1.0, 512)
+            if not isinstance(message, dict):
+                raise Refusal("There is no question.")
             reply = await chat.once(message.get("text") or "", message.get("files") or [], read_settings(values)[0])
         except Refusal as refusal:
             raise gr.Error(str(refusal), print_exception=False) from None
