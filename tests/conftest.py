@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,3 +13,12 @@ import pytest
 def oracle() -> Path:
     """Folder of the recorded reference numbers; its README says what each file holds."""
     return Path(__file__).parent / "oracle"
+
+
+@pytest.fixture(autouse=True)
+def _programs_leave_no_log_handler() -> Iterator[None]:
+    """A program that a test runs in this process logs to the standard error of that test, which is closed afterwards."""
+    before = [(logger, list(logger.handlers), logger.level, logger.propagate) for logger in map(logging.getLogger, ("llava", "uvicorn"))]
+    yield
+    for logger, handlers, level, propagate in before:
+        logger.handlers, logger.level, logger.propagate = handlers, level, propagate

@@ -25,20 +25,6 @@ PUBLISHED = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def as_it_was():
-    """Programs set up logging for their whole process; put it back."""
-    loggers = [logging.getLogger(name) for name in ("llava", "uvicorn")]
-    before = [(logger, list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
-    yield
-    for logger, handlers, propagate, level in before:
-        for handler in set(logger.handlers) - set(handlers):
-            logger.removeHandler(handler)
-            handler.close()
-        logger.propagate = propagate
-        logger.setLevel(level)
-
-
 def parsed(text: str = "") -> argparse.Namespace:
     return build_parser().parse_args(text.split())
 
