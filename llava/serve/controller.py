@@ -44,8 +44,11 @@ from llava.serve.addresses import (
     peer_may_register,
 )
 from llava.serve.dispatch import DispatchMethod, Worker, WorkerStatus, WorkerTable
-from llava.serve.http_guard import HELD_BODIES, FieldError, Gate, KeyRing, error_response, guard_app, read_json, read_secrets
+from llava.serve.errors import FieldError, error_response
+from llava.serve.gate import HELD_BODIES, Gate
+from llava.serve.http_guard import guard_app
 from llava.serve.http_server import check_address, make_server, run_server
+from llava.serve.keys import KeyRing, read_secrets
 from llava.serve.llava_api import WorkerRequest
 from llava.serve.metrics import CONTENT_TYPE
 from llava.serve.openai_api import ChatRequest, validate
@@ -53,6 +56,7 @@ from llava.serve.openapi import describe_bodies
 from llava.serve.outbound import BrokenOff, Outbound, Patience, Unreachable
 from llava.serve.protocol import ErrorKind, Limits, ServeError
 from llava.serve.relay import EVENTS, FRAMES, Job, Relay
+from llava.serve.strict_json import read_json
 from llava.utils import setup_logging
 
 logger = logging.getLogger("llava.serve.controller")  # also when run as a program

@@ -8,109 +8,35 @@ request's id.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
-import json
 import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import anyio
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava.fetch import literal_address
+from llava.serve.errors import FieldError, error_response, typed_error
+from llava.serve.gate import Gate
+from llava.serve.keys import KeyRing
 from llava.serve.protocol import ErrorKind, Limits, ServeError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MAX_JSON_ITEMS = 300_000
-"""Commas and brackets in a body, at most: bounds the objects that reading it makes. Pictures, in base64, have none of them."""
-LARGE_BODY = 1_000_000
-"""Bytes from which a body is parsed beside the event loop, so that others are served meanwhile."""
-MAX_JSON_DIGITS = 24
-"""Digits of a whole number, at most."""
 MAX_HEADER_BYTES = 16_384
 """Address and headers of a request together."""
-HELD_BODIES = 8
-"""How many bodies of the largest size may be held at once, all requests together."""
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-
-
-class FieldError(ServeError):
-    """What is wrong with one field of a request.
-
-    Args:
-        param: the field, as a path such as `messages.0.content`.
-    """
-
-    def __init__(self, detail: str, param: str | None = None, kind: ErrorKind = ErrorKind.INVALID_REQUEST) -> None:
-        super().__init__(kind, detail)
-        self.param = param
-
-
-def request_id_of(scope: Scope) -> str:
-    """The id that `RequestIds` gave this request."""
-    return str(scope.get("state", {}).get("request_id", "-"))
-
-
-def error_fields(error: ServeError, request_id: str) -> dict[str, Any]:
-    """The value of `error` in OpenAI's error body."""
-    return {
-        "message": error.detail,
-        "type": error.kind.fault.type,
-        "param": getattr(error, "param", None),
-        "code": error.kind.value,
-        "request_id": request_id,
-    }
-
-
-def error_body(error: ServeError, request_id: str, worker_protocol: bool = False) -> dict[str, Any]:
-    """An error as JSON: OpenAI's, and for LLaVA's protocol with its `text` and `error_code` beside it."""
-    body: dict[str, Any] = {"error": error_fields(error, request_id)}
-    if worker_protocol:
-        body = {"text": f"{error.detail} (request {request_id})", "error_code": error.kind.fault.code, **body}
-    return body
-
-
-def error_response(error: ServeError, scope: Scope, status: int | None = None, headers: dict[str, str] | None = None) -> Response:
-    """An error as a response.
-
-    Args:
-        status: in place of the kind's own.
-    """
-    fault = error.kind.fault
-    extra = dict(headers or {})
-    if fault.retry_after is not None:
-        extra["Retry-After"] = str(fault.retry_after)
-    if error.kind is ErrorKind.UNAUTHORIZED:
-        extra["WWW-Authenticate"] = "Bearer"
-    body = error_body(error, request_id_of(scope), scope["path"].startswith("/worker_"))
-    return Response(json.dumps(body), status or fault.status, extra, media_type="application/json")
-
-
-def typed_error(raised: Exception, request_id: str) -> ServeError:
-    """Whatever was raised as an error that a client may read; the rest is written to the log."""
-    if isinstance(raised, ServeError):
-        logger.info("request %s failed: %s: %r", request_id, raised.kind.value, raised.detail)
-        return raised
-    if isinstance(raised, ClientDisconnect):
-        return ServeError(ErrorKind.CANCELLED)
-    logger.error("request %s failed inside", request_id, exc_info=raised)
-    return ServeError(ErrorKind.INTERNAL)
 
 
 def header_of(scope: Scope, name: bytes) -> str | None:
@@ -126,107 +52,6 @@ def cut_connection(scope: Scope) -> None:
         transport.abort()
 
 
-class Gate:
-    """Counts the requests that generate, and says no when there are too many or the server is going down.
-
-    Args:
-        capacity: requests inside at once: places in the batch and in the queue.
-        held_bytes: bytes of all their bodies together.
-    """
-
-    def __init__(self, capacity: int, held_bytes: int) -> None:
-        self.capacity, self.held_bytes = capacity, held_bytes
-        self.inside = self.bytes_inside = 0
-        self._draining = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    @property
-    def draining(self) -> bool:
-        """Whether the server is going down: what is inside finishes, nobody else gets in."""
-        return self._draining.is_set()
-
-    def drain(self) -> None:
-        """Let nobody in any more."""
-        self._draining.set()
-
-    async def wait_draining(self) -> None:
-        """Return when nobody is let in any more."""
-        await self._draining.wait()
-
-    @contextmanager
-    def places(self, count: int = 1) -> Iterator[None]:
-        """Hold so many places; raises as `check`."""
-        self.check(count)
-        with self.more_places(count):
-            yield
-
-    def check(self, count: int = 1) -> None:
-        """Say no to whoever would get no places now.
-
-        Raises:
-            ServeError: `DRAINING`, or `OVERLOADED` when not all of them are free.
-        """
-        if self.draining:
-            raise ServeError(ErrorKind.DRAINING)
-        if self.inside + count > self.capacity:
-            raise ServeError(ErrorKind.OVERLOADED)
-
-    @contextmanager
-    def more_places(self, count: int) -> Iterator[None]:
-        """Hold more places for a request that is inside already; a server that goes down still finishes it."""
-        if self.inside + count > self.capacity:
-            raise ServeError(ErrorKind.OVERLOADED)
-        self.inside += count
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self.inside -= count
-            if not self.inside:
-                self._idle.set()
-
-    def take_bytes(self, count: int) -> None:
-        """Hold bytes of a body; `OVERLOADED` when all bodies together would exceed the budget."""
-        if self.bytes_inside + count > self.held_bytes:
-            raise ServeError(ErrorKind.OVERLOADED)
-        self.bytes_inside += count
-
-    def give_bytes(self, count: int) -> None:
-        self.bytes_inside -= count
-
-    async def wait_idle(self) -> None:
-        """Return when nothing is inside."""
-        await self._idle.wait()
-
-
-class KeyRing:
-    """API keys, compared in constant time: a guess learns neither how much of a key it got right nor which key came close.
-
-    Args:
-        keys: empty means that no key is asked for.
-
-    Raises:
-        ValueError: an empty key, or one that a header cannot carry.
-    """
-
-    def __init__(self, keys: Sequence[str]) -> None:
-        for number, key in enumerate(keys, start=1):
-            if not key or not key.isascii() or not key.isprintable() or " " in key:
-                raise ValueError(f"API key {number} is empty or holds spaces or other than ASCII characters; choose letters and digits.")
-        self._digests = [_digest(key) for key in keys]
-
-    def __bool__(self) -> bool:
-        return bool(self._digests)
-
-    def accepts(self, authorization: str | None) -> bool:
-        """Whether a value of the Authorization header carries one of the keys."""
-        scheme, _, given = (authorization or "").partition(" ")
-        digest = _digest(given.strip())
-        found = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them, whichever fits
-        return any(found) and scheme.lower() == "bearer"
-
-
 def _is_foreign_page(origin: str | None) -> bool:
     """Whether an Origin header names a site by a name; addresses and this machine's own names cannot be pointed elsewhere."""
     try:
@@ -237,28 +62,6 @@ def _is_foreign_page(origin: str | None) -> bool:
     if parts.scheme not in ("http", "https") or host == "localhost" or host.endswith(".localhost"):
         return False
     return literal_address(host) is None
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-
-
-def read_secrets(values: Sequence[str], file: str | None) -> tuple[str, ...]:
-    """Keys from the command line and from a file with one per line; empty lines and lines that start with `#` do not count.
-
-    Raises:
-        ValueError: a file that cannot be read or holds no key.
-    """
-    if file is None:
-        return tuple(values)
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"The key file {file!r} cannot be read; check its path and rights.") from error
-    found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    if not found:
-        raise ValueError(f"The key file {file!r} holds no key; write one per line.")
-    return (*values, *found)
 
 
 class RequestIds:
@@ -463,67 +266,6 @@ def guard_app(
         return error_response(error, request.scope, raised.status_code, dict(raised.headers or {}))
 
     app.add_exception_handler(HTTPException, refuse)
-
-
-async def read_json(request: Request) -> Any:
-    """The body of a request as plain JSON values.
-
-    Raises:
-        ServeError: no JSON by the strict reading of `parse_json`, another content type, or a body beyond its bounds.
-    """
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":  # also keeps web pages of other origins from posting plain forms here
-        raise FieldError("The Content-Type is not application/json; send JSON and say so.")
-    body = await request.body()
-    return parse_json(body) if len(body) < LARGE_BODY else await asyncio.to_thread(parse_json, body)
-
-
-def parse_json(body: bytes) -> Any:
-    """Read JSON strictly: UTF-8, finite and sensibly long numbers, each name once, no lone surrogates, bounded in size and depth.
-
-    Raises:
-        FieldError: whatever is not so; the sentence never quotes the body.
-    """
-    if sum(body.count(mark) for mark in (b",", b"[", b"{")) > MAX_JSON_ITEMS:
-        raise FieldError(f"The body has more than {MAX_JSON_ITEMS} items.")
-    try:
-        text = body.decode("utf-8")
-        value = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_refuse_constant, object_pairs_hook=_unique)
-        if b"\\u" in body and _SURROGATE.search(text):
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except FieldError:
-        raise
-    except UnicodeError as error:
-        raise FieldError("The body is not UTF-8 text.") from error
-    except RecursionError as error:
-        raise FieldError("The body is nested too deeply.") from error
-    except ValueError as error:
-        raise FieldError("The body is not valid JSON.") from error
-    return value
-
-
-def _whole(digits: str) -> int:
-    if len(digits) > MAX_JSON_DIGITS:
-        raise FieldError(f"The body holds a whole number of more than {MAX_JSON_DIGITS} digits.")
-    return int(digits)
-
-
-def _finite(digits: str) -> float:
-    number = float(digits)
-    if number in (float("inf"), float("-inf")):
-        raise FieldError("The body holds a number that is too large.")
-    return number
-
-
-def _refuse_constant(name: str) -> Any:
-    raise FieldError(f"The body holds {name}, which is not JSON.")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise FieldError("An object of the body names a field twice.")
-    return found
 
 
 async def wait_for_disconnect(receive: Receive) -> None:

@@ -20,7 +20,8 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from llava.serve.http_guard import MAX_HEADER_BYTES, Gate
+from llava.serve.gate import Gate
+from llava.serve.http_guard import MAX_HEADER_BYTES
 
 logger = logging.getLogger(__name__)
 

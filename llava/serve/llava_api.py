@@ -13,7 +13,7 @@ from pydantic import Field
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.model.routing import RoutingRequest
-from llava.serve.http_guard import FieldError, error_body
+from llava.serve.errors import FieldError, error_body
 from llava.serve.openai_api import (
     Granularity,
     RoutingFields,

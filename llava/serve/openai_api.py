@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.inference import Message
 from llava.model.routing import RoutingRequest
-from llava.serve.http_guard import FieldError
+from llava.serve.errors import FieldError
 from llava.serve.protocol import (
     ErrorKind,
     Finished,

@@ -20,7 +20,8 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from llava.serve.dispatch import Worker, WorkerTable
-from llava.serve.http_guard import cut_connection, error_body, error_fields, request_id_of, unless_gone
+from llava.serve.errors import error_body, error_fields, request_id_of
+from llava.serve.http_guard import cut_connection, unless_gone
 from llava.serve.outbound import BrokenOff, Outbound, Patience, Reply, Unreachable, parse_json_object
 from llava.serve.protocol import ErrorKind, ServeError
 

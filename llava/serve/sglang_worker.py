@@ -21,8 +21,8 @@ from dataclasses import replace
 
 from fastapi import FastAPI
 
-from llava.serve.http_guard import read_secrets
 from llava.serve.http_server import check_address
+from llava.serve.keys import read_secrets
 from llava.serve.outbound import BrokenOff, Outbound, Patience, Unreachable
 from llava.serve.protocol import ErrorKind, Limits
 from llava.serve.registration import Registration

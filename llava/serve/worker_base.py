@@ -19,17 +19,9 @@ from starlette.types import Message as AsgiMessage
 from starlette.types import Receive, Scope, Send
 
 from llava import __version__
-from llava.serve.http_guard import (
-    HELD_BODIES,
-    Gate,
-    error_fields,
-    error_response,
-    guard_app,
-    read_json,
-    request_id_of,
-    typed_error,
-    unless_gone,
-)
+from llava.serve.errors import error_fields, error_response, request_id_of, typed_error
+from llava.serve.gate import HELD_BODIES, Gate
+from llava.serve.http_guard import guard_app, unless_gone
 from llava.serve.http_server import DRAIN_SECONDS, make_server, run_server
 from llava.serve.llava_api import WorkerCall, WorkerRequest, WorkerWriter, read_worker_request
 from llava.serve.metrics import CONTENT_TYPE, Metrics
@@ -63,6 +55,7 @@ from llava.serve.protocol import (
     TokenScore,
 )
 from llava.serve.registration import Registration
+from llava.serve.strict_json import read_json
 
 __all__ = ["Registration", "Worker", "create_worker_app", "run_worker"]
 

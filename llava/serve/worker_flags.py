@@ -6,7 +6,7 @@ import argparse
 import logging
 
 from llava.fetch import FetchError, split_url
-from llava.serve.http_guard import read_secrets
+from llava.serve.keys import read_secrets
 from llava.serve.protocol import Limits
 from llava.serve.registration import Registration
 from llava.utils import setup_logging

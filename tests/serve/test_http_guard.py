@@ -13,8 +13,11 @@ import httpx
 import pytest
 
 from llava.serve import http_server
-from llava.serve.http_guard import MAX_JSON_ITEMS, FieldError, Gate, KeyRing, parse_json, read_secrets
+from llava.serve.errors import FieldError
+from llava.serve.gate import Gate
+from llava.serve.keys import KeyRing, read_secrets
 from llava.serve.protocol import ErrorKind, Limits, ServeError
+from llava.serve.strict_json import MAX_JSON_ITEMS, parse_json
 from llava.serve.worker_base import create_worker_app
 from tests.serve.bodies import CHAT, WORKER, chat_body, worker_body
 from tests.serve.fake_engine import FakeEngine

@@ -11,7 +11,7 @@ import pytest
 
 from llava.inference import Message
 from llava.model.routing import RoutingRequest
-from llava.serve.http_guard import FieldError
+from llava.serve.errors import FieldError
 from llava.serve.openai_api import ChatWriter, read_chat, score_fields, server_sent
 from llava.serve.protocol import ErrorKind, Finished, ImageReport, Limits, Sampling, ServeError, TokenScore
 from llava.serve.worker_base import create_worker_app

@@ -24,7 +24,8 @@ from PIL import Image
 
 from llava import fetch as fetching
 from llava.serve import pictures as pictures_page
-from llava.serve.http_guard import Gate, guard_app
+from llava.serve.gate import Gate
+from llava.serve.http_guard import guard_app
 from llava.serve.pictures import NOT_FETCHED, PictureLoader
 from llava.serve.protocol import ErrorKind, Limits, Piece, ServeError
 from llava.serve.worker_base import Registration, _coalesced, create_worker_app, run_worker
