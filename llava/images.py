@@ -4,6 +4,7 @@ Every input either becomes the same picture every time or is refused with one se
 
 - A file has at most 20 MB, a picture at most 64 megapixels; the size is read from the header, before any pixel is
   decoded.
+- A file whose structure would cost its decoder far more than that size says is refused; see `llava.image_structure`.
 - The longer side is at most 200 times the shorter one. Thinner pictures hold nothing that a patch of the vision tower
   could see and make the intermediate sizes explode.
 - EXIF orientation is applied. Transparent pictures are laid on white. Animations give their first frame.
@@ -17,14 +18,16 @@ import base64
 import binascii
 import functools
 import os
+import threading
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from llava.fetch import FetchError, fetch
+from llava.image_structure import StructureError, check_structure, check_tiff
 
 MAX_PIXELS = 64_000_000
 """Largest picture, width times height."""
@@ -119,16 +122,38 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = 
     if not data:
         raise ImageError("the image holds 0 bytes, expected an image file: check how it was written or sent")
     _check_bytes(len(data), max_bytes)
-    image = _open_header(data)
-    _check_size(image.size, max_pixels)
-    try:
-        image.load()
-        upright = ImageOps.exif_transpose(image)
-    except Exception as error:  # a decoder fails on broken bytes with whatever its parser happens to meet
-        raise ImageError(
-            f"the {image.format} image is truncated or broken, expected a whole file: save it again"
-        ) from error
+    with _whole_files_only:
+        image = _open_checked(data, max_pixels)
+        try:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+        except Exception as error:  # a decoder fails on broken bytes with whatever its parser happens to meet
+            raise ImageError(
+                f"the {image.format} image is truncated or broken, expected a whole file: save it again"
+            ) from error
     return to_rgb(upright)
+
+
+class _WholeFilesOnly:
+    """Undoes, while any thread decodes, Pillow's switch for filling up truncated files: lmms-eval sets it for its whole process."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+            self._inside += 1
+
+    def __exit__(self, *raised: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                ImageFile.LOAD_TRUNCATED_IMAGES = self._before
+
+
+_whole_files_only = _WholeFilesOnly()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -168,6 +193,19 @@ def _readable_formats() -> tuple[str, ...]:
     """Return those of our formats that this machine's Pillow was built with (WebP and AVIF are optional)."""
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _open_checked(data: bytes, max_pixels: int) -> Image.Image:
+    """Read the header of a file that costs its decoder no more than a picture of the largest size does."""
+    try:
+        check_structure(data)
+        image = _open_header(data)
+        _check_size(image.size, max_pixels)
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            check_tiff(image, data, max_pixels)
+    except StructureError as error:
+        raise ImageError(str(error)) from error
+    return image
 
 
 def _open_header(data: bytes) -> Image.Image:

@@ -55,10 +55,12 @@ def allowed_levels(levels: Sequence[int], request: RoutingRequest, has_router: b
         has_router: without one, only the finest level is open unless a budget or list says otherwise.
 
     Raises:
-        ValueError: a level the model does not have, an empty list, a budget below 1, or a bias without a router.
+        ValueError: a level the model does not have, an empty list, a budget below 1, or a bias that is not finite or without a router.
     """
     if request.max_visual_tokens is not None and request.max_visual_tokens < 1:
         raise ValueError(f"max_visual_tokens is {request.max_visual_tokens}, expected 1 or more.")
+    if not math.isfinite(request.bias):
+        raise ValueError(f"granularity_bias is {request.bias}, expected a finite number.")
     if request.bias and not has_router:
         raise ValueError(f"granularity_bias is {request.bias}, but this model has no router to bias; choose vis_token_granularity instead.")
     wanted = request.granularity

@@ -62,6 +62,12 @@ def test_a_bias_needs_a_router():
         choose([None], RoutingRequest(bias=1.0), has_router=False)
 
 
+@pytest.mark.parametrize("bias", [float("nan"), float("inf"), float("-inf")])
+def test_a_bias_is_a_finite_number(bias):
+    with pytest.raises(ValueError, match="granularity_bias is .*expected a finite number"):
+        choose([[0.0, 0.9, 1.7]], RoutingRequest(bias=bias))
+
+
 def test_more_than_the_finest_is_the_finest_and_is_said(caplog):
     assert choose([[0.9, 0.1, 0.0]], RoutingRequest(576)) == [2]
     assert "vis_token_granularity is 576, more than this model has; its finest, 144, is used" in caplog.text
