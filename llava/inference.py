@@ -7,9 +7,9 @@ The command line, the evaluation and the engines call this; it composes what the
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from queue import Queue
 from time import perf_counter
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.conversation import SeparatorStyle, get_template
@@ -26,6 +26,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.llava_arch import EncodedRow
 from llava.model.routing import RoutingReport, RoutingRequest
 from llava.model.splice import SplicedInputs, SplicedRow, pad_rows, prompt_rows
+from llava.text_stream import TextStream, cut_at_stop
 from llava.timing import StageTimer
 
 MICRO_MODEL = Path(__file__).resolve().parents[1] / "playground" / "avg-llava-micro"
@@ -124,8 +125,8 @@ def write_prompt(
 
     Args:
         messages: turns, users' and assistants' in alternation, the last one the user's; a system turn in front replaces the template's
-            own text. `<image>` (or `<image-placeholder>`) marks a
-            picture's place; where no turn has one, the first user's turn begins with all of them.
+            own text. `<image>` (or `<image-placeholder>`) marks a picture's place; where no turn has one, the first user's turn begins
+            with all of them.
         num_images: how many pictures there are.
         template: a name from `conv_templates`.
         use_start_end: wrap each placeholder in LLaVA's start and end tokens.
@@ -169,43 +170,52 @@ def write_prompt(
     return prompt[: prompt.index(answer, len(opened.get_prompt().rstrip())) + len(answer)]
 
 
-class _TokenClock(TextStreamer):
-    """Notes when the first token arrives, and hands finished pieces of text on as they come."""
+class _Clock(StoppingCriteria):
+    """Notes when the first token is there; ends nothing."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, pieces: Queue[str] | None) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
-        self.pieces = pieces
+    def __init__(self) -> None:
         self.first_token: float | None = None
 
-    def put(self, value: torch.Tensor) -> None:
-        if not self.next_tokens_are_prompt and self.first_token is None:
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if self.first_token is None:
+            input_ids[:, -1].tolist()  # an accelerator is waited for
             self.first_token = perf_counter()
-        if self.pieces is None:
-            self.next_tokens_are_prompt = False
-            return
-        super().put(value)
-
-    def end(self) -> None:
-        if self.pieces is not None:
-            super().end()
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text and self.pieces is not None:
-            self.pieces.put(text)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class _Cancelled(StoppingCriteria):
     """Ends a generation whose reader went away."""
 
-    def __init__(self) -> None:
-        self.event = threading.Event()
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
 
 
-class _StopTexts(StoppingCriteria):
-    """Ends each row as soon as its text holds one of some texts, whatever tokens it is made of."""
+class _RowTexts(StoppingCriteria):
+    """Reads each row's text as it grows; ends a row whose text holds a stop text, whatever tokens it is made of.
+
+    Args:
+        texts: one per row. ends: ids that end a row. hand_on: takes the pieces of the only row.
+    """
+
+    def __init__(self, texts: Sequence[TextStream], ends: Sequence[int], hand_on: Callable[[str], None] | None) -> None:
+        self.texts, self.ends, self.hand_on = texts, ends, hand_on
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """(B,) whether each row of new tokens (B, T) is done."""
+        for text, token in zip(self.texts, input_ids[:, -1].tolist(), strict=True):
+            if text.stopped or (text.ids and text.ids[-1] in self.ends):
+                continue  # padding, while other rows go on
+            piece = text.add(token)
+            if piece and self.hand_on is not None:
+                self.hand_on(piece)
+        return torch.tensor([text.stopped for text in self.texts], device=input_ids.device)
+
+
+class _BeamTexts(StoppingCriteria):
+    """Ends beams that hold a stop text. Beams change places from step to step, so each is decoded whole."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
         self.tokenizer, self.stop = tokenizer, stop
@@ -217,19 +227,53 @@ class _StopTexts(StoppingCriteria):
 
 
 class AnswerStream:
-    """Iterate for pieces of text; afterwards `answer` is the whole `Answer`. Closing it early ends the generation."""
+    """An answer as it is written: iterate once, for pieces of text that together are `answer.text`; `answer` is there at their end.
 
-    def __init__(self, pieces: Iterator[str], box: list[Answer]) -> None:
-        self._pieces, self._box = pieces, box
+    The model runs in a thread of its own while somebody iterates, and an error of it surfaces there. Closing the iterator early ends the
+    generation with the token at hand; `answer` then holds what there is.
+
+    Args:
+        generate: makes the answer, hands its pieces to the function that it is given, and ends early when the event is set.
+    """
+
+    def __init__(self, generate: Callable[[Callable[[str], None], threading.Event], Answer]) -> None:
+        self._generate = generate
+        self._cancelled = threading.Event()
+        self._arrived: Queue[str | BaseException | None] = Queue()
+        self._thread: threading.Thread | None = None
+        self._answer: Answer | None = None
 
     def __iter__(self) -> Iterator[str]:
-        return self._pieces
+        if self._thread is not None:
+            raise RuntimeError("The stream is being read or was read already; ask again for another one.")
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+        try:
+            while (arrived := self._arrived.get()) is not None:
+                if isinstance(arrived, BaseException):
+                    raise arrived
+                yield arrived
+        finally:
+            self._cancelled.set()
+            self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            self._answer = self._generate(self._arrived.put, self._cancelled)
+            self._arrived.put(None)
+        except BaseException as error:  # handed to the reader's thread, which raises it
+            self._arrived.put(error)
 
     @property
     def answer(self) -> Answer:
-        if not self._box:
+        """The whole answer.
+
+        Raises:
+            RuntimeError: the pieces have not been read to their end.
+        """
+        if self._answer is None:
             raise RuntimeError("The stream has not been read to its end, so there is no whole answer yet.")
-        return self._box[0]
+        return self._answer
 
 
 @dataclass
@@ -260,61 +304,53 @@ class Assistant:
         Raises:
             ValueError: input that cannot work. FloatingPointError: non-finite logits.
         """
-        return self._generate(images, messages, options or Options(), None, None)
+        return self._generate(images, messages, options or Options())
 
     def stream(self, images: Sequence[Image.Image], messages: str | Sequence[Message], options: Options | None = None) -> AnswerStream:
-        """Like `answer`, piece by piece; an error surfaces where the pieces are read."""
-        box: list[Answer] = []
-        return AnswerStream(self._pieces(images, messages, options or Options(), box), box)
+        """Like `answer`, piece by piece; other errors surface where the pieces are read.
 
-    def _pieces(
-        self, images: Sequence[Image.Image], messages: str | Sequence[Message], options: Options, box: list[Answer]
-    ) -> Iterator[str]:
+        Raises:
+            ValueError: beams, whose text is not known before their end.
+        """
+        options = options or Options()
         if options.num_beams > 1:
             raise ValueError(f"num_beams is {options.num_beams}, but beams cannot be streamed; use 1 or answer().")
-        pieces: Queue[Any] = Queue()
-        cancelled = _Cancelled()
-
-        def work() -> None:
-            try:
-                box.append(self._generate(images, messages, options, pieces, cancelled))
-                pieces.put(None)
-            except BaseException as error:  # handed to the reader's thread, which raises it
-                pieces.put(error)
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        try:
-            while (piece := pieces.get()) is not None:
-                if isinstance(piece, BaseException):
-                    raise piece
-                yield piece
-        finally:
-            cancelled.event.set()
-            thread.join()
+        return AnswerStream(partial(self._generate, images, messages, options))
 
     def _generate(
         self,
         images: Sequence[Image.Image],
         messages: str | Sequence[Message],
         options: Options,
-        pieces: Queue[str] | None,
-        cancelled: _Cancelled | None,
+        hand_on: Callable[[str], None] | None = None,
+        cancelled: threading.Event | None = None,
     ) -> Answer:
         timer = StageTimer(self.model.device)
         stop = self._stop_texts(options)
+        clock, text = _Clock(), TextStream(self.tokenizer, stop)
+        criteria = [clock, *self._text_criteria([text], options, hand_on), *([] if cancelled is None else [_Cancelled(cancelled)])]
         with torch.inference_mode():
             encoded = self._encode_questions([Question(images, messages)], options, timer)
             inputs = pad_rows([encoded[0].row], "left")
             room = self._room(inputs.inputs_embeds.shape[1])
-            clock = _TokenClock(self.tokenizer, pieces) if options.num_beams == 1 else None
             start = perf_counter()
-            ids = self._new_tokens(inputs, options, min(options.max_new_tokens, room), stop, clock, cancelled)[0]
+            ids = self._new_tokens(inputs, options, min(options.max_new_tokens, room), criteria)[0]
             end = perf_counter()
-        first = clock.first_token if clock is not None and clock.first_token is not None else end
+        if hand_on is not None and (last := text.end()):
+            hand_on(last)
+        first = clock.first_token or end
         milliseconds = {**timer.milliseconds, "prefill": 1000 * (first - start), "decode": 1000 * (end - first)}
         milliseconds["ttft"] = sum(milliseconds.values()) - milliseconds["decode"]
         return self._answer(ids, stop, encoded[0], milliseconds)
+
+    def _text_criteria(
+        self, texts: Sequence[TextStream], options: Options, hand_on: Callable[[str], None] | None = None
+    ) -> list[StoppingCriteria]:
+        """What ends rows at their stop texts and hands pieces of text on; nothing where neither is wanted."""
+        stop = texts[0].stop
+        if options.num_beams > 1:
+            return [_BeamTexts(self.tokenizer, stop)] if stop else []
+        return [_RowTexts(texts, end_ids(self.model), hand_on)] if stop or hand_on is not None else []
 
     def answer_batch(self, questions: Sequence[Question], options: Options | None = None) -> list[Answer]:
         """Answer several questions in one batch; greedy answers equal those of `answer` one by one.
@@ -349,8 +385,9 @@ class Assistant:
         with torch.inference_mode():
             inputs = pad_rows([each.row for each in encoded], "left")
             rooms = [min(options.max_new_tokens, self._room(each.row.length)) for each in encoded]
+            criteria = self._text_criteria([TextStream(self.tokenizer, stop) for _ in encoded], options)
             with timer("generate"):
-                rows = self._new_tokens(inputs, options, max(rooms), stop, None, None)
+                rows = self._new_tokens(inputs, options, max(rooms), criteria)
         ended = [self._until_end(ids, stop)[:room] for ids, room in zip(rows, rooms, strict=True)]
         return [self._answer(ids, stop, each, dict(timer.milliseconds)) for ids, each in zip(ended, encoded, strict=True)]
 
@@ -444,14 +481,13 @@ class Assistant:
     def _until_end(self, ids: list[int], stop: Sequence[str]) -> list[int]:
         """A row of a batch without what follows its own end: padding, while longer rows went on."""
         ends = end_ids(self.model)
-        end = next((index + 1 for index, token in enumerate(ids) if token in ends), len(ids))
-
-        def holds_stop(count: int) -> bool:
-            return cut_at_stop(str(self.tokenizer.decode(ids[:count], skip_special_tokens=True)), stop)[1]
-
-        if stop and holds_stop(end):
-            end = next(count for count in range(1, end + 1) if holds_stop(count))
-        return ids[:end]
+        text = TextStream(self.tokenizer, stop)
+        for count, token in enumerate(ids, start=1):
+            if stop:
+                text.add(token)
+            if token in ends or text.stopped:
+                return ids[:count]
+        return ids
 
     def prompt_ids(
         self, messages: str | Sequence[Message], num_images: int, conv_mode: str | None = None, answer: str | None = None
@@ -495,22 +531,13 @@ class Assistant:
         return model.encode_rows(rows, [features[id(image)] for image in images], plan, timer)
 
     def _new_tokens(
-        self,
-        inputs: SplicedInputs,
-        options: Options,
-        max_new_tokens: int,
-        stop: Sequence[str],
-        clock: _TokenClock | None,
-        cancelled: _Cancelled | None,
+        self, inputs: SplicedInputs, options: Options, max_new_tokens: int, criteria: Sequence[StoppingCriteria]
     ) -> list[list[int]]:
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if options.temperature > 0:
             sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
         if options.min_new_tokens:
             sampling["min_new_tokens"] = options.min_new_tokens
-        criteria: list[StoppingCriteria] = [_StopTexts(self.tokenizer, stop)] if stop else []
-        if cancelled is not None:
-            criteria.append(cancelled)
         with torch.random.fork_rng(enabled=options.seed is not None):
             if options.seed is not None:
                 torch.manual_seed(options.seed)
@@ -519,8 +546,7 @@ class Assistant:
                 attention_mask=inputs.attention_mask.long(),
                 num_beams=options.num_beams,
                 max_new_tokens=max_new_tokens,
-                streamer=clock,
-                stopping_criteria=criteria or None,
+                stopping_criteria=StoppingCriteriaList(criteria),
                 pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id,
                 **sampling,
             )
@@ -542,12 +568,6 @@ def end_ids(model: Any) -> list[int]:
     """Token ids that end an answer."""
     end = model.generation_config.eos_token_id
     return [] if end is None else [end] if isinstance(end, int) else list(end)
-
-
-def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """Cut a text at the first stop text in it; tell whether there was one."""
-    places = [text.find(marker) for marker in stop if marker in text]
-    return (text[: min(places)], True) if places else (text, False)
 
 
 def micro_model_path() -> str:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import random
+import threading
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
 
 from llava import inference
 from llava.conversation import conv_templates
-from llava.inference import MICRO_MODEL, Answer, Assistant, Message, Options, Question, cached_assistant, cut_at_stop, write_prompt
+from llava.inference import (
+    MICRO_MODEL,
+    Answer,
+    Assistant,
+    Message,
+    Options,
+    Question,
+    _BeamTexts,
+    _RowTexts,
+    cached_assistant,
+    write_prompt,
+)
 from llava.model.routing import RoutingRequest
+from llava.text_stream import TextStream, cut_at_stop
 
 QUESTION = "What is written on the sign?"
 SHORT = Options(max_new_tokens=6)
@@ -23,6 +39,16 @@ def assistant(oracle):
 @pytest.fixture(scope="module")
 def picture(oracle):
     return Image.open(oracle / "images" / "wide.png").convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def micro():
+    return Assistant.load(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return Image.open(MICRO_MODEL.parent / "images" / "scene_beige.png").convert("RGB")
 
 
 def test_the_prompt_follows_the_template():
@@ -89,8 +115,10 @@ def test_a_stream_gives_the_same_answer_in_pieces(assistant, picture, temperatur
     with pytest.raises(RuntimeError, match="not been read to its end"):
         _ = stream.answer
     pieces = list(stream)
-    assert "".join(pieces).strip() == whole.text and len(pieces) > 1
+    assert "".join(pieces) == whole.text and len(pieces) > 1 and all(pieces)
     assert stream.answer.token_ids == whole.token_ids
+    with pytest.raises(RuntimeError, match="ask again for another"):
+        next(iter(stream))
 
 
 def test_a_seed_repeats_and_leaves_the_callers_generator_alone(assistant, picture):
@@ -107,12 +135,85 @@ def test_an_error_in_a_stream_reaches_its_reader_and_a_closed_stream_stops(assis
     with pytest.raises(ValueError, match="placeholders"):
         list(assistant.stream([picture], "<image> <image>?", SHORT))
     with pytest.raises(ValueError, match="beams cannot be streamed"):
-        list(assistant.stream([picture], QUESTION, Options(num_beams=2)))
+        assistant.stream([picture], QUESTION, Options(num_beams=2))
     stream = assistant.stream([picture], QUESTION, Options(max_new_tokens=400))
     pieces = iter(stream)
     next(pieces)
     pieces.close()
     assert len(stream.answer.token_ids) < 400
+
+
+def test_a_stream_that_is_dropped_ends_its_generation(assistant, picture):
+    before = threading.active_count()
+    for _ in assistant.stream([picture], QUESTION, Options(max_new_tokens=400)):
+        break
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("stop", ["white", "k w", " ", "e", "\n"])
+def test_a_stream_never_shows_a_stop_text(micro, scene, stop):
+    question, options = "Name the pole colours from top to bottom.", Options(max_new_tokens=12, min_new_tokens=8, stop=(stop,))
+    whole = micro.answer([scene], question, options)
+    stream = micro.stream([scene], question, options)
+    assert "".join(stream) == stream.answer.text == whole.text and stop not in whole.text
+    assert (stream.answer.token_ids, stream.answer.finish_reason) == (whole.token_ids, whole.finish_reason)
+
+
+@pytest.fixture
+def say(assistant, monkeypatch):
+    """Let the model write given ids, as far as the stopping criteria let it; then stream them."""
+
+    def stream(ids, *stop):
+        def generate(stopping_criteria, **_):
+            for count in range(1, len(ids) + 1):
+                if bool(stopping_criteria(torch.tensor([ids[:count]]), None)):
+                    break
+            return torch.tensor([ids[:count]])
+
+        monkeypatch.setattr(assistant.model, "generate", generate)
+        return assistant.stream([], "Hi?", Options(stop=stop))
+
+    return stream
+
+
+@pytest.mark.parametrize(("stop", "text"), [((), "é→🙂 好 ### end"), (("###",), "é→🙂 好"), (("→🙂",), "é"), (("🙂 好 #", "nd"), "é→")])
+def test_characters_and_stop_texts_of_several_tokens_come_whole_or_not_at_all(assistant, say, stop, text):
+    tokenizer = assistant.tokenizer
+    ids = [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in "é→🙂 好 ### end".encode()]
+    stream = say(ids, *stop)
+    pieces = list(stream)
+    assert "".join(pieces) == stream.answer.text == text and "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+    assert len(stream.answer.token_ids) < len(ids) or not stop
+    ids = tokenizer("one two ### three", add_special_tokens=False).input_ids
+    stream = say(ids, "##")
+    assert "".join(stream) == stream.answer.text == "one two"
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_stop_texts_end_rows_where_decoding_them_whole_would(assistant, seed):
+    """Rows of random ids, special ones and bytes among them, each against the plain way."""
+    source = random.Random(seed)
+    tokenizer, stop = assistant.tokenizer, source.sample(["e", "th", "a b", "to be", "\n", "é", "ing the", ". "], 2)
+    vocabulary = source.choice([range(len(tokenizer)), range(3, 259), range(259, len(tokenizer))])
+    rows = torch.tensor([[source.choice(vocabulary) for _ in range(60)] for _ in range(3)])
+    texts = [TextStream(tokenizer, stop) for _ in rows]
+    criterion, plain, over = _RowTexts(texts, [], None), _BeamTexts(tokenizer, stop), torch.zeros(3, dtype=torch.bool)
+    for count in range(1, 61):
+        over |= plain(rows[:, :count], None)
+        assert torch.equal(criterion(rows[:, :count], None), over)
+
+
+def test_the_cost_of_stop_texts_grows_with_the_answer_and_not_with_its_square(assistant):
+    decoded = []
+    tokenizer = SimpleNamespace(
+        decode=lambda ids, **options: decoded.append(len(ids)) or assistant.tokenizer.decode(ids, **options),
+        convert_ids_to_tokens=assistant.tokenizer.convert_ids_to_tokens,
+    )
+    ids = assistant.tokenizer("one two three four " * 60, add_special_tokens=False).input_ids
+    criterion = _RowTexts([TextStream(tokenizer, ["never"])], [], None)
+    for count in range(1, len(ids) + 1):
+        criterion(torch.tensor([ids[:count]]), None)
+    assert sum(decoded) < 10 * len(ids)
 
 
 def test_the_caller_has_the_last_word_on_cost(assistant, picture):
@@ -160,16 +261,6 @@ def test_answers_are_plain_data():
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def micro():
-    return Assistant.load(device="cpu")
-
-
-@pytest.fixture(scope="module")
-def scene():
-    return Image.open(MICRO_MODEL.parent / "images" / "scene_beige.png").convert("RGB")
 
 
 @pytest.fixture(scope="module")

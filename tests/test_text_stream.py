@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from llava.inference import Assistant, cut_at_stop
-from llava.serve.text_stream import TextStream
+from llava.inference import Assistant
+from llava.text_stream import TextStream, cut_at_stop
 
 
 class Letters:
@@ -60,6 +60,11 @@ def test_the_first_of_several_stop_texts_counts():
     assert stream.stopped
 
 
+def test_a_stop_text_may_begin_where_the_last_one_failed():
+    assert run("a##b###c", "###")[0] == ["a", "", "", "##b", "", "", "", ""]
+    assert "".join(run("aab aac", "aac")[0]) == "aab"
+
+
 @pytest.fixture(scope="module")
 def tokenizer(oracle):
     return Assistant.load(str(oracle / "checkpoint"), device="cpu").tokenizer
@@ -80,7 +85,16 @@ def test_any_answer_comes_out_as_a_whole_decoding_gives_it(tokenizer, seed):
     assert "".join(pieces) == cut_at_stop(tokenizer.decode(stream.ids, skip_special_tokens=True), stop)[0].strip()
     # It stops with the very token that brings a stop text, in a run of bytes too.
     holds = [cut_at_stop(tokenizer.decode(ids[:count], skip_special_tokens=True), stop)[1] for count in range(1, len(stream.ids) + 1)]
-    assert stream.stopped == any(holds) and holds.index(True) == len(holds) - 1 if any(holds) else not stream.stopped
+    assert stream.stopped == any(holds)
+    assert not any(holds[:-1])
+
+
+@pytest.mark.parametrize("special", ["<s>", "<unk>"])
+def test_bytes_around_a_special_token_are_one_run(tokenizer, special):
+    ids = tokenizer.convert_tokens_to_ids(["<0x34>", special, "<0x9C>", special, "a"])
+    stream = TextStream(tokenizer, ())
+    pieces = [stream.add(token) for token in ids]
+    assert "".join([*pieces, stream.end()]) == tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def test_a_line_break_written_as_a_byte_stops_at_once(tokenizer):

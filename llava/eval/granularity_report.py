@@ -13,43 +13,68 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from llava.eval.model_vqa import describe_model
-from llava.eval.report.answers import Crash, Encoder, Record, ask_all, load_picture
-from llava.eval.report.measure import MEMORY_QUESTIONS, Measurements, balanced_sample, measure, mixed, summarise
-from llava.eval.report.outcomes import FEWEST_PICTURES, RESAMPLES, Outcomes
+from llava.eval.report import words
+from llava.eval.report.answers import Crash, Record, ask_all, earlier_answers, write_answers
+from llava.eval.report.examples import describe_example, draw_example, pick_examples
+from llava.eval.report.measure import Measurements, balanced_sample, measure, mixed, summarise
+from llava.eval.report.outcomes import Outcomes
 from llava.eval.report.page import write_page
-from llava.eval.report.tasks import NO_FAMILY, TASKS, Item, Task, open_task, read_questions
+from llava.eval.report.tasks import TASKS, Item, Task, open_task, read_task
+from llava.eval.report.ways import Way, Wishes, check_wishes, ways_of_choosing, wishes_of
 from llava.inference import Assistant, micro_model_path
-from llava.model.routing import RoutingReport, RoutingRequest
 from llava.utils import setup_logging
-from llava.visualize import CAPTION, MARGIN, PANEL, draw_granularity
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_BIASES = (-1.0, -0.5, 0.5, 1.0)
-NO_ROUTER = "This model has no router: the adaptive rows, chance at their cost and the biases are left out."
-
 
 @dataclass(frozen=True)
-class Way:
-    """One row to be: a name, its kind, what it asks of the model (`None` where no single request does it), and its weights (Q, G)."""
+class Settings:
+    """What is asked for: the flags, read and checked as far as they can be without the model.
 
-    name: str
-    kind: str
-    request: RoutingRequest | None
-    weights: np.ndarray
+    task: the questions. output: the report's folder. model_path: `None` for the shipped model. answers: an earlier report's.
+    granularities: tokens per view to compare, `None` for all. biases: `None` for the usual ones. The rest is as in the flags.
+    """
+
+    task: Task
+    output: Path
+    model_path: str | None
+    model_base: str | None
+    device: str | None
+    answers: Path | None
+    granularities: list[int] | None
+    biases: list[float] | None
+    budgets: list[int]
+    batch_size: int
+    max_new_tokens: int
+    timing_samples: int
+    timing_repeats: int
+    examples: int
+    seed: int
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Settings:
+        """Read the questions that the flags name, and take the rest over.
+
+        Raises:
+            ValueError: flags that contradict each other, an unknown task, or a question file with mistakes.
+        """
+        if args.task and args.image_folder:
+            raise ValueError("--image-folder belongs to --questions; a task knows where its pictures are.")
+        task = open_task(args.task) if args.task else read_task(args.questions, args.image_folder)
+        if args.limit:
+            task = replace(task, items=task.items[: args.limit])
+        taken_over = {field.name: getattr(args, field.name) for field in fields(cls) if field.name not in ("task", "budgets")}
+        return cls(task=task, budgets=args.budgets or [], **taken_over)
 
 
 @dataclass(frozen=True)
@@ -125,8 +150,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0, or 1 with one sentence on standard error where something failed or crashed."""
     args = build_parser().parse_args(argv)
     setup_logging()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     try:
-        failure = run(args)
+        failure = run(Settings.of(args))
     except (ValueError, OSError) as error:
         failure = str(error)
     if failure is not None:
@@ -135,45 +162,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(args: argparse.Namespace) -> str | None:
+def run(settings: Settings) -> str | None:
     """Make the report.
 
     Returns:
         What crashed, in one sentence, or `None`.
 
     Raises:
-        ValueError: a task, model or wish that cannot work, or no answer at all. OSError: a model or a folder that cannot be read.
+        ValueError: a model or wish that cannot work, or no answer at all. OSError: a model or a folder that cannot be read.
     """
-    if args.task and args.image_folder:
-        raise ValueError("--image-folder belongs to --questions; a task knows where its pictures are.")
-    task = open_task(args.task) if args.task else read_questions(args.questions, args.image_folder)
-    if args.limit:
-        task = replace(task, items=task.items[: args.limit])
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    assistant = Assistant.load(args.model_path, args.model_base, device=args.device)
+    task, output = settings.task, settings.output
+    assistant = Assistant.load(settings.model_path, settings.model_base, device=settings.device)
     assistant.model.get_vision_tower()
-    names = _levels(assistant, args.granularities)
-    wishes = _wishes(assistant, args)
-    _check_wishes(assistant, task, wishes)
-    args.output.mkdir(parents=True, exist_ok=True)
-    origin = _origin(names, args)
-    records, crashes = _answers(assistant, task, names, origin, args)
+    names = _levels(assistant, settings.granularities)
+    wishes = wishes_of(_has_router(assistant), settings.granularities, settings.biases, settings.budgets)
+    check_wishes(assistant, task, wishes)
+    output.mkdir(parents=True, exist_ok=True)
+    origin = _origin(names, settings)
+    records, crashes = _answers(assistant, names, origin, settings)
     if not records:
         raise ValueError(f"Not one of {len(task.items)} questions could be answered; the first: {crashes[0].reason}")
-    _write_answers(args.output / "answers.jsonl", origin, records)
+    write_answers(output / "answers.jsonl", origin, records)
     failures = Failures(crashes, [])
-    report, chosen = make_report(assistant, task, records, names, wishes, failures, args)
-    pictures = [_drawing(assistant, task, record, names, level) for record, level in chosen]
-    (args.output / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
-    (args.output / "report.html").write_text(write_page(report, pictures), encoding="utf-8")
-    table = markdown(report)
-    (args.output / "report.md").write_text(table, encoding="utf-8")
+    report, chosen = make_report(assistant, records, names, wishes, failures, settings)
+    pictures = [draw_example(assistant, task.folder, record, names, level) for record, level in chosen]
+    (output / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+    (output / "report.html").write_text(write_page(report, pictures), encoding="utf-8")
+    table = words.markdown(report)
+    (output / "report.md").write_text(table, encoding="utf-8")
     print(table)
     return failures.sentence(len(task.items))
 
 
-# ---- what is asked for ------------------------------------------------------------------------------------------------------------
+# ---- answers ----------------------------------------------------------------------------------------------------------------------
 
 
 def _levels(assistant: Assistant, wanted: Sequence[int] | None) -> list[int]:
@@ -188,87 +209,27 @@ def _has_router(assistant: Assistant) -> bool:
     return assistant.model.model.router is not None
 
 
-def _wishes(assistant: Assistant, args: argparse.Namespace) -> dict[str, tuple[str, RoutingRequest]]:
-    """The rows that a single request can do besides the fixed ones: name -> (kind, request)."""
-    limited = args.granularities
-    wishes: dict[str, tuple[str, RoutingRequest]] = {}
-    if _has_router(assistant):
-        wishes["adaptive"] = ("adaptive", RoutingRequest(limited))
-    biases = args.biases if args.biases is not None else DEFAULT_BIASES if _has_router(assistant) else ()
-    for bias in biases:
-        wishes[f"adaptive, bias {bias:+g}"] = ("bias", RoutingRequest(limited, bias=bias))
-    for budget in args.budgets or ():
-        name = f"adaptive, at most {budget}" if _has_router(assistant) else f"finest within {budget}"
-        wishes[name] = ("budget", RoutingRequest(limited, max_visual_tokens=budget))
-    return wishes
-
-
-def _check_wishes(assistant: Assistant, task: Task, wishes: Mapping[str, tuple[str, RoutingRequest]]) -> None:
-    """Let a wish that cannot be met fail on the first question that can be prepared, before every question is asked."""
-    encoder = Encoder(assistant, task.folder)
-    for item in task.items:
-        try:
-            first = encoder([item])
-        except (ValueError, OSError):
-            continue  # counted as a crash when it is asked
-        for _, request in wishes.values():
-            assistant.model.plan(first.rows, [len(features) for features in first.features], first.sizes, request, first.merge_type)
-        return
-
-
-def _origin(names: Sequence[int], args: argparse.Namespace) -> dict[str, Any]:
+def _origin(names: Sequence[int], settings: Settings) -> dict[str, Any]:
     """What answers depend on besides their questions; the first line of answers.jsonl."""
     return {
-        "model": describe_model(args.model_path or micro_model_path()),
-        "model base": None if args.model_base is None else describe_model(args.model_base),
+        "model": describe_model(settings.model_path or micro_model_path()),
+        "model base": None if settings.model_base is None else describe_model(settings.model_base),
         "granularities": list(names),
-        "max new tokens": args.max_new_tokens,
+        "max new tokens": settings.max_new_tokens,
     }
 
 
 def _answers(
-    assistant: Assistant, task: Task, names: Sequence[int], origin: Mapping[str, Any], args: argparse.Namespace
+    assistant: Assistant, names: Sequence[int], origin: Mapping[str, Any], settings: Settings
 ) -> tuple[list[Record], list[Crash]]:
     """Every question at every granularity: asked, or read from an earlier report."""
+    task = settings.task
 
     def ask(items: Sequence[Item]) -> tuple[list[Record], list[Crash]]:
-        records, crashes = ask_all(assistant, items, task.folder, names, args.max_new_tokens, args.batch_size)
+        records, crashes = ask_all(assistant, items, task.folder, names, settings.max_new_tokens, settings.batch_size)
         return [_limited(assistant, record, names) for record in records], crashes
 
-    return ask(task.items) if args.answers is None else _earlier(args.answers, task, origin, ask)
-
-
-def _earlier(
-    path: Path, task: Task, origin: Mapping[str, Any], ask: Callable[[Sequence[Item]], tuple[list[Record], list[Crash]]]
-) -> tuple[list[Record], list[Crash]]:
-    """Records of an earlier report; questions that it lacks are asked now, and its first question again, in case pictures or code differ.
-
-    Raises:
-        ValueError: no such file, or answers that were made in another way; the sentence names what differs.
-    """
-    if not path.is_file():
-        raise ValueError(f"There is no file {path}; --answers takes the answers.jsonl of an earlier report.")
-    first, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] or [{}]
-    before = first.get("made with", {})
-    changed = [f"{name} was {before.get(name)!r}, is {now!r}" for name, now in origin.items() if before.get(name) != now]
-    if changed:
-        raise ValueError(f"The answers in {path} were made in another way: {'; '.join(changed)}; ask for the same, or leave --answers out.")
-    found = {(line["question_id"], line["image"], line["text"], line["answer"], line["family"]): Record(**line) for line in lines}
-    keys = [(item.question_id, item.image, item.text, item.answer, item.family) for item in task.items]
-    known = [item for item, key in zip(task.items, keys, strict=True) if key in found]
-    kept = [found[key] for key in keys if key in found]
-    again = ask(known[:1])[0]
-    if not again or again[0].said != kept[0].said or not _alike(again[0].logits, kept[0].logits):
-        raise ValueError(f"The answers in {path} are of other questions, pictures or another model; leave --answers out.")
-    records, crashes = ask([item for item, key in zip(task.items, keys, strict=True) if key not in found])
-    return [*kept, *records], crashes
-
-
-def _alike(first: Sequence[float] | None, second: Sequence[float] | None) -> bool:
-    """Whether two routers said the same, apart from rounding."""
-    if first is None or second is None:
-        return first is second
-    return bool(np.allclose(first, second, atol=1e-2))
+    return ask(task.items) if settings.answers is None else earlier_answers(settings.answers, task.items, origin, ask)
 
 
 def _limited(assistant: Assistant, record: Record, names: Sequence[int]) -> Record:
@@ -279,51 +240,29 @@ def _limited(assistant: Assistant, record: Record, names: Sequence[int]) -> Reco
     return replace(record, logits=[record.logits[own.index(name)] for name in names])
 
 
-def ways_of_choosing(
-    outcomes: Outcomes,
-    records: Sequence[Record],
-    names: Sequence[int],
-    wishes: Mapping[str, tuple[str, RoutingRequest]],
-    failures: Failures,
-) -> list[Way]:
-    """All rows, in the order of the table."""
-    ways = [Way(f"fixed {name}", "fixed", RoutingRequest(name), outcomes.fixed(level)) for level, name in enumerate(names)]
-    logits = [record.logits for record in records]
-    for name, (kind, request) in wishes.items():
-        try:
-            weights = outcomes.wished(logits, names, request)
-        except ValueError as error:
-            failures.parts.append(f"the row '{name}' is left out: {error}")
-            continue
-        if kind == "adaptive":
-            ways.append(Way("random at that cost", "random", None, outcomes.random_at(outcomes.mean_tokens(weights))))
-        ways.append(Way(name, kind, request, weights))
-    return [*ways, Way("oracle", "oracle", None, outcomes.cheapest_right())]
-
-
 # ---- the report -------------------------------------------------------------------------------------------------------------------
 
 
 def make_report(
     assistant: Assistant,
-    task: Task,
     records: Sequence[Record],
     names: Sequence[int],
-    wishes: Mapping[str, tuple[str, RoutingRequest]],
+    wishes: Wishes,
     failures: Failures,
-    args: argparse.Namespace,
+    settings: Settings,
 ) -> tuple[dict[str, Any], list[tuple[Record, int]]]:
     """Everything the JSON file and the page say, and the examples as (record, level taken)."""
-    outcomes = Outcomes(records)
-    ways = ways_of_choosing(outcomes, records, names, wishes, failures)
-    measured = _measured(assistant, task, records, ways, failures, args)
-    finest = outcomes.resampled(outcomes.fixed(len(names) - 1), args.seed)
-    rows = [_row(outcomes, way, finest, args.seed) | {"cost": _cost(way, ways, measured, records)} for way in ways]
+    task, outcomes = settings.task, Outcomes(records)
+    ways, left_out = ways_of_choosing(outcomes, records, names, wishes)
+    failures.parts.extend(left_out)
+    measured = _measured(assistant, records, ways, failures, settings)
+    finest = outcomes.resampled(outcomes.fixed(len(names) - 1), settings.seed)
+    rows = [_row(outcomes, way, finest, settings.seed) | {"cost": _cost(way, ways, measured, records)} for way in ways]
     taken = next((way for way in ways if way.kind == "adaptive"), ways[len(names) - 1])
-    chosen = pick_examples(records, taken.weights.argmax(1), args.examples)
+    chosen = pick_examples(records, taken.weights.argmax(1), settings.examples)
     report: dict[str, Any] = {
         "task": task.name,
-        "model": args.model_path or "avg-llava-micro",
+        "model": settings.model_path or "avg-llava-micro",
         "asked": len(task.items),
         "answered": len(records),
         "crashes": [asdict(crash) for crash in failures.crashes],
@@ -332,24 +271,19 @@ def make_report(
         "families": outcomes.families,
         "rare_families": outcomes.rare_families,
         "granularities": list(names),
+        "max_new_tokens": settings.max_new_tokens,
         "device": str(assistant.model.device),
         "dtype": str(assistant.model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "seed": args.seed,
+        "seed": settings.seed,
         "rows": rows,
         "oracle_gap": _oracle_gap(rows),
-        "timing": _timing(measured, args),
-        "no_router": NO_ROUTER,
-        "examples": [_example(record, names, level) for record, level in chosen],
+        "timing": None if measured is None else _timing(measured, settings.timing_repeats),
+        "no_router": None if _has_router(assistant) else words.NO_ROUTER,
+        "examples": [describe_example(record, names, level) for record, level in chosen],
     }
-    report["lead"] = "Every question asked at every granularity: what the answers are worth, and what they cost."
-    report["facts"] = [
-        f"model {report['model']}", f"task {task.name}", f"{len(records)} questions on {report['pictures']} pictures",
-        f"{report['device']}, {report['dtype']}, {report['threads']} thread{'s' if report['threads'] > 1 else ''}",
-    ]  # fmt: skip
-    report["cards"] = _cards(rows)
-    report["notes"] = _notes(report, measured, args)
-    return report, chosen
+    said = {"lead": words.LEAD, "facts": words.facts(report), "cards": words.cards(rows), "notes": words.notes(report)}
+    return report | said, chosen
 
 
 def _row(outcomes: Outcomes, way: Way, finest: np.ndarray, seed: int) -> dict[str, Any]:
@@ -367,18 +301,18 @@ def _row(outcomes: Outcomes, way: Way, finest: np.ndarray, seed: int) -> dict[st
 
 
 def _measured(
-    assistant: Assistant, task: Task, records: Sequence[Record], ways: Sequence[Way], failures: Failures, args: argparse.Namespace
+    assistant: Assistant, records: Sequence[Record], ways: Sequence[Way], failures: Failures, settings: Settings
 ) -> Measurements | None:
-    if args.timing_samples == 0:
+    if settings.timing_samples == 0:
         return None
-    sample = balanced_sample(records, args.timing_samples, args.seed)
+    sample = balanced_sample(records, settings.timing_samples, settings.seed)
     places = _places(records, sample)
     asked = {way.name: way.request for way in ways if way.request is not None}
     expected = {
         way.name: [records[place].said[int(way.weights[place].argmax())] for place in places] for way in ways if way.request is not None
     }
     try:
-        return measure(assistant, sample, task.folder, asked, expected, args.max_new_tokens, args.timing_repeats)
+        return measure(assistant, sample, settings.task.folder, asked, expected, settings.max_new_tokens, settings.timing_repeats)
     except Exception as error:  # the answers are worth keeping; the failure is named and ends the run with an error
         logger.exception("timing failed")
         failures.parts.append(f"times were not measured: {type(error).__name__}: {error}")
@@ -407,242 +341,14 @@ def _oracle_gap(rows: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
     return {"accuracy": oracle["accuracy"] - adaptive["accuracy"], "tokens": adaptive["tokens"] - oracle["tokens"]}
 
 
-def _timing(measured: Measurements | None, args: argparse.Namespace) -> dict[str, Any] | None:
-    if measured is None:
-        return None
-    text = (
-        f"Mean over {len(measured.sample)} questions of single requests, {args.timing_repeats} each, all rows in turns. "
-        "Random and oracle are computed from the fixed rows."
-    )
+def _timing(measured: Measurements, repeats: int) -> dict[str, Any]:
     return {
         "questions": [record.question_id for record in measured.sample],
-        "repeats": args.timing_repeats,
+        "repeats": repeats,
         "answers": measured.answers,
         "differing": measured.differing,
-        "text": text,
+        "text": words.timing_text(len(measured.sample), repeats),
     }
-
-
-def pick_examples(records: Sequence[Record], taken: Sequence[int] | np.ndarray, count: int) -> list[tuple[Record, int]]:
-    """Telling questions, one of each family in turn: first where the level mattered and the choice was right, then other right ones,
-    then one in six where the choice was wrong."""
-    pairs = [(record, int(level)) for record, level in zip(records, taken, strict=True)]
-    right = [(record, level) for record, level in pairs if record.right[level]]
-    wrong = [(record, level) for record, level in pairs if not record.right[level]]
-    right.sort(key=lambda pair: all(pair[0].right))
-    wrong.sort(key=lambda pair: not any(pair[0].right))
-    bad = list(islice(_one_of_each(wrong), max(1, count // 6) if count else 0))
-    return [*islice(_one_of_each(right), count - len(bad)), *bad]
-
-
-def _one_of_each(pairs: Sequence[tuple[Record, int]]) -> Iterator[tuple[Record, int]]:
-    """The first of each family, then the next of each, and so on; every picture once."""
-    groups: dict[str, list[tuple[Record, int]]] = {}
-    for record, level in pairs:
-        groups.setdefault(record.family, []).append((record, level))
-    seen: set[str] = set()
-    while groups:
-        for family, group in list(groups.items()):
-            fresh = next((place for place, (record, _) in enumerate(group) if record.image not in seen), None)
-            if fresh is None:
-                del groups[family]
-                continue
-            seen.add(group[fresh][0].image)
-            yield group.pop(fresh)
-
-
-def _example(record: Record, names: Sequence[int], level: int) -> dict[str, Any]:
-    tries = [
-        {"granularity": name, "said": said, "right": right}
-        for name, said, right in zip(names, record.said, record.right, strict=True)
-    ]
-    return {
-        "question_id": record.question_id, "image": record.image, "family": record.family, "text": record.text, "answer": record.answer,
-        "granularity": names[level], "tokens": record.tokens[level], "full_tokens": record.tokens[-1],
-        "said": record.said[level], "right": record.right[level], "tries": tries,
-    }  # fmt: skip
-
-
-def _drawing(assistant: Assistant, task: Task, record: Record, names: Sequence[int], level: int) -> Image.Image:
-    """The picture with the grid taken, without the sheet's captions, which the page writes itself."""
-    report = RoutingReport(None, None, names[level], record.tokens[level], record.tokens[-1], dict(zip(names, record.tokens, strict=True)))
-    sheet = draw_granularity([load_picture(task.folder / record.image)], [report], assistant.model.config)
-    top = MARGIN // 2 + CAPTION
-    return sheet.crop((MARGIN, top, sheet.width - MARGIN, top + PANEL))
-
-
-# ---- words ------------------------------------------------------------------------------------------------------------------------
-
-
-def _signed(value: float, interval: Sequence[float] | None) -> str:
-    return f"{value:+.1f}" + ("" if interval is None else f" [{interval[0]:+.1f}, {interval[1]:+.1f}]")
-
-
-def _cards(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    fixed = [row for row in rows if row["kind"] == "fixed"]
-    finest, oracle = fixed[-1], next(row for row in rows if row["kind"] == "oracle")
-    own = next((row for row in rows if row["kind"] == "adaptive"), None)
-    if own is None:
-        return [
-            {"title": "Accuracy", "value": f"{row['accuracy']:.1f} %", "text": f"{row['name']}, {row['tokens']:.0f} visual tokens"}
-            for row in [*fixed, oracle]
-        ]
-    cards = [
-        {
-            "title": "Accuracy",
-            "value": f"{own['accuracy']:.1f} %",
-            "text": f"against {finest['accuracy']:.1f} % at the finest: {_signed(own['difference'], own['difference_interval'])}",
-        },
-        {
-            "title": "Visual tokens",
-            "value": f"{own['tokens']:.0f} of {finest['tokens']:.0f}",
-            "text": f"{own['saved']:.0f} % saved; chance at that cost reaches {_of_kind(rows, 'random')['accuracy']:.1f} %",
-        },
-    ]
-    if own["cost"] is not None:
-        times = own["cost"]["total_ms"], finest["cost"]["total_ms"]
-        cards.append(
-            {
-                "title": "Time per answer",
-                "value": f"{times[0]:.1f} ms",
-                "text": f"against {times[1]:.1f} ms at the finest: {times[1] / times[0]:.2f} times as fast; the router takes "
-                f"{own['cost']['router_share']:.0f} %",
-            }
-        )
-    gap = oracle["accuracy"] - own["accuracy"]
-    cards.append(
-        {
-            "title": "Oracle gap",
-            "value": f"{gap:.1f} points",
-            "text": f"the cheapest correct granularity of each question: {oracle['accuracy']:.1f} % at {oracle['tokens']:.0f} tokens",
-        }
-    )
-    return cards
-
-
-def _of_kind(rows: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any]:
-    return next(row for row in rows if row["kind"] == kind)
-
-
-def _notes(report: Mapping[str, Any], measured: Measurements | None, args: argparse.Namespace) -> list[str]:
-    """How every number came about."""
-    kinds = {row["kind"] for row in report["rows"]}
-    grouped = report["families"] != [NO_FAMILY]
-    notes = [
-        "Right is an answer that equals the expected text, apart from case and surrounding space. Answers are greedy, of at most "
-        f"{args.max_new_tokens} tokens."
-        + (" Accuracy and visual tokens are means over question families: every family counts the same." if grouped else ""),
-        _interval_note(report, args),
-        "Visual tokens are what a picture keeps in the prompt, newline tokens included.",
-    ]
-    if "adaptive" in kinds:
-        notes.append(
-            "Adaptive is the router's choice. Random at that cost is the expected result of a coin between the two fixed granularities "
-            "around the adaptive row's mean cost, weighted so that it costs as much."
-        )
-    else:
-        notes.append(report["no_router"])
-    if "bias" in kinds:
-        notes.append("A bias is added to the router's logits per doubling of the visual tokens: negative is cheaper.")
-    if "budget" in kinds:
-        notes.append("A budget is the most visual tokens a question may cost; the best granularity within it is taken.")
-    notes.append(
-        "The oracle takes the cheapest granularity that answers rightly, and the coarsest where none does; it knows the answer, so it is a "
-        "bound."
-    )
-    if measured is not None:
-        notes += _timing_notes(report, measured, args)
-    notes += [f"Failed: {part}." for part in report["left_out"]]
-    return notes
-
-
-def _interval_note(report: Mapping[str, Any], args: argparse.Namespace) -> str:
-    if report["rare_families"]:
-        return _no_interval(report)
-    return (
-        f"Intervals hold 95 % of {RESAMPLES} resamples of the pictures (bootstrap, seed {args.seed}); pictures are drawn, not questions, "
-        "because questions about one picture are not independent. A resample that lacks a family is left out. Where every answer is right "
-        "a bootstrap sees no doubt: read such an interval as too narrow. The difference to the finest granularity is paired."
-    )
-
-
-def _no_interval(report: Mapping[str, Any]) -> str:
-    family, pictures = min(report["rare_families"].items(), key=lambda pair: pair[1])
-    what = "the questions are" if report["families"] == [NO_FAMILY] else f"the family '{family}' is"
-    return (
-        f"No intervals are given: {what} on {pictures} picture{'s' if pictures > 1 else ''}, and drawing from fewer than "
-        f"{FEWEST_PICTURES} says little about others."
-    )
-
-
-def _timing_notes(report: Mapping[str, Any], measured: Measurements, args: argparse.Namespace) -> list[str]:
-    where = f"{report['device']}, {report['dtype']}, {report['threads']} thread(s), PyTorch {torch.__version__.split('+')[0]}"
-    watched = min(MEMORY_QUESTIONS, len(measured.sample))
-    means = {"cuda": "by the allocator of the GPU", "cpu": "by a profiler that sees every allocation of a tensor"}
-    peak = means.get(report["device"].split(":")[0], "not known on this device")
-    return [
-        f"Times are of single requests on {where}: {len(measured.sample)} questions spread over the families, after a warm-up; on each "
-        f"question all rows take turns, {args.timing_repeats} times; the row that begins moves on by one from question to question and "
-        "from time to time. Of a question's repetitions the one of median time counts, with all its parts; table and bars show means over "
-        "questions. Random and oracle are "
-        "computed from the fixed rows and have no router in them.",
-        "TTFT is the time up to the first token, preparing the picture included. Tokens per second are new tokens over the whole time of "
-        "the answers; short answers are mostly prefill.",
-        f"Peak is the most tensor memory held at one moment of a request above the loaded weights, {peak}; mean over {watched} of "
-        "these questions. KV is the size of the keys and values at the end of the answer, computed from the shapes.",
-        f"{measured.answers - measured.differing} of {measured.answers} timed answers equal those of the batches that accuracy is computed "
-        "from.",
-    ]
-
-
-def markdown(report: Mapping[str, Any]) -> str:
-    """The table and the choices, for a terminal or a page of documentation."""
-    head = [
-        "choice", "accuracy, % [95 %]", "visual tokens", "saved", "TTFT, ms", "total, ms", "tokens/s", "router", "peak, MiB", "KV, MiB",
-    ]  # fmt: skip
-    lines = [[
-        row["name"],
-        f"{row['accuracy']:.1f}" + ("" if row["interval"] is None else f" [{row['interval'][0]:.1f}, {row['interval'][1]:.1f}]"),
-        f"{row['tokens']:.0f}", f"{row['saved']:.0f} %", *_cost_cells(row["cost"]),
-    ] for row in report["rows"]]  # fmt: skip
-    text = f"{report['answered']} of {report['asked']} questions of {report['task']}, model {report['model']}\n\n"
-    text += _aligned([head, *lines])
-    if report["rare_families"]:
-        text += f"\n{_no_interval(report)}\n"
-    gap = report["oracle_gap"]
-    if gap is not None:
-        adaptive = _of_kind(report["rows"], "adaptive")
-        text += f"\nOracle gap: {gap['accuracy']:.1f} points, {max(gap['tokens'], 0):.0f} visual tokens.\n\n"
-        shares = [[family, *(f"{share:.0f}" for share in shares)] for family, shares in adaptive["choices"].items()]
-        everywhere = [f"{statistics.mean(column):.0f}" for column in zip(*adaptive["choices"].values(), strict=True)]
-        text += "Chosen by the router, in percent of each family's questions, by tokens per view:\n\n"
-        text += _aligned([["family", *map(str, report["granularities"])], *shares, ["mean", *everywhere]])
-    else:
-        text += f"\n{report['no_router']}\n"
-    return text
-
-
-def _cost_cells(cost: Mapping[str, Any] | None) -> list[str]:
-    if cost is None:
-        return [""] * 6
-    peak = "" if cost["peak_mib"] is None else f"{cost['peak_mib']:.2f}"
-    return [
-        f"{cost['ttft_ms']:.1f}", f"{cost['total_ms']:.1f}", f"{cost['tokens_per_second']:.0f}", f"{cost['router_share']:.1f} %", peak,
-        f"{cost['kv_mib']:.2f}",
-    ]  # fmt: skip
-
-
-def _aligned(cells: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up."""
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells]
-    return "\n".join([lines[0], "| " + " | ".join("-" * width for width in widths) + " |", *lines[1:]]) + "\n"
-
-
-def _write_answers(path: Path, origin: Mapping[str, Any], records: Sequence[Record]) -> None:
-    """A line that says how the answers were made, so that no copy of the file loses it, then one per question."""
-    lines = [{"made with": origin}, *(asdict(record) for record in records)]
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

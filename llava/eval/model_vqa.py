@@ -24,13 +24,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 from transformers.utils import cached_file
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.conversation import get_template
-from llava.eval.run_llava import add_flag, add_model_and_options, options_of
+from llava.eval.journal import Journal, write_whole
+from llava.eval.one_by_one import Failure, attempt
+from llava.eval.questions import Row, other_fields, read_questions
+from llava.flags import add_flag, add_model_and_options, options_of
 from llava.images import load_image
 from llava.inference import Answer, Assistant, Options, Question, micro_model_path
 from llava.mm_utils import get_model_name_from_path
@@ -39,21 +40,8 @@ from llava.utils import pick_device, setup_logging
 
 logger = logging.getLogger(__name__)
 
-INPUT_FIELDS = ("question_id", "image", "text")
 OUTPUT_FIELDS = ("prompt", "answer_id", "model_id", "metadata")
-PROBLEMS_SHOWN = 20
 WEIGHTS = (".safetensors", ".bin", ".model")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One question: its place among the run's questions, counted from 0, and what its line holds."""
-
-    index: int
-    question_id: Any
-    text: str
-    images: tuple[str, ...]
-    extra: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -73,61 +61,16 @@ class Place:
 # ---- questions
 
 
-def read_questions(file: Path, image_folder: Path) -> list[Row]:
-    """Read a question file whole.
-
-    Args:
-        file: one JSON object per line; empty lines are passed over.
-        image_folder: what names of pictures are relative to.
+def handed_on(row: dict[str, Any], line: str) -> dict[str, Any]:
+    """What a line holds besides its question, for its answer's line.
 
     Raises:
-        ValueError: everything that is wrong with it, with line numbers.
+        ValueError: a field that the answer has, too.
     """
-    if not file.is_file():
-        raise ValueError(f"The question file {file} does not exist; give a file of one JSON object per line.")
-    rows: list[Row] = []
-    problems: list[str] = []
-    there: dict[str, bool] = {}
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(_read_row(len(rows), line))
-            except ValueError as error:
-                problems.append(f"line {number}: {error}")
-                continue
-            for name in rows[-1].images:
-                if not there.setdefault(name, (image_folder / name).is_file()):
-                    problems.append(f"line {number}: there is no picture {image_folder / name}")
-    if not rows and not problems:
-        problems.append("it holds no question")
-    if problems:
-        shown = problems[:PROBLEMS_SHOWN] + [f"and {len(problems) - PROBLEMS_SHOWN} more"] * (len(problems) > PROBLEMS_SHOWN)
-        raise ValueError(f"{file} cannot be answered as it is; nothing was loaded:\n  " + "\n  ".join(shown))
-    return rows
-
-
-def _read_row(index: int, line: str) -> Row:
-    row = json.loads(line)  # its error is a ValueError that names the column
-    if not isinstance(row, dict):
-        raise ValueError(f"it is a {type(row).__name__}, expected an object with question_id and text")
-    if row.get("question_id") is None:
-        raise ValueError("question_id is missing")
-    text = row.get("text")
-    if not isinstance(text, str) or not text.replace(DEFAULT_IMAGE_TOKEN, "").replace(IMAGE_PLACEHOLDER, "").strip():
-        raise ValueError(f"text is {text!r}, expected a question")
-    found = row.get("image")
-    names = [] if found is None else [found] if isinstance(found, str) else found
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"image is {found!r}, expected a file name, a list of them, or nothing")
-    placeholders = text.count(DEFAULT_IMAGE_TOKEN) + text.count(IMAGE_PLACEHOLDER)
-    if placeholders not in (0, len(names)):
-        raise ValueError(f"text holds {placeholders} {DEFAULT_IMAGE_TOKEN}, but the row has {len(names)} pictures")
     taken = [name for name in OUTPUT_FIELDS if name in row]
     if taken:
         raise ValueError(f"{', '.join(taken)} would be overwritten by the answer's; rename it")
-    return Row(index, row["question_id"], text, tuple(names), {name: row[name] for name in row if name not in INPUT_FIELDS})
+    return other_fields(row, line)
 
 
 def share(rows: Sequence[Row], parts: int, part: int) -> Sequence[Row]:
@@ -135,95 +78,7 @@ def share(rows: Sequence[Row], parts: int, part: int) -> Sequence[Row]:
     return rows[len(rows) * part // parts : len(rows) * (part + 1) // parts]
 
 
-# ---- what is done
-
-
-class Journal:
-    """What a run has done so far: a folder with the run's description and one part per process.
-
-    A line of a part is `{"row": index, "answer": {...}}`, `{"row": index, "error": {...}, "id": name}` or `{"withdrawn": [names]}`.
-    Lines of earlier runs and of other processes count alike, so a run may go on with another number of processes. An error counts until
-    it is withdrawn: when a process sets out to ask its question again, and when a whole run's errors have been reported, so that no
-    process of the next run takes them for its own. Withdrawing by name needs no order between parts and no waiting.
-    """
-
-    def __init__(self, folder: Path, rank: int) -> None:
-        self.folder = folder
-        self.part = folder / f"part-{rank:05d}.jsonl"
-
-    def begin(self, description: dict[str, Any]) -> None:
-        """Start, or go on after a run of the same description; the half line that a killed process left is cut off.
-
-        Raises:
-            ValueError: the folder belongs to another run; the sentence names what differs.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / "run.json"
-        if file.exists():
-            _refuse_another_run(self.folder, json.loads(file.read_text(encoding="utf-8")), description)
-        else:
-            _write_whole(file, json.dumps(description, indent=1))
-        if self.part.exists():
-            whole = self.part.read_bytes().rpartition(b"\n")
-            os.truncate(self.part, len(whole[0]) + len(whole[1]))
-
-    def add(self, records: Sequence[dict[str, Any]]) -> None:
-        """Append lines in one write, so that only the last of them can be cut short."""
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        with self.part.open("ab", buffering=0) as file:
-            file.write(text.encode())
-
-    def withdraw(self, records: Sequence[dict[str, Any]]) -> None:
-        """Let errors among these count no more; answers stay."""
-        names = [record["id"] for record in records if "error" in record]
-        if names:
-            self.add([{"withdrawn": names}])
-
-    def records(self) -> dict[int, dict[str, Any]]:
-        """The last word on every row, by index: its answer, else an error that was not withdrawn.
-
-        Raises:
-            ValueError: a part was damaged.
-        """
-        lines = [line for part in sorted(self.folder.glob("part-*.jsonl")) for line in _lines(part)]
-        withdrawn = {name for line in lines for name in line.get("withdrawn", ())}
-        found: dict[int, dict[str, Any]] = {}
-        for line in lines:
-            counts = "answer" in line or ("error" in line and line["id"] not in withdrawn)
-            if counts and "answer" not in found.get(line["row"], {}):
-                found[line["row"]] = line
-        return found
-
-
-def _lines(part: Path) -> list[dict[str, Any]]:
-    """What the whole lines of a part say.
-
-    Raises:
-        ValueError: the part was damaged.
-    """
-    found = []
-    for number, line in enumerate(part.read_bytes().split(b"\n")[:-1], start=1):  # what follows the last newline is half a line
-        try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{part} is damaged in line {number}; delete that line, its question is then asked again.") from error
-    return found
-
-
-def _refuse_another_run(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if changed:
-        differences = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed)
-        raise ValueError(
-            f"{folder} belongs to another run: {differences}. Choose another --answers-file, or delete the folder and the answers."
-        )
-
-
-def _write_whole(file: Path, text: str) -> None:
-    """Write a file that is either there whole or not at all, whoever else writes the same at this moment."""
-    draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, file)
+# ---- what answers depend on
 
 
 def describe_run(args: argparse.Namespace, options: Options) -> dict[str, Any]:
@@ -271,23 +126,22 @@ def answer_rows(assistant: Assistant, rows: Sequence[Row], options: Options, ima
     Returns:
         A line of the journal per row.
     """
-    try:
-        pictures: dict[str, Image.Image] = {}
-        for name in (name for row in rows for name in row.images):
-            if name not in pictures:
-                pictures[name] = load_image(image_folder / name)
-        questions = [Question([pictures[name] for name in row.images], row.text) for row in rows]
+
+    def work(some: Sequence[Row]) -> list[dict[str, Any]]:
+        pictures = {name: load_image(image_folder / name) for name in dict.fromkeys(name for row in some for name in row.images)}
+        questions = [Question([pictures[name] for name in row.images], row.text) for row in some]
         answers = assistant.answer_batch(questions, options)
-        return [_answered(row, answer, model_id, len(rows)) for row, answer in zip(rows, answers, strict=True)]
-    except Exception as error:  # whatever one question does to the model is noted, and the others are still answered
-        message = f"{type(error).__name__}: {error}"
-    # Here the failed batch's tensors, which the error held, are gone.
-    if len(rows) > 1:
-        logger.warning("a batch of %d failed and is asked one by one: %s", len(rows), message)
-        return [record for row in rows for record in answer_rows(assistant, [row], options, image_folder, model_id)]
-    logger.warning("question %r failed: %s", rows[0].question_id, message)
-    error_line = {"question_id": rows[0].question_id, "prompt": rows[0].text, "error": message}
-    return [{"row": rows[0].index, "error": error_line, "id": uuid.uuid4().hex}]
+        return [_answered(row, answer, model_id, len(some)) for row, answer in zip(some, answers, strict=True)]
+
+    records, failures = attempt(work, rows)
+    return [record or _failed(row, failures[index]) for index, (row, record) in enumerate(zip(rows, records, strict=True))]
+
+
+def _failed(row: Row, failure: Failure) -> dict[str, Any]:
+    """A line of the journal with an error."""
+    logger.warning("question %r failed: %s", row.question_id, failure.reason)
+    error = {"question_id": row.question_id, "prompt": row.text, "error": failure.reason}
+    return {"row": row.index, "error": error, "id": uuid.uuid4().hex}
 
 
 def _answered(row: Row, answer: Answer, model_id: str, batch_size: int) -> dict[str, Any]:
@@ -358,10 +212,10 @@ def join(rows: Sequence[Row], journal: Journal, answers_file: Path) -> bool | No
     ordered = [records[row.index] for row in rows]
     answers = [record["answer"] for record in ordered if "answer" in record]
     errors = [record["error"] for record in ordered if "answer" not in record]
-    _write_whole(answers_file, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+    write_whole(answers_file, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
     errors_file = answers_file.with_name(answers_file.name + ".errors.jsonl")
     if errors:
-        _write_whole(errors_file, "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors))
+        write_whole(errors_file, "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors))
     else:
         errors_file.unlink(missing_ok=True)
     journal.withdraw(ordered)
@@ -436,7 +290,7 @@ def run(args: argparse.Namespace) -> int:
     options = _options(args)
     args.model_path = args.model_path or micro_model_path()
     args.image_folder = args.image_folder or args.question_file.parent
-    rows = share(read_questions(args.question_file, args.image_folder), args.num_chunks, args.chunk_idx)
+    rows = share(read_questions(args.question_file, args.image_folder, handed_on), args.num_chunks, args.chunk_idx)
     folder = args.answers_file.with_name(args.answers_file.name + ".parts")
     if args.answers_file.exists() and not folder.exists():
         raise ValueError(f"{args.answers_file} exists, and {folder}, which would say what it answers, does not; choose another file.")

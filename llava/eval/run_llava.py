@@ -7,31 +7,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from llava.flags import LOADING, add_flag, add_model_and_options, field_of, options_of
 from llava.images import load_images
-from llava.inference import Answer, Assistant, Options, cached_assistant
-from llava.model.routing import RoutingRequest
+from llava.inference import Answer, Assistant, cached_assistant
+from llava.model.routing import RoutingReport
 from llava.visualize import draw_granularity
 
-DEFAULTS: dict[str, Any] = {
-    "model_base": None,
-    "model_path": None,
-    "conv_mode": None,
-    "sep": ",",
-    "temperature": 0.0,
-    "top_p": None,
-    "num_beams": 1,
-    "max_new_tokens": 512,
-    "vis_token_granularity": None,
-    "max_visual_tokens": None,
-    "granularity_bias": 0.0,
-    "seed": None,
-    "load_8bit": False,
-    "load_4bit": False,
-    "device": None,
-}
-"""What a field is when the argument object lacks it."""
-
-LOADING = ("load_8bit", "load_4bit", "device")
+SEPARATOR = ","
+"""Between the names of several pictures."""
 
 
 def eval_model(args: Any) -> str:
@@ -40,7 +25,8 @@ def eval_model(args: Any) -> str:
     A second call with the same model reuses it.
 
     Args:
-        args: any object with `query` and `image_file` (paths or http(s) URLs joined by `sep`); the fields of `DEFAULTS` may be missing.
+        args: any object with `query` and `image_file` (paths or http(s) URLs joined by `sep`, a comma); `sep` and
+            the fields of `llava.flags.DEFAULTS` may be missing.
 
     Raises:
         ValueError: input that cannot work.
@@ -55,33 +41,14 @@ def _answer(args: Any) -> Answer:
     return assistant.answer(_images(args), args.query, options_of(args))
 
 
-def _field(args: Any, name: str) -> Any:
-    return getattr(args, name, DEFAULTS[name])
-
-
 def _assistant(args: Any) -> Assistant:
-    loading = {name: _field(args, name) for name in LOADING}
-    return cached_assistant(_field(args, "model_path"), _field(args, "model_base"), **loading)
+    return cached_assistant(**{name: field_of(args, name) for name in LOADING})
 
 
 def _images(args: Any) -> list[Any]:
     names = getattr(args, "image_file", None)
-    return load_images([name.strip() for name in names.split(_field(args, "sep"))], allow_remote=True) if names else []
-
-
-def options_of(args: Any) -> Options:
-    """How to answer, from an argument object; the fields of `DEFAULTS` may be missing."""
-    return Options(
-        conv_mode=_field(args, "conv_mode"),
-        temperature=_field(args, "temperature"),
-        top_p=_field(args, "top_p"),
-        num_beams=_field(args, "num_beams"),
-        max_new_tokens=_field(args, "max_new_tokens"),
-        seed=_field(args, "seed"),
-        routing=RoutingRequest(
-            _field(args, "vis_token_granularity"), _field(args, "max_visual_tokens"), _field(args, "granularity_bias")
-        ),
-    )
+    separator = getattr(args, "sep", SEPARATOR)
+    return load_images([name.strip() for name in names.split(separator)], allow_remote=True) if names else []
 
 
 def explain(answer: Answer) -> str:
@@ -95,56 +62,20 @@ def explain(answer: Answer) -> str:
             f"({saved:.0f} % saved)"
         )
         lines.append(f"  {'tokens per view':>15}  {'visual tokens':>13}  {'logit':>7}  {'probability':>11}")
-        for level, (granularity, tokens) in enumerate(report.tokens_per_level.items()):
-            asked = report.logits is not None and report.probabilities is not None
-            logit = f"{report.logits[level]:7.3f}" if asked else f"{'-':>7}"  # type: ignore[index]
-            probability = f"{report.probabilities[level]:11.3f}" if asked else f"{'-':>11}"  # type: ignore[index]
+        for (granularity, tokens), logit, probability in zip(
+            report.tokens_per_level.items(), _column(report, report.logits), _column(report, report.probabilities), strict=True
+        ):
             mark = "  <- chosen" if granularity == report.granularity else ""
-            lines.append(f"  {granularity:>15}  {tokens:>13}  {logit}  {probability}{mark}")
+            lines.append(f"  {granularity:>15}  {tokens:>13}  {logit:>7}  {probability:>11}{mark}")
     parts = "  ".join(f"{part} {value:.1f}" for part, value in answer.milliseconds.items())
     lines.append(f"milliseconds: {parts}")
     lines.append(f"prompt positions {answer.prompt_tokens}, new tokens {len(answer.token_ids)}, finished by {answer.finish_reason}")
     return "\n".join(lines)
 
 
-def granularity_argument(text: str) -> int | list[int] | None:
-    """Read `auto`, a number, or a comma-separated list."""
-    if text == "auto":
-        return None
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not auto, a number or a comma-separated list of numbers") from error
-    return numbers[0] if len(numbers) == 1 else numbers
-
-
-def add_flag(parser: argparse.ArgumentParser, name: str, **options: Any) -> None:
-    """Add a flag that is read with dashes and with underscores; its default is that of `DEFAULTS` unless another is given."""
-    dashed = name.replace("_", "-")
-    options.setdefault("default", DEFAULTS.get(name))
-    parser.add_argument(*dict.fromkeys((f"--{dashed}", f"--{name}")), dest=name, **options)
-
-
-def add_model_and_options(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which model answers and how, the same for one question and for a file of them."""
-
-    def add(name: str, **options: Any) -> None:
-        add_flag(parser, name, **options)
-
-    add("model_path", help="checkpoint folder or hub id; the shipped micro model when missing")
-    add("model_base", help="language model of a projector-only checkpoint")
-    add("conv_mode", help="conversation template; the checkpoint's when missing")
-    add("temperature", type=float, help="0 is greedy (default)")
-    add("top_p", type=float, help="nucleus sampling, with --temperature above 0")
-    add("num_beams", type=int, help="beam search")
-    add("max_new_tokens", type=int, help="length of an answer at most (default: 512)")
-    add("seed", type=int, help="makes sampling repeatable")
-    add("vis_token_granularity", type=granularity_argument, help="auto (default), tokens per view, or a list such as 36,144 to choose from")
-    add("max_visual_tokens", type=int, help="budget for all pictures of a question together")
-    add("granularity_bias", type=float, help="added to the router's logits per log2 of the tokens; negative is cheaper")
-    add("device", help="cuda, mps or cpu; the best that is there when missing")
-    for flag in ("load_8bit", "load_4bit"):
-        add(flag, action="store_true", help="quantise the language model")
+def _column(report: RoutingReport, values: Tensor | None) -> list[str]:
+    """A value per level, or dashes where no router was asked."""
+    return ["-"] * len(report.tokens_per_level) if values is None else [f"{value:.3f}" for value in values.tolist()]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -153,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_and_options(parser)
     add_flag(parser, "image_file", help="path or URL of the picture; several are joined by --sep")
     parser.add_argument("--query", required=True, help="the question; <image> marks where a picture goes")
-    add_flag(parser, "sep", help="what separates several pictures (default: comma)")
+    add_flag(parser, "sep", default=SEPARATOR, help="what separates several pictures (default: %(default)s)")
     parser.add_argument("--stream", action="store_true", help="print the answer as it is written")
     parser.add_argument("--explain", action="store_true", help="print logits, tokens at each granularity and milliseconds per part")
     parser.add_argument("--explain-image", metavar="OUT.png", help="draw views and the chosen token grid over the picture")

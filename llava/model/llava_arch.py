@@ -119,13 +119,13 @@ class LlavaMetaModel(nn.Module):
         self.config.router_select = True
         self.config.check_multimodal_fields()
         if self.router is None:
-            like = self.mm_projector_parameter
+            like = self.embedding_weight
             self.router = self._new_router().to(device=like.device, dtype=like.dtype)
         return self.router
 
     @property
-    def mm_projector_parameter(self) -> Tensor:
-        """A parameter that tells the multimodal parts' device and dtype."""
+    def embedding_weight(self) -> Tensor:
+        """The language model's embeddings (V, D), whose device and dtype new multimodal parts take."""
         return self.get_input_embeddings().weight  # type: ignore[operator, attr-defined]
 
     def init_multimodal_weights(self, module: nn.Module) -> bool:
@@ -289,7 +289,8 @@ class LlavaMetaForCausalLM:
             features: N tensors (C, P, D). image_sizes: N (width, height). granularities: N tokens per view.
         """
         tokens = self._tokens_at(features, image_sizes, [granularities])
-        return self._splice_rows(prompt_rows(input_ids, attention_mask, labels), tokens, padding_side)
+        rows = prompt_rows(input_ids, attention_mask, labels)
+        return splice(rows, tokens, self.model.embed_tokens, self.config.context_length, padding_side)
 
     def splice_levels(
         self,
@@ -318,9 +319,6 @@ class LlavaMetaForCausalLM:
             for choice in choices
             for image, kept, granularity in zip(features, layouts, choice, strict=True)
         ]
-
-    def _splice_rows(self, rows: Sequence[PromptRow], tokens: Sequence[Tensor], padding_side: str) -> SplicedInputs:
-        return splice(rows, tokens, self.model.embed_tokens, self.config.context_length, padding_side)
 
     # ---- the whole path ------------------------------------------------------------------------------------------------------
 

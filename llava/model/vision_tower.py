@@ -67,10 +67,6 @@ class CLIPVisionTower(nn.Module):
         return side, side
 
     @property
-    def num_patches_per_side(self) -> int:
-        return self.patch_grid[0]
-
-    @property
     def num_patches(self) -> int:
         return self.patch_grid[0] * self.patch_grid[1]
 

@@ -11,32 +11,27 @@ import logging
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
 
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
-from llava.serve.http_server import check_address
+from llava.serve.http_guard import HostNames
+from llava.serve.http_server import OPEN_PAGE_SECONDS, check_address, shown_url
 from llava.serve.model_worker import add_batch_flags, add_model_flags, batch_rows, check_arguments, load_engine
+from llava.serve.page.flags import add_page_flags, check_port, read_names
 from llava.serve.worker_base import create_worker_app, run_worker
 from llava.serve.worker_flags import add_guard_flags, read_api_keys, read_limits, start_logging
 
 logger = logging.getLogger("llava.serve")
 
 API_PATHS = ("/v1", "/health", "/ready", "/metrics", "/openapi.json", "/worker_generate_stream", "/worker_get_status")
-EVERYWHERE = ("0.0.0.0", "::")
-SHUTDOWN_SECONDS = 3
-"""That open pages get to notice the end; their connections last as long as they are looked at."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The worker's flags, without those of a controller."""
     parser = argparse.ArgumentParser(prog="python -m llava.serve", description="Serve a model, its OpenAI API and the page in one process.")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every interface (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    add_page_flags(parser, port=8000)
     parser.add_argument("--no-page", action="store_true", help="the API alone")
-    parser.add_argument("--log-dir", type=Path, default=Path("logs"), help="where the page writes conversations and votes")
-    parser.add_argument("--no-log", action="store_true", help="write no conversations and votes")
     add_model_flags(parser)
     add_batch_flags(parser)
     add_guard_flags(parser)
@@ -50,19 +45,16 @@ def build_app(args: argparse.Namespace) -> FastAPI:
         ValueError: flags or a checkpoint that cannot work. OSError: files that cannot be read.
     """
     check_arguments(args)
-    if not 0 < args.port < 65536:
-        raise ValueError(f"--port is {args.port}, expected 1 to 65535.")
-    limits, keys = read_limits(args), read_api_keys(args)
+    check_port(args)
+    limits, keys, names = read_limits(args), read_api_keys(args), read_names(args)
     check_address(args.host, args.port)
     engine = load_engine(args)
     worker = create_worker_app(engine, limits, api_keys=keys, places=batch_rows(args), stream_interval=args.stream_interval)
     page = None if args.no_page else _page(args, keys)
-    return join_apps(worker, page)
-
-
-def _own_url(args: argparse.Namespace, everywhere: str) -> str:
-    host = everywhere if args.host in EVERYWHERE else args.host
-    return f"http://{f'[{host}]' if ':' in host else host}:{args.port}"
+    app = join_apps(worker, page)
+    if names is not None:
+        app.add_middleware(HostNames, names=names)
+    return app
 
 
 def _page(args: argparse.Namespace, keys: tuple[str, ...]) -> FastAPI:
@@ -70,7 +62,7 @@ def _page(args: argparse.Namespace, keys: tuple[str, ...]) -> FastAPI:
 
     return create_page_app(
         PageOptions(
-            url=_own_url(args, "127.0.0.1"),
+            url=shown_url(args.host, args.port),
             api_key=keys[0] if keys else None,
             mode="reload",
             log_folder=None if args.no_log else args.log_dir,
@@ -79,7 +71,7 @@ def _page(args: argparse.Namespace, keys: tuple[str, ...]) -> FastAPI:
 
 
 def _greeting(args: argparse.Namespace, model: str) -> str:
-    url = _own_url(args, "localhost")
+    url = shown_url(args.host, args.port)
     lines = [f"Model {model} is ready.", f"  API   {url}/v1  (OpenAI's; metrics at {url}/metrics)"]
     return "\n".join([*lines, *([f"  Page  {url}/"] if not args.no_page else []), "Ctrl-C ends it."])
 
@@ -109,7 +101,7 @@ def join_apps(worker: FastAPI, page: FastAPI | None) -> FastAPI:
             yield
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
-    app.state.gate, app.state.worker = worker.state.gate, worker.state.worker
+    app.state.worker, app.state.drain = worker.state.worker, worker.state.drain  # the page's questions are requests to the worker
     app.mount("/", Split(worker, page))
     return app
 
@@ -130,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
         args.port,
         log_level=args.log_level,
         on_started=lambda: print(greeting, flush=True),
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        timeout_graceful_shutdown=OPEN_PAGE_SECONDS,
     )
 
 

@@ -20,7 +20,7 @@ def picture_key(image: Image.Image, revision: str) -> str:
         image: decoded; its pixels, mode and size all count (two pictures of equal bytes and another shape differ).
         revision: of the model that encodes: another checkpoint must never find these features.
     """
-    return _digest((revision, "all granularities", image.mode, f"{image.width}x{image.height}"), image.tobytes())
+    return _digest((revision, image.mode, f"{image.width}x{image.height}"), image.tobytes())
 
 
 def prefix_key(token_ids: Iterable[int], pictures: Iterable[tuple[str, int]], revision: str) -> str:

@@ -15,7 +15,7 @@ from time import perf_counter
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.eval.run_llava import granularity_argument
+from llava.flags import add_model_and_options, granularity_argument, options_of
 from llava.images import load_images
 from llava.inference import Answer, Assistant, Message, Options
 from llava.model.routing import RoutingRequest, allowed_levels
@@ -246,19 +246,8 @@ def cost_line(answer: Answer, total: float) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """LLaVA's flags, and the routing's."""
     parser = argparse.ArgumentParser(prog="python -m llava.serve.cli", description="Chat with a model in the terminal.")
-    parser.add_argument("--model-path", help="checkpoint folder or hub id; the shipped micro model when missing")
-    parser.add_argument("--model-base", help="language model of a projector-only or adapter folder")
+    add_model_and_options(parser, terminal=True)
     parser.add_argument("--image-file", nargs="+", default=[], help="pictures for the first question, as files or web addresses")
-    parser.add_argument("--device", help="cuda, mps or cpu; the best that is there when missing")
-    parser.add_argument("--conv-mode", help="conversation template; the checkpoint's when missing")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-p", type=float, help="nucleus sampling, with --temperature above 0")
-    parser.add_argument("--seed", type=int, help="makes sampling repeatable")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="length of an answer at most (default: %(default)s)")
-    parser.add_argument("--load-8bit", action="store_true", help="quantise the language model to 8 bits")
-    parser.add_argument("--load-4bit", action="store_true", help="quantise the language model to 4 bits")
-    parser.add_argument("--granularity", type=granularity_argument, help="auto (default), tokens per view, or a list to choose from")
-    parser.add_argument("--max-visual-tokens", type=int, help="budget of all pictures together")
     parser.add_argument("--debug", action="store_true", help="log what is going on")
     return parser
 
@@ -271,16 +260,10 @@ def make_chat(args: argparse.Namespace, terminal: Terminal) -> Chat:
     """
     if args.load_8bit and args.load_4bit:
         raise ValueError("--load-8bit and --load-4bit are both given; choose one.")
-    options = Options(
-        conv_mode=args.conv_mode,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-    )
+    options = options_of(args)
     assistant = Assistant.load(args.model_path, args.model_base, load_8bit=args.load_8bit, load_4bit=args.load_4bit, device=args.device)
     chat = Chat(assistant, options, terminal)
-    chat._route(RoutingRequest(args.granularity, args.max_visual_tokens))
+    chat._route(options.routing)
     if args.image_file:
         chat.add_images(args.image_file)
     return chat

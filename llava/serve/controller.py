@@ -19,7 +19,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -29,7 +29,7 @@ import httpx
 from fastapi import FastAPI, Request
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from llava.constants import CONTROLLER_HEART_BEAT_EXPIRATION
 from llava.fetch import FetchError, resolve_host
@@ -45,23 +45,25 @@ from llava.serve.addresses import (
 )
 from llava.serve.dispatch import DispatchMethod, Worker, WorkerStatus, WorkerTable
 from llava.serve.errors import FieldError, error_response
+from llava.serve.flag_checks import check_at_least
 from llava.serve.gate import HELD_BODIES, Gate
 from llava.serve.http_guard import guard_app
 from llava.serve.http_server import check_address, make_server, run_server
+from llava.serve.json_writer import JsonResponse
 from llava.serve.keys import KeyRing, read_secrets
 from llava.serve.llava_api import WorkerRequest
 from llava.serve.metrics import CONTENT_TYPE
 from llava.serve.openai_api import ChatRequest, validate
 from llava.serve.openapi import describe_bodies
 from llava.serve.outbound import BrokenOff, Outbound, Patience, Unreachable
-from llava.serve.protocol import ErrorKind, Limits, ServeError
+from llava.serve.protocol import CHAT_PATH, STATUS_PATH, WORKER_PATH, ErrorKind, Limits, ServeError
 from llava.serve.relay import EVENTS, FRAMES, Job, Relay
 from llava.serve.strict_json import read_json
 from llava.utils import setup_logging
 
 logger = logging.getLogger("llava.serve.controller")  # also when run as a program
 
-GENERATING_PATHS = ("/v1/chat/completions", "/worker_generate_stream")
+GENERATING_PATHS = (CHAT_PATH, WORKER_PATH)
 _REGISTRATION_PATHS = ("/register_worker", "/receive_heart_beat", "/unregister_worker")
 _PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 _RESOLVE_SECONDS = 5.0
@@ -166,6 +168,56 @@ class ControllerMetrics:
         return generate_latest(self.registry)
 
 
+class ModelCards:
+    """What the workers say of their models at `/v1/models`, each asked now and then.
+
+    Args:
+        ask: a worker, for its list.
+    """
+
+    def __init__(self, ask: Callable[[Worker], Awaitable[Any]]) -> None:
+        self._ask = ask
+        self._cards: dict[str, dict[str, dict[str, Any]]] = {}  # per worker and model
+        self._due: dict[str, float] = {}
+        self._learning = asyncio.Lock()
+        self._created = int(time.time())
+
+    def forget(self, name: str) -> None:
+        """Ask this worker again when its models are wanted next."""
+        self._due.pop(name, None)
+
+    async def listed(self, workers: Sequence[Worker]) -> dict[str, Any]:
+        """The value of `/v1/models` for all workers together; a model that nobody describes is named all the same."""
+        async with self._learning:
+            now, names = time.monotonic(), {worker.name for worker in workers}
+            self._due = {name: due for name, due in self._due.items() if name in names}
+            self._cards = {name: cards for name, cards in self._cards.items() if name in names}
+            await asyncio.gather(*(self._learn(worker) for worker in workers if self._due.get(worker.name, 0.0) <= now))
+        found: dict[str, dict[str, Any]] = {}
+        for worker in workers:
+            cards = self._cards.get(worker.name, {})
+            for model in worker.status.models:
+                plain = {"id": model, "object": "model", "created": self._created, "owned_by": "avg-llava"}
+                if model not in found or model in cards:
+                    found[model] = cards.get(model, plain)
+        return {"object": "list", "data": [found[model] for model in sorted(found)]}
+
+    async def _learn(self, worker: Worker) -> None:
+        self._due[worker.name] = time.monotonic() + _CARDS_SECONDS
+        try:
+            listed = await self._ask(worker)
+        except (Unreachable, BrokenOff) as error:
+            logger.warning("worker %s does not describe its models: %s", worker.name, error)
+            return
+        entries = listed.get("data") if isinstance(listed, dict) else None
+        told = {entry["id"]: entry for entry in entries if _is_card(entry)} if isinstance(entries, list) else {}
+        self._cards[worker.name] = {model: told[model] for model in worker.status.models if model in told}
+
+
+def _is_card(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("id"), str)
+
+
 class Controller:
     """What the endpoints do.
 
@@ -196,13 +248,12 @@ class Controller:
             send_seconds=settings.limits.send_seconds,
             on_retry=self.metrics.retried,
         )
+        self.cards = ModelCards(lambda worker: self._ask(worker.endpoint, "GET", "/v1/models"))
         self._tokens = KeyRing(settings.worker_tokens)
         self._resolve = resolve
         self._resolving = anyio.Semaphore(_RESOLVING_AT_ONCE)
         self._refreshing = asyncio.Lock()
         self._refreshed = -math.inf
-        self._learning = asyncio.Lock()
-        self._created = int(time.time())
 
     def caller(self, request: Request, token: str | None) -> Caller:
         """Who sent a registration or heart beat.
@@ -236,10 +287,10 @@ class Controller:
         told = asked.worker_status or validate(StatusFields, await self._ask_status(endpoint))
         status = read_status(told)
         try:
-            worker = self.table.register(endpoint, status, asked.check_heart_beat)
+            worker = self.table.register(endpoint, status, asked.check_heart_beat, caller.peer)
         except OverflowError as error:
             raise ServeError(ErrorKind.OVERLOADED, str(error)) from error
-        worker.registered_from = caller.peer
+        self.cards.forget(worker.name)
         logger.info("worker %s registered: %s", worker.name, ", ".join(status.models))
 
     async def _endpoint(self, caller: Caller, name: str) -> Endpoint:
@@ -296,7 +347,7 @@ class Controller:
 
     async def _refresh_one(self, worker: Worker) -> None:
         try:
-            status = read_status(validate(StatusFields, await self._ask(worker.endpoint, "POST", "/worker_get_status")))
+            status = read_status(validate(StatusFields, await self._ask(worker.endpoint, "POST", STATUS_PATH)))
         except Unreachable:
             logger.warning("worker %s is not there any more", worker.name)
             self.table.remove(worker.name)
@@ -304,11 +355,11 @@ class Controller:
             logger.warning("worker %s does not say how it is: %s", worker.name, error)
             self.table.mark_down(worker)
         else:
-            worker.status = status
+            self.table.update(worker, status)
 
     async def _ask_status(self, endpoint: Endpoint) -> Any:
         try:
-            return await self._ask(endpoint, "POST", "/worker_get_status")
+            return await self._ask(endpoint, "POST", STATUS_PATH)
         except (Unreachable, BrokenOff) as error:
             logger.warning("worker %s came without a status and does not tell one: %s", endpoint.url.text, error)
             raise ServeError(ErrorKind.BACKEND_UNREACHABLE, "The worker does not answer when asked for its status.") from error
@@ -322,31 +373,6 @@ class Controller:
             if reply.status != 200:
                 raise BrokenOff(f"{path} answered with status {reply.status}")
             return await reply.json()
-
-    async def model_list(self) -> dict[str, Any]:
-        """The value of `/v1/models`: what the workers say of their models, each asked now and then."""
-        async with self._learning:
-            now = time.monotonic()
-            await asyncio.gather(*(self._learn_cards(worker) for worker in self.table.workers if worker.cards_due <= now))
-        found: dict[str, dict[str, Any]] = {}
-        for worker in self.table.workers:
-            for model in worker.status.models:
-                plain = {"id": model, "object": "model", "created": self._created, "owned_by": "avg-llava"}
-                if model not in found or model in worker.cards:
-                    found[model] = worker.cards.get(model, plain)
-        return {"object": "list", "data": [found[model] for model in sorted(found)]}
-
-    async def _learn_cards(self, worker: Worker) -> None:
-        worker.cards_due = time.monotonic() + _CARDS_SECONDS
-        try:
-            listed = await self._ask(worker.endpoint, "GET", "/v1/models")
-        except (Unreachable, BrokenOff) as error:
-            logger.warning("worker %s does not describe its models: %s", worker.name, error)
-            return
-        entries = listed.get("data") if isinstance(listed, dict) else None
-        for entry in entries if isinstance(entries, list) else ():
-            if isinstance(entry, dict) and entry.get("id") in worker.status.models:
-                worker.cards[entry["id"]] = entry
 
     def status(self) -> dict[str, Any]:
         """All workers as one, for a controller above this one."""
@@ -367,7 +393,7 @@ class Controller:
         model = validate(ModelName, body).model
         self.check_model(model)
         path = request.url.path
-        if path == "/worker_generate_stream":
+        if path == WORKER_PATH:
             return Job(model, path, await request.body(), FRAMES)
         return Job(model, path, await request.body(), EVENTS if body.get("stream") is True else None)
 
@@ -435,8 +461,8 @@ def create_controller_app(
     describe_bodies(
         app,
         {
-            "/v1/chat/completions": ChatRequest,
-            "/worker_generate_stream": WorkerRequest,
+            CHAT_PATH: ChatRequest,
+            WORKER_PATH: WorkerRequest,
             "/register_worker": RegisterRequest,
             "/receive_heart_beat": HeartBeat,
             "/unregister_worker": Leave,
@@ -487,25 +513,25 @@ def _add_client_endpoints(app: FastAPI, controller: Controller) -> None:
     async def get_worker_address(request: Request) -> dict[str, str]:
         return {"address": controller.table.hand_out(validate(ModelName, await read_json(request)).model)}
 
-    @app.post("/worker_get_status", summary="All workers as one")
+    @app.post(STATUS_PATH, summary="All workers as one")
     async def worker_get_status() -> dict[str, Any]:
         return controller.status()
 
-    @app.post("/worker_generate_stream", summary="LLaVA's protocol, passed on to a worker")
+    @app.post(WORKER_PATH, summary="LLaVA's protocol, passed on to a worker")
     async def worker_generate_stream(request: Request) -> Response:
         return controller.relay.response(await controller.job(request))
 
     @app.get("/v1/models", summary="The models")
     async def v1_models() -> dict[str, Any]:
-        return await controller.model_list()
+        return await controller.cards.listed(controller.table.workers)
 
     @app.get("/v1/models/{model:path}", summary="One model")
     async def v1_model(model: str) -> dict[str, Any]:
         controller.check_model(model)
-        listed = await controller.model_list()
+        listed = await controller.cards.listed(controller.table.workers)
         return next((entry for entry in listed["data"] if entry["id"] == model), {"id": model, "object": "model"})
 
-    @app.post("/v1/chat/completions", summary="A chat, passed on to a worker")
+    @app.post(CHAT_PATH, summary="A chat, passed on to a worker")
     async def chat_completions(request: Request) -> Response:
         return controller.relay.response(await controller.job(request))
 
@@ -521,7 +547,7 @@ def _add_operator_endpoints(app: FastAPI, controller: Controller) -> None:
             return error_response(ServeError(ErrorKind.DRAINING), request.scope)
         if not controller.table.workers:
             return error_response(ServeError(ErrorKind.BACKEND_UNREACHABLE, "No worker is registered."), request.scope, 503)
-        return JSONResponse({"status": "ready", "workers": len(controller.table.workers)})
+        return JsonResponse({"status": "ready", "workers": len(controller.table.workers)})
 
     @app.get("/metrics", summary="Counts in Prometheus' text format")
     async def metrics() -> Response:
@@ -555,9 +581,7 @@ def settings_from(args: argparse.Namespace) -> ControllerSettings:
     Raises:
         ValueError: a flag cannot work.
     """
-    for name in ("heart_beat_expiration", "worker_timeout", "max_in_flight", "max_body_bytes"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number above 0.")
+    check_at_least(args, {"heart_beat_expiration": 0.001, "worker_timeout": 0.001, "max_in_flight": 1, "max_body_bytes": 1})
     tokens = read_secrets(args.worker_token, args.worker_token_file)
     worker_keys = read_secrets([args.worker_api_key] if args.worker_api_key else [], args.worker_api_key_file)
     return ControllerSettings(

@@ -6,9 +6,8 @@ import random
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
 
 from llava.serve.addresses import Endpoint
 
@@ -40,22 +39,20 @@ class Worker:
 
     name: its URL in one spelling. check_heart_beat: whether silence ends its registration. last_beat: when it was last heard of.
     in_flight: requests this controller has sent it. handed_out: times its address was given to a client since the last heart beat.
-    down_until: it is passed over until then. last_chosen: number of the choice that fell on it last. cards: per model, what `/v1/models`
-    of the worker said, once it was asked; cards_due: when to ask again. registered_from: the peer that registered it.
+    registered_from: the peer that registered it. down_until: it is passed over until then. last_chosen: number of the choice that fell on
+    it last.
     """
 
     name: str
     endpoint: Endpoint
     status: WorkerStatus
     check_heart_beat: bool
+    registered_from: str | None
     last_beat: float
     in_flight: int = 0
     handed_out: int = 0
     down_until: float = 0.0
     last_chosen: int = 0
-    cards: dict[str, dict[str, Any]] = field(default_factory=dict)
-    cards_due: float = 0.0
-    registered_from: str | None = None
 
     @property
     def load(self) -> float:
@@ -97,8 +94,13 @@ class WorkerTable:
         self.expire()
         return list(self._workers.values())
 
-    def register(self, endpoint: Endpoint, status: WorkerStatus, check_heart_beat: bool = True) -> Worker:
+    def register(
+        self, endpoint: Endpoint, status: WorkerStatus, check_heart_beat: bool = True, registered_from: str | None = None
+    ) -> Worker:
         """Add a worker, or renew it; what this controller knows of its own requests stays.
+
+        Args:
+            registered_from: the peer that speaks for it.
 
         Raises:
             OverflowError: the table is full.
@@ -109,10 +111,10 @@ class WorkerTable:
         if known is None and len(self._workers) >= MAX_WORKERS:
             raise OverflowError(f"There are {MAX_WORKERS} workers already, expected fewer; stop one or start a second controller.")
         if known is None:
-            known = Worker(name, endpoint, status, check_heart_beat, self._clock())
+            known = Worker(name, endpoint, status, check_heart_beat, registered_from, self._clock())
             self._workers[name] = known
-        known.endpoint, known.status, known.check_heart_beat = endpoint, status, check_heart_beat
-        known.last_beat, known.down_until, known.handed_out, known.cards_due = self._clock(), 0.0, 0, 0.0
+        known.endpoint, known.status, known.check_heart_beat, known.registered_from = endpoint, status, check_heart_beat, registered_from
+        self._heard_of(known)
         for model in status.models:
             if len(self._remembered) < MAX_REMEMBERED_MODELS:
                 self._remembered[model] = None
@@ -128,10 +130,16 @@ class WorkerTable:
         worker = self.find(name)
         if worker is None:
             return False
-        worker.status = WorkerStatus(worker.status.models, worker.status.speed, queue_length)
-        worker.last_beat, worker.handed_out = self._clock(), 0
-        worker.down_until = 0.0
+        worker.status = replace(worker.status, queue_length=queue_length)
+        self._heard_of(worker)
         return True
+
+    def _heard_of(self, worker: Worker) -> None:
+        worker.last_beat, worker.down_until, worker.handed_out = self._clock(), 0.0, 0
+
+    def update(self, worker: Worker, status: WorkerStatus) -> None:
+        """Note what a worker says of itself when it is asked; no heart beat."""
+        worker.status = status
 
     def remove(self, name: str) -> None:
         """Forget a worker, if it is known."""

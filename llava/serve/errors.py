@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import Any
 
@@ -10,7 +9,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Scope
 
-from llava.serve.protocol import ErrorKind, ServeError
+from llava.serve.json_writer import JsonResponse
+from llava.serve.protocol import LLAVA_PATHS, ErrorKind, ServeError
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +62,8 @@ def error_response(error: ServeError, scope: Scope, status: int | None = None, h
         extra["Retry-After"] = str(fault.retry_after)
     if error.kind is ErrorKind.UNAUTHORIZED:
         extra["WWW-Authenticate"] = "Bearer"
-    body = error_body(error, request_id_of(scope), scope["path"].startswith("/worker_"))
-    return Response(json.dumps(body), status or fault.status, extra, media_type="application/json")
+    body = error_body(error, request_id_of(scope), scope["path"] in LLAVA_PATHS)
+    return JsonResponse(body, status or fault.status, extra)
 
 
 def typed_error(raised: Exception, request_id: str) -> ServeError:

@@ -81,6 +81,7 @@ class Gate:
     def give_bytes(self, count: int) -> None:
         self.bytes_inside -= count
 
-    async def wait_idle(self) -> None:
-        """Return when nothing is inside."""
+    async def finish(self) -> None:
+        """Let nobody in any more, and return when nothing is inside."""
+        self.drain()
         await self._idle.wait()

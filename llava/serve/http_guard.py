@@ -12,7 +12,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import ExitStack
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import anyio
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava.fetch import literal_address
@@ -37,6 +37,7 @@ MAX_HEADER_BYTES = 16_384
 """Address and headers of a request together."""
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_UNKNOWN_HOST = "This server is not known under the name that the request asks for; its operator adds names with --allow-host."
 
 
 def header_of(scope: Scope, name: bytes) -> str | None:
@@ -56,12 +57,43 @@ def _is_foreign_page(origin: str | None) -> bool:
     """Whether an Origin header names a site by a name; addresses and this machine's own names cannot be pointed elsewhere."""
     try:
         parts = urlsplit(origin or "")
-        host = (parts.hostname or "").rstrip(".")
+        host = parts.hostname or ""
     except ValueError:
         return True
-    if parts.scheme not in ("http", "https") or host == "localhost" or host.endswith(".localhost"):
-        return False
-    return literal_address(host) is None
+    return parts.scheme in ("http", "https") and not _is_fixed(host)
+
+
+def _is_fixed(host: str) -> bool:
+    """Whether nobody else can point this name or address at another machine, or at this one."""
+    host = host.rstrip(".")
+    return host == "localhost" or host.endswith(".localhost") or literal_address(host) is not None
+
+
+class HostNames:
+    """Answers only requests whose Host header is an address, localhost or one of the names given.
+
+    A page of a site whose name was pointed at this machine (DNS rebinding) is to the browser one and the same site as this server; all
+    that tells the two apart is that name.
+
+    Args:
+        names: in lower case.
+    """
+
+    def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
+        self.app, self.names = app, frozenset(names)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or self._is_known(header_of(scope, b"host") or ""):
+            await self.app(scope, receive, send)
+        else:
+            await PlainTextResponse(_UNKNOWN_HOST, 403)(scope, receive, send)
+
+    def _is_known(self, header: str) -> bool:
+        try:
+            host = urlsplit(f"//{header}").hostname or ""
+        except ValueError:
+            return False
+        return _is_fixed(host) or host.rstrip(".") in self.names
 
 
 class RequestIds:
@@ -249,8 +281,8 @@ def guard_app(
     open_prefixes: Sequence[str] = (),
     on_error: Callable[[ErrorKind], None] = lambda kind: None,
 ) -> None:
-    """Put all of this page's rules before an app, and leave the gate at `app.state.gate` for the server that runs it."""
-    app.state.gate = gate
+    """Put all of this page's rules before an app; `app.state.drain` is for the `DrainingServer` that runs it."""
+    app.state.gate, app.state.drain = gate, gate.finish
     app.router.redirect_slashes = False  # to an address that is written with the Host header's name, whatever that is
     app.add_middleware(BoundedBodies, gate=gate, max_bytes=limits.max_body_bytes, seconds=limits.body_seconds)
     app.add_middleware(Admission, gate=gate, paths=generating_paths)

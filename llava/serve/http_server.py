@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -20,7 +20,6 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from llava.serve.gate import Gate
 from llava.serve.http_guard import MAX_HEADER_BYTES
 
 logger = logging.getLogger(__name__)
@@ -32,10 +31,13 @@ SWITCH_SECONDS = 0.0005
 KEEP_ALIVE_SECONDS = 15
 FLUSH_SECONDS = 30.0
 """In which a client has to take what was sent, once its connection is to be closed."""
+OPEN_PAGE_SECONDS = 3
+"""In place of it for a program with a page: browsers hold connections open for as long as a page is looked at."""
 MAX_FILES = 65_536
 """Open files, connections included, that a server asks the system for."""
 BACKLOG = 256
-"""Connections that wait to be taken; so many are taken in one go, so that they and `most_connections` fit into 1024 open files."""
+"""Connections that wait to be taken. So many are taken in one go before any is counted: with 1024 open files, that makes 512 of
+`most_connections` and 256 more, which leaves 256 for everything else."""
 DRAIN_SECONDS = 300.0
 """That running answers get to finish after SIGTERM."""
 
@@ -86,6 +88,16 @@ def _bind_problem(family: int, address: Any) -> int | None:
     return None
 
 
+def shown_url(host: str, port: int) -> str:
+    """The address of a server on this machine, as people and programs here reach it.
+
+    Args:
+        host: what it listens at: an address, a name, or one of those that stand for every interface, of which the loopback one is named.
+    """
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # whoever listens at :: has no IPv4 address
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def allow_many_files() -> None:
     """Raise the limit of open files as far as the system lets us; many shells start with 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -129,7 +141,7 @@ class GuardedProtocol(H11Protocol):
         self.loop.call_later(FLUSH_SECONDS, self.transport.abort)
 
     def _watch(self) -> None:
-        """Start the clock where the client owes us bytes that no app is waiting for; stop it where it does not."""
+        """Run the clock while the client is to send a header, or the rest of a body that was already answered."""
         answered = self.cycle is None or self.cycle.response_complete
         owes = self.conn.their_state is h11.IDLE or (self.conn.their_state is h11.SEND_BODY and answered)
         if not owes:
@@ -153,16 +165,20 @@ class DrainingServer(uvicorn.Server):
     A second signal ends it at once.
 
     Args:
-        gate: counts what runs; draining, it makes the app refuse.
+        drain: refuses new work, and returns when nothing runs any more.
         drain_seconds: after which what still runs is cancelled.
         on_started: called once connections are taken.
     """
 
     def __init__(
-        self, config: uvicorn.Config, gate: Gate, drain_seconds: float = DRAIN_SECONDS, on_started: Callable[[], None] | None = None
+        self,
+        config: uvicorn.Config,
+        drain: Callable[[], Awaitable[None]],
+        drain_seconds: float = DRAIN_SECONDS,
+        on_started: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(config)
-        self.gate, self.drain_seconds, self.on_started = gate, drain_seconds, on_started
+        self.drain, self.drain_seconds, self.on_started = drain, drain_seconds, on_started
         self._finishing: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -193,13 +209,12 @@ class DrainingServer(uvicorn.Server):
             logger.warning("second signal: ending at once")
             self.should_exit = self.force_exit = True
             return
-        logger.info("draining: %d requests run", self.gate.inside)
-        self.gate.drain()
+        logger.info("draining: what runs has %g s to finish", self.drain_seconds)
         self._finishing = asyncio.get_running_loop().create_task(self._finish())
 
     async def _finish(self) -> None:
         with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self.gate.wait_idle(), self.drain_seconds)
+            await asyncio.wait_for(self.drain(), self.drain_seconds)
         self.should_exit = True
 
 
@@ -213,9 +228,10 @@ def make_server(
     on_started: Callable[[], None] | None = None,
     **options: Any,
 ) -> DrainingServer:
-    """A server for an app that `guard_app` guards; `run_server` runs it, and so does `await server.serve()`.
+    """A server for an app; `run_server` runs it, and so does `await server.serve()`.
 
     Args:
+        app: at `app.state.drain` it has what a `DrainingServer` needs; `guard_app` leaves it there.
         port: 0 takes a free one; it is printed.
         on_started: called once connections are taken.
         options: uvicorn's own, such as `ssl_keyfile`.
@@ -233,7 +249,7 @@ def make_server(
         "log_level": log_level,
     }
     config = uvicorn.Config(app, host=host, port=port, **{**settings, **options})
-    return DrainingServer(config, app.state.gate, drain_seconds, on_started)
+    return DrainingServer(config, app.state.drain, drain_seconds, on_started)
 
 
 def run_server(server: DrainingServer) -> int:

@@ -14,6 +14,7 @@ from pydantic import Field
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.model.routing import RoutingRequest
 from llava.serve.errors import FieldError, error_body
+from llava.serve.json_writer import compact_json
 from llava.serve.openai_api import (
     Granularity,
     RoutingFields,
@@ -21,7 +22,6 @@ from llava.serve.openai_api import (
     check_new_tokens,
     check_pictures,
     check_prompt_length,
-    compact_json,
     read_routing,
     read_stop,
     report_fields,

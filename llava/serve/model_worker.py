@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from llava.inference import Assistant, micro_model_path
 from llava.mm_utils import get_model_name_from_path
 from llava.serve.engine import EmbeddedEngine
+from llava.serve.flag_checks import too_small
 from llava.serve.http_server import check_address
 from llava.serve.worker_base import DEFAULT_PLACES, create_worker_app, run_worker
 from llava.serve.worker_flags import add_guard_flags, add_network_flags, read_api_keys, read_limits, read_registration, start_logging
@@ -77,19 +78,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     found = []
     if args.use_flash_attn:
         found.append("--use-flash-attn is given, but the batching engine needs attention masks; use --attn-implementation sdpa")
-    if args.load_8bit and args.load_4bit:
-        found.append("--load-8bit and --load-4bit are both given; choose one")
     if None not in (args.max_batch_rows, args.limit_model_concurrency) and args.max_batch_rows != args.limit_model_concurrency:
         found.append(
             f"--max-batch-rows is {args.max_batch_rows} and --limit-model-concurrency {args.limit_model_concurrency}; they mean the same"
         )
-    for name in ("max_batch_rows", "limit_model_concurrency", "max_batch_tokens", "stream_interval"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            found.append(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
-    for name in ("cache_mb", "prefix_cache_mb"):
-        if getattr(args, name) < 0:
-            found.append(f"--{name.replace('_', '-')} is {getattr(args, name):g}, expected 0 or more")
+    found += too_small(args, dict.fromkeys(("max_batch_rows", "limit_model_concurrency", "max_batch_tokens", "stream_interval"), 1))
+    found += too_small(args, {"cache_mb": 0, "prefix_cache_mb": 0})
     if found:
         raise ValueError("The flags cannot work: " + "; ".join(found) + ".")
 

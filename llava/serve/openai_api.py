@@ -7,10 +7,9 @@ Nothing here opens a connection or decodes a picture.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from PIL import Image
@@ -20,6 +19,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.inference import Message
 from llava.model.routing import RoutingRequest
 from llava.serve.errors import FieldError
+from llava.serve.json_writer import compact_json
 from llava.serve.protocol import (
     ErrorKind,
     Finished,
@@ -241,7 +241,7 @@ class ChatCall:
         seed = self.sampling.seed
         if seed is None or index == 0:
             return self.sampling
-        return Sampling(**{**asdict(self.sampling), "seed": (seed + index) % 2**63})
+        return replace(self.sampling, seed=(seed + index) % 2**63)
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -395,7 +395,7 @@ def read_stop(stop: str | Sequence[str] | None, limits: Limits) -> tuple[str, ..
 
 def read_routing(fields: RoutingFields, card: ModelCard) -> RoutingRequest:
     """What is asked about granularity, checked against what the model has."""
-    wanted = None if fields.granularity == "auto" else fields.granularity
+    wanted = None if isinstance(fields.granularity, str) else fields.granularity
     if not card.granularities and (wanted is not None or fields.max_visual_tokens is not None):
         raise FieldError("This model has no granularities to choose from; leave the field out.", "granularity")
     if fields.granularity_bias and not card.has_router:
@@ -406,7 +406,7 @@ def read_routing(fields: RoutingFields, card: ModelCard) -> RoutingRequest:
     if not all(known) and not finest_or_more:
         raise FieldError(f"granularity is not among this model's: {list(card.granularities)}.", "granularity")
     granularity = tuple(wanted) if isinstance(wanted, list) else wanted
-    return RoutingRequest(granularity, fields.max_visual_tokens, fields.granularity_bias or 0.0)  # type: ignore[arg-type]
+    return RoutingRequest(granularity, fields.max_visual_tokens, fields.granularity_bias or 0.0)
 
 
 def image_fields(report: ImageReport) -> dict[str, Any]:
@@ -473,6 +473,7 @@ class ChatWriter:
     def __init__(self, request_id: str, model: str, scored: bool) -> None:
         self.head = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": model}
         self.scored = scored
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
 
     def completion(self, choices: Sequence[tuple[str, Sequence[TokenScore], Finished]]) -> dict[str, Any]:
         """The whole answer, from each choice's text, scores and ending."""
@@ -494,7 +495,14 @@ class ChatWriter:
         return self._chunk(index, {"role": "assistant", "content": ""}, (), None, avg_llava=report_fields(event))
 
     def piece(self, index: int, text: str, scores: Sequence[TokenScore]) -> bytes:
-        return self._chunk(index, {"content": text}, scores, None)
+        """The chunk with the next text. Without scores only the text differs from one to the next: the rest is written once."""
+        if self.scored:
+            return self._chunk(index, {"content": text}, scores, None)
+        if index not in self._frames:
+            before, empty, after = self._chunk(index, {"content": ""}, (), None).partition(b'"content":""')
+            self._frames[index] = before + empty[:-2], after
+        before, after = self._frames[index]
+        return before + compact_json(text) + after
 
     def ending(self, index: int, event: Finished) -> bytes:
         return self._chunk(index, {}, (), event.finish_reason, avg_llava=report_fields(event))
@@ -521,12 +529,6 @@ def server_sent(value: Any) -> bytes:
     return b"data: " + compact_json(value) + b"\n\n"
 
 
-def compact_json(value: Any) -> bytes:
-    """JSON in UTF-8, without spaces."""
-    return _ENCODER.encode(value).encode("utf-8", "replace")
-
-
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)  # `json.dumps` would make one per call
 STREAM_END = b"data: [DONE]\n\n"
 
 

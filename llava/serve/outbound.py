@@ -18,6 +18,7 @@ import anyio
 import httpx
 
 from llava.serve.addresses import Endpoint
+from llava.serve.watchdog import Watchdog
 
 MAX_FRAME_BYTES = 4_000_000
 """Largest event or frame of a stream."""
@@ -61,21 +62,21 @@ class Reply:
             raise BrokenOff("the body is compressed although that was not asked for")
         parts = self._response.aiter_raw()
         seen = 0
-        while True:
-            seconds = min(self._patience.piece, self._ends_at - anyio.current_time())
-            try:
-                with anyio.fail_after(max(0.0, seconds)):
-                    chunk = await anext(parts, b"")
-            except TimeoutError as error:
-                raise BrokenOff(f"nothing came for {seconds:.0f} seconds") from error
-            except (httpx.HTTPError, httpx.StreamError, ssl.SSLError, OSError) as error:
-                raise BrokenOff(f"the body broke off: {type(error).__name__}") from error
-            if not chunk:
-                return
-            seen += len(chunk)
-            if seen > self._max_bytes:
-                raise BrokenOff(f"the body is longer than {self._max_bytes:,} bytes")
-            yield chunk
+        with Watchdog() as watchdog:
+            while True:
+                seconds = min(self._patience.piece, self._ends_at - anyio.current_time())
+                try:
+                    chunk = await watchdog.wait(anext(parts, b""), seconds)
+                except TimeoutError as error:
+                    raise BrokenOff(f"nothing came for {seconds:.0f} seconds") from error
+                except (httpx.HTTPError, httpx.StreamError, ssl.SSLError, OSError) as error:
+                    raise BrokenOff(f"the body broke off: {type(error).__name__}") from error
+                if not chunk:
+                    return
+                seen += len(chunk)
+                if seen > self._max_bytes:
+                    raise BrokenOff(f"the body is longer than {self._max_bytes:,} bytes")
+                yield chunk
 
     async def body(self) -> bytes:
         """The whole body; raises as `chunks`."""

@@ -29,7 +29,7 @@ class PictureLoader:
     Args:
         limits: whether web addresses are fetched, and from which hosts.
         max_held_pixels: of all pictures that are in use at once.
-        fetch_bytes: (address, which hosts' addresses to use) to the file behind it.
+        fetch_bytes: fetches the file at a web address, its first argument; its second resolves host names.
     """
 
     def __init__(

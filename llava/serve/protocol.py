@@ -20,6 +20,12 @@ from PIL import Image
 from llava.inference import Message
 from llava.model.routing import RoutingRequest
 
+CHAT_PATH = "/v1/chat/completions"
+WORKER_PATH = "/worker_generate_stream"
+STATUS_PATH = "/worker_get_status"
+LLAVA_PATHS = frozenset((WORKER_PATH, STATUS_PATH))
+"""Where LLaVA's own protocol is spoken, and errors have its form."""
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -221,7 +227,6 @@ class EngineStats:
 
     waiting: int
     running: int
-    finished: int
     cache_entries: int = 0
     cache_bytes: int = 0
     cache_hits: int = 0
@@ -274,6 +279,7 @@ class Limits:
     """What one request, and all together, may take. Everything beyond is refused before it costs anything.
 
     max_body_bytes: of a request. max_images, max_messages, max_prompt_characters, max_new_tokens, max_stop, max_n: of one request.
+    max_stop_characters: of one stop text. max_logprobs: alternatives told per token.
     max_queue: requests that wait beside those being answered; the next gets 503. body_seconds: in which a body has to arrive.
     send_seconds: that a client may take to read one piece of a stream before it is taken for gone.
     allow_remote_images: fetch http(s) pictures; off by default. allowed_hosts: only from these, when given.

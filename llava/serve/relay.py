@@ -8,22 +8,23 @@ one task, whose end closes the connection to the worker.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-import anyio
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from llava.serve.dispatch import Worker, WorkerTable
 from llava.serve.errors import error_body, error_fields, request_id_of
-from llava.serve.http_guard import cut_connection, unless_gone
+from llava.serve.http_guard import unless_gone
+from llava.serve.llava_api import null_ended
+from llava.serve.openai_api import STREAM_END, server_sent
 from llava.serve.outbound import BrokenOff, Outbound, Patience, Reply, Unreachable, parse_json_object
 from llava.serve.protocol import ErrorKind, ServeError
+from llava.serve.watchdog import patient
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def _has_content(choice: Any) -> bool:
 
 
 def _event_error(error: ServeError, request_id: str) -> bytes:
-    return b"data: " + json.dumps({"error": error_fields(error, request_id)}).encode() + b"\n\ndata: [DONE]\n\n"
+    return server_sent({"error": error_fields(error, request_id)}) + STREAM_END
 
 
 def _said_by_frame(frame: bytes) -> Said:
@@ -118,10 +119,14 @@ def _said_by_frame(frame: bytes) -> Said:
 
 
 def _frame_error(error: ServeError, request_id: str) -> bytes:
-    return json.dumps(error_body(error, request_id, worker_protocol=True)).encode() + b"\0"
+    return null_ended(error_body(error, request_id, worker_protocol=True))
 
 
-EVENTS = Dialect(b"\n\n", "text/event-stream", _said_by_event, lambda frame: _event_data(frame) == b"[DONE]", _event_error)
+def _is_done(frame: bytes) -> bool:
+    return b"[DONE]" in frame and _event_data(frame) == b"[DONE]"
+
+
+EVENTS = Dialect(b"\n\n", "text/event-stream", _said_by_event, _is_done, _event_error)
 """Server-sent events of the OpenAI API."""
 FRAMES = Dialect(b"\0", "application/octet-stream", _said_by_frame, None, _frame_error)
 """LLaVA's JSON objects with a null byte behind each."""
@@ -204,18 +209,11 @@ class RelayResponse(Response):
         self.relay, self.job = relay, job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await unless_gone(receive, self._answer(scope, self._impatient(scope, send)))
+        await unless_gone(receive, self._answer_patiently(scope, send))
 
-    def _impatient(self, scope: Scope, send: Send) -> Send:
-        async def sending(message: Message) -> None:
-            try:
-                with anyio.fail_after(self.relay.send_seconds):
-                    await send(message)
-            except TimeoutError as error:
-                cut_connection(scope)
-                raise ServeError(ErrorKind.CANCELLED) from error
-
-        return sending
+    async def _answer_patiently(self, scope: Scope, send: Send) -> None:
+        with patient(send, self.relay.send_seconds) as sending:
+            await self._answer(scope, sending)
 
     async def _answer(self, scope: Scope, send: Send) -> None:
         relay, tried, broken = self.relay, list[str](), 0

@@ -19,7 +19,18 @@ from PIL import Image
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.inference import Message
 from llava.serve.outbound import BrokenOff, Reply, parse_json_object
-from llava.serve.protocol import ErrorKind, Event, Finished, GenerationRequest, ImageReport, Piece, ServeError, Started, TokenScore
+from llava.serve.protocol import (
+    CHAT_PATH,
+    ErrorKind,
+    Event,
+    Finished,
+    GenerationRequest,
+    ImageReport,
+    Piece,
+    ServeError,
+    Started,
+    TokenScore,
+)
 from llava.serve.read_prompt import read_prompt
 
 logger = logging.getLogger(__name__)
@@ -50,7 +61,7 @@ _OUR_FAULT = (401, 403, 404, 405)
 
 
 def chat_body(request: GenerationRequest, model: str) -> dict[str, Any]:
-    """A request as the body of `/v1/chat/completions`; pictures become PNG data URLs.
+    """A request as the body of a chat completion; pictures become PNG data URLs.
 
     Raises:
         ServeError: the turns or their placeholders do not fit the pictures, or a finished prompt is of no known template.
@@ -65,6 +76,8 @@ def chat_body(request: GenerationRequest, model: str) -> dict[str, Any]:
         "top_p": sampling.top_p,
         "max_tokens": sampling.max_new_tokens,
     }
+    if sampling.min_new_tokens:
+        body["min_tokens"] = sampling.min_new_tokens
     if sampling.seed is not None:
         body["seed"] = sampling.seed
     if sampling.stop:
@@ -89,7 +102,7 @@ def _turns(request: GenerationRequest) -> Sequence[Message]:
         raise ServeError(
             ErrorKind.INVALID_REQUEST,
             "The server behind this model takes turns, and this finished prompt is written with no known template; send turns to "
-            "/v1/chat/completions.",
+            f"{CHAT_PATH}.",
         )
     return turns
 

@@ -8,7 +8,6 @@ texts, the details go to the log.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -17,8 +16,10 @@ from typing import Any
 
 from llava.model.routing import RoutingRequest
 from llava.serve.addresses import Endpoint, parse_worker_url
+from llava.serve.json_writer import compact_json
 from llava.serve.outbound import BrokenOff, Outbound, Patience, Unreachable
 from llava.serve.protocol import (
+    CHAT_PATH,
     EngineStats,
     ErrorKind,
     Event,
@@ -128,7 +129,6 @@ class RemoteEngine:
         self._model: BackendModel | None = None
         self._places = asyncio.Semaphore(backend.concurrency)
         self._generations: set[RemoteGeneration] = set()
-        self._finished = 0
         self._draining = False
         self._watch: asyncio.Task[None] | None = None
 
@@ -188,7 +188,7 @@ class RemoteEngine:
 
     def stats(self) -> EngineStats:
         running = sum(generation.running for generation in self._generations)
-        return EngineStats(len(self._generations) - running, running, self._finished)
+        return EngineStats(len(self._generations) - running, running)
 
     async def drain(self) -> None:
         self._draining = True
@@ -208,7 +208,6 @@ class RemoteEngine:
     def ended(self, generation: RemoteGeneration) -> None:
         """Called by a generation at its end, whatever that was."""
         self._generations.discard(generation)
-        self._finished += 1
 
     async def events(self, generation: RemoteGeneration) -> AsyncIterator[Event]:
         """Ask the backend and give its answer's events; waits for a place first."""
@@ -222,7 +221,7 @@ class RemoteEngine:
             async with self.outbound.call(
                 "POST",
                 self.backend.endpoint,
-                "/v1/chat/completions",
+                CHAT_PATH,
                 patience=self.backend.patience,
                 max_bytes=_MAX_STREAM_BYTES,
                 content=content,
@@ -246,7 +245,7 @@ class RemoteEngine:
             )
 
     def _body(self, request: GenerationRequest) -> bytes:
-        return json.dumps(chat_body(request, self.backend.model), ensure_ascii=False).encode()
+        return compact_json(chat_body(request, self.backend.model))
 
 
 class RemoteGeneration:

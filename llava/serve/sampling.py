@@ -43,9 +43,9 @@ def pick(logits: Tensor, sampling: Sequence[Sampling], uniform: Sequence[float])
         B picks.
     """
     logits = logits.float()
-    # Masked tokens are -inf on purpose; a row of nothing else, or with nan or +inf, has broken down.
-    usable = (~logits.isnan().any(-1) & ~logits.isposinf().any(-1) & logits.isfinite().any(-1)).tolist()
-    tokens = logits.argmax(-1)
+    best, tokens = logits.max(-1)
+    # Masked tokens are -inf on purpose; a row of nothing else, or with nan or +inf, has broken down: whichever it is wins the maximum.
+    usable = best.isfinite().tolist()
     drawn = [row for row, wish in enumerate(sampling) if wish.temperature > 0 and usable[row]]
     if drawn:
         tokens[drawn] = _draw(logits[drawn], [sampling[row] for row in drawn], [uniform[row] for row in drawn])

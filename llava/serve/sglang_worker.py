@@ -21,6 +21,7 @@ from dataclasses import replace
 
 from fastapi import FastAPI
 
+from llava.serve.flag_checks import check_at_least
 from llava.serve.http_server import check_address
 from llava.serve.keys import read_secrets
 from llava.serve.outbound import BrokenOff, Outbound, Patience, Unreachable
@@ -34,8 +35,6 @@ logger = logging.getLogger("llava.serve.sglang_worker")  # also when run as a pr
 
 WAIT_SECONDS = 1.0
 """Between two looks at a backend that is not there yet."""
-HEART_BEAT_SECONDS = 5.0
-"""A controller that was started again knows the worker again after at most so long."""
 
 
 def create_bridge_app(
@@ -126,9 +125,7 @@ def backend_from(args: argparse.Namespace, limits: Limits) -> Backend:
     Raises:
         ValueError: a flag cannot work.
     """
-    for name in ("backend_timeout", "context_length", "limit_model_concurrency", "stream_interval"):
-        if not 0 < getattr(args, name) < 10**9:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number above 0.")
+    check_at_least(args, {"backend_timeout": 0.001, "context_length": 1, "limit_model_concurrency": 1, "stream_interval": 1})
     keys = read_secrets([args.backend_api_key] if args.backend_api_key else [], args.backend_api_key_file)
     if len(keys) > 1:
         raise ValueError("More than one key for the backend is given; give one, by flag or by file.")
@@ -154,8 +151,6 @@ def backend_from(args: argparse.Namespace, limits: Limits) -> Backend:
 def build_app(args: argparse.Namespace) -> FastAPI:
     """The bridge's app; waits for the backend only where the model's name has to come from there."""
     limits, keys, registration = read_limits(args), read_api_keys(args), read_registration(args)
-    if registration is not None:
-        registration = replace(registration, interval=HEART_BEAT_SECONDS)
     backend = backend_from(args, limits)
     check_address(args.host, args.port)
     if args.multi_modal:

@@ -38,8 +38,10 @@ class SlotCache(Cache):
         self._keys: list[Tensor] = []  # per layer (R, H, N, E)
         self._values: list[Tensor] = []
         self._first = 0
-        self._known: list[int] = []
+        self._count = 0
+        self._known = 0  # the most that a row of the pass has
         self._new = 0
+        self._even = True  # all have as much
         self._places: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -84,17 +86,19 @@ class SlotCache(Cache):
                 has to be room for them. like: a tensor of the dtype and device of the hidden states.
 
         Returns:
-            (B, L) positions, and a (B, 1, L, K) mask that is added to the attention scores; `None` where plain causal attention does: what
-            stands behind a row's end is hidden from it, and kernels without a mask are the fastest.
+            (B, L) positions, and a (B, 1, L, K) mask that is added to the attention scores; `None` where plain causal attention does, which
+            has the fastest kernels: whole prompts (what stands behind a row's end is hidden from it), and one more position each for rows
+            that are equally long.
         """
-        self._first, self._known, self._new = first, list(known), new
-        lengths = torch.tensor(self._known, device=like.device)
+        self._first, self._count, self._known, self._new = first, len(known), max(known), new
+        self._even = min(known) == self._known
+        lengths = torch.tensor(known, device=like.device)
         positions = lengths[:, None] + torch.arange(new, device=like.device)  # (B, L)
         rows = torch.arange(first, first + len(known), device=like.device)[:, None]
         self._places = {like.device: (rows, positions)}
-        if not any(self._known):
+        if self._even and (new == 1 or not self._known):
             return positions, None
-        hidden = torch.arange(max(self._known) + new, device=like.device) > positions[..., None]  # (B, L, K)
+        hidden = torch.arange(self._known + new, device=like.device) > positions[..., None]  # (B, L, K)
         mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, torch.finfo(like.dtype).min)
         return positions, mask[:, None]
 
@@ -110,12 +114,12 @@ class SlotCache(Cache):
 
     def _write(self, layers: list[Tensor], states: Tensor, layer: int) -> Tensor:
         stored = self._storage(layers, layer, states)
-        last, end = self._first + len(self._known), max(self._known) + self._new
-        if any(self._known):
+        last, end = self._first + self._count, self._known + self._new
+        if self._even:
+            stored[self._first : last, :, self._known : end] = states
+        else:
             rows, positions = self._places_on(states.device)
             stored[rows, :, positions] = states.transpose(1, 2)
-        else:
-            stored[self._first : last, :, : self._new] = states
         return stored[self._first : last, :, :end]
 
     def _places_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -164,6 +168,12 @@ class SlotCache(Cache):
             held = self._keys if place < layers else self._values
             self._storage(held, place % layers, known)[row, :, : known.shape[1]] = known
 
+    # ---- what transformers asks where `begin` gave no mask: the rows of the pass are equally long then -------------------------
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions of the longest row (transformers asks where no positions are given; here they always are)."""
-        return max(self.lengths, default=0)
+        """Positions before those of the pass."""
+        return self._known
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Positions attended to, and where they begin."""
+        return self._known + query_length, 0

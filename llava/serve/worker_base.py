@@ -14,8 +14,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI, Request
-from starlette.responses import JSONResponse, Response
-from starlette.types import Message as AsgiMessage
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from llava import __version__
@@ -23,6 +22,8 @@ from llava.serve.errors import error_fields, error_response, request_id_of, type
 from llava.serve.gate import HELD_BODIES, Gate
 from llava.serve.http_guard import guard_app, unless_gone
 from llava.serve.http_server import DRAIN_SECONDS, make_server, run_server
+from llava.serve.joining import JoinedPieces, Numbered, merged
+from llava.serve.json_writer import JsonResponse
 from llava.serve.llava_api import WorkerCall, WorkerRequest, WorkerWriter, read_worker_request
 from llava.serve.metrics import CONTENT_TYPE, Metrics
 from llava.serve.openai_api import (
@@ -42,6 +43,9 @@ from llava.serve.openai_api import (
 from llava.serve.openapi import describe_bodies
 from llava.serve.pictures import PictureLoader
 from llava.serve.protocol import (
+    CHAT_PATH,
+    STATUS_PATH,
+    WORKER_PATH,
     Engine,
     ErrorKind,
     Event,
@@ -56,17 +60,15 @@ from llava.serve.protocol import (
 )
 from llava.serve.registration import Registration
 from llava.serve.strict_json import read_json
+from llava.serve.watchdog import patient
 
 __all__ = ["Registration", "Worker", "create_worker_app", "run_worker"]
 
 logger = logging.getLogger(__name__)
 
-CHAT_PATH = "/v1/chat/completions"
-WORKER_PATH = "/worker_generate_stream"
 DEFAULT_PLACES = 16
-
-Numbered = tuple[int, Event]
-"""An event, and which of the call's choices it belongs to."""
+LEFTOVER_SECONDS = 5.0
+"""That the engine gets, after everyone was answered or cancelled, to let go of what nobody waits for any more."""
 
 
 class Worker:
@@ -74,7 +76,7 @@ class Worker:
 
     Args:
         engine: makes the answers. limits: of one request. gate: counts the requests inside. pictures: decodes. metrics: counts.
-        stream_interval: tokens between two parts of a stream.
+        stream_interval: tokens between two parts of a stream, see `JoinedPieces`.
     """
 
     def __init__(
@@ -102,7 +104,7 @@ class Worker:
         writer = ChatWriter(request_id, self.engine.card.name, call.sampling.logprobs is not None)
         events = self._chat_events(call, request_id)
         if not call.stream:
-            return JSONResponse(writer.completion(await unless_gone(request.receive, _collected(events, call.n))))
+            return JsonResponse(writer.completion(await unless_gone(request.receive, _collected(events, call.n))))
         first = await unless_gone(request.receive, anext(events))
         parts = self._chat_parts(call, writer, first, events, request_id)
         return Streamed(parts, "text/event-stream", self.limits.send_seconds)
@@ -110,7 +112,7 @@ class Worker:
     async def _chat_events(self, call: ChatCall, request_id: str) -> AsyncGenerator[Numbered, None]:
         with self.gate.more_places(call.n - 1):
             async with self.pictures.loaded(call.sources) as images:
-                async with aclosing(self._events(call.requests(request_id, images))) as events:
+                async with aclosing(self._events(call.requests(request_id, images), call.stream)) as events:
                     async for event in events:
                         yield event
 
@@ -147,7 +149,7 @@ class Worker:
     async def _worker_events(self, call: WorkerCall, request_id: str) -> AsyncGenerator[Numbered, None]:
         async with self.pictures.loaded(call.sources, plain_base64=True) as images:
             asked = GenerationRequest(request_id, prompt=call.prompt, images=images, sampling=call.sampling, routing=call.routing)
-            async with aclosing(self._events([asked])) as events:
+            async with aclosing(self._events([asked], streamed=True)) as events:
                 async for event in events:
                     yield event
 
@@ -172,14 +174,15 @@ class Worker:
         self.metrics.failed(error.kind)
         return error
 
-    async def _events(self, requests: Sequence[GenerationRequest]) -> AsyncGenerator[Numbered, None]:
+    async def _events(self, requests: Sequence[GenerationRequest], streamed: bool) -> AsyncGenerator[Numbered, None]:
         """The events of all of one call's generations as they come; what is left of them at the end is cancelled."""
         running: list[Generation] = []
         try:
             for request in requests:
                 running.append(self.engine.submit(request))
-            async with aclosing(_merged(running)) as merged:
-                async for index, event in _coalesced(merged, self.stream_interval):
+            found = merged(running)
+            async with aclosing(JoinedPieces(found, self.stream_interval).events() if streamed else found) as events:
+                async for index, event in events:
                     self._count(event)
                     yield index, event
         finally:
@@ -197,64 +200,6 @@ async def _with_first(first: Numbered, rest: AsyncIterator[Numbered]) -> AsyncIt
     yield first
     async for event in rest:
         yield event
-
-
-async def _merged(running: Sequence[Generation]) -> AsyncGenerator[Numbered, None]:
-    if len(running) == 1:
-        async for event in running[0]:
-            yield 0, event
-        return
-    queue: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue(maxsize=len(running))
-
-    async def pump(index: int, generation: Generation) -> None:
-        try:
-            async for event in generation:
-                await queue.put((index, event))
-            await queue.put((index, None))
-        except Exception as error:  # raised again below, by the reader
-            await queue.put((index, error))
-
-    pumps = [asyncio.create_task(pump(index, generation)) for index, generation in enumerate(running)]
-    left = len(pumps)
-    try:
-        while left:
-            index, item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                left -= 1
-            else:
-                yield index, item
-    finally:
-        for task in pumps:
-            task.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
-
-
-async def _coalesced(events: AsyncIterator[Numbered], interval: int) -> AsyncIterator[Numbered]:
-    """Join so many pieces of the same choice into one; the rest passes unchanged and in order."""
-    held: dict[int, list[Piece]] = {}
-    try:
-        async for index, event in events:
-            if isinstance(event, Piece) and interval > 1:
-                held.setdefault(index, []).append(event)
-                if len(held[index]) < interval:
-                    continue
-            for piece in _joined(held.pop(index, [])):
-                yield index, piece
-            if not isinstance(event, Piece) or interval == 1:
-                yield index, event
-    except Exception:  # what was written before the failure still belongs to the client
-        for index, pieces in held.items():
-            for piece in _joined(pieces):
-                yield index, piece
-        raise
-
-
-def _joined(pieces: Sequence[Piece]) -> list[Piece]:
-    if not pieces:
-        return []
-    return [Piece("".join(piece.text for piece in pieces), tuple(score for piece in pieces for score in piece.scores))]
 
 
 async def _collected(events: AsyncGenerator[Numbered, None], count: int) -> list[tuple[str, list[TokenScore], Finished]]:
@@ -283,35 +228,17 @@ class Streamed(Response):
         super().__init__(media_type=media_type, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self.parts, self.send_seconds = parts, send_seconds
-        self._gave_up = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await unless_gone(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
         async with aclosing(self.parts):
-            await self._send(send, {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for part in self.parts:
-                await self._send(send, {"type": "http.response.body", "body": part, "more_body": True})
-            await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _send(self, send: Send, message: AsgiMessage) -> None:
-        # A plain timer: a scope of anyio's or asyncio's costs several times as much, and this runs once per token.
-        task = asyncio.current_task()
-        assert task is not None
-        timer = asyncio.get_running_loop().call_later(self.send_seconds, self._give_up, task)
-        try:
-            await send(message)
-        except asyncio.CancelledError:
-            if self._gave_up:
-                raise ServeError(ErrorKind.CANCELLED, "The client did not read its answer.") from None
-            raise
-        finally:
-            timer.cancel()
-
-    def _give_up(self, task: asyncio.Task[None]) -> None:
-        self._gave_up = True
-        task.cancel()
+            with patient(send, self.send_seconds) as sending:
+                await sending({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                async for part in self.parts:
+                    await sending({"type": "http.response.body", "body": part, "more_body": True})
+                await sending({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def create_worker_app(
@@ -334,7 +261,7 @@ def create_worker_app(
         api_keys: one of them must come with every request but `/health`; none given, none asked for.
         registration: a controller to register at, or `None`.
         places: requests that the engine answers at once; with `limits.max_queue` more waiting, the next is refused.
-        stream_interval: tokens between two parts of a stream.
+        stream_interval: tokens between two parts of a stream, see `JoinedPieces`.
         not_ready: what `/ready` says where the engine takes no requests.
         open_prefixes: paths that need no key, such as those of a page mounted into this app.
         pictures: decodes and fetches; one by `limits` when missing.
@@ -354,12 +281,19 @@ def create_worker_app(
         gate.drain()  # if no signal said so before
         if beats is not None:
             await beats
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(engine.drain(), DRAIN_SECONDS)
+        with suppress(asyncio.TimeoutError):  # the server has waited for running answers, by its own `drain_seconds`
+            await asyncio.wait_for(engine.drain(), LEFTOVER_SECONDS)
         worker.pictures.close()
         await engine.close()
 
-    app = FastAPI(title="AVG-LLaVA worker", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="AVG-LLaVA worker",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        default_response_class=JsonResponse,
+    )
     app.state.worker = worker
     _add_routes(app, worker, metrics, not_ready)
     describe_bodies(app, {CHAT_PATH: ChatRequest, WORKER_PATH: WorkerRequest}, guarded=bool(api_keys))
@@ -386,7 +320,7 @@ def _add_routes(app: FastAPI, worker: Worker, metrics: Metrics, not_ready: Error
     async def worker_generate_stream(request: Request) -> Response:
         return await worker.generate(request)
 
-    @app.post("/worker_get_status", responses=errors)
+    @app.post(STATUS_PATH, responses=errors)
     async def worker_get_status() -> dict[str, Any]:
         return worker.status()
 
@@ -406,7 +340,7 @@ def _add_routes(app: FastAPI, worker: Worker, metrics: Metrics, not_ready: Error
     @app.get("/ready", response_model=None, responses={200: {"model": dict[str, str]}, **errors})
     async def ready(request: Request) -> Response:
         if worker.is_ready:
-            return JSONResponse({"status": "ready"})
+            return JsonResponse({"status": "ready"})
         if worker.gate.draining:
             return error_response(ServeError(ErrorKind.DRAINING), request.scope)
         detail = "The engine takes no requests now." if not_ready is ErrorKind.OVERLOADED else None

@@ -6,12 +6,12 @@ import argparse
 import logging
 
 from llava.fetch import FetchError, split_url
+from llava.serve.flag_checks import check_at_least
+from llava.serve.http_server import shown_url
 from llava.serve.keys import read_secrets
 from llava.serve.protocol import Limits
 from llava.serve.registration import Registration
 from llava.utils import setup_logging
-
-_WILDCARDS = ("0.0.0.0", "::", "")
 
 
 def add_network_flags(parser: argparse.ArgumentParser, port: int = 21002) -> None:
@@ -60,10 +60,7 @@ def read_limits(args: argparse.Namespace) -> Limits:
     Raises:
         ValueError: numbers that cannot work, or hosts without fetching.
     """
-    least = {"max_queue": 0, "max_new_tokens": 1, "max_images": 0}
-    for name, bound in least.items():
-        if getattr(args, name) < bound:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected {bound} or more.")
+    check_at_least(args, {"max_queue": 0, "max_new_tokens": 1, "max_images": 0})
     if not 0.001 <= args.max_body_mb <= 4000:
         raise ValueError(f"--max-body-mb is {args.max_body_mb:g}, expected 0.001 to 4000.")
     if args.allowed_host and not args.allow_remote_images:
@@ -96,8 +93,7 @@ def read_registration(args: argparse.Namespace) -> Registration | None:
         raise ValueError("More than one registration token is given; give one, by flag or by file.")
     if args.worker_address is None and args.port == 0:
         raise ValueError("--port is 0, so the controller cannot be told where this worker is; give --port or --worker-address.")
-    host = "localhost" if args.host in _WILDCARDS else f"[{args.host}]" if ":" in args.host else args.host
-    worker_url = args.worker_address or f"http://{host}:{args.port}"
+    worker_url = args.worker_address or shown_url(args.host, args.port)
     return Registration(
         _checked_url("--controller-address", args.controller_address),
         _checked_url("--worker-address", worker_url),

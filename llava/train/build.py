@@ -164,7 +164,7 @@ def _apply_flags(
         load_tower_weights(model, resolve_tower(model_args.vision_tower, path))
         config.mm_vision_tower = model_args.vision_tower
     if config.mm_patch_merge_type == "spatial_unpad" and not hasattr(model.model, "image_newline"):
-        like = model.model.mm_projector_parameter
+        like = model.model.embedding_weight
         vector = torch.randn(config.hidden_size, dtype=like.dtype, device=like.device) * config.hidden_size**-0.5
         model.model.image_newline = nn.Parameter(vector)
 

@@ -6,7 +6,6 @@ Nothing here knows the harness: a sample says who it is and how to load its ques
 from __future__ import annotations
 
 import logging
-import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any, Generic, TypeVar
 from tqdm import tqdm
 
 from avg_llava_lmms_eval.sample_log import SampleLog, routing_fields
+from llava.eval.one_by_one import Failure, attempt
 from llava.inference import Answer, Assistant, Likelihood, Options, Question
 
 logger = logging.getLogger(__name__)
@@ -46,10 +46,10 @@ class Sample:
 
 @dataclass
 class Results(Generic[Outcome]):
-    """Outcomes in the order of the samples, `None` where one failed, and what was raised there by index."""
+    """Outcomes in the order of the samples, `None` where one failed, and why by index."""
 
     outcomes: list[Outcome | None]
-    failures: dict[int, Exception] = field(default_factory=dict)
+    failures: dict[int, Failure] = field(default_factory=dict)
 
 
 def answer_all(assistant: Assistant, samples: Sequence[Sample], batch_size: int, log: SampleLog, show: bool = True) -> Results[Answer]:
@@ -105,27 +105,24 @@ def _ask(
 ) -> Results[Outcome]:
     results: Results[Outcome] = Results([None] * len(samples))
 
-    def attempt(places: Sequence[int]) -> None:
-        batch = [samples[place] for place in places]
-        try:
-            outcomes = work(batch)
-        except Exception as error:
-            if len(places) > 1:  # one bad sample must not take its neighbours along: find it by asking one by one
-                for place in places:
-                    attempt([place])
-                return
-            results.failures[places[0]] = error
-            logger.warning("%s failed", _name(batch[0]), exc_info=error)
-            log.write([{**_identity(batch[0]), "error": "".join(traceback.format_exception_only(error)).strip()}])
-            return
-        for place, outcome in zip(places, outcomes, strict=True):
-            results.outcomes[place] = outcome
-        pairs = zip(batch, outcomes, strict=True)
-        log.write([_record(sample, outcome, record, len(batch)) for sample, outcome in pairs if sample.counted])
+    def asked(batch: Sequence[Sample]) -> list[tuple[Outcome, int]]:
+        return [(outcome, len(batch)) for outcome in work(batch)]
 
     with tqdm(total=len(samples), desc="avg_llava", unit="sample", disable=not show) as bar:
         for places in _batches(samples, batch_size):
-            attempt(places)
+            pairs, failures = attempt(asked, [samples[place] for place in places])
+            lines = []
+            for index, (place, pair) in enumerate(zip(places, pairs, strict=True)):
+                sample = samples[place]
+                if pair is None:
+                    results.failures[place] = failures[index]
+                    logger.warning("%s failed\n%s", _name(sample), failures[index].details)
+                    lines.append({**_identity(sample), "error": failures[index].reason})
+                    continue
+                results.outcomes[place] = pair[0]
+                if sample.counted:
+                    lines.append(_record(sample, pair[0], record, pair[1]))
+            log.write(lines)
             bar.update(len(places))
     return results
 
@@ -164,7 +161,7 @@ def _record(sample: Sample, outcome: Outcome, record: Callable[[Outcome], dict[s
 def describe_failures(samples: Sequence[Sample], results: Results[Any]) -> list[str]:
     """What happened to the first few failed samples."""
     chosen = list(results.failures.items())[:SHOWN_FAILURES]
-    return [f"{_name(samples[place])}: {type(error).__name__}: {error}" for place, error in chosen]
+    return [f"{_name(samples[place])}: {failure.reason}" for place, failure in chosen]
 
 
 @dataclass

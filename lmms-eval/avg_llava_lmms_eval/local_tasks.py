@@ -13,13 +13,14 @@ from typing import Any
 
 from PIL import Image
 
-from llava.eval.report.answers import is_right, load_picture
+from llava.eval.report.answers import is_right
+from llava.images import load_image
 
 
 @lru_cache(maxsize=64)
 def open_picture(path: str | Path) -> Image.Image:
     """An RGB picture. Questions about one picture get the same object, which a batch then encodes once."""
-    return load_picture(Path(path))
+    return load_image(path)
 
 
 def doc_to_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, str] | None = None) -> str:

@@ -304,5 +304,4 @@ def load_question(context: str, doc_to_visual: Callable[[Any], Any], documents: 
     for visual in visuals:
         if not isinstance(visual, Image.Image):
             raise ValueError(f"The document's visuals hold a {type(visual).__name__}, expected pictures only.")
-    # a picture that needs no conversion stays the same object, which a batch then encodes once
-    return Question([visual if visual.mode == "RGB" else visual.convert("RGB") for visual in visuals], context)
+    return Question(visuals, context)

@@ -33,13 +33,16 @@ from urllib.parse import urlsplit
 
 import httpx
 import psutil
-from PIL import Image
 from tqdm import tqdm
 
+from llava.images import load_image
 from llava.inference import Assistant, Options
+from llava.serve.protocol import CHAT_PATH
 
 QUESTIONS = Path(__file__).resolve().parents[2] / "playground" / "eval" / "test.jsonl"
 WAIT_FOR_WORKER = 180.0
+LONGEST_ANSWER = 2**24
+"""Bytes of an answer with all of its stream's parts, which are read as one."""
 BROKEN = 0
 """Counted in place of a status where a connection broke off without an answer."""
 
@@ -76,8 +79,7 @@ def load_asks(args: argparse.Namespace, seed: int = 0) -> list[Ask]:
     asks = []
     for row in tqdm(chosen, desc="answers one by one", unit="question"):
         path = QUESTIONS.parent / row["image"]
-        with Image.open(path) as picture:
-            expected = assistant.answer([picture.convert("RGB")], row["text"], options).text
+        expected = assistant.answer([load_image(path)], row["text"], options).text
         body = request_body(path.read_bytes(), row["text"], options)
         asks.append(Ask(json.dumps(body).encode(), json.dumps(body | {"stream": True}).encode(), expected))
     return asks
@@ -139,11 +141,11 @@ class Connection:
     async def post(self, ask: Ask, streaming: bool = False) -> Reply:
         """Ask once; a connection that the server closed in the meantime is opened again first."""
         if self.streams is None or self.streams[0].at_eof():
-            self.streams = await asyncio.open_connection(self.host, self.port)
+            self.streams = await asyncio.open_connection(self.host, self.port, limit=LONGEST_ANSWER)
         reader, writer = self.streams
         sent = ask.streamed_body if streaming else ask.body
         head = (
-            f"POST /v1/chat/completions HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nContent-Type: application/json\r\n"
+            f"POST {CHAT_PATH} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(sent)}\r\n\r\n"
         )
         start = time.perf_counter()

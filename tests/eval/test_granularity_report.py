@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from llava.eval.granularity_report import main, markdown, pick_examples
-from llava.eval.report.answers import Record, ask_all, is_right, load_picture, router_logits
+from llava.eval.granularity_report import main
+from llava.eval.report.answers import Encoder, Record, ask_all, earlier_answers, is_right, router_logits, write_answers
+from llava.eval.report.examples import pick_examples
 from llava.eval.report.measure import PARTS, Cost, balanced_sample, kv_cache_bytes, measure, mixed, peak_bytes, summarise
 from llava.eval.report.outcomes import Outcomes
 from llava.eval.report.page import write_page
-from llava.eval.report.tasks import open_task, read_questions
+from llava.eval.report.tasks import Item, open_task, read_task
+from llava.eval.report.words import NO_ROUTER, markdown
+from llava.images import load_image
 from llava.inference import MICRO_MODEL, Assistant, Options
 from llava.model.routing import RoutingRequest
 
@@ -177,13 +180,13 @@ def test_samples_and_examples_take_families_in_turn() -> None:
 
 
 def test_batches_answer_and_route_as_single_requests_do(micro: Assistant) -> None:
-    task = read_questions(EVALUATION / "test.jsonl")
+    task = read_task(EVALUATION / "test.jsonl")
     items = [*task.items[3:8], task.items[25], task.items[0]]
     records, crashes = ask_all(micro, items, task.folder, [4, 64], 16, batch_size=4)
     assert not crashes and [record.question_id for record in records] == [item.question_id for item in items]
     (logits,) = router_logits([micro], items, task.folder, batch_size=3)
     for index, record in enumerate(records):
-        picture = load_picture(task.folder / record.image)
+        picture = load_image(task.folder / record.image)
         free = micro.answer([picture], record.text, Options(max_new_tokens=16))
         single = [micro.answer([picture], record.text, Options(max_new_tokens=16, routing=RoutingRequest(level))).text for level in (4, 64)]
         assert record.said == single and record.tokens == [24, 336]
@@ -194,17 +197,37 @@ def test_batches_answer_and_route_as_single_requests_do(micro: Assistant) -> Non
 
 def test_pictures_without_tiles_are_laid_out_as_single_requests_do(micro: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(micro.model.config, "image_aspect_ratio", "pad")
-    task = read_questions(EVALUATION / "test.jsonl")
+    task = read_task(EVALUATION / "test.jsonl")
     records, crashes = ask_all(micro, task.items[:2], task.folder, [4, 64], 16)
     assert not crashes and records[0].tokens == [4, 64]
     for record in records:
-        picture = load_picture(task.folder / record.image)
+        picture = load_image(task.folder / record.image)
         options = [Options(max_new_tokens=16, routing=RoutingRequest(level)) for level in (4, 64)]
         assert record.said == [micro.answer([picture], record.text, option).text for option in options]
 
 
+def test_a_report_sees_the_pixels_that_every_other_command_sees(micro: Assistant, tmp_path: Path) -> None:
+    """A picture that lies on its side by its EXIF orientation, and one with transparency."""
+    from PIL import Image
+
+    upright = Image.open(EVALUATION / "images" / "000.png").convert("RGB").resize((240, 120))
+    exif = Image.Exif()
+    exif[274] = 6  # turn by a quarter to see it upright
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "rotated.jpg", exif=exif, quality=95)
+    clear = upright.convert("RGBA")
+    clear.paste((200, 30, 30, 0), (0, 0, 120, 120))
+    clear.save(tmp_path / "clear.png")
+    items = [Item(name, name, "What is the background colour?", "beige") for name in ("rotated.jpg", "clear.png")]
+    encoded = Encoder(micro, tmp_path)(items)
+    for item, size, features in zip(items, encoded.sizes, encoded.features, strict=True):
+        picture = load_image(tmp_path / item.image)
+        assert size == picture.size == (240, 120) and picture.mode == "RGB"
+        assert torch.allclose(features, micro.model.encode_images(micro.views(picture)), atol=1e-5)
+    assert load_image(tmp_path / "clear.png").getpixel((5, 5)) == (255, 255, 255)
+
+
 def test_the_way_that_begins_changes_with_every_question_and_repetition(micro: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = read_questions(EVALUATION / "test.jsonl")
+    task = read_task(EVALUATION / "test.jsonl")
     sample = [Record(item.question_id, item.image, item.text, item.answer) for item in task.items[:2]]
     asked: list[tuple[str, Any]] = []
     answer = micro.answer
@@ -260,6 +283,7 @@ def test_the_report_has_every_row_and_column(made: dict[str, Any]) -> None:
         assert sum(cost["milliseconds"].values()) == pytest.approx(cost["total_ms"])  # bars and table say the same
         assert (cost["router_share"] > 0) == (row["kind"] in ("adaptive", "bias", "budget"))
     assert made["oracle_gap"]["accuracy"] == pytest.approx(rows["oracle"]["accuracy"] - rows["adaptive"]["accuracy"])
+    assert made["no_router"] is None and NO_ROUTER not in made["notes"]
     assert made["timing"]["differing"] == 0 and set(rows["adaptive"]["choices"]) == set(made["families"])
     table = (made["output"] / "report.md").read_text()
     assert table == markdown(made) and table.count("\n| fixed ") == 5 and "Oracle gap" in table
@@ -318,14 +342,17 @@ def test_a_model_without_a_router_says_what_is_left_out(
     flags = ["--questions", str(questions(tmp_path, {})), "--timing-samples", "1", "--output", str(tmp_path / "out")]
     assert main([*flags, "--budgets", "100"]) == 0
     assert "no router" in capsys.readouterr().out and "no router" in (tmp_path / "out" / "report.html").read_text()
-    rows = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    rows = report["rows"]
+    assert report["no_router"] == NO_ROUTER
     assert [row["kind"] for row in rows] == ["fixed"] * 5 + ["budget", "oracle"] and rows[5]["tokens"] == rows[2]["tokens"]
     assert main([*flags, "--biases=-1"]) == 1 and "no router to bias" in capsys.readouterr().err
 
 
 def test_crashed_questions_are_counted_and_end_the_run_with_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    path = questions(tmp_path, {"text": ""}, {"image": "broken.png"}, {"image": "missing.png"}, {})
+    (tmp_path / "empty.png").touch()
+    path = questions(tmp_path, {"text": "word " * 5000}, {"image": "broken.png"}, {"image": "empty.png"}, {})
     output = tmp_path / "out"
     assert main(["--questions", str(path), "--timing-samples", "0", "--device", "cpu", "--output", str(output)]) == 1
     assert "3 of 4 questions crashed" in capsys.readouterr().err
@@ -354,6 +381,15 @@ def test_answers_of_an_earlier_report_are_not_asked_again(
     lines[1]["logits"][0] += 1
     (tmp_path / "other.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert main([*flags, "--answers", str(tmp_path / "other.jsonl")]) == 1 and "another model" in capsys.readouterr().err
+
+
+def test_answers_come_back_from_their_file_as_they_were(tmp_path: Path) -> None:
+    """A line separator within a text is no end of a line."""
+    item = Item(1, "a.png", "Who?\u2028And why?", "x")
+    record = Record(item.question_id, item.image, item.text, item.answer, said=["x"], right=[True], tokens=[1], logits=[0.5])
+    write_answers(tmp_path / "answers.jsonl", {"model": "m"}, [record])
+    found = earlier_answers(tmp_path / "answers.jsonl", [item], {"model": "m"}, lambda items: ([record][: len(items)], []))
+    assert found == ([record], [])
 
 
 @pytest.mark.parametrize(
@@ -392,7 +428,7 @@ def test_answers_that_do_not_say_how_they_were_made_are_refused(
     [
         (["--task", "vqa"], "no task 'vqa'; choose one of playground, easy_vqa"),
         (["--task", "playground", "--image-folder", "x"], "--image-folder belongs to --questions"),
-        (["--questions", "nowhere.jsonl"], "no question file nowhere.jsonl"),
+        (["--questions", "nowhere.jsonl"], "The question file nowhere.jsonl does not exist"),
         (["--task", "playground", "--model-path", "nowhere/at/all"], "nowhere/at/all"),
         (["--task", "playground", "--granularities", "5,64"], "this model has [4, 8, 16, 32, 64]"),
         (["--task", "playground", "--budgets", "5"], "max_visual_tokens is 5, but the coarsest granularity allowed costs 24"),
@@ -408,17 +444,19 @@ def test_a_wrong_wish_is_one_sentence(flags: list[str], sentence: str, tmp_path:
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("{", "line 1 is not JSON"),
-        ("[1]", "line 1 is a JSON list"),
-        ('{"question_id": 1, "image": "a.png", "text": "?"}', "line 1 has no answer"),
-        ('{"question_id": 1, "image": ["a.png"], "text": "?", "answer": "x"}', "an image of type list"),
+        ("{", "line 1: Expecting property name"),
+        ("[1]", "line 1: it is a list"),
+        ('{"question_id": 1, "image": "a.png", "text": "?"}', "line 1: answer is missing"),
+        ('{"question_id": 1, "image": ["a.png"], "text": "?", "answer": "x"}', "line 1: image is \\['a.png'\\], expected one file name"),
+        ('{"question_id": 1, "text": "?", "answer": "x"}', "line 1: image is None, expected one file name"),
+        ('{"question_id": 1, "image": "a.png", "text": "?", "answer": "x"}', "line 1: there is no picture"),
         ("", "holds no question"),
     ],
 )
 def test_a_wrong_line_is_named(line: str, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text(line + "\n")
-    with pytest.raises(ValueError, match=sentence.replace("an image", "a image")):
-        read_questions(tmp_path / "mine.jsonl")
+    with pytest.raises(ValueError, match=sentence):
+        read_task(tmp_path / "mine.jsonl")
 
 
 def test_easy_vqa_asks_in_the_micro_worlds_words() -> None:

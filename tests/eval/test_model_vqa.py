@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from llava.eval import model_vqa
-from llava.eval.model_vqa import Journal, build_parser, main, read_questions, share
+from llava.eval.journal import Journal
+from llava.eval.model_vqa import build_parser, main, share
 from llava.images import load_image
 from llava.inference import MICRO_MODEL, Assistant, Options
 
@@ -131,14 +132,6 @@ def test_everything_wrong_with_a_file_is_said_at_once(
         assert any(line.strip().startswith(f"line {number}: ") and words in line for line in said.splitlines()), (number, said)
     assert "line 1:" not in said and "line 5:" not in said
     assert not (tmp_path / "out.jsonl.parts").exists()
-
-
-def test_a_long_list_of_problems_ends_with_their_number(tmp_path: Path) -> None:
-    file = write(tmp_path / "bad.jsonl", [{"question_id": number} for number in range(50)])
-    with pytest.raises(ValueError, match="line 20: .*\n  and 30 more$"):
-        read_questions(file, tmp_path)
-    with pytest.raises(ValueError, match="it holds no question"):
-        read_questions(write(tmp_path / "empty.jsonl", []), tmp_path)
 
 
 @pytest.mark.parametrize(

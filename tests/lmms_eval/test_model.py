@@ -120,3 +120,10 @@ def test_the_entry_point_names_the_model(harness):
     module, name = found.simple_class_path.rsplit(".", 1)
     assert module == harness.model.__name__ and name == harness.model.AvgLlava.__name__
     assert 'avg_llava = "avg_llava_lmms_eval:manifest"' in (PLUGIN / "pyproject.toml").read_text()
+
+
+def test_pictures_go_to_the_model_as_the_task_gives_them(harness):
+    """Nothing is converted on the way: the one path lays transparency on white, and a shared object is encoded once."""
+    picture = Image.new("RGBA", (8, 4), (255, 0, 0, 0))
+    question = harness.model.load_question("What?", lambda doc: [picture], [{}], 0)
+    assert question.images[0] is picture

@@ -81,7 +81,7 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         running = min(self.active, self.rows)
-        return EngineStats(self.active - running, running, len(self.served), 3, 1000, 5, 7)
+        return EngineStats(self.active - running, running, 3, 1000, 5, 7)
 
     async def drain(self) -> None:
         self.drained = True

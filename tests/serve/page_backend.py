@@ -23,6 +23,7 @@ from PIL import Image
 from llava.model import LlavaConfig
 from llava.model.merge import merged_layout
 from llava.visualize import grid_of
+from tests.serve.running import wait_until
 
 MARKUP = (
     '<script>window.hacked = 1</script> <img src="http://192.0.2.1/x.png" onerror="window.hacked = 1"> '
@@ -145,11 +146,8 @@ def running(app: Any, port: int = 0) -> Iterator[str]:
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    for _ in range(400):
-        if server.started:
-            break
-        threading.Event().wait(0.02)
-    assert server.started, "the server did not start within 8 seconds"
+    wait_until(lambda: server.started or not thread.is_alive())
+    assert server.started, "the server did not start; see its log"
     try:
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:

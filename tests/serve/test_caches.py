@@ -32,7 +32,9 @@ def test_what_does_not_fit_is_not_kept():
     cache = TensorCache(40)
     cache.put("large", features(1, rows=6))
     assert "large" not in cache
-    assert TensorCache(0).max_bytes == 0
+    nothing = TensorCache(0)
+    nothing.put("a", features(1))
+    assert "a" not in nothing and (len(nothing), nothing.bytes) == (0, 0)
     with pytest.raises(ValueError, match="-5 bytes"):
         TensorCache(-5)
 

@@ -100,6 +100,16 @@ def test_registering_again_renews_and_keeps_what_is_in_flight() -> None:
     assert worker.in_flight == 0
 
 
+def test_what_a_worker_says_when_asked_is_no_heart_beat() -> None:
+    workers, clock = table()
+    worker = workers.register(endpoint(1), WorkerStatus(("a",)), registered_from="10.0.0.7")
+    clock.now += 20
+    workers.update(worker, WorkerStatus(("a", "b"), queue_length=3))
+    assert workers.models() == ["a", "b"] and worker.load == 3 and worker.registered_from == "10.0.0.7"
+    clock.now += 11
+    assert workers.models() == []
+
+
 def test_the_table_is_bounded() -> None:
     workers, clock = table()
     for port in range(1, MAX_WORKERS + 1):

@@ -58,7 +58,7 @@ WORKER --device mps
     "WORKER",
     "python -m llava.serve.model_worker --host 0.0.0.0 --controller http://localhost:30000 --port 40000 --worker http://localhost:40000",
 )
-NOBODY = EngineStats(0, 0, 0)
+NOBODY = EngineStats(0, 0)
 
 
 def text() -> str:
@@ -323,15 +323,17 @@ def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
 
 
 def test_units_give_running_answers_their_time() -> None:
-    from llava.serve import gradio_web_server, http_server
+    from llava.serve import http_server
 
     for path in UNITS:
         found = re.search(r"^TimeoutStopSec=(\d+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        assert found
-        if "page" in path.name:
-            assert int(found[1]) > gradio_web_server.DRAIN_SECONDS + gradio_web_server.FLUSH_SECONDS
-        else:
-            assert int(found[1]) > http_server.DRAIN_SECONDS + http_server.FLUSH_SECONDS
+        assert found and int(found[1]) > http_server.DRAIN_SECONDS + http_server.FLUSH_SECONDS
+
+
+def test_the_page_knows_the_proxys_name() -> None:
+    (name,) = set(re.findall(r"server_name (\S+);", (DEPLOY / "nginx.conf").read_text(encoding="utf-8")))
+    words = unit_command(DEPLOY / "systemd" / "avg-llava-page.service")
+    assert parse(words[2], words[3:]).allow_host == [name]
 
 
 def test_the_containers_files_and_command_exist() -> None:

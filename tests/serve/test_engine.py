@@ -17,7 +17,8 @@ from PIL import Image
 
 from llava.inference import MICRO_MODEL, Assistant, Message, Options, Question, write_prompt
 from llava.model.routing import RoutingRequest
-from llava.serve.engine import EmbeddedEngine, as_serve_error, is_out_of_memory
+from llava.serve.engine import EmbeddedEngine
+from llava.serve.prepare import Preparer
 from llava.serve.protocol import ErrorKind, Event, Finished, GenerationRequest, Piece, Sampling, ServeError, Started
 
 EVAL = MICRO_MODEL.parent / "eval"
@@ -90,9 +91,23 @@ def all_at_once(*wanted: GenerationRequest) -> Callable[[EmbeddedEngine], Awaita
     return use
 
 
+def hold_until(engine: EmbeddedEngine, count: int) -> None:
+    """Let the engine take requests in only when so many wait, so that they share their first batch."""
+    original, together = engine.company.enough, threading.Event()
+
+    def enough(waiting: int, running: int, free: int) -> bool:
+        if waiting >= count:
+            together.set()
+        return together.wait(0.001) and original(waiting, running, free)
+
+    engine.company.enough = enough  # type: ignore[method-assign]
+
+
 def alone(assistant: Assistant, wanted: GenerationRequest) -> str:
     sampling = wanted.sampling
-    options = Options(max_new_tokens=sampling.max_new_tokens, stop=sampling.stop, routing=wanted.routing)
+    options = Options(
+        max_new_tokens=sampling.max_new_tokens, min_new_tokens=sampling.min_new_tokens, stop=sampling.stop, routing=wanted.routing
+    )
     return assistant.answer(wanted.images, wanted.messages, options).text
 
 
@@ -135,6 +150,23 @@ def test_the_published_layout_in_a_batch(oracle):
     wanted = [request(picture, f"What is picture {index}?", sampling=Sampling(max_new_tokens=8)) for index, picture in enumerate(pictures)]
     outcomes = serve(assistant, all_at_once(*wanted))
     assert [outcome.text for outcome in outcomes] == [alone(assistant, each) for each in wanted]
+
+
+def test_eager_attention_gives_the_same_answers(asked):
+    """transformers builds masks of its own for it: of a prompt that is read while others run, and of rows that are equally long."""
+    assistant = Assistant.load(device="cpu", attn_implementation="eager")
+    assert assistant.model.config._attn_implementation == "eager"
+    same, more = Sampling(max_new_tokens=12, min_new_tokens=12), Sampling(max_new_tokens=120, min_new_tokens=120)
+    wanted = [request(None, "Tell me more, please.", sampling=more), *(request(*asked[index], sampling=same) for index in (0, 0, 1, 2))]
+
+    async def use(engine: EmbeddedEngine) -> list[Any]:
+        first = asyncio.create_task(attempt(engine, wanted[0]))
+        while not engine.stats().running:
+            await asyncio.sleep(0)
+        return [*await all_at_once(*wanted[1:])(engine), await first]
+
+    *outcomes, first = serve(assistant, use)
+    assert [outcome.text for outcome in (first, *outcomes)] == [alone(assistant, each) for each in wanted]
 
 
 def test_a_finished_prompt_with_placeholders_is_taken_as_it_is(micro, asked):
@@ -219,13 +251,14 @@ def test_a_picture_is_encoded_once_for_all_questions_and_turns(micro, asked, mon
     picture = asked[0][0]
 
     async def use(engine: EmbeddedEngine) -> tuple[list[Any], Any, Any]:
+        hold_until(engine, 2)
         together = await all_at_once(request(picture, "What is this?"), request(picture.copy(), "Which colour is it?"))(engine)
         turns = (Message("user", "What is this?"), Message("assistant", "A picture."), Message("user", "Is it day or night?"))
         later = await collect(engine, GenerationRequest("t", turns, images=(picture,), sampling=Sampling(max_new_tokens=8)))
         return together, later, engine.stats()
 
     _, later, stats = serve(micro, use)
-    assert len(seen) == 1 or seen == [5, 0]
+    assert seen == [5]
     assert later.end.images[0].cached
     assert stats.cache_entries == 1 and stats.cache_hits >= 1 and stats.cache_bytes > 0
 
@@ -235,13 +268,13 @@ def test_a_second_question_reads_only_what_is_new(micro, asked, monkeypatch):
     read: list[tuple[int, int]] = []
 
     async def use(engine: EmbeddedEngine) -> list[Any]:
-        original = engine._read
+        original = engine.batch.read
 
-        def noting(rows: Any, tasks: Any) -> Any:
-            read.extend((task.num_known, row.length) for row, task in zip(rows, tasks, strict=True))
-            return original(rows, tasks)
+        def noting(tasks: Any) -> Any:
+            read.extend((task.unread.num_known, task.unread.row.length) for task in tasks)
+            return original(tasks)
 
-        engine._read = noting  # type: ignore[method-assign]
+        engine.batch.read = noting  # type: ignore[method-assign]
         first = await all_at_once(*(request(*each) for each in asked[:4]))(engine)
         again = await all_at_once(*(request(*each) for each in asked[:6]))(engine)
         turns = (Message("user", asked[0][1]), Message("assistant", first[0].text), Message("user", asked[0][1]))
@@ -308,25 +341,25 @@ def test_a_request_that_cannot_work_fails_alone_with_a_sentence(micro, asked, wa
         raise outcomes[1]
 
 
-def fail_on(engine: EmbeddedEngine, method: str, when: Callable[..., bool], error: BaseException) -> None:
-    """Make a part of the engine fail on certain calls."""
-    original = getattr(engine, method)
+def fail_on(part: object, method: str, when: Callable[..., bool], error: BaseException) -> None:
+    """Make a method of the engine, or of one of its parts, fail on certain calls."""
+    original = getattr(part, method)
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         if when(*args, **kwargs):
             raise error
         return original(*args, **kwargs)
 
-    setattr(engine, method, failing)
+    setattr(part, method, failing)
 
 
-@pytest.mark.parametrize("method", ["_encode", "_prefill", "_pick"])
+@pytest.mark.parametrize("method", ["_encode", "_prefill", "pick"])
 def test_a_poisoned_request_fails_alone(micro, asked, method):
     async def use(engine: EmbeddedEngine) -> list[Any]:
         def poisoned(*args: Any) -> bool:
-            return any(task.request.request_id == "poison" and (method != "_pick" or task.stream.ids) for task in args[-1])
+            return any(task.request.request_id == "poison" and (method != "pick" or task.stream.ids) for task in args[-1])
 
-        fail_on(engine, method, poisoned, RuntimeError("a secret at 0x7f00"))
+        fail_on(engine.batch if method == "pick" else engine, method, poisoned, RuntimeError("a secret at 0x7f00"))
         wanted = [request(*asked[0]), request(*asked[1], "poison"), request(*asked[2]), request(*asked[3])]
         return await all_at_once(*wanted)(engine)
 
@@ -342,7 +375,7 @@ def test_running_out_of_memory_in_a_step_costs_nobody_an_answer(micro, asked):
         return inputs_embeds.shape[0] > 2 and inputs_embeds.shape[1] == 1
 
     async def use(engine: EmbeddedEngine) -> list[Any]:
-        fail_on(engine, "_language_model", large_step, MemoryError())
+        fail_on(engine.batch, "language_model", large_step, MemoryError())
         outcomes = await all_at_once(*(request(*each) for each in asked[:6]))(engine)
         assert engine.stats().running == 0
         return outcomes
@@ -353,7 +386,7 @@ def test_running_out_of_memory_in_a_step_costs_nobody_an_answer(micro, asked):
 
 def test_one_request_that_does_not_fit_into_memory_is_told_so(micro, asked):
     async def use(engine: EmbeddedEngine) -> list[Any]:
-        fail_on(engine, "_language_model", lambda **inputs: inputs["inputs_embeds"].shape[1] > 300, torch.OutOfMemoryError("oom"))
+        fail_on(engine.batch, "language_model", lambda **inputs: inputs["inputs_embeds"].shape[1] > 300, torch.OutOfMemoryError("oom"))
         large = request(*asked[0], routing=RoutingRequest(granularity=64))
         return await all_at_once(large, request(*asked[1], routing=RoutingRequest(granularity=4)))(engine)
 
@@ -362,14 +395,29 @@ def test_one_request_that_does_not_fit_into_memory_is_told_so(micro, asked):
     assert small.text == alone(micro, request(*asked[1], routing=RoutingRequest(granularity=4)))
 
 
-def test_broken_numbers_fail_their_own_row(micro, asked, monkeypatch):
-    original = micro.model.lm_head.forward
-    # The first row of every batch breaks down.
-    monkeypatch.setattr(micro.model.lm_head, "forward", lambda hidden: original(hidden).index_fill(0, torch.tensor([0]), float("nan")))
-    outcomes = serve(micro, all_at_once(request(*asked[0]), request(*asked[1])), max_batch_rows=2)
-    failed = [outcome for outcome in outcomes if isinstance(outcome, ServeError)]
-    assert [error.kind for error in failed] == [ErrorKind.NOT_FINITE] or len(failed) == 2  # the second was first in a batch of its own
-    assert len(failed) == 1 or all(error.kind == ErrorKind.NOT_FINITE for error in failed)
+@pytest.mark.parametrize("tokens", [0, 2])
+def test_broken_numbers_fail_their_own_row(micro, asked, tokens):
+    """At the first token or later, with a neighbour on either side."""
+    companies: list[list[str]] = []
+
+    async def use(engine: EmbeddedEngine) -> list[Any]:
+        original = engine.batch.pick
+
+        def pick(hidden: torch.Tensor, tasks: Any) -> Any:
+            poisoned = [task.request.request_id == "poison" and len(task.stream.ids) >= tokens for task in tasks]
+            if any(poisoned):
+                companies.append([task.request.request_id for task in tasks])
+            return original(hidden.masked_fill(torch.tensor(poisoned)[:, None], float("nan")), tasks)
+
+        engine.batch.pick = pick  # type: ignore[method-assign]
+        hold_until(engine, 3)
+        return await all_at_once(*wanted)(engine)
+
+    wanted = [request(*asked[0], name, sampling=Sampling(max_new_tokens=8, min_new_tokens=8)) for name in ("left", "poison", "right")]
+    left, poison, right = serve(micro, use)
+    assert [len(company) for company in companies] == [3]
+    assert isinstance(poison, ServeError) and poison.kind == ErrorKind.NOT_FINITE
+    assert left.text == right.text == alone(micro, wanted[0])
 
 
 def test_broken_numbers_leave_nothing_behind(micro, asked, monkeypatch):
@@ -386,7 +434,7 @@ def test_broken_numbers_leave_nothing_behind(micro, asked, monkeypatch):
     async def use(engine: EmbeddedEngine) -> list[Any]:
         first = await attempt(engine, request(*asked[0]))
         together = await all_at_once(*(request(None, text) for text in texts))(engine)
-        return [first, *together, await attempt(engine, request(*asked[0])), len(engine.cache)]
+        return [first, *together, await attempt(engine, request(*asked[0])), len(engine.features)]
 
     first, short, long, again, kept = serve(micro, use)
     assert isinstance(first, ServeError) and first.kind == ErrorKind.NOT_FINITE
@@ -429,7 +477,7 @@ def test_a_passing_failure_of_a_step_slows_nobody_down(micro, asked):
             rows.append(len(tasks))
             return len(tasks) >= 4 and bool(broken) and broken.pop()
 
-        fail_on(engine, "_next_tokens", once, RuntimeError("odd"))
+        fail_on(engine.batch, "next_tokens", once, RuntimeError("odd"))
         return await all_at_once(*(request(*each, sampling=Sampling(max_new_tokens=12, min_new_tokens=12)) for each in asked[:6]))(engine)
 
     outcomes = serve(micro, use)
@@ -440,7 +488,7 @@ def test_a_passing_failure_of_a_step_slows_nobody_down(micro, asked):
 
 def test_a_prompt_that_does_not_fit_beside_others_waits_for_them(micro, asked):
     async def use(engine: EmbeddedEngine) -> list[Any]:
-        fail_on(engine, "_read", lambda rows, tasks: len(rows) + len(engine._running) > 2, MemoryError())
+        fail_on(engine.batch, "read", lambda tasks: len(tasks) + len(engine.batch.tasks) > 2, MemoryError())
         outcomes = await all_at_once(*(request(*each) for each in asked[:6]))(engine)
         assert engine.stats().running == engine.stats().waiting == 0
         return outcomes
@@ -454,7 +502,7 @@ def test_what_cannot_be_kept_costs_nobody_an_answer_or_a_place(micro, asked, mon
         monkeypatch.setattr(engine.prefixes, "put", lambda *each: (_ for _ in ()).throw(MemoryError()))
         outcomes = await all_at_once(*(request(*each) for each in asked[:3]))(engine)
         await asyncio.wait_for(engine.drain(), 5)
-        return outcomes, engine._outstanding
+        return outcomes, engine.stats().waiting
 
     outcomes, outstanding = serve(micro, use)
     assert [outcome.text for outcome in outcomes] == [alone(micro, request(*each)) for each in asked[:3]]
@@ -463,7 +511,7 @@ def test_what_cannot_be_kept_costs_nobody_an_answer_or_a_place(micro, asked, mon
 
 def test_an_answer_that_cannot_be_written_down_fails_alone(micro, asked, monkeypatch):
     async def use(engine: EmbeddedEngine) -> list[Any]:
-        fail_on(engine, "_write_down", lambda task, picked: task.request.request_id == "bad", RuntimeError("odd"))
+        fail_on(engine, "_write_down", lambda task, token, scores: task.request.request_id == "bad", RuntimeError("odd"))
         return await all_at_once(request(*asked[0]), request(*asked[1], "bad"), request(*asked[2]))(engine)
 
     outcomes = serve(micro, use)
@@ -577,7 +625,7 @@ def test_closing_tells_those_that_are_still_being_prepared(micro, asked, monkeyp
         time.sleep(0.5)
         return torch.zeros(5, 3, 64, 64)
 
-    monkeypatch.setattr(EmbeddedEngine, "_views", slow)
+    monkeypatch.setattr(Preparer, "_views", slow)
 
     async def main() -> list[Any]:
         engine = EmbeddedEngine(micro, "micro")
@@ -590,13 +638,79 @@ def test_closing_tells_those_that_are_still_being_prepared(micro, asked, monkeyp
     assert all(isinstance(outcome, ServeError) and outcome.kind == ErrorKind.CANCELLED for outcome in outcomes)
 
 
+@pytest.mark.parametrize("part", ["_encode", "_prefill"])
+def test_requests_that_are_on_their_way_when_the_accelerator_dies_are_told_too(micro, asked, part):
+    """Neither waiting nor running: taken out of a queue, in work, and what cleans up after a failure fails as well."""
+
+    async def use(engine: EmbeddedEngine) -> list[Any]:
+        broken = [True]
+        fail_on(engine, part, lambda tasks: bool(broken), RuntimeError("device-side assert"))
+        fail_on(engine.batch.slots, "wipe_unused", lambda: bool(broken), RuntimeError("device-side assert"))
+        hold_until(engine, 3)
+        outcomes = await all_at_once(*(request(*each) for each in asked[:3]))(engine)
+        await asyncio.sleep(0)
+        counts = engine.stats().waiting, engine.stats().running
+        broken.clear()
+        return [*outcomes, counts, await attempt(engine, request(*asked[0])), await asyncio.wait_for(engine.drain(), 5)]
+
+    *outcomes, counts, again, _ = serve(micro, use)
+    assert [outcome.kind for outcome in outcomes] == [ErrorKind.INTERNAL] * 3
+    assert counts == (0, 0)
+    assert again.text == alone(micro, request(*asked[0]))
+
+
+def test_requests_that_are_being_prepared_when_the_engines_thread_dies_are_told(micro, asked, monkeypatch):
+    started, go_on = threading.Event(), threading.Event()
+
+    def slow(self: Any, image: Any) -> Any:
+        started.set()
+        go_on.wait(10)
+        return torch.zeros(5, 3, 64, 64)
+
+    async def use(engine: EmbeddedEngine) -> list[Any]:
+        monkeypatch.setattr(Preparer, "_views", slow)
+        fail_on(engine, "_drop_cancelled", lambda: True, SystemExit())
+        tasks = [asyncio.create_task(attempt(engine, request(*asked[0])))]
+        await asyncio.to_thread(started.wait, 5)
+        tasks.append(asyncio.create_task(attempt(engine, request(None, "Hi?"))))  # wakes the engine, which dies
+        outcomes = await asyncio.wait_for(asyncio.gather(*tasks), 5)
+        go_on.set()
+        return [*outcomes, await asyncio.wait_for(engine.drain(), 5)]
+
+    first, second, _ = serve(micro, use)
+    assert first.kind == second.kind == ErrorKind.INTERNAL
+
+
+def test_a_request_that_comes_while_the_engine_closes_is_refused_and_takes_no_place(micro, asked, monkeypatch):
+    """Whether it closes before the request's place was taken, or no thread can be had to prepare it."""
+    import llava.serve.engine as module
+
+    async def use(engine: EmbeddedEngine) -> list[Any]:
+        monkeypatch.setattr(engine._preparers, "submit", lambda *each: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
+        no_thread = await attempt(engine, request(*asked[0]))
+        original = module.template_stops
+
+        def close_meanwhile(template: str) -> Any:
+            closing = threading.Thread(target=lambda: asyncio.run(engine.close()))
+            closing.start()
+            closing.join(10)
+            return original(template)
+
+        monkeypatch.setattr(module, "template_stops", close_meanwhile)
+        late = await attempt(engine, request(*asked[0]))
+        return [no_thread, late, engine.stats().waiting, await asyncio.wait_for(engine.drain(), 5)]
+
+    no_thread, late, waiting, _ = serve(micro, use)
+    assert (no_thread.kind, late.kind, waiting) == (ErrorKind.OVERLOADED, ErrorKind.DRAINING, 0)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_if_the_engines_thread_dies_everyone_is_told(micro, asked):
     """An accelerator that has failed for good fails at everything, giving memory back included."""
 
     async def use(engine: EmbeddedEngine) -> list[Any]:
         fail_on(engine, "_drop_cancelled", lambda: True, RuntimeError("device-side assert"))
-        fail_on(engine, "_free_memory", lambda: True, RuntimeError("device-side assert"))
+        fail_on(engine.batch, "free_memory", lambda: True, RuntimeError("device-side assert"))
         first = await all_at_once(request(*asked[0]), request(*asked[1]))(engine)
         while engine._thread.is_alive():
             await asyncio.sleep(0.01)
@@ -610,15 +724,15 @@ def test_if_the_engines_thread_dies_everyone_is_told(micro, asked):
 def test_the_batch_keeps_within_its_positions(micro, asked):
     async def use(engine: EmbeddedEngine) -> tuple[list[Any], int]:
         largest = 0
-        original = engine._slots.reserve
+        original = engine.batch.slots.reserve
 
         def reserve(*args: Any) -> None:
             nonlocal largest
             original(*args)
-            rows, positions = engine._slots.capacity
+            rows, positions = engine.batch.slots.capacity
             largest = max(largest, rows * positions)
 
-        engine._slots.reserve = reserve  # type: ignore[method-assign]
+        engine.batch.slots.reserve = reserve  # type: ignore[method-assign]
         outcomes = await all_at_once(*(request(*each) for each in asked))(engine)
         return outcomes, largest
 
@@ -640,11 +754,3 @@ def test_an_attention_that_the_batches_cannot_use_is_refused(micro, monkeypatch)
     monkeypatch.setattr(micro.model.config, "_attn_implementation_internal", "flash_attention_2")
     with pytest.raises(ValueError, match="flash_attention_2, but this engine's batches need sdpa or eager"):
         EmbeddedEngine(micro, "micro")
-
-
-def test_errors_of_other_libraries_are_never_passed_on():
-    assert str(as_serve_error(RuntimeError("/secret/path 0x7f"))) == ErrorKind.INTERNAL.fault.text
-    assert as_serve_error(ValueError("secret")).kind == ErrorKind.INTERNAL
-    assert as_serve_error(FloatingPointError()).kind == ErrorKind.NOT_FINITE
-    assert is_out_of_memory(RuntimeError("[enforce fail at alloc_cpu.cpp:120] DefaultCPUAllocator: can't allocate memory"))
-    assert not is_out_of_memory(RuntimeError("shape mismatch"))

@@ -293,7 +293,7 @@ def test_very_many_pictures_do_not_fill_the_memory(assistant: Assistant) -> None
             assert [text_of(each) for each in responses] == [each.answer(assistant) for each in asked[first : first + 15]]
         assert 0 < gauge(running.url, "avg_llava_cache_bytes") <= 400_000 and gauge(running.url, "avg_llava_cache_entries") < 30
         assert 0 < engine.prefixes.bytes <= 500_000 and len(engine.prefixes) < 30
-        assert running.server.gate.bytes_inside == 0
+        assert running.app.state.gate.bytes_inside == 0
 
 
 MARKS = ("What </s> is this?", "</s>", "<s>[INST] <unk> <pad>", "USER: a ASSISTANT: b</s>USER: c", "<im\u200bage>", "\x00 \u202e \ufffe")
@@ -313,20 +313,20 @@ def test_marks_of_the_tokenizer_and_the_template_in_a_question_disturb_nobody(se
 
 
 @contextmanager
-def failing(engine: EmbeddedEngine, method: str, when: Callable[..., bool], error: Exception) -> Iterator[None]:
-    """A method of a running engine that raises where `when` says so."""
-    original = getattr(engine, method)
+def failing(part: object, method: str, when: Callable[..., bool], error: Exception) -> Iterator[None]:
+    """A method of a running engine, or of its batch, that raises where `when` says so."""
+    original = getattr(part, method)
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         if when(*args, **kwargs):
             raise error
         return original(*args, **kwargs)
 
-    setattr(engine, method, broken)
+    setattr(part, method, broken)
     try:
         yield
     finally:
-        delattr(engine, method)
+        delattr(part, method)
 
 
 def fail_one_of_a_batch(service: Service, assistant: Assistant, method: str, error: Exception, kind: ErrorKind) -> None:
@@ -334,7 +334,8 @@ def fail_one_of_a_batch(service: Service, assistant: Assistant, method: str, err
         return any(task.request.request_id == "marked" for task in args[-1])
 
     bodies = [asked.body() for asked in GOOD]
-    with failing(service.engine, method, is_marked, error):
+    engine = service.engine
+    with failing(engine.batch if method == "pick" else engine, method, is_marked, error):
         responses = ask_all(service.inside.url, bodies, ids={5: "marked"})
         failed(responses[5], kind)
         assert responses[5].headers["x-request-id"] == "marked" and "secret" not in responses[5].text
@@ -351,7 +352,7 @@ def fail_one_of_a_batch(service: Service, assistant: Assistant, method: str, err
         ("_encode", torch.OutOfMemoryError("secret"), ErrorKind.OUT_OF_MEMORY),
         ("_prefill", MemoryError("secret"), ErrorKind.OUT_OF_MEMORY),
         ("_prefill", RuntimeError("secret at 0x7f00"), ErrorKind.INTERNAL),
-        ("_pick", FloatingPointError("secret"), ErrorKind.NOT_FINITE),
+        ("pick", FloatingPointError("secret"), ErrorKind.NOT_FINITE),
     ],
 )
 def test_one_request_of_a_batch_that_runs_out_of_memory_or_is_poisoned_fails_alone(
@@ -364,7 +365,7 @@ def test_a_batch_too_large_for_memory_costs_nobody_an_answer(service: Service, a
     def too_large(inputs_embeds: torch.Tensor, **_: Any) -> bool:
         return inputs_embeds.shape[0] > 2 and inputs_embeds.shape[1] == 1
 
-    with failing(service.engine, "_language_model", too_large, MemoryError()):
+    with failing(service.engine.batch, "language_model", too_large, MemoryError()):
         responses = ask_all(service.inside.url, [asked.body() for asked in GOOD])
     assert [text_of(each) for each in responses] == [asked.answer(assistant) for asked in GOOD]
 
@@ -407,7 +408,7 @@ def test_clients_that_do_not_read_hold_up_nobody_and_are_let_go(service: Service
     wait_until(lambda: gauge(service.inside.url, "avg_llava_batch_rows") == 2)
     responses = ask_all(service.inside.url, [asked.body() for asked in GOOD])
     assert [text_of(each) for each in responses] == [asked.answer(assistant) for asked in GOOD]
-    wait_until(lambda: service.inside.server.gate.inside == 0, 20)
+    wait_until(lambda: service.inside.app.state.gate.inside == 0, 20)
     for sock in slow:
         with sock, pytest.raises(OSError):  # a reset, or an end in the middle
             received = b""

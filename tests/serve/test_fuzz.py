@@ -1,7 +1,8 @@
-"""Requests that nobody would write: whatever comes in, no answer is a 500, and the worker goes on.
+"""Requests that nobody would write: whatever comes in, no answer is a 500, and the server goes on.
 
-The engine is made up, the HTTP side is real. Schemathesis generates from our own OpenAPI document; the random bodies are valid ones with
-something broken, broken pictures, random JSON and noise.
+The engine is made up, the HTTP side is real. Schemathesis generates from the OpenAPI documents of the worker and of the controller; they
+describe neither headers nor queries, so Hypothesis adds those. The random bodies are valid ones with something broken, broken pictures,
+random JSON and noise.
 """
 
 from __future__ import annotations
@@ -11,11 +12,18 @@ import base64
 import copy
 import json
 import random
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote, urlencode
 
+import h11
+import httpx
 import pytest
 from fastapi import FastAPI
 
+from llava.fetch import FetchError
+from llava.serve.controller import create_controller_app
 from llava.serve.protocol import Limits
 from llava.serve.worker_base import create_worker_app
 from tests.serve.bodies import CHAT, WORKER, chat_body, data_url, picture, worker_body
@@ -41,8 +49,18 @@ FILES = tuple(
 )
 
 
-async def post(app: FastAPI, path: str, body: bytes, method: str = "POST", query: bytes = b"") -> int:
-    """One request straight into the app; its status."""
+Headers = list[tuple[bytes, bytes]]
+
+JSON_KIND = (b"content-type", b"application/json")
+
+
+async def post(
+    app: FastAPI, path: str, body: bytes, method: str = "POST", query: bytes = b"", headers: Iterable[tuple[bytes, bytes]] = (JSON_KIND,)
+) -> int:
+    """One request straight into the app, as uvicorn would hand it on; its status.
+
+    path: percent-encoded. headers: those that h11 refuses beside a fitting Content-Length are left out.
+    """
     statuses: list[int] = []
     messages = [{"type": "http.request", "body": body, "more_body": False}]
     ended = asyncio.Event()
@@ -57,14 +75,25 @@ async def post(app: FastAPI, path: str, body: bytes, method: str = "POST", query
         if message["type"] == "http.response.start":
             statuses.append(message["status"])
 
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http", "path": path,
-        "raw_path": path.encode(), "query_string": query, "root_path": "", "headers": headers, "client": ("127.0.0.1", 1),
-        "server": ("127.0.0.1", 80),
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
+        "path": unquote(path), "raw_path": path.encode(), "query_string": query, "root_path": "", "client": ("127.0.0.1", 1),
+        "headers": acceptable_headers([(b"content-length", str(len(body)).encode()), *headers]), "server": ("127.0.0.1", 80),
     }  # fmt: skip
     await app(scope, receive, send)
     return statuses[0]
+
+
+def acceptable_headers(wanted: Iterable[tuple[bytes, bytes]]) -> Headers:
+    """Those that the server's parser lets through together, the first ones first, and a Host."""
+    found: Headers = []
+    for header in (*wanted, (b"Host", b"127.0.0.1")):
+        try:
+            # HTTP/1.0, where no Host is owed
+            found = list(h11.Request(method="GET", target="/", headers=[*found, header], http_version="1.0").headers)
+        except h11.LocalProtocolError:
+            continue
+    return found
 
 
 def break_value(value: Any, dice: random.Random) -> Any:
@@ -157,54 +186,170 @@ def send_random_bodies(count: int, seed: int) -> dict[int, int]:
     return found
 
 
-def send_generated_requests(count: int) -> dict[int, int]:
-    """Statuses of so many requests that schemathesis generates from our document, valid and invalid ones, over all operations."""
+@dataclass
+class Service:
+    """An app that gets generated requests; at its end, or behind it, is a made-up engine.
+
+    refusals: the statuses above 499 that are answers.
+    """
+
+    app: FastAPI
+    engine: FakeEngine
+    refusals: tuple[int, ...] = ()
+
+    async def prepare(self) -> None:
+        """Called before each request."""
+
+
+class ControllerService(Service):
+    """A controller of one worker. Requests may send that worker away or rename its models: it registers again."""
+
+    async def prepare(self) -> None:
+        if "fake" not in self.app.state.controller.table.models():
+            named = {"worker_name": KNOWN["worker_name"], "check_heart_beat": False, "worker_status": {"model_names": ["fake"]}}
+            assert await post(self.app, "/register_worker", json.dumps(named).encode()) == 200
+
+
+class Nearby(httpx.ASGITransport):
+    """Carries a controller's calls to a worker's app, and those to other machines nowhere."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        assert request.url.host in ("127.0.0.1", "::1"), request.url
+        return await super().handle_async_request(request)
+
+
+def no_host(host: str, port: int) -> list[str]:
+    raise FetchError("there are no names in tests")
+
+
+def service_of(name: str) -> Service:
+    engine = FakeEngine()
+    app = create_worker_app(engine, LIMITS)
+    if name == "worker":
+        return Service(app, engine)
+    return ControllerService(create_controller_app(transport=Nearby(app), resolve=no_host), engine, refusals=(502, 503, 504))
+
+
+KNOWN = {"model": "fake", "worker_name": "http://127.0.0.1:1"}
+"""Put into two thirds of the generated bodies, which would hardly ever name what is there."""
+SENSIBLE = {"messages": chat_body("a b")["messages"], "prompt": "a b", "images": None, "n": 1, "max_tokens": 9, "max_new_tokens": 9}
+"""Put into half of those, too, where they have such a field: rules between fields would refuse nearly all generated ones."""
+HEADER_NAMES = (
+    "accept", "accept-encoding", "authorization", "connection", "content-encoding", "content-length", "content-type", "cookie", "expect",
+    "forwarded", "host", "origin", "range", "transfer-encoding", "upgrade", "via", "x-forwarded-for", "x-request-id",
+)  # fmt: skip
+HEADER_VALUES = (
+    "", "*/*", "*", "0", "-1", "10", "chunked", "gzip", "close", "100-continue", "h2c", "bytes=0-", "Bearer x", "Bearer", "Basic eDp5",
+    "null", "http://localhost", "http://evil.example", "http://[::1", "127.0.0.1", "application/json; charset=utf-16", "a=b; c",
+    "text/plain", "a" * 70, "a" * 20_000,
+)  # fmt: skip
+
+
+def generated_body(case: Any, known: dict[str, Any]) -> bytes:
+    body = case.body
+    if isinstance(body, bytes):
+        return body
+    if type(body).__name__ == "NotSet":
+        return b""
+    if isinstance(body, dict):
+        body = {name: known.get(name, value) for name, value in body.items()}
+    return json.dumps(body).encode()
+
+
+def generated_headers(case: Any, added: list[tuple[str, str]]) -> Headers:
+    """Those of the case, among them its media type, after the ones added to it."""
+    found = [*added, *(case.headers or {}).items()]
+    if case.cookies:
+        found.append(("cookie", "; ".join(f"{name}={value}" for name, value in case.cookies.items())))
+    if case.media_type and "content-type" not in {name.lower() for name, _ in found}:
+        found.append(("content-type", case.media_type))
+    return [(name.encode("latin-1", "replace"), value.encode("latin-1", "replace")) for name, value in found]
+
+
+def generated_requests(app: FastAPI) -> Any:
+    """A strategy: requests that schemathesis generates from the app's document, valid and invalid ones, over all operations.
+
+    Each is a path, a body, and the other arguments of `post`.
+    """
     schemathesis = pytest.importorskip("schemathesis")
-    from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import strategies as st
     from schemathesis.generation import GenerationMode
 
-    app = create_worker_app(FakeEngine(), LIMITS)
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
     operations = [result.ok() for result in schema.get_all_operations()]
     modes = [GenerationMode.POSITIVE, GenerationMode.NEGATIVE]
     strategies = [operation.as_strategy(generation_mode=mode) for operation in operations for mode in modes]
-    posts = [each.as_strategy(generation_mode=mode) for each in operations if each.method.upper() == "POST" for mode in modes]
-    found: dict[int, int] = {}
+    bodies = [each.as_strategy(generation_mode=mode) for each in operations if each.body for mode in modes]
+    name = st.sampled_from(HEADER_NAMES) | st.text(st.characters(max_codepoint=126), min_size=1, max_size=8)
+    value = st.sampled_from(HEADER_VALUES) | st.text(st.characters(max_codepoint=255), max_size=30)
+    headers = st.just([]) | st.lists(st.tuples(name, value), max_size=3)
+    query = st.just("") | st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=30)
 
+    def request(case: Any, known: dict[str, Any], added: list[tuple[str, str]], more_query: str) -> tuple[str, bytes, dict[str, Any]]:
+        asked = urlencode(case.query or {}, doseq=True) + more_query
+        options = {"method": case.method.upper(), "query": asked.encode(), "headers": generated_headers(case, added)}
+        return case.formatted_path, generated_body(case, known), options
+
+    return st.builds(request, st.one_of(*strategies, *bodies * 4), st.sampled_from([{}, KNOWN, KNOWN | SENSIBLE]), headers, query)
+
+
+def send_generated_requests(service: Service, count: int) -> dict[int, int]:
+    """Statuses of so many requests, and how often they came."""
+    requests = generated_requests(service.app)
+    from hypothesis import HealthCheck, Phase, given, settings
+
+    found: dict[int, int] = {}
     bounded = {"max_examples": count, "deadline": None, "database": None, "derandomize": True, "phases": [Phase.generate]}
 
+    async def answer_to(path: str, body: bytes, options: dict[str, Any]) -> int:
+        await service.prepare()
+        return await post(service.app, path, body, **options)
+
     @settings(**bounded, suppress_health_check=list(HealthCheck))
-    @given(case=st.one_of(*strategies, *posts * 4))
-    def send(case: Any) -> None:
-        body = case.body
-        data = body if isinstance(body, bytes) else b"" if type(body).__name__ == "NotSet" else json.dumps(body).encode()
-        status = asyncio.run(post(app, case.formatted_path, data, case.method.upper()))
-        assert status < 500, (case.method, case.formatted_path, data[:2000])
+    @given(asked=requests)
+    def send(asked: tuple[str, bytes, dict[str, Any]]) -> None:
+        status = asyncio.run(answer_to(*asked))
+        assert status < 500 or status in service.refusals, (status, asked)
         found[status] = found.get(status, 0) + 1
 
     send()
+    assert found[200] > count // 20 and found[400] > count // 10, found  # it came as far as the endpoints
+    for path, good in VALID:
+        assert asyncio.run(answer_to(path, json.dumps(good).encode(), {})) == 200
+    assert service.engine.active == 0 and service.app.state.gate.inside == service.app.state.gate.bytes_inside == 0
     return found
 
 
-def test_no_random_body_is_a_500():
+def test_no_random_body_is_a_500() -> None:
     found = send_random_bodies(300, seed=1)
     assert found[200] > 10 and found[400] > 100
 
 
-def test_no_generated_request_is_a_500():
-    assert sum(send_generated_requests(100).values()) >= 100
+@pytest.mark.parametrize("name", ["worker", "controller"])
+def test_no_generated_request_is_a_500(name: str) -> None:
+    assert sum(send_generated_requests(service_of(name), 100).values()) >= 100
+
+
+def test_headers_reach_the_app_as_the_servers_parser_leaves_them() -> None:
+    refused = [(b"content-length", b"3"), (b"bad name", b"x"), (b"X-B", b"a\r\nb")]
+    found = acceptable_headers([(b"Content-Length", b"2"), (b"X-A", b"b"), *refused, (b"Host", b"h")])
+    assert found == [(b"content-length", b"2"), (b"x-a", b"b"), (b"host", b"h")]
+    assert acceptable_headers([(b"Transfer-Encoding", b"gzip")]) == [(b"host", b"127.0.0.1")]
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # about the broken pictures
 
 
 @pytest.mark.slow
-def test_no_random_body_of_20_000_is_a_500():
+def test_no_random_body_of_20_000_is_a_500() -> None:
     found = send_random_bodies(20_000, seed=2)
     assert sum(found.values()) == 20_000
 
 
 @pytest.mark.slow
-def test_no_generated_request_of_5_000_is_a_500():
-    assert sum(send_generated_requests(5_000).values()) >= 5_000
+@pytest.mark.parametrize("name", ["worker", "controller"])
+def test_no_generated_request_of_5_000_is_a_500(name: str) -> None:
+    service = service_of(name)
+    found = send_generated_requests(service, 5_000)
+    assert sum(found.values()) >= 5_000 and found[403] > 0 and found[413] > 0  # headers count: Origin, and their size
+    assert len(service.engine.requests) > 50

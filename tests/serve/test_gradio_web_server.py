@@ -11,20 +11,28 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import gradio as gr
 import httpx
 import pytest
 from PIL import Image
+from starlette.responses import PlainTextResponse
 
 from llava.serve import gradio_web_server
 from llava.serve.chat_client import ChatClient, ChatError, Outcome
+from llava.serve.page import guard
 from llava.serve.page.app import PageOptions, create_page_app
 from llava.serve.page.catalogue import Catalogue, ModelList
 from llava.serve.page.chat import Chat, Refusal
 from llava.serve.page.conversation import Conversation, Conversations, Reply, Settings, Turn, read_picture
+from llava.serve.page.guard import PageGuard
+from llava.serve.page.layout import _place_settings, read_settings
 from llava.serve.page.log import ConversationLog
 from llava.serve.page.render import chat_messages, error_html, notice_html, report_html, view_svg
+from llava.serve.page.uploads import Uploads
 from tests.serve.page_backend import Backend, running
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,13 +174,13 @@ def test_a_page_that_ends_lets_answers_finish_and_takes_no_new_questions(api, tm
         conversation = await chat.begin("s", "slow but sure", [], [Settings("avg-llava")])
         answers = chat.answers(conversation)
         await anext(answers)
-        draining = asyncio.create_task(chat.drain(10.0))
+        draining = asyncio.create_task(chat.drain())
         await asyncio.sleep(0)
         with pytest.raises(Refusal, match="shutting down"):
             await chat.begin("t", "too late", [], [Settings("avg-llava")])
         async for _ in answers:
             assert not draining.done()
-        await draining
+        await asyncio.wait_for(draining, 10)
         return conversation
 
     assert asyncio.run(go()).turns[0].replies[0].status == "done"
@@ -188,6 +196,27 @@ def test_old_and_large_conversations_are_forgotten():
         conversations.get(name).turns.append(Turn("q", [picture]))
     conversations.get("d")
     assert conversations.find("b") is None and conversations.find("d") is not None
+
+
+def test_settings_are_those_of_the_sides_that_answer():
+    with gr.Blocks():
+        controls = _place_settings()
+    first, second = controls.choices
+    values = {part: part.value for part in controls.all}
+    values |= {first.model: "a", second.model: "b", second.granularity: "36", controls.budget: 500, controls.bias: -1}
+    assert read_settings(values, controls) == [Settings("a", None, 500, -1.0)]
+    values[controls.compare] = True
+    assert read_settings(values, controls) == [Settings("a", None, 500, -1.0), Settings("b", 36, 500, -1.0)]
+
+
+@pytest.mark.parametrize("wrong", [{"budget": float("inf")}, {"top_p": None}, {"max_tokens": "many"}, {"bias": []}])
+def test_settings_that_are_no_numbers_are_refused(wrong):
+    with gr.Blocks():
+        controls = _place_settings()
+    values = {part: part.value for part in controls.all} | {controls.choices[0].model: "a"}
+    values |= {getattr(controls, name): value for name, value in wrong.items()}
+    with pytest.raises(Refusal, match="not a number"):
+        read_settings(values, controls)
 
 
 # --- the list of models ---
@@ -326,8 +355,6 @@ def test_uploads_get_names_made_here_and_only_pictures_are_kept(page):
 
 
 def test_expired_uploads_are_deleted(tmp_path):
-    from llava.serve.page.uploads import Uploads
-
     uploads = Uploads(tmp_path / "up", max_age=-1.0)
     path = uploads.keep(png())
     assert path.exists()
@@ -336,6 +363,36 @@ def test_expired_uploads_are_deleted(tmp_path):
     full = Uploads(tmp_path / "full", max_bytes=10)
     with pytest.raises(OverflowError, match="no room"):
         full.keep(png())
+
+
+def test_pictures_may_come_and_go_in_many_threads(tmp_path):
+    uploads = Uploads(tmp_path / "up", max_age=0.02)
+    pictures = [png(colour=(number, 0, 0)) for number in range(48)]
+
+    def keep(data):
+        for _ in range(4):
+            path = uploads.keep(data)
+            uploads.expire()
+            path.unlink(missing_ok=True)  # somebody tidies up the temporary folder
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(keep, pictures))
+    finally:
+        sys.setswitchinterval(interval)
+    time.sleep(0.03)
+    uploads.expire()
+    assert list(uploads.folder.iterdir()) == []
+
+
+def test_a_picture_that_comes_twice_takes_room_once(tmp_path):
+    data = png()
+    uploads = Uploads(tmp_path / "up", max_bytes=len(data))
+    assert uploads.keep(data) == uploads.keep(data)
+    with pytest.raises(OverflowError, match="no room"):
+        uploads.keep(png(colour="blue"))
 
 
 @pytest.mark.parametrize(
@@ -401,6 +458,39 @@ def test_a_call_of_no_event_is_the_callers_mistake(page, path, body):
     assert httpx.post(f"{page[0]}/gradio_api/{path}", json=body).status_code == 400
 
 
+@pytest.mark.parametrize("path", ["queue/join", "run/predict", "call/ask", "cancel", "reset"])
+def test_a_request_that_does_not_come_ends_in_time(path):
+    async def never(scope, receive, send):
+        raise AssertionError("half a request reached the page")
+
+    head = f"POST /gradio_api/{path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+    with running(PageGuard(never, {}, body_seconds=0.2)) as url:
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=5) as slow:
+            slow.sendall(head.encode() + b'{"data"')
+            assert slow.recv(65536).startswith(b"HTTP/1.1 408 ")
+
+
+def test_requests_that_arrive_hold_only_so_much_together(monkeypatch):
+    monkeypatch.setattr(guard, "MAX_JSON_BYTES", 1000)
+    monkeypatch.setattr(guard, "HELD_BODIES", 2)
+
+    async def quiet(scope, receive, send):
+        await PlainTextResponse("in")(scope, receive, send)
+
+    part = b"POST /gradio_api/cancel HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n" + b" " * 990
+    with running(PageGuard(quiet, {})) as url:
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        with socket.create_connection(address) as first, socket.create_connection(address) as second:
+            for slow in (first, second):
+                slow.sendall(part)
+            time.sleep(0.3)
+            refused = httpx.post(f"{url}/gradio_api/cancel", content=b"{}" + b" " * 100)
+            assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
+            first.sendall(b" " * 8 + b"{}")
+            assert first.recv(65536).startswith(b"HTTP/1.1 200 ")
+        assert httpx.post(f"{url}/gradio_api/cancel", content=b"{}").status_code == 200
+
+
 def test_calls_in_the_pages_own_form_reach_it(page):
     number = next(each["id"] for each in httpx.get(f"{page[0]}/config").json()["dependencies"] if each["api_name"] == "compare")
     for path, fields in (("run/compare", {}), ("run/predict", {"fn_index": number})):
@@ -438,6 +528,43 @@ def test_programs_can_ask_through_gradio_client(page):
 
 
 # --- the command ---
+
+
+def parsed(*flags):
+    return gradio_web_server.build_parser().parse_args(flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ((), {"127.0.0.1"}),
+        (("--host", "::1"), {"::1"}),
+        (("--host", "localhost", "--allow-host", "Chat.Example.org."), {"localhost", "chat.example.org"}),
+        (("--host", "0.0.0.0"), None),
+        (("--host", "::"), None),
+        (("--host", ""), None),
+        (("--host", "0.0.0.0", "--allow-host", "a.example", "--allow-host", "b.example"), {"0.0.0.0", "a.example", "b.example"}),
+    ],
+)
+def test_a_page_for_this_machine_alone_has_only_the_names_it_was_given(flags, names):
+    assert gradio_web_server.read_options(parsed(*flags)).names == names
+
+
+@pytest.mark.parametrize("name", ["", "http://a.example", "a.example:443", "a/b", "*.example", "b\u00fccher.example"])
+def test_an_allowed_host_is_a_name_alone(name):
+    with pytest.raises(ValueError, match="--allow-host is .* expected a name alone"):
+        gradio_web_server.read_options(parsed("--allow-host", name))
+
+
+def test_a_foreign_name_that_leads_here_is_refused_before_anything_is_served(api):
+    app = create_page_app(PageOptions(api[1], log_folder=None, names=frozenset({"chat.example.org"})))
+    with running(app) as url:
+        for host in ("chat.example.org", "chat.example.org:443", "CHAT.example.org.", "localhost:7860", "[::1]:7860"):
+            assert httpx.get(f"{url}/config", headers={"host": host}).status_code == 200
+        for host in ("rebound.example", "chat.example.org.rebound.example", "127.0.0.1.rebound.example:7860", "localhost.rebound.example"):
+            for method, path in (("GET", "/config"), ("POST", "/gradio_api/upload"), ("POST", "/gradio_api/queue/join")):
+                refused = httpx.request(method, url + path, headers={"host": host})
+                assert refused.status_code == 403 and "--allow-host" in refused.text
 
 
 def test_the_published_command_parses():

@@ -6,15 +6,20 @@ import asyncio
 import hmac
 import json
 import logging
+import os
+import signal
 import socket
 import time
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from llava.serve import http_server
 from llava.serve.errors import FieldError
 from llava.serve.gate import Gate
+from llava.serve.http_guard import HostNames
+from llava.serve.http_server import make_server, run_server
 from llava.serve.keys import KeyRing, read_secrets
 from llava.serve.protocol import ErrorKind, Limits, ServeError
 from llava.serve.strict_json import MAX_JSON_ITEMS, parse_json
@@ -322,7 +327,7 @@ def test_a_draining_gate_lets_nobody_in_but_those_inside_finish():
         with gate.more_places(2):
             assert gate.inside == 3
     assert gate.inside == 0
-    asyncio.run(asyncio.wait_for(gate.wait_idle(), 1))
+    asyncio.run(asyncio.wait_for(gate.finish(), 1))
 
 
 def test_websockets_are_closed():
@@ -341,3 +346,54 @@ def test_websockets_are_closed():
 
     asyncio.run(run())
     assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
+def test_a_signal_drains_and_leaves_no_handler_behind():
+    done = []
+
+    async def drain():
+        done.append("drained")
+
+    app = FastAPI()
+    app.state.drain = drain
+    before = signal.getsignal(signal.SIGTERM)
+    server = make_server(app, "127.0.0.1", 0, log_level="warning", on_started=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run_server(server) == 0 and done == ["drained"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_what_does_not_finish_is_left_after_its_time_or_at_the_second_signal(signals):
+    def press():
+        for _ in range(signals):
+            server.stop()
+
+    app = FastAPI()
+    app.state.drain = asyncio.Event().wait
+    server = make_server(app, "127.0.0.1", 0, log_level="error", drain_seconds=0.3 if signals == 1 else 60, on_started=press)
+    start = time.monotonic()
+    assert run_server(server) == 0 and time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8000", 200),
+        ("[::1]:8000", 200),
+        ("192.0.2.7", 200),
+        ("localhost", 200),
+        ("LOCALHOST.:8000", 200),
+        ("chat.localhost:8000", 200),
+        ("mine.example", 200),
+        ("Mine.Example.:80", 200),
+        ("rebound.example", 403),
+        ("mine.example.rebound.example", 403),
+        ("127.0.0.1.rebound.example", 403),
+        ("notlocalhost", 403),
+        ("[::1", 403),
+        ("", 403),
+    ],
+)
+def test_only_names_that_nobody_else_can_point_here_are_answered(host, status):
+    app = HostNames(create_worker_app(FakeEngine()), ("mine.example",))
+    assert call(app, "GET", "/health", headers={"Host": host}).status_code == status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -15,8 +16,8 @@ import pytest
 
 from llava.serve import __main__ as main_module
 from llava.serve import model_worker
-from llava.serve.__main__ import Split, build_parser, join_apps, main
-from llava.serve.http_server import check_address, make_server, run_server
+from llava.serve.__main__ import Split, build_app, build_parser, join_apps, main
+from llava.serve.http_server import check_address, make_server, run_server, shown_url
 from llava.serve.page.app import PageOptions, create_page_app
 from llava.serve.worker_base import create_worker_app
 from tests.serve.fake_engine import FakeEngine
@@ -44,6 +45,29 @@ def test_one_address_has_the_api_and_the_page():
         client = gradio_client.Client(url, verbose=False, analytics_enabled=False)
         answer = client.predict({"text": "one two", "files": []}, "", "auto", 0, api_name="/ask")
         assert answer["text"].split() == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "host", "status"),
+    [
+        ((), "rebound.example:8000", 403),
+        ((), "127.0.0.1:8000", 200),
+        (("--allow-host", "chat.example.org"), "chat.example.org", 200),
+        (("--host", "0.0.0.0"), "rebound.example:8000", 200),
+        (("--host", "0.0.0.0", "--allow-host", "chat.example.org"), "rebound.example:8000", 403),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/models", "/config"])
+def test_names_that_nobody_gave_it_are_refused(flags, host, status, path, tmp_path, monkeypatch):
+    monkeypatch.setattr(main_module, "load_engine", lambda args: FakeEngine())
+    app = build_app(build_parser().parse_args(["--port", str(free_port()), "--log-dir", str(tmp_path), *flags]))
+
+    async def get():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
+            return await client.get(path, headers={"host": host})
+
+    answer = asyncio.run(get())
+    assert answer.status_code == status and ("--allow-host" in answer.text) == (status == 403)
 
 
 def test_without_a_page_only_the_api_is_there():
@@ -84,12 +108,19 @@ def test_flags_that_cannot_work_end_with_one_sentence(flags, told, capsys, monke
     assert told in capsys.readouterr().err
 
 
-def test_the_page_asks_this_process_whatever_it_listens_on():
-    def own(host):
-        return main_module._own_url(build_parser().parse_args(["--host", host]), "127.0.0.1")
-
-    assert own("0.0.0.0") == "http://127.0.0.1:8000" and own("127.0.0.1") == "http://127.0.0.1:8000"
-    assert own("::1") == "http://[::1]:8000" and own("192.0.2.7") == "http://192.0.2.7:8000"
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("", "http://127.0.0.1:8000"),
+        ("::", "http://[::1]:8000"),
+        ("::1", "http://[::1]:8000"),
+        ("192.0.2.7", "http://192.0.2.7:8000"),
+        ("localhost", "http://localhost:8000"),
+    ],
+)
+def test_the_address_shown_is_one_that_can_be_opened(host, url):
+    assert shown_url(host, 8000) == url
 
 
 @pytest.mark.slow

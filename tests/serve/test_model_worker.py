@@ -49,7 +49,7 @@ def test_no_controller_is_needed():
 @pytest.mark.parametrize(
     ("line", "url"),
     [
-        ("--host 0.0.0.0 --port 5", "http://localhost:5"),
+        ("--host 0.0.0.0 --port 5", "http://127.0.0.1:5"),
         ("--host 10.0.0.7 --port 5", "http://10.0.0.7:5"),
         ("--host ::1 --port 5", "http://[::1]:5"),
         ("--worker http://other:7/", "http://other:7"),
@@ -72,7 +72,6 @@ def test_the_registration_token(tmp_path):
     ("line", "message"),
     [
         ("--use-flash-attn", "--attn-implementation sdpa"),
-        ("--load-8bit --load-4bit", "choose one"),
         ("--max-batch-rows 3 --limit-model-concurrency 4", "they mean the same"),
         ("--max-batch-rows 0", "--max-batch-rows is 0"),
         ("--max-batch-tokens -1", "--max-batch-tokens is -1"),
@@ -97,6 +96,18 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(line, message, capsy
     assert main(line.split()) == 1
     error = capsys.readouterr().err
     assert message in error and error.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_two_kinds_of_quantised_weights_are_one_too_many(capsys):
+    assert main(["--load-8bit", "--load-4bit", "--port", "0"]) == 1
+    assert "choose one" in capsys.readouterr().err
+
+
+def test_all_numbers_that_cannot_work_are_named_at_once(capsys):
+    assert main("--max-batch-rows 0 --cache-mb nan --prefix-cache-mb inf --stream-interval -2".split()) == 1
+    told = capsys.readouterr().err
+    assert "--max-batch-rows is 0, expected 1 or more; " in told and "--stream-interval is -2, expected 1 or more; " in told
+    assert "--cache-mb is nan, expected 0 or more; --prefix-cache-mb is inf, expected a finite number." in told
 
 
 def test_a_checkpoint_that_is_none_is_one_sentence(tmp_path, capsys):

@@ -192,6 +192,20 @@ def test_scores_are_json_even_where_a_token_is_impossible():
     assert json.loads(server_sent(fields)[6:]) == fields
 
 
+NASTY = ["", " ", "word ", 'say "no"', "back\\slash", "line\nline\r\ttab", "\0\x1f\x7f"]
+NASTY += ["\ud83d", "a\udfffb", "é 中 😀", '"content":""', "</s>\u2028"]
+
+
+@pytest.mark.parametrize("name", ["fake", 'a "content":"" \\ \ud800'])
+def test_a_piece_is_written_as_any_other_chunk(name):
+    writer = ChatWriter("id", name, False)
+    for index in (0, 1, 0):
+        for text in NASTY:
+            choice = {"index": index, "delta": {"content": text}, "logprobs": None, "finish_reason": None}
+            whole = server_sent({**writer.head, "object": "chat.completion.chunk", "choices": [choice]})
+            assert writer.piece(index, text, ()) == whole
+
+
 @pytest.fixture(scope="module")
 def running():
     engine = FakeEngine()

@@ -199,6 +199,8 @@ def test_two_sides_answer_one_question(visit, served):
     open_page.page.click("#avg-compare input")
     open_page.page.wait_for_selector("#avg-chat-1")
     open_page.page.click('#avg-granularity-1 label:has-text("36") >> nth=0')
+    chosen = open_page.page.locator("#avg-granularity-1 input:checked")
+    assert chosen.evaluate("input => getComputedStyle(input).backgroundColor") != "rgb(255, 255, 255)"  # with the mouse over it
     open_page.ask("What number is on the sign?", SCENE)
     open_page.answers(1, 0)
     open_page.answers(1, 1)

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import fields
 from io import BytesIO
 from typing import Any
 
@@ -112,6 +113,23 @@ def test_the_backend_is_asked_for_what_the_request_says() -> None:
         assert head == "data:image/png;base64"
         decoded = Image.open(BytesIO(base64.b64decode(data)))
         assert decoded.format == "PNG" and decoded.tobytes() == image.tobytes()
+
+
+def test_no_field_of_the_sampling_is_forgotten() -> None:
+    """Each field of `Sampling`, set to something else than its default, changes what the backend is asked for."""
+    wishes = {
+        "temperature": (0.5, {"temperature": 0.5}),
+        "top_p": (0.5, {"top_p": 0.5}),
+        "max_new_tokens": (7, {"max_tokens": 7}),
+        "min_new_tokens": (7, {"min_tokens": 7}),
+        "seed": (0, {"seed": 0}),
+        "stop": (("END",), {"stop": ["END"]}),
+        "logprobs": (0, {"logprobs": True, "top_logprobs": 0}),
+    }
+    assert wishes.keys() == {field.name for field in fields(Sampling)}
+    plain = chat_body(asking(), "m")
+    for name, (value, told) in wishes.items():
+        assert chat_body(asking(sampling=Sampling(**{name: value})), "m") == {**plain, **told}
 
 
 def test_pictures_without_placeholders_begin_the_first_question() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from itertools import product
 
 import pytest
 import torch
@@ -75,3 +76,15 @@ def test_broken_numbers_are_seen_in_their_own_row(broken, temperature):
     assert picks[0].token is None
     assert picks[1].token in (0, 1)
     assert picks[2].token == 1
+
+
+def test_what_is_broken_is_what_three_looks_at_the_whole_row_find():
+    """The maximum alone tells: nan and then +inf win it, and -inf does where there is nothing else."""
+    nan, inf = float("nan"), float("inf")
+    rows = list(product([nan, inf, -inf, 0.0, 3.0, -3.0, 65504.0], repeat=3))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        logits = torch.tensor(rows, dtype=dtype)
+        broken = logits.isnan().any(-1) | logits.isposinf().any(-1) | ~logits.isfinite().any(-1)
+        expected = [None if bad else token for bad, token in zip(broken.tolist(), logits.float().argmax(-1).tolist(), strict=True)]
+        assert [picked.token for picked in pick(logits, [Sampling()] * len(rows), [0.5] * len(rows))] == expected
+    assert None in expected and {0, 1, 2} <= set(expected)

@@ -72,6 +72,24 @@ def test_plain_prompts_need_no_mask():
     assert keys.shape == (2, HEADS, 3, WIDTH)
 
 
+def test_rows_of_one_length_take_a_step_without_a_mask():
+    """And what transformers asks for, to build a mask of its own where its attention needs one, is of this pass, whatever else runs."""
+    slots = SlotCache(4, 4096)
+    slots.reserve(4, 12)
+    write(slots, 0, [0, 0, 0], [1.0, 2.0], [3.0, 4.0], [5.0] * 9)
+    positions, mask = slots.begin(0, [2, 2], 1, LIKE)
+    assert mask is None
+    assert positions.tolist() == [[2], [2]]
+    assert (slots.get_query_offset(), slots.get_mask_sizes(1, 0)) == (2, (3, 0))
+    [(keys, values), _] = write(slots, 0, [2, 2], [10.0], [20.0])
+    assert keys.shape == values.shape == (2, HEADS, 3, WIDTH)
+    assert [values_of(slots, row) for row in range(3)] == [[1, 2, 10], [3, 4, 20], [5] * 9]
+    assert slots.begin(0, [3, 3], 2, LIKE)[1] is not None  # several positions behind others are not plain causal attention
+    assert slots.begin(0, slots.lengths, 1, LIKE)[1] is not None
+    assert slots.begin(3, [0], 4, LIKE)[1] is None
+    assert (slots.get_query_offset(), slots.get_mask_sizes(4, 0)) == (0, (4, 0))
+
+
 def test_a_row_may_begin_with_what_was_read_before():
     slots = SlotCache(4, 4096)
     slots.reserve(1, 8)
@@ -98,7 +116,7 @@ def test_a_pass_that_failed_leaves_nothing_behind():
     write(slots, 0, [0], [1.0, 2.0])
     slots.begin(1, [0], 2, LIKE)
     slots.update(torch.ones(1, HEADS, 2, WIDTH), torch.ones(1, HEADS, 2, WIDTH), 0)  # and no further
-    assert slots.rows == 1 and slots.get_seq_length() == 2
+    assert (slots.rows, slots.lengths) == (1, [2])
     write(slots, 0, slots.lengths, [3.0])
     assert values_of(slots, 0) == [1, 2, 3]
 

@@ -27,8 +27,8 @@ from llava.serve import pictures as pictures_page
 from llava.serve.gate import Gate
 from llava.serve.http_guard import guard_app
 from llava.serve.pictures import NOT_FETCHED, PictureLoader
-from llava.serve.protocol import ErrorKind, Limits, Piece, ServeError
-from llava.serve.worker_base import Registration, _coalesced, create_worker_app, run_worker
+from llava.serve.protocol import ErrorKind, Limits, ServeError
+from llava.serve.worker_base import Registration, create_worker_app, run_worker
 from tests.serve.bodies import CHAT, WORKER, chat_body, data_url, picture, worker_body
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.running import RunningApp, wait_until
@@ -69,8 +69,12 @@ def open_stream(port: int, path: str, body: dict, receive_buffer: int | None = N
 # LLaVA's protocol
 
 
+SLOW = 0.03
+"""Seconds between two pieces of an engine whose pieces go out one by one."""
+
+
 def test_a_stream_of_the_worker_protocol_repeats_the_prompt():
-    app = create_worker_app(FakeEngine())
+    app = create_worker_app(FakeEngine(piece_delay=SLOW))
     prompt = "USER: <image>\nwhat? ASSISTANT:"
     body = {"model": "fake", "prompt": prompt, "temperature": 0.2, "top_p": 0.7, "max_new_tokens": 3, "stop": "</s>", "images": [picture()]}
     response = call(app, "POST", WORKER, json=body)
@@ -138,6 +142,15 @@ def test_an_error_in_the_middle_comes_as_a_part_of_the_stream():
     engine = FakeEngine(failure=RuntimeError("at 0x7f00"), fail_after=1)
     text = call(create_worker_app(engine), "POST", WORKER, json=worker_body("a b c")).text
     assert "0x7f00" not in text and '"error_code":0' not in text.rpartition("\0{")[2].replace(" ", "")
+
+
+def test_errors_have_llavas_form_at_llavas_addresses_alone():
+    app = create_worker_app(FakeEngine())
+    for path, keys in ((WORKER, {"text", "error_code", "error"}), ("/worker_get_status", {"text", "error_code", "error"}),
+                       (CHAT, {"error"}), ("/worker_of_nothing", {"error"})):  # fmt: skip
+        refused = call(app, "GET", path)
+        assert refused.status_code in (404, 405) and refused.json().keys() == keys
+        assert refused.headers["content-type"] == "application/json"
 
 
 def test_status_and_readiness():
@@ -394,7 +407,7 @@ def test_a_poisoned_request_leaves_the_others_alone():
 
 
 def test_pieces_are_joined_where_asked():
-    app = create_worker_app(FakeEngine(), stream_interval=2)
+    app = create_worker_app(FakeEngine(piece_delay=SLOW), stream_interval=2)
     events = call(app, "POST", CHAT, json=chat_body("a b c d e", stream=True, logprobs=True)).text.split("\n\n")
     chunks = [json.loads(event[6:]) for event in events if event.startswith("data: {")]
     texts = [chunk["choices"][0]["delta"].get("content") for chunk in chunks]
@@ -402,20 +415,19 @@ def test_pieces_are_joined_where_asked():
     assert [len((chunk["choices"][0]["logprobs"] or {"content": []})["content"]) for chunk in chunks] == [0, 2, 2, 1, 0]
 
 
-def test_what_was_held_back_comes_before_the_error_that_ends_a_stream():
-    async def broken():
-        for word in ("a ", "b ", "c "):
-            yield 0, Piece(word)
-        raise ServeError(ErrorKind.OUT_OF_MEMORY)
-
-    async def read():
-        texts = []
-        with pytest.raises(ServeError):
-            async for _, piece in _coalesced(broken(), 2):
-                texts.append(piece.text)
-        return texts
-
-    assert asyncio.run(read()) == ["a b ", "c "]
+@pytest.mark.parametrize("delay", [0.0, 0.05])
+def test_quick_pieces_share_a_part_in_both_protocols(delay):
+    words = tuple(f"w{number} " for number in range(6 if delay else 200))
+    app = create_worker_app(FakeEngine(pieces=lambda request: words, piece_delay=delay))
+    parts = parts_of(call(app, "POST", WORKER, json=worker_body("x", echo=False)))
+    texts = [part["text"] for part in parts]
+    assert texts[:2] == ["", words[0]] and texts[-1] == "".join(words) and texts == sorted(texts, key=len)
+    assert len(parts) == 8 if delay else len(parts) < 50
+    text = call(app, "POST", CHAT, json=chat_body(stream=True)).text
+    chunks = [json.loads(event[6:]) for event in text.split("\n\n") if event.startswith("data: {")]
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "".join(words)
+    assert chunks[1]["choices"][0]["delta"]["content"] == words[0] and len(chunks) == len(parts)
+    assert text.endswith("data: [DONE]\n\n")
 
 
 def read_all(sock: socket.socket) -> bytes:
@@ -533,6 +545,36 @@ def test_a_signal_lets_running_answers_finish_and_refuses_new_ones(number):
         process.join()
 
 
+class StuckEngine(FakeEngine):
+    """Its drain never ends."""
+
+    async def drain(self) -> None:
+        await asyncio.Event().wait()
+
+
+def test_an_engine_that_does_not_let_go_is_closed_all_the_same(monkeypatch):
+    """The server has waited for the running answers already, as long as its `drain_seconds`; the app does not wait as long once more."""
+    monkeypatch.setattr("llava.serve.worker_base.LEFTOVER_SECONDS", 0.2)
+    engine = StuckEngine()
+    begun = time.monotonic()
+    with RunningApp(create_worker_app(engine)):
+        pass
+    assert engine.closed and time.monotonic() - begun < 5
+
+
+def test_an_answer_longer_than_the_drain_is_cut_off_and_the_server_ends(monkeypatch):
+    monkeypatch.setattr("llava.serve.http_server.FLUSH_SECONDS", 1.0)
+    engine = FakeEngine(pieces=lambda request: ("x",) * 3000, piece_delay=0.02)
+    with RunningApp(create_worker_app(engine), drain_seconds=0.3) as running:
+        sock = open_stream(running.port, CHAT, chat_body(stream=True, max_tokens=3000))
+        assert sock.recv(100).startswith(b"HTTP/1.1 200")
+        begun = time.monotonic()
+        running.server.servers[0].get_loop().call_soon_threadsafe(running.server.stop)
+        wait_until(lambda: engine.closed)
+        assert 0.25 < time.monotonic() - begun < 5 and len(engine.cancelled) == 1
+        assert b"[DONE]" not in read_all(sock)
+
+
 # registration
 
 
@@ -595,12 +637,13 @@ def test_a_worker_takes_its_leave_when_it_begins_to_drain_and_still_finishes():
     controller, engine = Controller(), FakeEngine(piece_delay=0.2)
     with RunningApp(controller.app) as there:
         registration = Registration(there.url, "http://worker:1", interval=30)
-        with RunningApp(create_worker_app(engine, registration=registration)) as worker:
+        app = create_worker_app(engine, registration=registration)
+        with RunningApp(app) as worker:
             wait_until(lambda: len(controller.registered) == 1)
             with httpx.stream("POST", worker.url + CHAT, json=chat_body(stream=True), trust_env=False) as answer:
                 lines = answer.iter_lines()
                 next(lines)
-                worker.server.servers[0].get_loop().call_soon_threadsafe(worker.server.gate.drain)
+                worker.server.servers[0].get_loop().call_soon_threadsafe(app.state.gate.drain)
                 wait_until(lambda: len(controller.left) == 1, 5)
                 assert "[DONE]" in "".join(lines)
 

@@ -5,20 +5,23 @@ All rows of a report follow from these answers and the router's logits, because 
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from llava.eval.report.tasks import NO_FAMILY, Item
+from llava.eval.one_by_one import Failure, attempt
+from llava.eval.questions import NO_FAMILY
+from llava.eval.report.tasks import Item
+from llava.images import load_image
 from llava.inference import Assistant, Options
 from llava.model.llava_arch import EncodedRow
 from llava.model.routing import RoutingRequest
@@ -59,10 +62,8 @@ def is_right(said: str, answer: str) -> bool:
     return said.strip().lower() == answer.strip().lower()
 
 
-def load_picture(path: Path) -> Image.Image:
-    """The RGB picture in a file."""
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
+load_picture = load_image
+"""The name that the playground's recipe imports."""
 
 
 def by_picture(items: Sequence[Item]) -> list[Item]:
@@ -102,7 +103,7 @@ class Encoder:
         names = list(dict.fromkeys(item.image for item in items))
         kept = {name: self._kept[name] for name in names if name in self._kept}
         new = [name for name in names if name not in kept]
-        pictures = [load_picture(self.folder / name) for name in new]
+        pictures = [load_image(self.folder / name) for name in new]
         views = [assistant.views(picture) for picture in pictures]
         features = assistant.model.encode_views(assistant.model.prepare_views(views))
         for name, picture, view, encoded in zip(new, pictures, views, features, strict=True):
@@ -175,9 +176,9 @@ def ask_all(
     crashes: list[Crash] = []
     with tqdm(total=len(items), desc="asking", unit="question") as progress:
         for batch in batches(items, batch_size):
-            done, failed = _careful(work, batch)
-            records += done
-            crashes += failed
+            done, failures = attempt(work, batch)
+            records += [record for record in done if record is not None]
+            crashes += [_crash(batch[index], failure) for index, failure in failures.items()]
             progress.update(len(batch))
     place = {(item.question_id, item.image): index for index, item in enumerate(items)}
 
@@ -187,16 +188,55 @@ def ask_all(
     return sorted(records, key=in_order), sorted(crashes, key=in_order)
 
 
-def _careful(work: Callable[[Sequence[Item]], list[Record]], batch: Sequence[Item]) -> tuple[list[Record], list[Crash]]:
-    """Do a batch; where it fails, do its questions alone and say which failed."""
-    try:
-        return work(batch), []
-    except Exception as error:  # whatever a picture, a prompt or a model may raise: counted, named, and an error at the end
-        if len(batch) == 1:
-            logger.error("question %s failed: %s", batch[0].question_id, error)
-            return [], [Crash(batch[0].question_id, batch[0].image, f"{type(error).__name__}: {error}")]
-    pairs = [_careful(work, [item]) for item in batch]
-    return [record for done, _ in pairs for record in done], [crash for _, failed in pairs for crash in failed]
+def _crash(item: Item, failure: Failure) -> Crash:
+    logger.error("question %s failed: %s", item.question_id, failure.reason)
+    return Crash(item.question_id, item.image, failure.reason)
+
+
+# ---- answers.jsonl ----------------------------------------------------------------------------------------------------------------
+
+Ask = Callable[[Sequence[Item]], tuple[list[Record], list[Crash]]]
+"""Asks questions now: records and crashes."""
+
+
+def write_answers(path: Path, origin: Mapping[str, Any], records: Sequence[Record]) -> None:
+    """A line that says how the answers were made, so that no copy of the file loses it, then one per question."""
+    lines = [{"made with": origin}, *(asdict(record) for record in records)]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+
+
+def earlier_answers(path: Path, items: Sequence[Item], origin: Mapping[str, Any], ask: Ask) -> tuple[list[Record], list[Crash]]:
+    """Records of an earlier report; questions that it lacks are asked now, and its first question again, in case pictures or code differ.
+
+    Raises:
+        ValueError: no such file, or answers that were made in another way; the sentence names what differs.
+    """
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}; --answers takes the answers.jsonl of an earlier report.")
+    first, *lines = [json.loads(line) for line in path.read_bytes().split(b"\n") if line] or [{}]
+    before = first.get("made with", {})
+    changed = [f"{name} was {before.get(name)!r}, is {now!r}" for name, now in origin.items() if before.get(name) != now]
+    if changed:
+        raise ValueError(f"The answers in {path} were made in another way: {'; '.join(changed)}; ask for the same, or leave --answers out.")
+    found = {(line["question_id"], line["image"], line["text"], line["answer"], line["family"]): Record(**line) for line in lines}
+    keys = [(item.question_id, item.image, item.text, item.answer, item.family) for item in items]
+    known = [item for item, key in zip(items, keys, strict=True) if key in found]
+    kept = [found[key] for key in keys if key in found]
+    again = ask(known[:1])[0]
+    if not again or again[0].said != kept[0].said or not _alike(again[0].logits, kept[0].logits):
+        raise ValueError(f"The answers in {path} are of other questions, pictures or another model; leave --answers out.")
+    records, crashes = ask([item for item, key in zip(items, keys, strict=True) if key not in found])
+    return [*kept, *records], crashes
+
+
+def _alike(first: Sequence[float] | None, second: Sequence[float] | None) -> bool:
+    """Whether two routers said the same, apart from rounding."""
+    if first is None or second is None:
+        return first is second
+    return bool(np.allclose(first, second, atol=1e-2))
+
+
+# ---- routers ----------------------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from llava.eval.report.answers import Record, load_picture
+from llava.eval.report.answers import Record
+from llava.images import load_image
 from llava.inference import Answer, Assistant, Options
 from llava.model.routing import RoutingRequest
 
@@ -87,7 +88,7 @@ def measure(
     """
     names = list(ways)
     runs: dict[str, list[list[tuple[Answer, float]]]] = {name: [[] for _ in sample] for name in names}
-    pictures = [load_picture(folder / record.image) for record in sample]
+    pictures = [load_image(folder / record.image) for record in sample]
 
     def request(index: int, name: str) -> tuple[Answer, float]:
         options = Options(max_new_tokens=max_new_tokens, routing=ways[name])
@@ -215,6 +216,5 @@ def summarise(costs: Sequence[Cost]) -> dict[str, Any]:
         "tokens_per_second": 1000 * statistics.mean(cost.new_tokens for cost in costs) / total,
         "router_share": 100 * parts["router"] / total,
         "peak_mib": statistics.mean(peaks) / 2**20 if peaks else None,
-        "peak_mib_highest": max(peaks) / 2**20 if peaks else None,
         "kv_mib": statistics.mean(cost.kv_bytes for cost in costs) / 2**20,
     }

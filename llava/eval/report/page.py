@@ -189,7 +189,7 @@ def _accuracy_plot(rows: Sequence[Mapping[str, Any]]) -> str:
 def _choices(report: Mapping[str, Any]) -> str:
     adaptive = next((row for row in report["rows"] if row["kind"] == "adaptive"), None)
     if adaptive is None:
-        return _section("What was chosen", report["no_router"], "")
+        return _section("What was chosen", report["no_router"], "") if report["no_router"] else ""
     families = adaptive["choices"]
     lead = "Share of the questions of each family, in percent, that the router answered at each granularity."
     return _section("What the router chose", lead, choice_bars(families, report["granularities"]))

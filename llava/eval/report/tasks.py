@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava.eval import questions
+from llava.eval.questions import NO_FAMILY, scored_fields
 from llava.inference import MICRO_MODEL
-
-NO_FAMILY = "all"
-"""The family of questions whose file names none."""
-FIELDS = ("question_id", "image", "text", "answer")
 
 
 @dataclass(frozen=True)
@@ -41,48 +38,35 @@ class Task:
         return list(dict.fromkeys(item.family for item in self.items))
 
 
-def read_questions(path: Path, folder: Path | None = None, name: str | None = None) -> Task:
-    """The questions of a JSONL file: `question_id`, `image`, `text`, `answer`, and optionally `family`.
+def read_task(path: Path, folder: Path | None = None, name: str | None = None) -> Task:
+    """The questions of a JSONL file, see `llava.eval.questions`: about one picture each, with `answer` and optionally `family`.
 
     Args:
         folder: what picture names are relative to; the file's own folder by default.
 
     Raises:
-        ValueError: no such file or folder, an empty file, or a line that is not such a question; the line is named.
+        ValueError: no such file or folder, or everything that is wrong with its lines.
     """
-    if not path.is_file():
-        raise ValueError(f"There is no question file {path}; give a JSONL file with {', '.join(FIELDS)} on every line.")
     folder = folder or path.parent
-    if not folder.is_dir():
-        raise ValueError(f"There is no image folder {folder}; give the folder that the picture names in {path} are relative to.")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    items = [_item(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not items:
-        raise ValueError(f"{path} holds no question; give a JSONL file with {', '.join(FIELDS)} on every line.")
-    return Task(name or path.stem, folder, items)
+    rows = questions.read_questions(path, folder, _one_picture)
+    return Task(name or path.stem, folder, [Item(row.question_id, row.images[0], row.text, **row.extra) for row in rows])
 
 
-def _item(line: str, place: str) -> Item:
-    try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not JSON ({error.msg}); write one object per line.") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{place} is a JSON {type(row).__name__}, expected an object with {', '.join(FIELDS)}.")
-    missing = [name for name in FIELDS if name not in row]
-    if missing:
-        raise ValueError(f"{place} has no {' and no '.join(missing)}; a report needs {', '.join(FIELDS)} of every question.")
-    wrong = [name for name in ("image", "text", "answer") if not isinstance(row[name], str)]
-    if wrong:
-        raise ValueError(f"{place} has a {wrong[0]} of type {type(row[wrong[0]]).__name__}, expected a text.")
-    return Item(row["question_id"], row["image"], row["text"], row["answer"], str(row.get("family", NO_FAMILY)))
+read_questions = read_task
+"""The name that the playground's recipe imports."""
+
+
+def _one_picture(row: dict[str, Any], line: str) -> dict[str, Any]:
+    if not isinstance(row.get("image"), str):
+        raise ValueError(f"image is {row.get('image')!r}, expected one file name: a report is about questions on one picture")
+    return scored_fields(row, line)
 
 
 def _playground() -> Task:
     path = MICRO_MODEL.parent / "eval" / "test.jsonl"
     if not path.is_file():
         raise ValueError(f"The task playground reads {path}, which ships with the repository and is not here; give --questions instead.")
-    return read_questions(path, name="playground")
+    return read_task(path, name="playground")
 
 
 def _easy_vqa() -> Task:

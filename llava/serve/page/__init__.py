@@ -7,6 +7,7 @@ render.py        replies, reports and errors as HTML and SVG
 chat.py          what happens when a button is pressed
 layout.py        the page's parts and which of them press which button (Gradio)
 uploads.py       pictures coming in
+flags.py         the flags of the programs that serve it
 guard.py         what the page's server answers at all, and the headers it sends
 app.py           all of it as one ASGI application
 """

@@ -17,6 +17,7 @@ from starlette.middleware import Middleware
 
 from llava.images import MAX_BYTES
 from llava.serve.chat_client import ChatClient
+from llava.serve.http_guard import HostNames
 from llava.serve.page.catalogue import Catalogue, ListMode
 from llava.serve.page.chat import Chat
 from llava.serve.page.conversation import Conversations
@@ -37,7 +38,7 @@ class PageOptions:
 
     url: of the controller, or of a worker. api_key: for it. mode: see `Catalogue`. concurrency: answers at the same time. embed: for use
     inside another page. log_folder: where votes and conversations are written, or `None`. shown_url: the controller's address as the page
-    tells it to people; `url` when missing.
+    tells it to people; `url` when missing. names: it answers under these and no others, see `HostNames`; `None` is every name.
     """
 
     url: str
@@ -47,6 +48,7 @@ class PageOptions:
     embed: bool = False
     log_folder: Path | None = Path("logs")
     shown_url: str | None = None
+    names: frozenset[str] | None = None
 
 
 def create_page_app(options: PageOptions) -> FastAPI:
@@ -84,11 +86,14 @@ def create_page_app(options: PageOptions) -> FastAPI:
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
-        middleware=[Middleware(PageGuard, events=_events(blocks), embed=options.embed)],
+        middleware=[
+            *([] if options.names is None else [Middleware(HostNames, names=options.names)]),
+            Middleware(PageGuard, events=_events(blocks), embed=options.embed),
+        ],
     )
     app.add_route("/gradio_api/upload", uploads.receive, methods=["POST"])
     app.add_route("/gradio_api/upload_progress", uploads.progress, methods=["GET"])
-    app.state.chat = chat
+    app.state.chat, app.state.drain = chat, chat.drain
     return gr.mount_gradio_app(
         app,
         blocks,

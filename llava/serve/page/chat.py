@@ -193,11 +193,10 @@ class Chat:
             kind, "Taken back."
         )
 
-    async def drain(self, seconds: float) -> None:
-        """Take no more questions, and wait for the running answers, at most so long."""
+    async def drain(self) -> None:
+        """Take no more questions, and wait for the running answers."""
         self.draining = True
-        end = time.monotonic() + seconds
-        while self.conversations.num_busy and time.monotonic() < end:
+        while self.conversations.num_busy:
             await asyncio.sleep(0.05)
 
     async def _check_models(self, sides: Sequence[Settings], num_pictures: int) -> None:

@@ -17,8 +17,14 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llava.serve.gate import Gate
+from llava.serve.http_guard import BoundedBodies
+from llava.serve.protocol import Limits, ServeError
+
 MAX_JSON_BYTES = 1_000_000
 """Largest request besides an upload: a question and settings."""
+HELD_BODIES = 64
+"""How many of that size are held at once, all visitors together."""
 MAX_DEPTH = 40
 """Deepest nesting of such a request."""
 
@@ -45,10 +51,14 @@ class PageGuard:
     Args:
         events: the page's events, by number and by name, with the number of their inputs.
         embed: let other sites show the page in a frame.
+        body_seconds: in which a request has to arrive; an upload has more, see `uploads.py`.
     """
 
-    def __init__(self, app: ASGIApp, events: Mapping[int | str, int], embed: bool = False) -> None:
+    def __init__(
+        self, app: ASGIApp, events: Mapping[int | str, int], embed: bool = False, body_seconds: float = Limits.body_seconds
+    ) -> None:
         self.app, self.events = app, events
+        self._bounded_post = BoundedBodies(self._post, Gate(0, HELD_BODIES * MAX_JSON_BYTES), MAX_JSON_BYTES, body_seconds)
         self.headers = {
             "Content-Security-Policy": _POLICY.format(ancestors="*" if embed else "'self'"),
             "X-Content-Type-Options": "nosniff",
@@ -65,15 +75,20 @@ class PageGuard:
         if not _is_open(scope):
             await PlainTextResponse("There is nothing at this address.", 404)(scope, receive, send)
         elif scope["method"] == "POST" and not scope["path"].startswith("/gradio_api/upload"):
-            await self._post(scope, receive, send)
+            try:
+                await self._bounded_post(scope, receive, send)
+            except ServeError as error:  # raised while the body was read: no answer has begun
+                wait = error.kind.fault.retry_after
+                headers = {} if wait is None else {"Retry-After": str(wait)}
+                await PlainTextResponse(error.detail, error.kind.fault.status, headers)(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
     async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await _read_body(receive)
         if body is None:
-            await PlainTextResponse("The request is too large.", 413)(scope, receive, send)
-        elif not _is_clean(body):
+            return  # the browser has gone
+        if not _is_clean(body):
             await PlainTextResponse("The request is not JSON, or names a file that was not uploaded here.", 400)(scope, receive, send)
         elif (call := _CALL.fullmatch(scope["path"])) and not self._is_event(call, json.loads(body or b"null")):
             await PlainTextResponse("The request calls no event of this page, or not in its form.", 400)(scope, receive, send)
@@ -121,8 +136,6 @@ async def _read_body(receive: Receive) -> bytes | None:
         if message["type"] != "http.request":
             return None
         body += message.get("body", b"")
-        if len(body) > MAX_JSON_BYTES:
-            return None
         if not message.get("more_body"):
             return body
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
+from gradio.blocks import Block
 
 from llava.serve.chat_client import ModelInfo
 from llava.serve.page.catalogue import ListMode, ModelList
@@ -15,65 +16,86 @@ from llava.serve.page.conversation import Conversation, Settings
 from llava.serve.page.examples import Example
 from llava.serve.page.render import chat_messages, heading_html, notice_html
 
+Values = Mapping[Block, Any]
+"""What a browser sent, by the part that it stands in: handlers whose inputs are a set get this."""
+Changes = dict[Any, Any]
+"""What becomes of parts of the page; the others are left alone."""
 AUTO = "auto"
 POLL_SECONDS = 5.0
 """How often an open page asks whether the list of models has changed."""
 BUDGET_VIEWS = 6
 """The budget slider ends at so many views of the finest granularity; more than one picture of most models takes."""
 DEFAULT_BUDGET_END = 4096
-DRAWN, LISTED = 6, 8
-"""How many values `Parts.drawn` and `Parts.listed` take."""
 
 
 @dataclass(frozen=True)
-class Side:
-    """One of the two conversations: its settings and where it is drawn."""
+class Choice:
+    """Who answers on one side."""
 
     model: gr.Dropdown
     granularity: gr.Radio
-    heading: gr.HTML
-    chatbot: gr.Chatbot
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Everything on the page that a handler reads or writes."""
+class Controls:
+    """The column of settings; `second_settings` holds the second choice, where two answer."""
 
-    notice: gr.HTML
-    composer: gr.MultimodalTextbox
-    sides: tuple[Side, Side]
+    choices: tuple[Choice, Choice]
     compare: gr.Checkbox
     second_settings: gr.Group
-    second_column: gr.Column
     budget: gr.Slider
     bias: gr.Slider
     temperature: gr.Slider
     top_p: gr.Slider
     max_tokens: gr.Slider
-    regenerate: gr.Button
+
+    @property
+    def all(self) -> set[Block]:
+        """Whatever `read_settings` reads."""
+        chosen = {part for choice in self.choices for part in (choice.model, choice.granularity)}
+        return {*chosen, self.compare, self.budget, self.bias, self.temperature, self.top_p, self.max_tokens}
+
+
+@dataclass(frozen=True)
+class Side:
+    """Where one of the two conversations is drawn."""
+
+    column: gr.Column
+    heading: gr.HTML
+    chatbot: gr.Chatbot
+
+
+@dataclass(frozen=True)
+class Talk:
+    """The column of conversations, with what is asked and pressed below them."""
+
+    sides: tuple[Side, Side]
+    composer: gr.MultimodalTextbox
     stop: gr.Button
+    regenerate: gr.Button
     clear: gr.Button
+
+    @property
+    def drawn(self) -> list[Block]:
+        """Whatever `draw` changes."""
+        return [self.composer, self.stop, *(part for side in self.sides for part in (side.heading, side.chatbot))]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything on the page that a handler reads or writes. shown: which list of models an open page shows, see `_refresher`."""
+
+    notice: gr.HTML
+    controls: Controls
+    talk: Talk
     timer: gr.Timer
     shown: gr.State
 
     @property
-    def settings(self) -> list[Any]:
-        """In the order of `read_settings`."""
-        first, second = self.sides
-        sampling = [self.budget, self.bias, self.temperature, self.top_p, self.max_tokens]
-        return [self.compare, first.model, first.granularity, second.model, second.granularity, *sampling]
-
-    @property
-    def drawn(self) -> list[Any]:
-        """In the order of `draw`."""
-        first, second = self.sides
-        return [self.composer, self.stop, first.heading, first.chatbot, second.heading, second.chatbot]
-
-    @property
-    def listed(self) -> list[Any]:
-        """In the order of `draw_models`."""
-        first, second = self.sides
-        return [self.shown, self.notice, first.model, first.granularity, second.model, second.granularity, self.budget, self.timer]
+    def listed(self) -> list[Block]:
+        """Whatever a new list of models changes."""
+        chosen = [part for choice in self.controls.choices for part in (choice.model, choice.granularity)]
+        return [self.shown, self.notice, *chosen, self.controls.budget, self.timer]
 
 
 def build_page(chat: Chat, mode: ListMode, address: str, examples: Sequence[Example], *, concurrency: int, embed: bool) -> gr.Blocks:
@@ -104,82 +126,72 @@ def _place(examples: Sequence[Example], embed: bool) -> Parts:
             controls = _place_settings()
         with gr.Column(scale=3, min_width=320, elem_id="avg-talk"):
             talk = _place_talk(examples)
-    first = Side(controls["model_0"], controls["granularity_0"], talk["heading_0"], talk["chatbot_0"])
-    second = Side(controls["model_1"], controls["granularity_1"], talk["heading_1"], talk["chatbot_1"])
-    names = ("compare", "second_settings", "budget", "bias", "temperature", "top_p", "max_tokens")
-    return Parts(
-        notice=notice,
-        sides=(first, second),
-        timer=gr.Timer(POLL_SECONDS),
-        shown=gr.State(None),
-        **{name: controls[name] for name in names},
-        **{name: talk[name] for name in ("composer", "second_column", "regenerate", "stop", "clear")},
-    )
+    return Parts(notice, controls, talk, timer=gr.Timer(POLL_SECONDS), shown=gr.State(None))
 
 
-def _model_and_granularity(name: str, elem: str) -> tuple[gr.Dropdown, gr.Radio]:
+def _place_choice(name: str, elem: str) -> Choice:
     model = gr.Dropdown([], label=f"Model{name}", elem_id=f"avg-model{elem}", interactive=True, allow_custom_value=True)
     granularity = gr.Radio(
         [AUTO], value=AUTO, label=f"Granularity{name}", info="Visual tokens per view; auto lets the router choose.",
         elem_id=f"avg-granularity{elem}", interactive=True,
     )  # fmt: skip
-    return model, granularity
+    return Choice(model, granularity)
 
 
-def _place_settings() -> dict[str, Any]:
-    parts: dict[str, Any] = {}
+def _place_settings() -> Controls:
     with gr.Group():
-        parts["model_0"], parts["granularity_0"] = _model_and_granularity("", "-0")
-    parts["compare"] = gr.Checkbox(label="Compare side by side", info="A second model or granularity answers too.", elem_id="avg-compare")
-    with gr.Group(visible=False, elem_id="avg-second") as parts["second_settings"]:
-        parts["model_1"], parts["granularity_1"] = _model_and_granularity(" of the second", "-1")
+        first = _place_choice("", "-0")
+    compare = gr.Checkbox(label="Compare side by side", info="A second model or granularity answers too.", elem_id="avg-compare")
+    with gr.Group(visible=False, elem_id="avg-second") as second_settings:
+        second = _place_choice(" of the second", "-1")
     with gr.Group():
-        parts["budget"] = gr.Slider(
+        budget = gr.Slider(
             0, DEFAULT_BUDGET_END, value=0, step=1, label="Token budget", info="Visual tokens of all pictures together; 0 is no limit.",
             elem_id="avg-budget",
         )  # fmt: skip
-        parts["bias"] = gr.Slider(
+        bias = gr.Slider(
             -4, 4, value=0, step=0.1, label="Cheaper or finer", info="Leans the router: below 0 to fewer tokens, above 0 to more.",
             elem_id="avg-bias",
         )  # fmt: skip
     with gr.Accordion("Sampling", open=False):
-        parts["temperature"] = gr.Slider(0, 2, value=0, step=0.05, label="Temperature", info="0 always takes the likeliest word.")
-        parts["top_p"] = gr.Slider(0.05, 1, value=1, step=0.05, label="Top p")
-        parts["max_tokens"] = gr.Slider(1, 4096, value=512, step=1, label="Most new tokens")
-    return parts
+        temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature", info="0 always takes the likeliest word.")
+        top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top p")
+        max_tokens = gr.Slider(1, 4096, value=512, step=1, label="Most new tokens")
+    return Controls((first, second), compare, second_settings, budget, bias, temperature, top_p, max_tokens)
 
 
-def _place_talk(examples: Sequence[Example]) -> dict[str, Any]:
-    parts: dict[str, Any] = {}
+def _place_talk(examples: Sequence[Example]) -> Talk:
     with gr.Row(elem_id="avg-sides", equal_height=True):
-        for side in (0, 1):
-            with gr.Column(min_width=300, visible=side == 0) as column:
-                parts[f"heading_{side}"] = gr.HTML("", elem_classes="avg-side-name", visible=False)
-                parts[f"chatbot_{side}"] = gr.Chatbot(
-                    label="Answers" if side == 0 else "Answers of the second",
-                    show_label=False,
-                    elem_id=f"avg-chat-{side}",
-                    height="max(360px, calc(100vh - 270px))",
-                    render_markdown=False,  # an answer is text: no picture or link in it may be loaded
-                    allow_file_downloads=False,
-                    buttons=[],
-                    feedback_options=["Like", "Dislike", "Flag"],
-                    layout="panel",
-                    placeholder='<div class="avg-hint">Ask about a picture: add one below, or take an example.</div>',
-                    examples=[example.message() for example in examples] if side == 0 else None,
-                )
-                # Gradio deletes what it has copied; the examples' pictures have to stay.
-                parts[f"chatbot_{side}"].keep_in_cache.update(parts[f"chatbot_{side}"].temp_files)
-            parts["second_column"] = column
-    parts["composer"] = gr.MultimodalTextbox(
+        sides = (_place_side(0, "Answers", examples), _place_side(1, "Answers of the second", ()))
+    composer = gr.MultimodalTextbox(
         placeholder="Ask about the picture …", show_label=False, label="Question", file_types=["image"], file_count="multiple",
         sources=["upload"], max_plain_text_length=20_000, max_lines=8, elem_id="avg-composer", autofocus=True,
     )  # fmt: skip
     with gr.Row(elem_id="avg-buttons"):
-        parts["stop"] = gr.Button("◼ Stop", size="sm", min_width=90, interactive=False, elem_id="avg-stop")
-        parts["regenerate"] = gr.Button("↻ Regenerate", size="sm", min_width=90, elem_id="avg-regenerate")
-        parts["clear"] = gr.Button("✕ Clear", size="sm", min_width=90, elem_id="avg-clear")
-    return parts
+        stop = gr.Button("◼ Stop", size="sm", min_width=90, interactive=False, elem_id="avg-stop")
+        regenerate = gr.Button("↻ Regenerate", size="sm", min_width=90, elem_id="avg-regenerate")
+        clear = gr.Button("✕ Clear", size="sm", min_width=90, elem_id="avg-clear")
+    return Talk(sides, composer, stop, regenerate, clear)
+
+
+def _place_side(side: int, label: str, examples: Sequence[Example]) -> Side:
+    with gr.Column(min_width=300, visible=side == 0) as column:
+        heading = gr.HTML("", elem_classes="avg-side-name", visible=False)
+        chatbot = gr.Chatbot(
+            label=label,
+            show_label=False,
+            elem_id=f"avg-chat-{side}",
+            height="max(360px, calc(100vh - 270px))",
+            render_markdown=False,  # an answer is text: no picture or link in it may be loaded
+            allow_file_downloads=False,
+            buttons=[],
+            feedback_options=["Like", "Dislike", "Flag"],
+            layout="panel",
+            placeholder='<div class="avg-hint">Ask about a picture: add one below, or take an example.</div>',
+            examples=[example.message() for example in examples] or None,
+        )
+        chatbot.keep_in_cache.update(chatbot.temp_files)  # Gradio deletes what it has copied; the examples' pictures have to stay
+    return Side(column, heading, chatbot)
 
 
 def _wire(page: gr.Blocks, parts: Parts, chat: Chat, mode: ListMode, address: str, examples: Sequence[Example], concurrency: int) -> None:
@@ -190,23 +202,25 @@ def _wire(page: gr.Blocks, parts: Parts, chat: Chat, mode: ListMode, address: st
         "show_progress": "hidden",
     }
     quick: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
-    first, second = parts.sides
-    send, again, send_example = _askers(chat, examples)
-    parts.composer.submit(send, [parts.composer, *parts.settings], parts.drawn, **answering)
-    first.chatbot.example_select(send_example, parts.settings, parts.drawn, **answering)
-    gr.on([parts.regenerate.click, first.chatbot.retry, second.chatbot.retry], again, parts.settings, parts.drawn, **answering)
-    parts.stop.click(_stopper(chat), None, None, **quick)
-    gr.on([parts.clear.click, first.chatbot.clear, second.chatbot.clear], _clearer(chat), None, parts.drawn, **quick)
-    for index, side in enumerate(parts.sides):
+    controls, talk = parts.controls, parts.talk
+    first, second = talk.sides
+    send, again, send_example = _askers(parts, chat, examples)
+    talk.composer.submit(send, {talk.composer, *controls.all}, talk.drawn, **answering)
+    first.chatbot.example_select(send_example, controls.all, talk.drawn, **answering)
+    gr.on([talk.regenerate.click, first.chatbot.retry, second.chatbot.retry], again, controls.all, talk.drawn, **answering)
+    talk.stop.click(_stopper(chat), None, None, **quick)
+    gr.on([talk.clear.click, first.chatbot.clear, second.chatbot.clear], _clearer(talk, chat), None, talk.drawn, **quick)
+    for index, side in enumerate(talk.sides):
         side.chatbot.like(_voter(chat, index), None, None, api_visibility="private", show_progress="hidden")  # thanks need the queue
-    comparing = [parts.second_settings, parts.second_column, second.chatbot]
-    parts.compare.change(_comparer(chat), parts.compare, comparing, **quick)
-    refresh = _refresher(chat, mode, address)
-    inputs = [parts.shown, first.model, second.model]
+    comparing = [controls.second_settings, second.column, second.chatbot]
+    controls.compare.change(_comparer(parts, chat), controls.compare, comparing, **quick)
+    refresh = _refresher(parts, chat, mode, address)
+    inputs: set[Block] = {parts.shown, *(choice.model for choice in controls.choices)}
     page.load(refresh, inputs, parts.listed, **quick)
     parts.timer.tick(refresh, inputs, parts.listed, **quick)
-    for side in parts.sides:
-        side.model.input(_model_chooser(chat), side.model, [side.granularity, parts.budget], **quick)
+    for choice in controls.choices:
+        choose = _model_chooser(chat, choice, controls.budget)
+        choice.model.input(choose, choice.model, [choice.granularity, controls.budget], **quick)
 
 
 def _place_for_programs(chat: Chat, concurrency: int) -> None:
@@ -219,11 +233,11 @@ def _place_for_programs(chat: Chat, concurrency: int) -> None:
 
     async def ask(message: dict[str, Any], model: str, granularity: str, max_visual_tokens: float) -> dict[str, Any]:
         try:
-            names = (await chat.catalogue.get()).names
-            values = (False, model or (names[0] if names else None), granularity, None, AUTO, max_visual_tokens, 0.0, 0.0, 1.0, 512)
             if not isinstance(message, dict):
                 raise Refusal("There is no question.")
-            reply = await chat.once(message.get("text") or "", message.get("files") or [], read_settings(values)[0])
+            names = (await chat.catalogue.get()).names
+            settings = _settings(model or (names[0] if names else None), granularity, max_visual_tokens)
+            reply = await chat.once(message.get("text") or "", message.get("files") or [], settings)
         except Refusal as refusal:
             raise gr.Error(str(refusal), print_exception=False) from None
         outcome = reply.outcome
@@ -246,34 +260,51 @@ def _session(request: gr.Request) -> str:
     return request.session_hash
 
 
-def _whole(value: Any) -> int | None:
-    """A slider's number; `None` for its 0."""
-    return int(value or 0) or None
-
-
-def read_settings(values: Sequence[Any]) -> list[Settings]:
-    """The settings of the sides that answer, from the values of `Parts.settings`.
+def read_settings(values: Values, controls: Controls) -> list[Settings]:
+    """The settings of the sides that answer.
 
     Raises:
         Refusal: no model is chosen, or a value is not what the page's own parts send.
     """
-    compare, model_0, granularity_0, model_1, granularity_1, budget, bias, temperature, top_p, max_tokens = values
-    chosen = [(model_0, granularity_0), (model_1, granularity_1)] if compare else [(model_0, granularity_0)]
+    chosen = controls.choices if values[controls.compare] else controls.choices[:1]
+    return [
+        _settings(
+            values[choice.model],
+            values[choice.granularity],
+            values[controls.budget],
+            granularity_bias=values[controls.bias],
+            temperature=values[controls.temperature],
+            top_p=values[controls.top_p],
+            max_tokens=values[controls.max_tokens],
+        )
+        for choice in chosen
+    ]
+
+
+def _settings(
+    model: Any,
+    granularity: Any,
+    budget: Any,
+    *,
+    granularity_bias: Any = Settings.granularity_bias,
+    temperature: Any = Settings.temperature,
+    top_p: Any = Settings.top_p,
+    max_tokens: Any = Settings.max_tokens,
+) -> Settings:
+    """Settings out of what a browser or a program sent; a budget of 0 is none."""
+    name = _model_name(model)
     try:
-        return [
-            Settings(
-                model=_model_name(model),
-                granularity=None if granularity in (AUTO, None) else int(granularity),
-                max_visual_tokens=_whole(budget),
-                granularity_bias=float(bias),
-                temperature=float(temperature),
-                top_p=float(top_p),
-                max_tokens=int(max_tokens),
-            )
-            for model, granularity in chosen
-        ]
-    except (TypeError, ValueError) as error:
-        raise error if isinstance(error, Refusal) else Refusal("A setting is not a number; set it again.") from error
+        return Settings(
+            model=name,
+            granularity=None if granularity in (AUTO, None) else int(granularity),
+            max_visual_tokens=int(budget or 0) or None,
+            granularity_bias=float(granularity_bias),
+            temperature=float(temperature),
+            top_p=float(top_p),
+            max_tokens=int(max_tokens),
+        )
+    except (TypeError, ValueError, OverflowError) as error:
+        raise Refusal("A setting is not a number; set it again.") from error
 
 
 def _model_name(value: Any) -> str:
@@ -282,59 +313,60 @@ def _model_name(value: Any) -> str:
     return value
 
 
-def draw(conversation: Conversation | None, composer: Any = None) -> list[Any]:
-    """The conversation as values of `Parts.drawn`.
-
-    Args:
-        composer: what becomes of the question's box; left alone when missing.
-    """
+def draw(talk: Talk, conversation: Conversation | None) -> Changes:
+    """The conversation as it is now."""
     turns = conversation.turns if conversation is not None else []
-    busy = conversation is not None and conversation.busy
     last = turns[-1].replies if turns else {}
     comparing = len(last) > 1
-    drawn: list[Any] = [gr.skip() if composer is None else composer, gr.update(interactive=busy)]
-    for side in (0, 1):
-        heading = heading_html(last.get(side)) if comparing else ""
-        drawn += [gr.update(value=heading, visible=comparing), chat_messages(turns, side, gr.HTML)]
-    return drawn
+    changes: Changes = {talk.stop: gr.update(interactive=conversation is not None and conversation.busy)}
+    for index, side in enumerate(talk.sides):
+        changes[side.heading] = gr.update(value=heading_html(last.get(index)) if comparing else "", visible=comparing)
+        changes[side.chatbot] = chat_messages(turns, index, gr.HTML)
+    return changes
 
 
-Stream = AsyncIterator[list[Any]]
+def _emptied(talk: Talk) -> Changes:
+    """The box of the question, empty again."""
+    return {talk.composer: gr.MultimodalTextbox(value=None)}
 
 
-def _askers(chat: Chat, examples: Sequence[Example]) -> tuple[Callable[..., Stream], Callable[..., Stream], Callable[..., Stream]]:
+Stream = AsyncIterator[Changes]
+Asker = Callable[..., Stream]
+
+
+def _askers(parts: Parts, chat: Chat, examples: Sequence[Example]) -> tuple[Asker, Asker, Asker]:
     """Handlers of a new question, of the last one again, and of an example."""
+    talk = parts.talk
 
-    async def run(begin: Callable[[list[Settings]], Awaitable[Conversation]], values: Sequence[Any], composer: Any = None) -> Stream:
+    async def run(begin: Callable[[list[Settings]], Awaitable[Conversation]], values: Values, at_first: Changes | None = None) -> Stream:
         try:
-            conversation = await begin(read_settings(values))
+            conversation = await begin(read_settings(values, parts.controls))
         except Refusal as refusal:
             gr.Warning(str(refusal), duration=8)  # Gradio's own error would cover the whole conversation
-            yield [gr.skip()] * DRAWN
+            yield gr.skip()
             return
         try:
             async for _ in chat.answers(conversation):
-                yield draw(conversation, composer)
-                composer = None
+                yield draw(talk, conversation) | (at_first or {})
+                at_first = None
         finally:
             conversation.busy = False
 
-    async def send(request: gr.Request, message: dict[str, Any], *values: Any) -> Stream:
-        text, files = message.get("text") or "", message.get("files") or []
-        async for update in run(lambda sides: chat.begin(_session(request), text, files, sides), values, gr.MultimodalTextbox(value=None)):
-            yield update
+    async def send(values: Values, request: gr.Request) -> Stream:
+        text, files = values[talk.composer].get("text") or "", values[talk.composer].get("files") or []
+        async for changes in run(lambda sides: chat.begin(_session(request), text, files, sides), values, _emptied(talk)):
+            yield changes
 
-    async def again(request: gr.Request, *values: Any) -> Stream:
-        async for update in run(lambda sides: chat.begin_again(_session(request), sides), values):
-            yield update
+    async def again(values: Values, request: gr.Request) -> Stream:
+        async for changes in run(lambda sides: chat.begin_again(_session(request), sides), values):
+            yield changes
 
-    async def send_example(request: gr.Request, event: gr.SelectData, *values: Any) -> Stream:
+    async def send_example(values: Values, request: gr.Request, event: gr.SelectData) -> Stream:
         if not isinstance(event.index, int) or not 0 <= event.index < len(examples):
             raise gr.Error("There is no such example.", print_exception=False)
         example = examples[event.index]
-        pictures = [example.picture]
-        async for update in run(lambda sides: chat.begin(_session(request), example.question, [], sides, pictures), values):
-            yield update
+        async for changes in run(lambda sides: chat.begin(_session(request), example.question, [], sides, [example.picture]), values):
+            yield changes
 
     return send, again, send_example
 
@@ -346,13 +378,14 @@ def _stopper(chat: Chat) -> Callable[[gr.Request], None]:
     return stop
 
 
-_leaver = _stopper  # a browser that goes away stops its answers; its conversation stays for a while, phones come back
+_leaver = _stopper
+"""A browser that goes away stops its answers. Its conversation stays for a while: a phone that was put away asks on in it later."""
 
 
-def _clearer(chat: Chat) -> Callable[[gr.Request], list[Any]]:
-    def clear(request: gr.Request) -> list[Any]:
+def _clearer(talk: Talk, chat: Chat) -> Callable[[gr.Request], Changes]:
+    def clear(request: gr.Request) -> Changes:
         chat.clear(_session(request))
-        return draw(None, gr.MultimodalTextbox(value=None))
+        return draw(talk, None) | _emptied(talk)
 
     return clear
 
@@ -370,11 +403,13 @@ def _voter(chat: Chat, side: int) -> Callable[[gr.Request, gr.LikeData], None]:
     return vote
 
 
-def _comparer(chat: Chat) -> Callable[[gr.Request, bool], list[Any]]:
-    def compare(request: gr.Request, on: bool) -> list[Any]:
+def _comparer(parts: Parts, chat: Chat) -> Callable[[gr.Request, bool], Changes]:
+    second = parts.talk.sides[1]
+
+    def compare(request: gr.Request, on: bool) -> Changes:
         conversation = chat.conversations.find(_session(request))
-        second = chat_messages(conversation.turns if conversation else [], 1, gr.HTML)
-        return [gr.update(visible=on), gr.update(visible=on), second]
+        answers = chat_messages(conversation.turns if conversation else [], 1, gr.HTML)
+        return {parts.controls.second_settings: gr.update(visible=on), second.column: gr.update(visible=on), second.chatbot: answers}
 
     return compare
 
@@ -390,40 +425,40 @@ def _budget(model: ModelInfo | None) -> Any:
     return gr.update(maximum=end, value=0)
 
 
-def _model_chooser(chat: Chat) -> Callable[[Any], Any]:
-    async def choose(name: Any) -> list[Any]:
+def _model_chooser(chat: Chat, choice: Choice, budget: gr.Slider) -> Callable[[Any], Awaitable[Changes]]:
+    async def choose(name: Any) -> Changes:
         model = (await chat.catalogue.get()).find(name if isinstance(name, str) else None)
-        return [_levels(model), _budget(model)]
+        return {choice.granularity: _levels(model), budget: _budget(model)}
 
     return choose
 
 
-def _refresher(chat: Chat, mode: ListMode, address: str) -> Callable[..., Any]:
+def _refresher(parts: Parts, chat: Chat, mode: ListMode, address: str) -> Callable[[Values], Awaitable[Changes]]:
     """Handler that brings the list of models up to date, and touches nothing while it is."""
 
-    async def refresh(shown: Any, model_0: Any, model_1: Any) -> list[Any]:
+    async def refresh(values: Values) -> Changes:
         models = await chat.catalogue.get()
         signature: list[Any] = [[model.name, list(model.granularities)] for model in models.models]
         signature = signature or [models.error.code if models.error else ""]
-        if signature == shown:
-            return [gr.skip()] * LISTED
-        return draw_models(models, signature, (model_0, model_1), address, keep_asking=mode == "reload" or not models.models)
+        if signature == values[parts.shown]:
+            return gr.skip()
+        keep_asking = mode == "reload" or not models.models
+        notice = gr.update(value=notice_html(models, address), visible=not models.models)
+        return {parts.shown: signature, parts.notice: notice, parts.timer: gr.Timer(active=keep_asking)} | draw_models(
+            parts.controls, models, values
+        )
 
     return refresh
 
 
-def draw_models(models: ModelList, signature: Any, chosen: tuple[Any, Any], address: str, keep_asking: bool) -> list[Any]:
-    """The list as values of `Parts.listed`; a model that is still there stays chosen, and the second side starts with another one."""
+def draw_models(controls: Controls, models: ModelList, values: Values) -> Changes:
+    """The models to choose from; one that is still there stays chosen, and the second side starts with another one."""
     names = models.names
-    first = chosen[0] if chosen[0] in names else names[0] if names else None
-    second = chosen[1] if chosen[1] in names else next((name for name in names if name != first), first)
-    return [
-        signature,
-        gr.update(value=notice_html(models, address), visible=not names),
-        gr.update(choices=names, value=first),
-        _levels(models.find(first)),
-        gr.update(choices=names, value=second),
-        _levels(models.find(second)),
-        _budget(models.find(first)),
-        gr.Timer(active=keep_asking),
-    ]
+    asked = [values[choice.model] for choice in controls.choices]
+    first = asked[0] if asked[0] in names else names[0] if names else None
+    second = asked[1] if asked[1] in names else next((name for name in names if name != first), first)
+    changes: Changes = {controls.budget: _budget(models.find(first))}
+    for choice, name in zip(controls.choices, (first, second), strict=True):
+        changes[choice.model] = gr.update(choices=names, value=name)
+        changes[choice.granularity] = _levels(models.find(name))
+    return changes

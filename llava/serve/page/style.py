@@ -58,6 +58,8 @@ footer {display: none !important}
 @keyframes avg-pulse {0%, 60%, 100% {opacity: .25} 30% {opacity: 1}}
 @media (prefers-reduced-motion: reduce) {.avg-waiting i {animation: none}}
 .avg-side-name, .avg-side-name * {font-size: .9rem; font-weight: 600 !important; color: var(--body-text-color)}
+/* Gradio paints what is chosen white, as its dot is, while the mouse is over it. */
+#avg-settings input:checked:hover {background-color: var(--checkbox-background-color-selected) !important}
 #avg-buttons button {white-space: nowrap; padding-inline: 4px}
 @media (max-width: 768px) {
   .gradio-container main.app, .gradio-container .app {padding: 8px !important}

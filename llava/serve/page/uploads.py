@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import anyio
@@ -41,7 +43,8 @@ class Uploads:
     def __init__(self, folder: Path, max_bytes: int = 2_000_000_000, max_age: float = 3600.0) -> None:
         self.folder, self.max_bytes, self.max_age = folder, max_bytes, max_age
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._kept: set[Path] = set()
+        self._sizes: dict[Path, int] = {}
+        self._changing = threading.Lock()
         self._arriving = 0
 
     async def receive(self, request: Request) -> Response:
@@ -86,22 +89,23 @@ class Uploads:
         """
         self.expire()
         decode_image(data)
-        if sum(path.stat().st_size for path in self._kept) + len(data) > self.max_bytes:
-            raise OverflowError("There is no room for more pictures now; try again later.")
         suffix = {"mpo": "jpg", "jpeg": "jpg"}.get(name := image_format(data).lower(), name)
         path = self.folder / f"{hashlib.sha256(data).hexdigest()}.{suffix}"
         temporary = path.with_suffix(f".{os.urandom(8).hex()}")
-        temporary.write_bytes(data)
-        temporary.replace(path)
-        self._kept.add(path)
+        with self._changing:
+            if sum(size for kept, size in self._sizes.items() if kept != path) + len(data) > self.max_bytes:
+                raise OverflowError("There is no room for more pictures now; try again later.")
+            temporary.write_bytes(data)
+            temporary.replace(path)
+            self._sizes[path] = len(data)
         return path
 
     def expire(self) -> None:
         """Delete what is older than `max_age`."""
-        for path in list(self._kept):
-            try:
-                if time.time() - path.stat().st_mtime > self.max_age:
+        with self._changing:
+            for path in list(self._sizes):
+                with suppress(FileNotFoundError):
+                    if time.time() - path.stat().st_mtime <= self.max_age:
+                        continue
                     path.unlink()
-                    self._kept.discard(path)
-            except FileNotFoundError:
-                self._kept.discard(path)
+                del self._sizes[path]

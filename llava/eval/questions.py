@@ -1,0 +1,151 @@
+"""The one file format of questions: JSONL with `question_id`, `text` and, where there are pictures, `image`.
+
+    {"question_id": 1, "image": "cat.png", "text": "What animal is it?"}
+    {"question_id": 2, "image": ["a.png", "b.png"], "text": "Which of <image> and <image> is brighter?"}
+    {"question_id": 3, "text": "How many legs has a spider?", "answer": 8, "family": "counting"}
+
+What else a line may or must hold is the reader's business: `model_vqa` hands it on, the report and the harness's own tasks read the
+expected answer and the family from it (`scored_fields`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
+
+INPUT_FIELDS = ("question_id", "image", "text")
+PROBLEMS_SHOWN = 20
+NO_FAMILY = "all"
+"""The family of questions whose line names none."""
+
+ExtraFields = Callable[[dict[str, Any], str], dict[str, Any]]
+"""(a line's object, the line itself) -> what a reader makes of the fields besides `INPUT_FIELDS`; raises ValueError."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question: its place among the file's questions, counted from 0, and what its line holds."""
+
+    index: int
+    question_id: Any
+    text: str
+    images: tuple[str, ...]
+    extra: dict[str, Any]
+
+
+def other_fields(row: dict[str, Any], line: str) -> dict[str, Any]:
+    """Everything else that a line holds, as it is."""
+    return {name: row[name] for name in row if name not in INPUT_FIELDS}
+
+
+def scored_fields(row: dict[str, Any], line: str) -> dict[str, Any]:
+    """The expected `answer` and the `family` of a line, as texts: numbers as they are written, so that 12.50 stays 12.50.
+
+    Raises:
+        ValueError: no answer, or one that is neither a text nor a number; a family without a name.
+    """
+    written = json.loads(line, parse_int=str, parse_float=str)
+    answer = written.get("answer")
+    if answer is None:
+        raise ValueError("answer is missing, expected the text or number that an answer is compared with")
+    if not isinstance(answer, str):
+        raise ValueError(f"answer is {answer!r}, expected one text or number")
+    return {"answer": answer, "family": family_of(written)}
+
+
+def family_of(row: dict[str, Any]) -> str:
+    """The family that a line names, or `NO_FAMILY`.
+
+    Raises:
+        ValueError: something that is no name.
+    """
+    family = NO_FAMILY if row.get("family") is None else row["family"]
+    if not isinstance(family, str) or not family:
+        raise ValueError(f"family is {family!r}, expected the name of a group, or nothing")
+    return family
+
+
+def read_questions(file: Path, folder: Path, extra_fields: ExtraFields = other_fields) -> list[Row]:
+    """Read a question file whole.
+
+    Args:
+        file: one JSON object per line; empty lines are passed over.
+        folder: what names of pictures are relative to.
+        extra_fields: makes `Row.extra` of each line.
+
+    Raises:
+        ValueError: everything that is wrong with it, with line numbers.
+    """
+    if not file.is_file():
+        raise ValueError(f"The question file {file} does not exist; give a file of one JSON object per line.")
+    if not folder.is_dir():
+        raise ValueError(f"There is no image folder {folder}; give the folder that the picture names in {file} are relative to.")
+    rows: list[Row] = []
+    problems: list[str] = []
+    there: dict[str, bool] = {}
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            row, wrong = _read_row(len(rows), line, extra_fields)
+            names = row.images if row is not None else ()
+            absent = [name for name in names if not there.setdefault(name, (folder / name).is_file())]
+            wrong += [f"there is no picture {folder / name}" for name in absent]
+            problems += [f"line {number}: {each}" for each in wrong]
+            if row is not None:
+                rows.append(row)
+    if not rows and not problems:
+        problems.append("it holds no question")
+    if problems:
+        shown = problems[:PROBLEMS_SHOWN] + [f"and {len(problems) - PROBLEMS_SHOWN} more"] * (len(problems) > PROBLEMS_SHOWN)
+        raise ValueError(f"{file} cannot be asked as it is:\n  " + "\n  ".join(shown))
+    return rows
+
+
+def _read_row(index: int, line: bytes, extra_fields: ExtraFields) -> tuple[Row | None, list[str]]:
+    """A line's question, or `None`, and what is wrong with it."""
+    try:
+        text = line.decode().strip()
+        row = json.loads(text)  # its error is a ValueError that names the column
+    except ValueError as error:
+        return None, [str(error)]
+    if not isinstance(row, dict):
+        return None, [f"it is a {type(row).__name__}, expected an object with question_id and text"]
+    problems = []
+    images: tuple[str, ...] = ()
+    extra: dict[str, Any] = {}
+    try:
+        images = _check_question(row)
+    except ValueError as error:
+        problems.append(str(error))
+    try:
+        extra = extra_fields(row, text)
+    except ValueError as error:
+        problems.append(str(error))
+    return Row(index, row.get("question_id"), row.get("text", ""), images, extra), problems
+
+
+def _check_question(row: dict[str, Any]) -> tuple[str, ...]:
+    """The names of a question's pictures.
+
+    Raises:
+        ValueError: a field of `INPUT_FIELDS` is missing or wrong.
+    """
+    if row.get("question_id") is None:
+        raise ValueError("question_id is missing")
+    text = row.get("text")
+    if not isinstance(text, str) or not text.replace(DEFAULT_IMAGE_TOKEN, "").replace(IMAGE_PLACEHOLDER, "").strip():
+        raise ValueError(f"text is {text!r}, expected a question")
+    found = row.get("image")
+    names = [] if found is None else [found] if isinstance(found, str) else found
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"image is {found!r}, expected a file name, a list of them, or nothing")
+    placeholders = text.count(DEFAULT_IMAGE_TOKEN) + text.count(IMAGE_PLACEHOLDER)
+    if placeholders not in (0, len(names)):
+        raise ValueError(f"text holds {placeholders} {DEFAULT_IMAGE_TOKEN}, but the row has {len(names)} pictures")
+    return tuple(names)

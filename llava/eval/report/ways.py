@@ -1,0 +1,84 @@
+"""The ways of choosing a granularity that a report compares: what each asks of the model, and which level each question is at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llava.eval.report.answers import Encoder, Record
+from llava.eval.report.outcomes import Outcomes
+from llava.eval.report.tasks import Task
+from llava.inference import Assistant
+from llava.model.routing import RoutingRequest
+
+DEFAULT_BIASES = (-1.0, -0.5, 0.5, 1.0)
+Wishes = dict[str, tuple[str, RoutingRequest]]
+"""Rows to be, by name: kind and request."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One row to be: a name, its kind, what it asks of the model (`None` where no single request does it), and its weights (Q, G)."""
+
+    name: str
+    kind: str
+    request: RoutingRequest | None
+    weights: np.ndarray
+
+
+def wishes_of(
+    has_router: bool, granularities: Sequence[int] | None, biases: Sequence[float] | None, budgets: Sequence[int]
+) -> Wishes:
+    """The rows that a single request can do besides the fixed ones.
+
+    Args:
+        granularities: tokens per view that the choice is limited to, or `None`. biases: `None` takes `DEFAULT_BIASES` where there is a
+            router. budgets: visual tokens.
+    """
+    wishes: Wishes = {}
+    if has_router:
+        wishes["adaptive"] = ("adaptive", RoutingRequest(granularities))
+    biases = biases if biases is not None else DEFAULT_BIASES if has_router else ()
+    for bias in biases:
+        wishes[f"adaptive, bias {bias:+g}"] = ("bias", RoutingRequest(granularities, bias=bias))
+    for budget in budgets:
+        name = f"adaptive, at most {budget}" if has_router else f"finest within {budget}"
+        wishes[name] = ("budget", RoutingRequest(granularities, max_visual_tokens=budget))
+    return wishes
+
+
+def check_wishes(assistant: Assistant, task: Task, wishes: Wishes) -> None:
+    """Let a wish that cannot be met fail on the first question that can be prepared, before every question is asked."""
+    encoder = Encoder(assistant, task.folder)
+    for item in task.items:
+        try:
+            first = encoder([item])
+        except (ValueError, OSError):
+            continue  # counted as a crash when it is asked
+        for _, request in wishes.values():
+            assistant.model.plan(first.rows, [len(features) for features in first.features], first.sizes, request, first.merge_type)
+        return
+
+
+def ways_of_choosing(
+    outcomes: Outcomes,
+    records: Sequence[Record],
+    names: Sequence[int],
+    wishes: Wishes,
+) -> tuple[list[Way], list[str]]:
+    """All rows, in the order of the table, and what is to be said about rows that are left out."""
+    left_out: list[str] = []
+    ways = [Way(f"fixed {name}", "fixed", RoutingRequest(name), outcomes.fixed(level)) for level, name in enumerate(names)]
+    logits = [record.logits for record in records]
+    for name, (kind, request) in wishes.items():
+        try:
+            weights = outcomes.wished(logits, names, request)
+        except ValueError as error:
+            left_out.append(f"the row '{name}' is left out: {error}")
+            continue
+        if kind == "adaptive":
+            ways.append(Way("random at that cost", "random", None, outcomes.random_at(outcomes.mean_tokens(weights))))
+        ways.append(Way(name, kind, request, weights))
+    return [*ways, Way("oracle", "oracle", None, outcomes.cheapest_right())], left_out

@@ -1,0 +1,97 @@
+"""From a request to ids and views, and every check that needs no computation by the model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from llava.images import ImageError
+from llava.inference import Assistant
+from llava.mm_utils import tokenizer_image_token
+from llava.model.llava_arch import RoutingPlan
+from llava.model.splice import prompt_rows
+from llava.serve.caches import TensorCache, picture_key
+from llava.serve.protocol import ErrorKind, GenerationRequest, ServeError
+from llava.serve.task import Prepared
+
+
+class Preparer:
+    """Prepares requests one by one; may be called in several threads at once.
+
+    Args:
+        assistant: the loaded model.
+        features: encoded pictures that are known. revision: of the weights, for its keys.
+        longest_row: positions that one request may take, its answer included.
+    """
+
+    def __init__(self, assistant: Assistant, features: TensorCache, revision: str, longest_row: int) -> None:
+        self.assistant, self.model = assistant, assistant.model
+        self.features, self.revision, self.longest_row = features, revision, longest_row
+        self._tokenizing = threading.Lock()
+
+    def prepare(self, request: GenerationRequest) -> Prepared:
+        """
+        Raises:
+            ServeError: the request cannot work, with a sentence that says why.
+        """
+        if request.images and self.model.get_model().vision_tower is None:
+            raise ServeError(ErrorKind.INVALID_REQUEST, "This model takes no pictures.")
+        try:
+            prompt = prompt_rows(self._ids(request)[None].to(self.model.device), None, None)[0]
+        except ValueError as error:  # the sentence is this package's own and holds counts and roles only
+            raise ServeError(ErrorKind.INVALID_REQUEST, str(error)) from error
+        keys = tuple(picture_key(image, self.revision) for image in request.images)
+        kept = [self.features.get(key) if key in self.features else None for key in keys]
+        pictures = tuple(known[0] if known else self._views(image) for known, image in zip(kept, request.images, strict=True))
+        prepared = Prepared(prompt, keys, pictures, tuple(known is not None for known in kept))
+        self._check_length(request, prepared)
+        return prepared
+
+    def _ids(self, request: GenerationRequest) -> Tensor:
+        with self._tokenizing:
+            if request.prompt is None:
+                return self.assistant.prompt_ids(request.messages, len(request.images))
+            if not request.prompt.strip():
+                raise ValueError("The prompt is empty; give a question.")
+            return torch.as_tensor(tokenizer_image_token(request.prompt, self.assistant.tokenizer))
+
+    def _views(self, image: Image.Image) -> Tensor:
+        try:
+            return self.model.prepare_views([self.assistant.views(image)])[0]
+        except ImageError as error:
+            raise ServeError(ErrorKind.INVALID_IMAGE) from error
+
+    def _check_length(self, request: GenerationRequest, prepared: Prepared) -> None:
+        """Whether the prompt fits at the cheapest of the granularities that it may have."""
+        try:
+            plan = plan_of(self.assistant, [request], [prepared], [len(picture) for picture in prepared.pictures])
+        except ValueError as error:  # as above: a granularity, a budget or a count of placeholders
+            raise ServeError(ErrorKind.INVALID_REQUEST, str(error)) from error
+        cheapest = sum(min(costs[level] for level in plan.allowed[0]) for costs in plan.costs(0))
+        if len(prepared.prompt.ids) - len(prepared.keys) + cheapest >= self.longest_row:
+            raise too_long(self.longest_row)
+
+
+def plan_of(
+    assistant: Assistant, requests: Sequence[GenerationRequest], prepared: Sequence[Prepared], num_views: Sequence[int]
+) -> RoutingPlan:
+    """What each picture of the requests would keep at each granularity, and which of them each request may have.
+
+    Raises:
+        ValueError: a granularity, a budget or a count of placeholders that cannot work.
+    """
+    sizes = [image.size for request in requests for image in request.images]
+    rows, wishes = [each.prompt for each in prepared], [request.routing for request in requests]
+    return assistant.model.plan(rows, num_views, sizes, wishes, assistant.merge_type)
+
+
+def too_long(longest_row: int) -> ServeError:
+    return ServeError(
+        ErrorKind.CONTEXT_LENGTH,
+        f"With its pictures the prompt leaves no room for an answer within {longest_row} positions; shorten it or choose a coarser "
+        "granularity.",
+    )

@@ -1,0 +1,85 @@
+"""The file format of questions: what it may hold, and all that is wrong with a file at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava.eval.questions import NO_FAMILY, Row, read_questions, scored_fields
+
+
+def write(folder: Path, *lines: str | dict[str, Any]) -> Path:
+    (folder / "a.png").touch()
+    file = folder / "questions.jsonl"
+    file.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), encoding="utf-8")
+    return file
+
+
+def test_rows_hold_their_place_pictures_and_other_fields(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        {"question_id": 7, "image": "a.png", "text": "Which?", "level": [1]},
+        "",
+        {"question_id": "b", "image": ["a.png", "a.png"], "text": "<image> or <image>?"},
+        {"question_id": 0, "text": "Who?\u2028You?"},
+    )
+    assert read_questions(file, tmp_path) == [
+        Row(0, 7, "Which?", ("a.png",), {"level": [1]}),
+        Row(1, "b", "<image> or <image>?", ("a.png", "a.png"), {}),
+        Row(2, 0, "Who?\u2028You?", (), {}),
+    ]
+
+
+def test_expected_answers_are_texts_as_they_are_written(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        '{"question_id": 1, "text": "?", "answer": 12.50}',
+        '{"question_id": 2, "text": "?", "answer": "red", "family": "colour"}',
+        '{"question_id": 3, "text": "?", "answer": 3, "family": 7}',
+        '{"question_id": 4, "text": "?", "answer": "x", "family": null}',
+    )
+    found = [(row.extra["answer"], row.extra["family"]) for row in read_questions(file, tmp_path, scored_fields)]
+    assert found == [("12.50", NO_FAMILY), ("red", "colour"), ("3", "7"), ("x", NO_FAMILY)]
+
+
+def test_every_problem_of_a_line_is_said(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        {"question_id": 1, "image": "gone.png", "text": "Which?", "answer": True},
+        {"text": "Which?", "answer": "x", "family": []},
+        {"question_id": 3, "image": "a.png", "text": "Which?", "answer": "x"},
+    )
+    with pytest.raises(ValueError) as caught:
+        read_questions(file, tmp_path, scored_fields)
+    assert str(caught.value).splitlines() == [
+        f"{file} cannot be asked as it is:",
+        "  line 1: answer is True, expected one text or number",
+        f"  line 1: there is no picture {tmp_path / 'gone.png'}",
+        "  line 2: question_id is missing",
+        "  line 2: family is [], expected the name of a group, or nothing",
+    ]
+
+
+def test_a_long_list_of_problems_ends_with_their_number(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="line 20: .*\n  and 30 more$"):
+        read_questions(write(tmp_path, *({"question_id": number} for number in range(50))), tmp_path)
+    with pytest.raises(ValueError, match="it holds no question"):
+        read_questions(write(tmp_path), tmp_path)
+
+
+def test_bytes_that_are_no_text_are_a_problem_of_their_line(tmp_path: Path) -> None:
+    file = write(tmp_path, {"question_id": 1, "text": "Which?"})
+    with file.open("ab") as more:
+        more.write(b'{"question_id": 2, "text": "\xff"}\n')
+    with pytest.raises(ValueError, match="line 2: .*can't decode"):
+        read_questions(file, tmp_path)
+
+
+def test_files_and_folders_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        read_questions(tmp_path / "none.jsonl", tmp_path)
+    with pytest.raises(ValueError, match="no image folder .*none"):
+        read_questions(write(tmp_path, {"question_id": 1, "text": "Which?"}), tmp_path / "none")

@@ -1,0 +1,101 @@
+"""From a request to what the language model reads: everything about a picture is found out once, and known ones are not looked at."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from llava.inference import Assistant, Message
+from llava.model.routing import RoutingRequest
+from llava.serve.caches import TensorCache
+from llava.serve.encode import Encoder
+from llava.serve.prepare import Preparer
+from llava.serve.protocol import ErrorKind, GenerationRequest, Sampling, ServeError
+
+RED, BLUE = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")
+
+
+@pytest.fixture(scope="module")
+def micro() -> Assistant:
+    return Assistant.load(device="cpu")
+
+
+class Stages:
+    """Both stages with caches of their own."""
+
+    def __init__(self, assistant: Assistant, longest_row: int = 500) -> None:
+        self.features, self.prefixes = TensorCache(10**8), TensorCache(10**8)
+        self.preparer = Preparer(assistant, self.features, "micro", longest_row)
+        self.encoder = Encoder(assistant, self.features, self.prefixes, "micro", longest_row)
+
+    def encode(self, *requests: GenerationRequest) -> list[Any]:
+        with torch.inference_mode():
+            return self.encoder.encode(requests, [self.preparer.prepare(request) for request in requests])
+
+
+def about(*pictures: Image.Image, text: str = "What is it?", granularity: int = 16) -> GenerationRequest:
+    return GenerationRequest("r", (Message("user", text),), images=pictures, routing=RoutingRequest(granularity=granularity))
+
+
+def test_views_are_prepared_unless_the_features_are_known(micro):
+    stages = Stages(micro)
+    first = stages.preparer.prepare(about(RED))
+    assert (first.cached, first.pictures[0].ndim, first.prompt.num_images) == ((False,), 4, 1)
+    stages.encode(about(RED))
+    again = stages.preparer.prepare(about(RED, BLUE, text="<image> <image> Which is red?"))
+    assert again.cached == (True, False)
+    assert again.keys[0] == first.keys[0] != again.keys[1]
+    assert [picture.ndim for picture in again.pictures] == [3, 4]
+
+
+def test_what_cannot_fit_at_any_granularity_is_refused_before_it_costs_anything(micro):
+    wanted = about(RED)
+    length = Stages(micro).encode(wanted)[0][0].length
+    Stages(micro, length + 1).preparer.prepare(wanted)
+    with pytest.raises(ServeError, match=f"within {length} positions") as caught:
+        Stages(micro, length).preparer.prepare(wanted)
+    assert caught.value.kind is ErrorKind.CONTEXT_LENGTH
+
+
+def test_an_answer_gets_the_room_that_its_prompt_leaves(micro):
+    wanted = replace(about(RED), sampling=Sampling(max_new_tokens=50))
+    length = Stages(micro).encode(wanted)[0][0].length
+    [(tight, _)] = Stages(micro, length + 7).encode(wanted)
+    [(loose, _)] = Stages(micro, length + 70).encode(wanted)
+    assert (tight.max_new_tokens, tight.positions) == (7, length + 7)
+    assert loose.max_new_tokens == 50
+
+
+def test_a_picture_that_two_ask_about_is_encoded_once(micro, monkeypatch):
+    seen: list[int] = []
+    original = micro.model.encode_views
+    monkeypatch.setattr(micro.model, "encode_views", lambda views: seen.append(len(views)) or original(views))
+    stages = Stages(micro)
+    prepared = stages.preparer.prepare(about(BLUE))  # before the other's picture is known
+    together = stages.encode(about(RED), about(RED, text="Which colour?"), about(BLUE))
+    assert seen == [2]
+    assert [encoded.reports[0].cached for encoded, _ in together] == [False] * 3
+    with torch.inference_mode():
+        [(late, _)] = stages.encoder.encode([about(BLUE)], [prepared])
+    assert seen == [2, 0] and late.reports[0].cached
+
+
+def test_only_what_follows_the_longest_known_beginning_is_left_to_read(micro):
+    stages = Stages(micro)
+    both = about(RED, BLUE, text="<image> <image> Which is red?")
+    [(encoded, whole)] = stages.encode(both)
+    (longest, end), (shorter, first_end) = encoded.beginnings
+    assert whole.num_known == 0 and whole.row.length == encoded.length > end > first_end
+    keys = torch.zeros(2, first_end, 4)
+    stages.prefixes.put(shorter, keys, keys)
+    [(_, rest)] = stages.encode(both)
+    assert (rest.num_known, rest.row.length) == (first_end, encoded.length - first_end)
+    assert torch.equal(rest.row.inputs_embeds, whole.row.inputs_embeds[first_end:])
+    stages.prefixes.put(longest, keys[:, :1].expand(-1, end, -1))
+    assert stages.encode(both)[0][1].num_known == end
+    [(coarser, _)] = stages.encode(replace(both, routing=RoutingRequest(granularity=4)))
+    assert not {key for key, _ in coarser.beginnings} & {longest, shorter}
