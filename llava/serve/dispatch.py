@@ -38,9 +38,9 @@ class Worker:
     """A registered worker.
 
     name: its URL in one spelling. check_heart_beat: whether silence ends its registration. last_beat: when it was last heard of.
-    in_flight: requests this controller has sent it. handed_out: times its address was given to a client since the last heart beat.
-    registered_from: the peer that registered it. down_until: it is passed over until then. last_chosen: number of the choice that fell on
-    it last.
+    in_flight: requests this controller has sent it. others: what it had besides these when it last told; clients that ask it themselves
+    bring such work. handed_out: times its address was given to a client since the last heart beat. registered_from: the peer that
+    registered it. down_until: it is passed over until then. last_chosen: number of the choice that fell on it last.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Worker:
     registered_from: str | None
     last_beat: float
     in_flight: int = 0
+    others: int = 0
     handed_out: int = 0
     down_until: float = 0.0
     last_chosen: int = 0
@@ -57,7 +58,15 @@ class Worker:
     @property
     def load(self) -> float:
         """Work ahead of a new request, in units of this worker's speed."""
-        return (max(self.status.queue_length, self.in_flight) + self.handed_out) / self.status.speed
+        return (self.in_flight + self.others + self.handed_out) / self.status.speed
+
+    def tell(self, status: WorkerStatus) -> None:
+        """Note what the worker says of itself now.
+
+        Of its queue only the others' work is kept: ours is counted as it comes and goes, and a number told at a burst's top would outlive
+        the burst by a whole heart beat.
+        """
+        self.status, self.others = status, max(0, status.queue_length - self.in_flight)
 
 
 class WorkerTable:
@@ -113,7 +122,8 @@ class WorkerTable:
         if known is None:
             known = Worker(name, endpoint, status, check_heart_beat, registered_from, self._clock())
             self._workers[name] = known
-        known.endpoint, known.status, known.check_heart_beat, known.registered_from = endpoint, status, check_heart_beat, registered_from
+        known.endpoint, known.check_heart_beat, known.registered_from = endpoint, check_heart_beat, registered_from
+        known.tell(status)
         self._heard_of(known)
         for model in status.models:
             if len(self._remembered) < MAX_REMEMBERED_MODELS:
@@ -130,7 +140,7 @@ class WorkerTable:
         worker = self.find(name)
         if worker is None:
             return False
-        worker.status = replace(worker.status, queue_length=queue_length)
+        worker.tell(replace(worker.status, queue_length=queue_length))
         self._heard_of(worker)
         return True
 
@@ -139,7 +149,7 @@ class WorkerTable:
 
     def update(self, worker: Worker, status: WorkerStatus) -> None:
         """Note what a worker says of itself when it is asked; no heart beat."""
-        worker.status = status
+        worker.tell(status)
 
     def remove(self, name: str) -> None:
         """Forget a worker, if it is known."""

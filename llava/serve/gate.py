@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from llava.serve.errors import FieldError
 from llava.serve.protocol import ErrorKind, ServeError
 
 HELD_BODIES = 8
@@ -60,7 +61,13 @@ class Gate:
 
     @contextmanager
     def more_places(self, count: int) -> Iterator[None]:
-        """Hold more places for a request that is inside already; a server that goes down still finishes it."""
+        """Hold places for further answers of a request that is inside already; a server that goes down still finishes it.
+
+        Raises:
+            FieldError: it asks for more answers than there are places at all. ServeError: `OVERLOADED` when not all of them are free.
+        """
+        if count >= self.capacity:
+            raise FieldError(f"n is {count + 1}, but this server works on at most {self.capacity} answers at once; ask for fewer.", "n")
         if self.inside + count > self.capacity:
             raise ServeError(ErrorKind.OVERLOADED)
         self.inside += count

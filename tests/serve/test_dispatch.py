@@ -52,6 +52,40 @@ def test_the_shortest_queue_counts_reports_and_own_requests_per_speed() -> None:
     assert workers.choose("a", excluded=[slow.name, fast.name]) is None and workers.choose("b") is None
 
 
+def test_a_number_told_at_a_bursts_top_does_not_outlive_the_burst() -> None:
+    workers, _ = table()
+    busy = workers.register(endpoint(1), WorkerStatus(("a",)))
+    idle = workers.register(endpoint(2), WorkerStatus(("a",)))
+    busy.in_flight = 30
+    workers.beat(busy.name, 30)
+    assert (busy.others, busy.load) == (0, 30)
+    busy.in_flight = 0  # the burst is over, the next beat seconds away
+    assert (busy.load, idle.load) == (0, 0)
+    chosen = []
+    for _ in range(40):  # one after another
+        worker = workers.choose("a")
+        assert worker is not None
+        with workers.using(worker):
+            chosen.append(worker.name)
+    assert Counter(chosen) == {busy.name: 20, idle.name: 20}
+
+
+def test_work_of_others_counts_beside_our_own_until_the_next_number() -> None:
+    workers, _ = table()
+    worker = workers.register(endpoint(1), WorkerStatus(("a",), speed=2, queue_length=4))
+    assert worker.load == 2  # 4 of others, at twice the speed
+    worker.in_flight = 3
+    assert worker.load == 3.5  # 4 of others and 3 of ours
+    workers.beat(worker.name, 9)
+    assert (worker.others, worker.load) == (6, 4.5)  # 9 told, 3 of them ours
+    worker.in_flight = 1
+    assert worker.load == 3.5
+    workers.update(worker, WorkerStatus(("a",), speed=1, queue_length=0))  # told before our request got there
+    assert (worker.others, worker.load) == (0, 1)
+    workers.register(endpoint(1), WorkerStatus(("a",), speed=1, queue_length=6))
+    assert (worker.others, worker.load) == (5, 6)
+
+
 def test_equal_queues_take_turns() -> None:
     workers, _ = table()
     for port in (1, 2, 3):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import json
 import os
 import signal
@@ -31,8 +32,10 @@ from PIL import Image
 
 from llava.inference import MICRO_MODEL, Answer, Assistant, Options
 from llava.model.routing import RoutingRequest
+from llava.serve import worker_base
 from llava.serve.controller import create_controller_app
 from llava.serve.engine import EmbeddedEngine
+from llava.serve.joining import JoinedPieces
 from llava.serve.protocol import ErrorKind, Limits
 from llava.serve.registration import Registration
 from llava.serve.worker_base import create_worker_app
@@ -400,8 +403,11 @@ def test_a_client_that_leaves_in_the_middle_gives_its_place_back(service: Servic
     assert text_of(HTTP.post(url + CHAT, json=LONG.body())) == LONG.answer(assistant)
 
 
-def test_clients_that_do_not_read_hold_up_nobody_and_are_let_go(service: Service, assistant: Assistant) -> None:
-    """LLaVA's protocol repeats the prompt with every token, so that a long prompt soon outgrows the system's buffers."""
+def test_clients_that_do_not_read_hold_up_nobody_and_are_let_go(
+    service: Service, assistant: Assistant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LLaVA's protocol repeats the prompt with every part, so that a long prompt, each token sent, soon outgrows the system's buffers."""
+    monkeypatch.setattr(worker_base, "JoinedPieces", functools.partial(JoinedPieces, seconds=0.0))
     text = "triangle " * 1500  # which the shipped model goes on with
     body = {"model": "micro", "prompt": f"USER: {text} ASSISTANT:", "temperature": 0.0, "max_new_tokens": 300, "stop": "none"}
     slow = [open_stream(service.inside.url, WORKER, body) for _ in range(2)]

@@ -25,6 +25,7 @@ from llava.serve.page.examples import load_examples
 from llava.serve.page.guard import PageGuard
 from llava.serve.page.layout import build_page
 from llava.serve.page.log import ConversationLog
+from llava.serve.page.script import SCRIPT
 from llava.serve.page.style import CSS
 from llava.serve.page.uploads import Uploads
 
@@ -108,7 +109,7 @@ def create_page_app(options: PageOptions) -> FastAPI:
         mcp_server=False,
         pwa=False,
         theme=_theme(),
-        head=f"<style>{CSS}</style>",  # Gradio rewrites what it is given as css, and drops what it does not know
+        head=f"<style>{CSS}</style><script>{SCRIPT}</script>",  # Gradio rewrites what it is given as css, and drops what it does not know
     )
 
 

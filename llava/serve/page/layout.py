@@ -182,6 +182,7 @@ def _place_side(side: int, label: str, examples: Sequence[Example]) -> Side:
             show_label=False,
             elem_id=f"avg-chat-{side}",
             height="max(360px, calc(100vh - 270px))",
+            autoscroll=False,  # see `llava.serve.page.script`
             render_markdown=False,  # an answer is text: no picture or link in it may be loaded
             allow_file_downloads=False,
             buttons=[],
