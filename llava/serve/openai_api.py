@@ -42,6 +42,9 @@ class Closed(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
 
 
+Nothing = Annotated[list[Any], Field(max_length=0)]
+
+
 class TextPart(Closed):
     """Text within a message."""
 
@@ -53,7 +56,9 @@ class ImageUrl(Closed):
     """Where a picture is: a data URL (`data:image/png;base64,...`), or a web address where the server fetches those."""
 
     url: str
-    detail: Literal["auto"] | None = Field(None, description="The model chooses its own; use `granularity` to choose for it.")
+    detail: Literal["auto", "low", "high"] | None = Field(
+        None, description="Taken, because clients send it, and without effect: the model chooses by itself, or `granularity` does."
+    )
 
 
 class ImagePart(Closed):
@@ -71,8 +76,13 @@ class ChatMessage(Closed):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[ContentPart], Field(min_length=1, max_length=1024, fail_fast=True)]
+    name: str | None = Field(None, max_length=256, description="Not shown to the model.")
+    # What an answer of other servers holds beside its text, as long as it says nothing: clients send answers back as they came.
     refusal: None = None
-    tool_calls: None = None
+    tool_calls: Nothing | None = None
+    annotations: Nothing | None = None
+    function_call: None = None
+    audio: None = None
 
 
 class StreamOptions(Closed):
@@ -114,7 +124,7 @@ class ChatRequest(RoutingFields):
     max_completion_tokens: int | None = Field(None, ge=1, le=10_000_000)
     min_tokens: int | None = Field(None, ge=0, le=10_000_000, description="The model's own end is not taken before so many.")
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="0, the default, is greedy.")
-    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False, description="0 leaves the likeliest token alone.")
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: str | Annotated[list[str], Field(max_length=1024, fail_fast=True)] | None = None
     logprobs: bool | None = None
@@ -123,9 +133,10 @@ class ChatRequest(RoutingFields):
     presence_penalty: float | None = Field(None, ge=0, le=0, description="Only 0.")
     response_format: ResponseFormat | None = None
     user: str | None = Field(None, max_length=256, description="Written to the log beside the request's id.")
-    logit_bias: None = None
-    tools: None = None
-    tool_choice: None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    tools: Nothing | None = None
+    tool_choice: Literal["none"] | None = None
+    store: Literal[False] | None = None
 
 
 class ErrorFields(BaseModel):
@@ -258,13 +269,19 @@ def validate(schema: type[M], value: Any) -> M:
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False, include_input=False)
         first = max(found, key=lambda each: len(each["loc"]))  # of a union's branches, the one that fits furthest
-        param = ".".join(str(part) for part in first["loc"] if _is_field(part))[:200]
-        what = "this field is not known here" if first["type"] == "extra_forbidden" else first["msg"]
+        param = _field_path(first["loc"])
+        others = [each["msg"] for each in found if _field_path(each["loc"]) == param and len(each["loc"]) == len(first["loc"])]
+        what = "this field is not known here" if first["type"] == "extra_forbidden" else ", or: ".join(dict.fromkeys(others))
         raise FieldError(f"{param or 'The body'!r}: {what}.", param or None) from error
 
 
+def _field_path(loc: Sequence[int | str]) -> str:
+    """The names and places in pydantic's path, without the branches of unions and the kinds of parts, as in `messages.0.content.1.text`."""
+    kinds = {place + 1 for place, part in enumerate(loc) if isinstance(part, int) and "content" in loc[:place]}
+    return ".".join(str(part) for place, part in enumerate(loc) if place not in kinds and _is_field(part))[:200]
+
+
 def _is_field(part: int | str) -> bool:
-    """Whether a part of pydantic's path names a field or a place in a list, not a branch of a union."""
     return isinstance(part, int) or not (part in _BRANCHES or "[" in part)
 
 
@@ -367,8 +384,8 @@ def _read_sampling(request: ChatRequest, limits: Limits) -> Sampling:
     if (request.min_tokens or 0) > longest:
         raise FieldError(f"min_tokens is {request.min_tokens}, expected at most the longest answer, {longest}.", "min_tokens")
     return Sampling(
-        temperature=request.temperature or 0.0,
-        top_p=1.0 if request.top_p is None else request.top_p,
+        temperature=0.0 if request.top_p == 0 else request.temperature or 0.0,
+        top_p=request.top_p or 1.0,
         max_new_tokens=longest,
         min_new_tokens=request.min_tokens or 0,
         seed=request.seed,
@@ -467,12 +484,14 @@ class ChatWriter:
     """Writes the bodies of one call's answer.
 
     Args:
-        request_id: names the completion. model: as served. scored: whether log probabilities were asked for.
+        request_id: names the completion. model: as served. scored: whether log probabilities were asked for. include_usage: whether a
+            stream ends with a chunk that has `usage`; the other chunks then hold it as null.
     """
 
-    def __init__(self, request_id: str, model: str, scored: bool) -> None:
+    def __init__(self, request_id: str, model: str, scored: bool, include_usage: bool = False) -> None:
         self.head = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": model}
         self.scored = scored
+        self._no_usage: dict[str, Any] = {"usage": None} if include_usage else {}
         self._frames: dict[int, tuple[bytes, bytes]] = {}
 
     def completion(self, choices: Sequence[tuple[str, Sequence[TokenScore], Finished]]) -> dict[str, Any]:
@@ -515,7 +534,7 @@ class ChatWriter:
 
     def _chunk(self, index: int, delta: Mapping[str, Any], scores: Sequence[TokenScore], finish_reason: str | None, **extra: Any) -> bytes:
         choice = self._choice(index, "delta", delta, scores, finish_reason)
-        return server_sent({**self.head, "object": "chat.completion.chunk", "choices": [choice], **extra})
+        return server_sent({**self.head, "object": "chat.completion.chunk", "choices": [choice], **self._no_usage, **extra})
 
     def _choice(
         self, index: int, key: str, value: Mapping[str, Any], scores: Sequence[TokenScore], finish_reason: str | None

@@ -101,7 +101,7 @@ class Worker:
         call = read_chat(await read_json(request), self.engine.card, self.limits)
         if call.user is not None:
             logger.info("request %s is of user %r", request_id, call.user)
-        writer = ChatWriter(request_id, self.engine.card.name, call.sampling.logprobs is not None)
+        writer = ChatWriter(request_id, self.engine.card.name, call.sampling.logprobs is not None, call.include_usage)
         events = self._chat_events(call, request_id)
         if not call.stream:
             return JsonResponse(writer.completion(await unless_gone(request.receive, _collected(events, call.n))))

@@ -13,7 +13,7 @@ from llava.inference import Message
 from llava.model.routing import RoutingRequest
 from llava.serve.errors import FieldError
 from llava.serve.openai_api import ChatWriter, read_chat, score_fields, server_sent
-from llava.serve.protocol import ErrorKind, Finished, ImageReport, Limits, Sampling, ServeError, TokenScore
+from llava.serve.protocol import ErrorKind, Finished, ImageReport, Limits, Sampling, ServeError, Started, TokenScore
 from llava.serve.worker_base import create_worker_app
 from tests.serve.bodies import chat_body, data_url, picture
 from tests.serve.fake_engine import CARD, FakeEngine
@@ -60,8 +60,35 @@ def test_every_field_arrives():
 def test_what_openais_clients_send_by_default_is_accepted():
     neutral = {"frequency_penalty": 0, "presence_penalty": 0.0, "response_format": {"type": "text"}, "tools": None, "n": None, "stop": None}
     assert read(**neutral).sampling == Sampling()
+    assert read(tools=[], tool_choice="none", logit_bias={}, store=False).sampling == Sampling()
+    assert read(top_p=0, temperature=1.5).sampling == Sampling()  # greedy
     assert read(max_completion_tokens=9).sampling.max_new_tokens == 9
     assert read(stop="x").sampling.stop == ("x",)
+
+
+def test_an_answer_can_be_sent_back_as_it_came():
+    nothing = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+    answer = {"role": "assistant", "content": "no", **nothing}
+    body = chat_body("first?", ("data:a",))
+    body["messages"] += [answer, {"role": "user", "name": "bob", "content": "why"}]
+    body["messages"][0]["content"][0]["image_url"]["detail"] = "high"
+    assert [turn.text for turn in read_chat(body, CARD, LIMITS).turns] == ["<image>\nfirst?", "no", "why"]
+
+
+def test_an_error_in_a_part_is_named_by_its_path():
+    part = {"type": "image_url", "image_url": {"url": "data:a", "detail": "fine"}}
+    for wrong, param in (
+        (part, "messages.0.content.0.image_url.detail"),
+        ({"type": "text", "text": 5}, "messages.0.content.0.text"),
+        ({"type": "text"}, "messages.0.content.0.text"),
+        ({"type": "text", "text": "a", "image_url": 5}, "messages.0.content.0.image_url"),
+        ({"type": "film"}, "messages.0.content.0"),
+    ):
+        with pytest.raises(FieldError) as refused:
+            read(messages=[{"role": "user", "content": [wrong]}])
+        assert refused.value.param == param
+    with pytest.raises(FieldError, match="'granularity': Input should be 'auto', or: .*integer, or: .*list"):
+        read(granularity=1.5)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +118,7 @@ def test_choices_draw_from_seeds_of_their_own():
         ({"temperature": -1}, "temperature"),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": "0"}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 601}, "max_tokens"),
         ({"max_completion_tokens": 601}, "max_completion_tokens"),
@@ -131,11 +158,11 @@ def test_choices_draw_from_seeds_of_their_own():
         ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": []}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": "x" * 201}]}, "messages"),
-        ({"messages": [{"role": "user", "content": "x", "name": "bob"}]}, "messages.0.name"),
+        ({"messages": [{"role": "user", "content": "x", "nickname": "b"}]}, "messages.0.nickname"),
         ({"messages": [{"role": "user", "content": "look: <image>"}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": "look: <image-placeholder>"}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages.0.content.0"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages.0.content.0.text.text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages.0.content.0.text"),
         ({"messages": [{"role": "system", "content": [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "text", "text": "x"}]},
                        {"role": "user", "content": "x"}]}, "messages.0.content"),
         ({"urls": ("data:x",) * 9}, "messages"),
@@ -183,6 +210,16 @@ def test_usage_adds_up_and_tells_what_was_saved():
         "prompt_tokens": 60, "completion_tokens": 10, "total_tokens": 70, "visual_tokens": 96, "full_visual_tokens": 1200,
         "granularities": [36, 36],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_where_usage_ends_a_stream_the_other_chunks_say_that_theirs_is_to_come(scored):
+    ending = Finished("stop", 60, 5, (), {"total": 3.0})
+    for include, shown in ((True, [None]), (False, [])):
+        writer = ChatWriter("id", "m", scored, include)
+        chunks = [writer.opening(0, Started(60, (), {})), writer.piece(0, "a", ()), writer.ending(0, ending)]
+        assert [[value for name, value in json.loads(chunk[6:]).items() if name == "usage"] for chunk in chunks] == [shown] * 3
+        assert json.loads(writer.usage([ending])[6:])["usage"]["total_tokens"] == 65
 
 
 def test_scores_are_json_even_where_a_token_is_impossible():
