@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -43,6 +44,8 @@ def options_of(args: Any) -> Options:
         ValueError: options that cannot work.
     """
     routing = RoutingRequest(**{name: field_of(args, flag) for flag, name in ROUTING.items()})
+    if not math.isfinite(routing.bias):
+        raise ValueError(f"granularity_bias is {routing.bias}, expected a finite number.")
     return Options(**{name: field_of(args, name) for name in ANSWERING}, routing=routing)
 
 

@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from llava.eval.report.answers import Record, ask_all, by_picture, load_picture, router_logits
+from llava.eval.report.answers import Record, ask_all, by_picture, router_logits
 from llava.eval.report.outcomes import Outcomes
-from llava.eval.report.tasks import read_questions
+from llava.eval.report.tasks import read_task
+from llava.images import load_image
 from llava.inference import Assistant, Options
 from llava.model.routing import RoutingRequest
 from playground.world import COARSE_FAMILIES, FAMILIES, FINE_FAMILIES
@@ -135,7 +136,7 @@ def answer_all(assistant: Assistant, path: Path) -> list[Record]:
     Raises:
         ValueError: a question crashed; the first is named.
     """
-    task = read_questions(path)
+    task = read_task(path)
     levels = [level.tokens for level in assistant.model.levels]
     records, crashes = ask_all(assistant, task.items, task.folder, levels, LONGEST_ANSWER)
     if crashes:
@@ -146,7 +147,7 @@ def answer_all(assistant: Assistant, path: Path) -> list[Record]:
 
 def logits_of(assistants: Sequence[Assistant], path: Path) -> list[np.ndarray]:
     """(questions, G) logits of each model's router, in the order of `answer_all`."""
-    task = read_questions(path)
+    task = read_task(path)
     return router_logits(assistants, task.items, task.folder)
 
 
@@ -154,10 +155,10 @@ def time_answers(assistant: Assistant, path: Path, count: int = 60) -> dict[str,
     """End-to-end milliseconds of adaptive and full answers to the same coarse questions on one thread, taken in turns."""
     torch.set_num_threads(1)
     finest = assistant.model.levels[-1].tokens
-    asked = [item for item in by_picture(read_questions(path).items) if item.family in COARSE_FAMILIES][:count]
+    asked = [item for item in by_picture(read_task(path).items) if item.family in COARSE_FAMILIES][:count]
     spent: dict[str, list[float]] = {"adaptive": [], "full": []}
     for question in tqdm(asked, desc="timing", unit="question"):
-        picture = load_picture(path.parent / question.image)
+        picture = load_image(path.parent / question.image)
         for name, wish in (("adaptive", None), ("full", finest)):
             start = time.perf_counter()
             assistant.answer([picture], question.text, Options(max_new_tokens=LONGEST_ANSWER, routing=RoutingRequest(wish)))

@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--limit", type=_positive, help="take the first N questions only")
     answers_help = "answers.jsonl of an earlier report on this model and these questions, as long and as fine: only times are measured anew"
     add("--answers", type=Path, help=answers_help)
-    add("--granularities", type=_numbers(int), help="compare these tokens per view only, as in 36,144,576; all of the model when missing")
-    add("--biases", type=_numbers(float), help="rows of the router with these biases, as in --biases=-0.5,0.5")
-    add("--budgets", type=_numbers(int), help="rows of the router within these visual tokens, as in 48,96")
+    levels_help = "compare these tokens per view only, as in 36,144,576; all of the model when missing"
+    add("--granularities", type=_numbers(_positive), help=levels_help)
+    add("--biases", type=_numbers(_finite), help="rows of the router with these biases, as in --biases=-0.5,0.5")
+    add("--budgets", type=_numbers(_positive), help="rows of the router within these visual tokens, as in 48,96")
     add("--batch-size", "--batch_size", type=_positive, default=80, help="questions at a time (default: 80)")
     add("--max-new-tokens", "--max_new_tokens", type=_positive, default=16, help="length of an answer at most (default: 16)")
     add("--timing-samples", type=_count, default=40, help="questions that times are measured on (default: 40; 0: none)")
@@ -124,14 +126,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _numbers(kind: type) -> Any:
-    def read(text: str) -> list[Any]:
-        try:
-            return [kind(part) for part in text.split(",")]
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of numbers") from error
+def _numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    return lambda text: [kind(part.strip()) for part in text.split(",")]
 
-    return read
+
+def _finite(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return number
 
 
 def _count(text: str) -> int:
@@ -179,10 +185,10 @@ def run(settings: Settings) -> str | None:
     check_wishes(assistant, task, wishes)
     output.mkdir(parents=True, exist_ok=True)
     origin = _origin(names, settings)
-    records, crashes = _answers(assistant, names, origin, settings)
+    records, crashes, unused = _answers(assistant, names, origin, settings)
     if not records:
         raise ValueError(f"Not one of {len(task.items)} questions could be answered; the first: {crashes[0].reason}")
-    write_answers(output / "answers.jsonl", origin, records)
+    write_answers(output / "answers.jsonl", origin, [*records, *unused])
     failures = Failures(crashes, [])
     report, chosen = make_report(assistant, records, names, wishes, failures, settings)
     pictures = [draw_example(assistant, task.folder, record, names, level) for record, level in chosen]
@@ -221,15 +227,17 @@ def _origin(names: Sequence[int], settings: Settings) -> dict[str, Any]:
 
 def _answers(
     assistant: Assistant, names: Sequence[int], origin: Mapping[str, Any], settings: Settings
-) -> tuple[list[Record], list[Crash]]:
-    """Every question at every granularity: asked, or read from an earlier report."""
+) -> tuple[list[Record], list[Crash], list[Record]]:
+    """Every question at every granularity: asked, or read from an earlier report, whose other answers come last."""
     task = settings.task
 
     def ask(items: Sequence[Item]) -> tuple[list[Record], list[Crash]]:
         records, crashes = ask_all(assistant, items, task.folder, names, settings.max_new_tokens, settings.batch_size)
         return [_limited(assistant, record, names) for record in records], crashes
 
-    return ask(task.items) if settings.answers is None else earlier_answers(settings.answers, task.items, origin, ask)
+    if settings.answers is None:
+        return *ask(task.items), []
+    return earlier_answers(settings.answers, task.items, origin, ask)
 
 
 def _limited(assistant: Assistant, record: Record, names: Sequence[int]) -> Record:
@@ -267,6 +275,7 @@ def make_report(
         "answered": len(records),
         "crashes": [asdict(crash) for crash in failures.crashes],
         "left_out": list(failures.parts),
+        "empty_answers": sum(not said.strip() for record in records for said in record.said),
         "pictures": len({record.image for record in records}),
         "families": outcomes.families,
         "rare_families": outcomes.rare_families,
@@ -293,6 +302,7 @@ def _row(outcomes: Outcomes, way: Way, finest: np.ndarray, seed: int) -> dict[st
     return {
         "name": way.name,
         "kind": way.kind,
+        "over_questions": outcomes.over_questions(way.weights),
         "interval": outcomes.interval(resampled),
         "difference": row["accuracy"] - last["accuracy"],
         "difference_interval": outcomes.interval(resampled - finest),

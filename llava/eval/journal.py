@@ -34,14 +34,21 @@ class Journal:
     def begin(self, description: dict[str, Any]) -> None:
         """Start, or go on after a run of the same description; the half line that a killed process left is cut off.
 
+        Another run that has come to nothing yet, say because its model could not be loaded, is replaced.
+
         Raises:
             ValueError: the folder belongs to another run; the sentence names what differs.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / "run.json"
-        if file.exists():
-            _refuse_another_run(self.folder, json.loads(file.read_text(encoding="utf-8")), description)
-        else:
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        changed = differences(before, description)
+        if before and changed and self.records():
+            raise ValueError(
+                f"{self.folder} belongs to another run: {'; '.join(changed)}. Choose another --answers-file, or delete the folder and the "
+                "answers."
+            )
+        if changed:
             write_whole(file, json.dumps(description, indent=1))
         if self.part.exists():
             whole = self.part.read_bytes().rpartition(b"\n")
@@ -90,13 +97,16 @@ def _lines(part: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _refuse_another_run(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if changed:
-        differences = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changed)
-        raise ValueError(
-            f"{folder} belongs to another run: {differences}. Choose another --answers-file, or delete the folder and the answers."
-        )
+def differences(before: dict[str, Any], now: dict[str, Any], within: str = "") -> list[str]:
+    """What differs between two descriptions, a text for each innermost field."""
+    found = []
+    for name in {**before, **now}:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{within}{name}.")
+        elif old != new:
+            found.append(f"{within}{name} was {old!r}, is {new!r}")
+    return found
 
 
 def write_whole(file: Path, text: str) -> None:

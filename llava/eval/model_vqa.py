@@ -29,13 +29,13 @@ from transformers.utils import cached_file
 
 from llava.conversation import get_template
 from llava.eval.journal import Journal, write_whole
+from llava.eval.levels import check_routing
 from llava.eval.one_by_one import Failure, attempt
 from llava.eval.questions import Row, other_fields, read_questions
 from llava.flags import add_flag, add_model_and_options, options_of
 from llava.images import load_image
 from llava.inference import Answer, Assistant, Options, Question, micro_model_path
 from llava.mm_utils import get_model_name_from_path
-from llava.model.routing import allowed_levels
 from llava.utils import pick_device, setup_logging
 
 logger = logging.getLogger(__name__)
@@ -170,7 +170,11 @@ def _answered(row: Row, answer: Answer, model_id: str, batch_size: int) -> dict[
 
 
 def answer_all(args: argparse.Namespace, rows: Sequence[Row], options: Options, journal: Journal, place: Place) -> None:
-    """Load the model and answer this process's share of what is not answered yet."""
+    """Load the model and answer this process's share of what is not answered yet.
+
+    Raises:
+        ValueError: a model that cannot be asked like this.
+    """
     own = share(rows, place.world_size, place.rank)
     done = journal.records()
     left = [row for row in own if "answer" not in done.get(row.index, {})]
@@ -178,8 +182,7 @@ def answer_all(args: argparse.Namespace, rows: Sequence[Row], options: Options, 
         return
     journal.withdraw([done[row.index] for row in left if row.index in done])
     assistant = _load(args, place)
-    model = assistant.model
-    allowed_levels([level.tokens for level in model.levels], options.routing, has_router=model.model.router is not None)
+    check_routing(assistant, options.routing)
     model_id = get_model_name_from_path(args.model_path)
     name = "questions" if place.world_size == 1 else f"process {place.rank}"
     with tqdm(total=len(own), initial=len(own) - len(left), desc=name, unit="question", position=place.rank) as bar:
@@ -230,12 +233,15 @@ def join(rows: Sequence[Row], journal: Journal, answers_file: Path) -> bool | No
 
 
 def summary(answers: Sequence[dict[str, Any]], asked: int, file: Path) -> str:
-    """One line: how many were answered, where the answers are, what they cost."""
+    """One line: how many were answered, where the answers are, what they cost, and how many are empty."""
     text = f"{len(answers)} of {asked} questions answered: {file}"
     tokens = sum(answer["metadata"]["visual_tokens"] for answer in answers)
     full = sum(answer["metadata"]["full_visual_tokens"] for answer in answers)
     if full:
         text += f"; {tokens / len(answers):.1f} visual tokens per question, {100 * (1 - tokens / full):.1f} % saved"
+    empty = sum(not answer["text"].strip() for answer in answers)
+    if empty:
+        text += f"; {empty} of {len(answers)} answers {'is' if empty == 1 else 'are'} empty"
     return text
 
 

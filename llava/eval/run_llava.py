@@ -37,8 +37,8 @@ def eval_model(args: Any) -> str:
 
 
 def _answer(args: Any) -> Answer:
-    assistant = _assistant(args)
-    return assistant.answer(_images(args), args.query, options_of(args))
+    options = options_of(args)
+    return _assistant(args).answer(_images(args), args.query, options)
 
 
 def _assistant(args: Any) -> Assistant:

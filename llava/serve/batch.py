@@ -55,7 +55,7 @@ class Batch:
         hidden = self.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions)
         last = torch.tensor([row.length - 1 for row in rows], device=hidden.device)
         picks = self.pick(hidden[torch.arange(len(rows), device=hidden.device), last], tasks)
-        self.slots.end([task.encoded.length for task in tasks])
+        self.slots.end([task.length for task in tasks])
         return picks
 
     def join(self, task: Task) -> None:
@@ -88,7 +88,8 @@ class Batch:
             short = is_out_of_memory(error)
             self._short_of_memory |= short
             if len(tasks) == 1:
-                return [(tasks[0], error)]
+                # Without the frames of its traceback, which hold tensors: it is looked at when room is made.
+                return [(tasks[0], error.with_traceback(None) if short else error)]
             logger.warning("a step of %d requests failed (%s); it is taken in halves", len(tasks), type(error).__name__)
         half = len(tasks) // 2
         if short:
@@ -125,6 +126,16 @@ class Batch:
         ]
         return pick(logits, sampling, uniform)
 
+    def works(self) -> bool:
+        """Whether the model still reads a single position; memory that runs out on the way is another matter."""
+        try:
+            embedded = self.model.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.long, device=self.model.device))
+            self.model.lm_head(self.model.get_model()(inputs_embeds=embedded, use_cache=False).last_hidden_state).sum().item()
+        except Exception as error:
+            logger.exception("the model cannot be computed any more")
+            return is_out_of_memory(error)
+        return True
+
     # ---- leave ---------------------------------------------------------------------------------------------------------------
 
     def leave(self, task: Task, wipe: bool = False) -> None:
@@ -154,6 +165,26 @@ class Batch:
         """After something failed that was done for requests about to join. short: it was memory that ran out."""
         self.slots.wipe_unused()
         self._short_of_memory |= short
+
+    def step_back(self) -> Task | None:
+        """After memory ran out in a step for one request: take the youngest out, for the others to go on; `None` where one runs alone."""
+        if len(self.tasks) < 2:
+            return None
+        youngest = max(self.tasks, key=lambda task: task.submitted)
+        self.leave(youngest, wipe=True)
+        self.rows_allowed = len(self.tasks)
+        self.shrink()
+        return youngest
+
+    def shrink(self) -> bool:
+        """Give back what is kept for requests to come. Returns whether there was anything."""
+        try:
+            return self.slots.shrink()
+        except Exception as error:  # the copy is what does not fit; less was kept all the same
+            logger.warning("the storage cannot be made smaller everywhere (%s)", type(error).__name__)
+            return True
+        finally:
+            self.free_memory()
 
     def make_room(self) -> bool:
         """After memory ran out for a request that was to join alone: answer fewer at the same time. Returns whether it may be tried again

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.inference import Assistant
 from llava.model.llava_arch import EncodedRow
 from llava.model.routing import RoutingReport
-from llava.model.splice import SplicedRow
+from llava.model.splice import PromptRow, SplicedRow, prompt_rows, splice_rows
 from llava.serve.caches import TensorCache, prefix_key
 from llava.serve.prepare import plan_of, too_long
 from llava.serve.protocol import GenerationRequest, ImageReport
@@ -49,6 +50,32 @@ class Encoder:
             for request, each, images, row in zip(requests, prepared, plan.owners, rows, strict=True)
         ]
 
+    def encode_again(self, request: GenerationRequest, prepared: Prepared, encoded: Encoded, written: Sequence[int]) -> Unread:
+        """The same row once more for one that was read before, at the granularities told then, and behind it what is written of the answer.
+
+        Args:
+            written: ids.
+        """
+        features, _ = self._features([prepared], StageTimer(self.model.device))
+        plan = plan_of(self.assistant, [request], [prepared], [len(each) for each in features])
+        names = [level.tokens for level in self.model.levels] if features else []
+        levels = [names.index(report.granularity) for report in encoded.reports]
+        tokens = [
+            self.model.visual_tokens(image, level, layouts[level])
+            for image, level, layouts in zip(features, levels, plan.layouts, strict=True)
+        ]
+        answer = torch.tensor([list(written)], device=prepared.prompt.ids.device)
+        [behind] = prompt_rows(answer, None, None)
+        whole = PromptRow(torch.cat([prepared.prompt.ids, behind.ids]), torch.cat([prepared.prompt.labels, behind.labels]))
+        [row] = splice_rows([whole], tokens, self.model.get_input_embeddings(), self.model.config.context_length)
+        return self._unread(row, encoded.beginnings)
+
+    def _unread(self, row: SplicedRow, beginnings: Sequence[tuple[str, int]]) -> Unread:
+        """A row without what is known of it."""
+        known = next((kept for key, _ in beginnings if key in self.prefixes and (kept := self.prefixes.get(key))), ())
+        skip = known[0].shape[1] if known else 0
+        return Unread(SplicedRow(row.inputs_embeds[skip:], row.labels[skip:]), known)
+
     def _features(self, prepared: Sequence[Prepared], timer: StageTimer) -> tuple[list[Tensor], list[bool]]:
         """Features (C, P, D) of all pictures, in order, and whether they were known."""
         known: dict[str, Tensor] = {}
@@ -77,10 +104,8 @@ class Encoder:
             self._plain(report, have, image.size) for report, have, image in zip(encoded.reports, cached, request.images, strict=True)
         )
         beginnings = self._beginnings(prepared, reports, row.length)
-        known = next((kept for key, _ in beginnings if key in self.prefixes and (kept := self.prefixes.get(key))), ())
-        skip = known[0].shape[1] if known else 0
-        unread = Unread(SplicedRow(row.inputs_embeds[skip:], row.labels[skip:]), known)
-        return Encoded(row.length, min(request.sampling.max_new_tokens, room), reports, beginnings, dict(milliseconds)), unread
+        known = Encoded(row.length, min(request.sampling.max_new_tokens, room), reports, beginnings, dict(milliseconds))
+        return known, self._unread(row, beginnings)
 
     def _plain(self, report: RoutingReport, cached: bool, size: tuple[int, int]) -> ImageReport:
         return ImageReport(

@@ -6,8 +6,10 @@
 
 Between any two steps requests join and leave. A request's answer does not depend on its neighbours: rows of a batch never see each
 other, and each row draws from its own random numbers. When a pass over a batch fails, it is taken over parts of it, so that only the
-request that is to blame fails; when memory runs out, parts fit where the whole did not, fewer requests are taken in at a time, and one that
-cannot join beside others waits until they are done.
+request that is to blame fails. When memory runs out, parts fit where the whole did not, fewer requests are taken in at a time, and one that
+cannot join beside others waits until they are done; where not even parts fit, the youngest request steps back: it leaves the batch, keeps
+what it has written, and is prepared, encoded and read once more when there is room. An engine for which everything fails closes, see
+`failures.Health`.
 
 This page composes. The stages stand in `prepare.py`, `encode.py` and `batch.py`, what they hand on in `task.py`, who joins when in
 `admission.py`, and the way back to the callers in `outbox.py`.
@@ -32,7 +34,7 @@ from llava.serve.admission import Company, admit, of_similar_length
 from llava.serve.batch import Batch, check_attention
 from llava.serve.caches import TensorCache
 from llava.serve.encode import Encoder
-from llava.serve.failures import explain, is_out_of_memory
+from llava.serve.failures import Health, explain, is_out_of_memory
 from llava.serve.outbox import Delivery, EngineGeneration, Outbox, deliver_now
 from llava.serve.prepare import Preparer
 from llava.serve.protocol import (
@@ -47,6 +49,7 @@ from llava.serve.protocol import (
     TokenScore,
 )
 from llava.serve.sampling import Picked
+from llava.serve.scores import ScoreStream, TokenTexts
 from llava.serve.task import Encoded, Task, Unread
 from llava.text_stream import TextStream
 
@@ -96,8 +99,10 @@ class EmbeddedEngine:
         weights, longest_row = f"{name}@{revision or id(self.model)}", min(config.context_length, self.max_batch_tokens)
         self.preparer = Preparer(assistant, self.features, weights, longest_row)
         self.encoder = Encoder(assistant, self.features, self.prefixes, weights, longest_row)
+        self._token_texts = TokenTexts(assistant.tokenizer)
         self.batch = Batch(self.model, self.prefixes, max_batch_rows, self.max_batch_tokens)
         self.company = Company()
+        self.health = Health()
         # Where requests are: all of them, and those between two stages.
         self._unended: set[Task] = set()  # taken, and neither finished nor failed, whatever has become of them
         self._waiting: deque[Task] = deque()
@@ -128,13 +133,15 @@ class EmbeddedEngine:
 
     def stats(self) -> EngineStats:
         kept, running = self.features, len(self.batch.tasks)
-        return EngineStats(max(0, len(self._unended) - running), running, len(kept), kept.bytes, kept.hits, kept.misses)
+        failed = None if self._end_kind is ErrorKind.CANCELLED else self._end_kind
+        return EngineStats(max(0, len(self._unended) - running), running, len(kept), kept.bytes, kept.hits, kept.misses, failed)
 
     def submit(self, request: GenerationRequest) -> EngineGeneration:
         generation = EngineGeneration(self._wake)
         stops = (*template_stops(self.model.config.conv_version), *request.sampling.stop)
         seed = random.getrandbits(63) if request.sampling.seed is None else request.sampling.seed
-        task = Task(request, generation, monotonic(), TextStream(self.assistant.tokenizer, stops), seed)
+        stream, scores = TextStream(self.assistant.tokenizer, stops), ScoreStream(self._token_texts)
+        task = Task(request, generation, monotonic(), stream, scores, seed)
         with self._changed:  # until its preparation is ordered, so that `close` comes before or after
             self._check_open()
             self._unended.add(task)
@@ -180,12 +187,13 @@ class EmbeddedEngine:
                 failure = None
             except Exception as error:
                 failure = error
-        task.milliseconds["views"] = 1000 * (monotonic() - start)
+        if not task.begun:
+            task.milliseconds["views"] = 1000 * (monotonic() - start)
         with self._changed:
             if task not in self._unended:  # it was given up in the meantime, and told so
                 return
             if failure is None:
-                self._waiting.append(task)
+                self._queue([task], self._waiting)
                 self._changed.notify()
         if failure is not None and self._let_go(task):
             deliver_now(task.generation, explain(task.name, failure))
@@ -213,10 +221,13 @@ class EmbeddedEngine:
                     return
             try:
                 self._turn()
-            except Exception:
+            except Exception as error:
                 logger.exception("the engine failed outside of any request; everything in it is given up")
+                self.health.failed(error, outside=True)
                 self._give_up(ErrorKind.INTERNAL)
             self._outbox.deliver()
+            if self.health.is_lost(self.batch.works):
+                raise RuntimeError("Every turn fails; nothing can be computed in this process any more.")
 
     def _turn(self) -> None:
         """One turn of the crank: let cancelled requests go, encode and admit waiting ones, and take one step with the running ones."""
@@ -230,10 +241,33 @@ class EmbeddedEngine:
                 self._accept(task, picked)
             self._outbox.deliver()
         if self.batch.tasks:
-            for stepped, outcome in self.batch.step():
-                self._accept(stepped, outcome)
+            self._step()
         else:
             self.batch.relax()
+
+    def _step(self) -> None:
+        """The next token of every running request; where one lacks memory even by itself, the youngest steps back, to be read again."""
+        short: list[tuple[Task, Exception]] = []
+        for task, outcome in self.batch.step():
+            if isinstance(outcome, Exception) and is_out_of_memory(outcome):
+                short.append((task, outcome))
+            else:
+                self._accept(task, outcome)
+        if not short:
+            return
+        if (youngest := self.batch.step_back()) is not None:
+            self._read_again(youngest)
+        elif not self.batch.shrink():  # it is alone, and has all there is
+            for task, error in short:
+                self._accept(task, error)
+
+    def _read_again(self, task: Task) -> None:
+        """Prepare a request anew that has begun; its answer goes on where it was."""
+        logger.warning("request %s steps back after %d tokens for lack of memory", task.name, len(task.stream.ids))
+        try:
+            self._preparers.submit(self._prepare, task)
+        except RuntimeError:  # the system gives no more threads, or the engine is closing
+            self._fail(task, ServeError(self._end_kind if self._closed else ErrorKind.OUT_OF_MEMORY))
 
     def _encode_waiting(self, count: int) -> None:
         with self._changed:
@@ -243,7 +277,13 @@ class EmbeddedEngine:
             self._ready.append(task)
 
     def _encode(self, tasks: list[Task]) -> list[tuple[Encoded, Unread]]:
-        return self.encoder.encode([task.request for task in tasks], [task.prepared for task in tasks])
+        new = [task for task in tasks if not task.begun]
+        encoded = self.encoder.encode([task.request for task in new], [task.prepared for task in new]) if new else []
+        found = dict(zip(new, encoded, strict=True))
+        return [found[task] if task in found else (task.encoded, self._encode_again(task)) for task in tasks]
+
+    def _encode_again(self, task: Task) -> Unread:
+        return self.encoder.encode_again(task.request, task.prepared, task.encoded, task.stream.ids)
 
     def _prefill(self, tasks: list[Task]) -> list[Picked]:
         """Read the prompts, pick each first token, join the running batch."""
@@ -252,8 +292,10 @@ class EmbeddedEngine:
         now = monotonic()
         for task, picked in zip(tasks, picks, strict=True):
             self.batch.join(task)
+            begun = task.begun
             task.was_read(now, now - start)
-            self._send(task, Started(task.encoded.length, task.encoded.reports, dict(task.milliseconds)))
+            if not begun:
+                self._send(task, Started(task.encoded.length, task.encoded.reports, dict(task.milliseconds)))
             if picked.token is not None:
                 self.batch.keep_beginning(task)
         return picks
@@ -276,9 +318,16 @@ class EmbeddedEngine:
         self.batch.free_memory()
         return [done for task in tasks for done in self._isolating(work, [task], queue)] if again else []
 
+    def _queue(self, tasks: list[Task], queue: deque[Task]) -> None:
+        """Put tasks where they belong by their age; called with the lock held."""
+        ordered = sorted([*tasks, *queue], key=lambda task: task.submitted)
+        queue.clear()
+        queue.extend(ordered)
+
     def _after_failure(self, tasks: list[Task], error: Exception, queue: deque[Task]) -> bool:
         """Whether to try the tasks again, one by one; a single one that is not tried again has failed or waits."""
         short = is_out_of_memory(error)
+        self.health.failed(error)
         self.batch.clean_up(short)
         if len(tasks) > 1:
             logger.warning("a batch of %d requests failed (%s); they are tried one by one", len(tasks), type(error).__name__)
@@ -287,9 +336,7 @@ class EmbeddedEngine:
             return True
         if short and self.batch.tasks:
             with self._changed:
-                ordered = sorted([*tasks, *queue], key=lambda task: task.submitted)
-                queue.clear()
-                queue.extend(ordered)
+                self._queue(tasks, queue)
         else:
             self._fail(tasks[0], error)
         return False
@@ -303,36 +350,32 @@ class EmbeddedEngine:
                 raise outcome
             if outcome.token is None:
                 raise ServeError(ErrorKind.NOT_FINITE)
-            self._write_down(task, outcome.token, self._scores(outcome.token, outcome))
+            self.health.wrote()
+            self._write_down(task, outcome.token, outcome)
         except Exception as error:
+            self.health.failed(error)
             self.batch.leave(task, wipe=True)
             self._fail(task, error)
 
-    def _write_down(self, task: Task, token: int, scores: tuple[TokenScore, ...]) -> None:
+    def _write_down(self, task: Task, token: int, picked: Picked) -> None:
         text = task.stream.add(token)
-        if text or scores:
-            self._send(task, Piece(text, scores))
+        task.scores.add(token, picked)
+        self._send_piece(task, text, task.scores.sent(text))
         if token in end_ids(self.model) or task.stream.stopped:
             self._finish(task, "stop")
         elif len(task.stream.ids) >= task.encoded.max_new_tokens:
             self._finish(task, "length")
 
-    def _scores(self, token: int, picked: Picked) -> tuple[TokenScore, ...]:
-        if picked.log_probability is None:
-            return ()
-        alternatives = tuple((self._token_text(other), value) for other, value in picked.alternatives)
-        return (TokenScore(self._token_text(token), picked.log_probability, alternatives),)
-
-    def _token_text(self, token: int) -> str:
-        return str(self.assistant.tokenizer.decode([token]))
+    def _send_piece(self, task: Task, text: str, scores: tuple[TokenScore, ...]) -> None:
+        if text or scores:
+            self._send(task, Piece(text, scores))
 
     # ---- ends ----------------------------------------------------------------------------------------------------------------
 
     def _finish(self, task: Task, reason: str) -> None:
         rest = task.stream.end()
         self.batch.leave(task)
-        if rest:
-            self._send(task, Piece(rest))
+        self._send_piece(task, rest, task.scores.end(rest, task.stream.stopped))
         reason, known = "stop" if task.stream.stopped else reason, task.encoded
         self._send(task, Finished(reason, known.length, len(task.stream.ids), known.reports, task.all_milliseconds(monotonic())))
         self._send(task, None)

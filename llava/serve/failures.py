@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 
@@ -12,6 +13,9 @@ logger = logging.getLogger(__name__)
 
 _OURS = (ErrorKind.INTERNAL, ErrorKind.OUT_OF_MEMORY, ErrorKind.NOT_FINITE)
 """Failures that are not the request's fault; the log has what the caller is not told."""
+
+FAILED_TURNS = 8
+"""Turns of the engine in a row that may fail, without a token in between, before it is asked whether anything works any more."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -39,3 +43,36 @@ def explain(request_id: str, error: Exception) -> ServeError:
     if failure.kind in _OURS:
         logger.error("request %s failed: %s", request_id, failure.kind.value, exc_info=error)
     return failure
+
+
+class Health:
+    """Whether turning the crank still gets anywhere.
+
+    An accelerator that has failed for good fails at everything, for as long as the process lives; only another process can use it again.
+    Failures of requests alone do not prove that, since they may be to blame themselves, one after the other: so then one position is read.
+    """
+
+    def __init__(self) -> None:
+        self._failed_turns = 0
+        self._wrote = self._failed = self._failed_outside = False
+
+    def wrote(self) -> None:
+        """A token was written."""
+        self._wrote = True
+
+    def failed(self, error: Exception, outside: bool = False) -> None:
+        """A pass failed, or something outside of any request. What a request is told of itself, and missing memory, are no failures."""
+        if outside or not (isinstance(error, ServeError) or is_out_of_memory(error)):
+            self._failed, self._failed_outside = True, self._failed_outside or outside
+
+    def is_lost(self, works: Callable[[], bool]) -> bool:
+        """Asked once per turn. works: whether the model can still be computed; asked after `FAILED_TURNS` failed ones."""
+        if self._wrote:
+            self._failed_turns, self._failed_outside = 0, False
+        elif self._failed:
+            self._failed_turns += 1
+        self._wrote = self._failed = False
+        if self._failed_turns < FAILED_TURNS:
+            return False
+        self._failed_turns = 0
+        return self._failed_outside or not works()

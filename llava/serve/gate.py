@@ -45,7 +45,7 @@ class Gate:
     def places(self, count: int = 1) -> Iterator[None]:
         """Hold so many places; raises as `check`."""
         self.check(count)
-        with self.more_places(count):
+        with self._holding(count):
             yield
 
     def check(self, count: int = 1) -> None:
@@ -70,6 +70,11 @@ class Gate:
             raise FieldError(f"n is {count + 1}, but this server works on at most {self.capacity} answers at once; ask for fewer.", "n")
         if self.inside + count > self.capacity:
             raise ServeError(ErrorKind.OVERLOADED)
+        with self._holding(count):
+            yield
+
+    @contextmanager
+    def _holding(self, count: int) -> Iterator[None]:
         self.inside += count
         self._idle.clear()
         try:

@@ -63,6 +63,22 @@ def _is_foreign_page(origin: str | None) -> bool:
     return parts.scheme in ("http", "https") and not _is_fixed(host)
 
 
+def is_own_page(scope: Scope, names: Collection[str]) -> bool:
+    """Whether a request comes from no web page, or from one of this server: by its Origin, which browsers send with every POST.
+
+    A server's own pages are those under the name that the request itself asks for, under an address or localhost, and under one of
+    `names`, in lower case. A page without a name of its own (`null`) is nobody's.
+    """
+    origin = header_of(scope, b"origin")
+    if origin is None:
+        return True
+    try:
+        page, asked = urlsplit(origin).hostname or "", urlsplit(f"//{header_of(scope, b'host') or ''}").hostname or ""
+    except ValueError:
+        return False
+    return page != "" and (page == asked or _is_fixed(page) or page.rstrip(".") in names)
+
+
 def _is_fixed(host: str) -> bool:
     """Whether nobody else can point this name or address at another machine, or at this one."""
     host = host.rstrip(".")
@@ -94,6 +110,17 @@ class HostNames:
         except ValueError:
             return False
         return _is_fixed(host) or host.rstrip(".") in self.names
+
+
+class Heads:
+    """Answers HEAD as GET, which supervisors and proxies ask with; the server itself leaves the body away."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_head = scope["type"] == "http" and scope["method"] == "HEAD"
+        await self.app({**scope, "method": "GET"} if is_head else scope, receive, send)
 
 
 class RequestIds:
@@ -284,6 +311,7 @@ def guard_app(
     """Put all of this page's rules before an app; `app.state.drain` is for the `DrainingServer` that runs it."""
     app.state.gate, app.state.drain = gate, gate.finish
     app.router.redirect_slashes = False  # to an address that is written with the Host header's name, whatever that is
+    app.add_middleware(Heads)
     app.add_middleware(BoundedBodies, gate=gate, max_bytes=limits.max_body_bytes, seconds=limits.body_seconds)
     app.add_middleware(Admission, gate=gate, paths=generating_paths)
     app.add_middleware(ApiKeys, keys=KeyRing(api_keys), open_paths=open_paths, open_prefixes=open_prefixes)

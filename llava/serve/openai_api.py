@@ -30,6 +30,7 @@ from llava.serve.protocol import (
     Sampling,
     Started,
     TokenScore,
+    token_bytes,
 )
 
 LOWEST_LOG_PROBABILITY = -9999.0
@@ -477,7 +478,8 @@ def score_fields(scores: Sequence[TokenScore]) -> dict[str, Any]:
 
 
 def _token_fields(text: str, log_probability: float) -> dict[str, Any]:
-    return {"token": text, "logprob": max(log_probability, LOWEST_LOG_PROBABILITY), "bytes": list(text.encode("utf-8", "replace"))}
+    data = token_bytes(text)
+    return {"token": data.decode("utf-8", "replace"), "logprob": max(log_probability, LOWEST_LOG_PROBABILITY), "bytes": list(data)}
 
 
 class ChatWriter:

@@ -180,11 +180,28 @@ class Started:
 
 @dataclass(frozen=True)
 class TokenScore:
-    """One token with its log probability, and the likeliest alternatives as (text, log probability)."""
+    """One token with its log probability, and the likeliest alternatives as (text, log probability).
+
+    Texts are as they stand in the answer, a leading space included. A token may be a part of a character: such bytes are written as
+    Python's `surrogateescape` does, and `token_bytes` gives them back.
+    """
 
     text: str
     log_probability: float
     alternatives: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def data(self) -> bytes:
+        """The token's bytes."""
+        return token_bytes(self.text)
+
+
+def token_bytes(text: str) -> bytes:
+    """The bytes that a token's text stands for."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # another server's text, with half a character that is no byte
+        return text.encode("utf-8", "replace")
 
 
 @dataclass(frozen=True)
@@ -223,7 +240,10 @@ class ModelCard:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A look inside: requests waiting for a place, requests being answered, feature cache entries, bytes and hits."""
+    """A look inside: requests waiting for a place, requests being answered, feature cache entries, bytes and hits.
+
+    failed: why the engine has closed by itself and for good, if it has; only another process may work again.
+    """
 
     waiting: int
     running: int
@@ -231,6 +251,7 @@ class EngineStats:
     cache_bytes: int = 0
     cache_hits: int = 0
     cache_misses: int = 0
+    failed: ErrorKind | None = None
 
 
 class Generation(Protocol):

@@ -152,6 +152,20 @@ class SlotCache(Cache):
         self.lengths.pop()
         return last
 
+    def shrink(self) -> bool:
+        """Give the storage of rows that are not in use back, layer by layer; a layer that cannot be copied keeps its own.
+
+        Returns:
+            Whether there were such rows.
+        """
+        if self.capacity[0] == self.rows:
+            return False
+        self.capacity = (self.rows, self.capacity[1])
+        for held in (self._keys, self._values):
+            for layer, stored in enumerate(held):
+                held[layer] = stored[: self.rows].clone()
+        return True
+
     def wipe_unused(self) -> None:
         """Overwrite whatever a failed pass may have left in rows that are not in use."""
         for stored in (*self._keys, *self._values):

@@ -12,6 +12,7 @@ from torch import Tensor
 from llava.model.splice import PromptRow, SplicedRow
 from llava.serve.outbox import EngineGeneration
 from llava.serve.protocol import GenerationRequest, ImageReport
+from llava.serve.scores import ScoreStream
 from llava.text_stream import TextStream
 
 
@@ -63,12 +64,13 @@ class Unread:
 
 @dataclass(eq=False)
 class Task:
-    """A request and how far it has come. stream, seed: of its answer. slot: its row of the running batch, below 0 outside of it."""
+    """A request and how far it has come. stream, scores, seed: of its answer. slot: its row of the running batch, below 0 outside of it."""
 
     request: GenerationRequest
     generation: EngineGeneration
     submitted: float
     stream: TextStream
+    scores: ScoreStream
     seed: int
     milliseconds: dict[str, float] = field(default_factory=dict)
     first_token: float = 0.0
@@ -80,6 +82,16 @@ class Task:
     @property
     def name(self) -> str:
         return self.request.request_id
+
+    @property
+    def begun(self) -> bool:
+        """Whether its prompt has been read, and the first token told. One that has stepped back since is read again."""
+        return self.first_token > 0
+
+    @property
+    def length(self) -> int:
+        """Positions of its prompt and of what is written of its answer."""
+        return self.encoded.length + len(self.stream.ids)
 
     @property
     def prepared(self) -> Prepared:
@@ -101,11 +113,15 @@ class Task:
 
     def was_encoded(self, encoded: Encoded, unread: Unread) -> None:
         self._encoded, self._unread, self._prepared = encoded, unread, None
-        self.milliseconds |= encoded.milliseconds
+        if not self.begun:
+            self.milliseconds |= encoded.milliseconds
 
     def was_read(self, at: float, took: float) -> None:
-        """Its first token is known. at: the time, took: seconds of the prefill."""
-        self._unread, self.first_token = None, at
+        """Its first token is known, or the next one after it was read again. at: the time, took: seconds of the prefill."""
+        self._unread = None
+        if self.begun:
+            return
+        self.first_token = at
         parts, ttft = {**self.milliseconds, "prefill": 1000 * took}, 1000 * (at - self.submitted)
         self.milliseconds = {"queue": ttft - sum(parts.values()), **parts, "ttft": ttft}
 

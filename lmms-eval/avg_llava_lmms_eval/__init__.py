@@ -7,6 +7,7 @@ The harness finds the model through the entry point `lmms_eval.models` of this p
 ``arguments.py``      what may stand in ``--model_args``
 ``generation.py``     a task's generation settings as `llava.inference.Options`
 ``asking.py``         batches, failures by sample, counts; knows nothing of the harness
+``processes.py``      what the processes of a run know of each other's failures
 ``sample_log.py``     one line per sample: granularity, logits, visual tokens, milliseconds
 ``local_tasks.py``    what the local tasks share: pictures, questions, scores, averages
 ``own_questions.py``  one's own file of questions, read and checked before anything is asked

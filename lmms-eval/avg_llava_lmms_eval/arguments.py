@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -130,6 +131,9 @@ def _whole_number(name: str, value: Any) -> int | None:
 
 def _number(name: str, value: Any) -> float:
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} is {value!r}, expected a number.") from error
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {value!r}, expected a finite number.")
+    return number

@@ -158,10 +158,44 @@ def _record(sample: Sample, outcome: Outcome, record: Callable[[Outcome], dict[s
     }
 
 
-def describe_failures(samples: Sequence[Sample], results: Results[Any]) -> list[str]:
-    """What happened to the first few failed samples."""
-    chosen = list(results.failures.items())[:SHOWN_FAILURES]
-    return [f"{_name(samples[place])}: {failure.reason}" for place, failure in chosen]
+@dataclass
+class Failed:
+    """How one kind of request went, in a form that processes can exchange.
+
+    asked, failed: how many samples; first: what happened to the first few that failed.
+    """
+
+    asked: int = 0
+    failed: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def merge(self, other: Failed) -> None:
+        """Add another share."""
+        self.asked += other.asked
+        self.failed += other.failed
+        self.first = (self.first + other.first)[:SHOWN_FAILURES]
+
+
+def failed_of(samples: Sequence[Sample], results: Results[Any]) -> Failed:
+    """How one process's samples went; repetitions are left out, unless nothing else failed."""
+    counted = [place for place, sample in enumerate(samples) if sample.counted]
+    failed = [place for place in counted if place in results.failures]
+    if results.failures and not failed:
+        counted, failed = list(range(len(samples))), list(results.failures)
+    return Failed(
+        asked=len(counted),
+        failed=len(failed),
+        first=[f"{_name(samples[place])}: {results.failures[place].reason}" for place in failed[:SHOWN_FAILURES]],
+    )
+
+
+def merge_failed(shares: Iterable[dict[str, Failed]]) -> dict[str, Failed]:
+    """Several shares by kind of request together."""
+    merged: dict[str, Failed] = defaultdict(Failed)
+    for share in shares:
+        for kind, failed in share.items():
+            merged[kind].merge(failed)
+    return dict(merged)
 
 
 @dataclass
@@ -172,6 +206,7 @@ class Costs:
     visual_tokens: int = 0
     full_visual_tokens: int = 0
     new_tokens: int = 0
+    empty: int = 0
     granularities: Counter[int] = field(default_factory=Counter)
 
     def add(self, outcome: Answer | Likelihood) -> None:
@@ -179,7 +214,9 @@ class Costs:
         self.samples += 1
         self.visual_tokens += sum(report.num_visual_tokens for report in outcome.reports)
         self.full_visual_tokens += sum(report.full_visual_tokens for report in outcome.reports)
-        self.new_tokens += len(outcome.token_ids) if isinstance(outcome, Answer) else 0
+        if isinstance(outcome, Answer):
+            self.new_tokens += len(outcome.token_ids)
+            self.empty += not outcome.text.strip()
         self.granularities.update(report.granularity for report in outcome.reports)
 
     def merge(self, other: Costs) -> None:
@@ -188,15 +225,17 @@ class Costs:
         self.visual_tokens += other.visual_tokens
         self.full_visual_tokens += other.full_visual_tokens
         self.new_tokens += other.new_tokens
+        self.empty += other.empty
         self.granularities.update(other.granularities)
 
     def __str__(self) -> str:
+        empty = f"; {self.empty} of {self.samples} answers {'is' if self.empty == 1 else 'are'} empty" if self.empty else ""
         if not self.full_visual_tokens:
-            return f"{self.samples} samples, no pictures"
+            return f"{self.samples} samples, no pictures{empty}"
         kept = 100 * self.visual_tokens / self.full_visual_tokens
         return (
             f"{self.samples} samples, {self.visual_tokens / self.samples:.1f} visual tokens on average ({kept:.1f} % of the finest "
-            f"level's), granularities {dict(sorted(self.granularities.items()))}"
+            f"level's), granularities {dict(sorted(self.granularities.items()))}{empty}"
         )
 
 

@@ -32,16 +32,17 @@ def doc_to_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, 
 def process_results(doc: Mapping[str, Any], results: list[str]) -> dict[str, Any]:
     """The score, once for all questions, once under its family's name, and once for the mean over families."""
     score = float(is_right(results[0], doc["answer"]))
-    return {"accuracy": score, doc["family"]: score, "family_mean": {"family": doc["family"], "score": score}}
+    return {"accuracy": score, doc["family"]: score, "family_mean": {"family": doc["family"], "right": score}}
 
 
 def mean_over_families(items: Iterable[Mapping[str, Any]]) -> float:
     """Accuracy where every family counts the same, however many questions it has.
 
     Args:
-        items: each with its `family` and a `score` of 0 or 1.
+        items: each with its `family`, and 0 or 1 as `right`. Of items with a `score` the harness takes that alone for its standard error,
+            which would not be this mean's.
     """
     families: dict[str, list[float]] = defaultdict(list)
     for item in items:
-        families[item["family"]].append(item["score"])
+        families[item["family"]].append(item["right"])
     return sum(sum(scores) / len(scores) for scores in families.values()) / len(families)

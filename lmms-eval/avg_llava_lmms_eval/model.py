@@ -5,10 +5,12 @@ The harness splits the documents over the processes and gathers the scores; ever
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -21,11 +23,12 @@ from loguru import logger
 from PIL import Image
 
 from avg_llava_lmms_eval.arguments import ModelArguments, parse_arguments
-from avg_llava_lmms_eval.asking import Costs, Results, Sample, answer_all, costs_of, describe_failures, merge_costs, score_all
+from avg_llava_lmms_eval.asking import Costs, Failed, Results, Sample, answer_all, costs_of, failed_of, merge_costs, score_all
 from avg_llava_lmms_eval.generation import read_options
+from avg_llava_lmms_eval.processes import Tally
 from avg_llava_lmms_eval.sample_log import SampleLog, output_folder
+from llava.eval.levels import check_routing
 from llava.inference import Assistant, Options, Question
-from llava.model.routing import allowed_levels
 
 SLOWEST_PROCESS = timedelta(hours=24)
 """How long the first process to finish waits for the last."""
@@ -87,7 +90,10 @@ class AvgLlava(lmms):
         self.assistant = load_assistant(self.arguments, own_device(self.arguments.device, self.accelerator))
         self._spent: dict[str, Costs] = {}
         self._seconds = 0.0
-        self.log = SampleLog(self.arguments.sample_log or output_folder(), self._log_name())
+        # the processes of one run agree on its time (UTC)
+        started = broadcast_object_list([time.strftime("%Y%m%d_%H%M%S", time.gmtime())])[0]
+        self.tally = Tally(f"avg_llava {started}", self._rank, self._world_size)
+        self.log = SampleLog(self.arguments.sample_log or output_folder(), f"{started}_avg_llava_samples_rank{self._rank}.jsonl")
         if self.log.path is None:
             logger.info("no --output_path and no sample_log: the granularity of each sample is not kept")
 
@@ -100,11 +106,6 @@ class AvgLlava(lmms):
             if not isinstance(error, ValueError | OSError | ImportError):
                 logger.exception("the model could not be made")
             raise EvaluationError(f"error: {error}") from error
-
-    def _log_name(self) -> str:
-        """The processes of one run agree on its time (UTC)."""
-        started = broadcast_object_list([time.strftime("%Y%m%d_%H%M%S", time.gmtime())])[0]
-        return f"{started}_avg_llava_samples_rank{self._rank}.jsonl"
 
     @property
     def batch_size(self) -> int:
@@ -130,8 +131,8 @@ class AvgLlava(lmms):
         """Answer requests of (context, generation settings, document to pictures, document id, task, split).
 
         Raises:
-            EvaluationError: settings that cannot be honoured, before anything is asked; or, when all is asked, samples that failed,
-                with their number.
+            EvaluationError: settings that cannot be honoured, before anything is asked; or, when every process has asked its share,
+                samples that failed on any of them, with their number.
         """
         answers = self._ask("generate_until", answer_all, [self._to_sample(request) for request in requests])
         return [answer.text for answer in answers]
@@ -162,7 +163,12 @@ class AvgLlava(lmms):
         )
 
     def clean(self) -> None:
-        """Called by the harness on every process when all is asked: say what was spent, and give the model's memory back."""
+        """Called by the harness on every process when all is asked: say what was spent, and give the model's memory back.
+
+        Raises:
+            EvaluationError: samples failed on another process.
+        """
+        self._end_if_samples_failed()
         self._report()
         self.log.close()
         del self.assistant
@@ -195,29 +201,51 @@ class AvgLlava(lmms):
         return partial(load_question, context, doc_to_visual, self.task_dict[task][split], doc_id)
 
     def _ask(self, kind: str, work: Callable[..., Results[Any]], samples: Sequence[Sample]) -> list[Any]:
-        """The outcome of every sample; any failure ends the run.
+        """The outcome of every sample; any failure ends the run, once every process has asked its share.
 
-        The processes do not meet here: with the harness's cache one of them may have nothing left to ask, and then never comes.
+        A process without failures does not wait here: the harness lets all of them meet after each kind of request (a barrier), also one
+        that found all its answers in the harness's cache and never came. One with failures goes to that meeting from here, so that the
+        harness does not take anything for the answer of a sample that failed. What comes next on any process ends it.
         """
+        self._end_if_samples_failed(besides=kind)  # others may have come to requests of this kind already, and failed
         start = time.perf_counter()
         results = work(self.assistant, samples, self.batch_size, self.log, show=self._rank == 0)
         self._seconds += time.perf_counter() - start
+        self.tally.note(kind, failed_of(samples, results))
         if results.failures:
-            raise EvaluationError(self._failure(kind, samples, results))
+            if self._world_size > 1:
+                logger.warning(f"{len(results.failures)} samples of process {self._rank} failed; the run ends when the others are through")
+            self.accelerator.wait_for_everyone()
+            self._end_if_samples_failed()
         self._spent = merge_costs([self._spent, costs_of(samples, results)])
         return results.outcomes
 
-    def _failure(self, kind: str, samples: Sequence[Sample], results: Results[Any]) -> str:
-        failed = len(results.failures)
-        share = f" of process {self._rank} (of {self._world_size})" if self._world_size > 1 else ""
-        lines = [
-            f"error: {failed} of {len(samples)} samples{share} failed in {kind}, {len(samples) - failed} were answered; no score is given. "
-            "The first to fail:",
-            *(f"  {line}" for line in describe_failures(samples, results)),
-        ]
+    def _end_if_samples_failed(self, besides: str | None = None) -> None:
+        """Go on, or end with the counts of the whole run.
+
+        A launcher ends the others when one process has ended, so those with failures say so before any of them goes.
+
+        Args:
+            besides: the kind of request that is being asked, so that its failures are not complete.
+
+        Raises:
+            EvaluationError: samples failed, on whichever process.
+        """
+        broken = {kind: failed for kind, failed in self.tally.whole().items() if failed.failed and kind != besides}
+        if not broken:
+            return
+        failing = self.tally.failing()
+        message = "\n".join(failure_text(kind, failed, self._world_size) for kind, failed in broken.items())
         if self.log.path is not None:
-            lines.append(f"Every sample, failed or answered, is in {self.log.path}.")
-        return "\n".join(lines)
+            message += f"\nEvery sample, failed or answered, is in {self._all_logs(self.log.path)}."
+        if self._world_size == 1:
+            raise EvaluationError(message)
+        print(message if self._rank == failing[0] else message.split("\n")[0], file=sys.stderr, flush=True)
+        self.tally.said(failing)
+        raise EvaluationError(1)
+
+    def _all_logs(self, own: Path) -> Path:
+        return own if self._world_size == 1 else own.with_name(own.name.replace(f"rank{self._rank}.", "rank*."))
 
     def _report(self) -> None:
         """What all processes spent, in the harness's log and its results file."""
@@ -232,6 +260,19 @@ class AvgLlava(lmms):
         tokens = sum(spent.new_tokens for spent in costs.values())
         means = {f"visual_tokens_{task}": spent.visual_tokens / spent.samples for task, spent in costs.items()}
         log_metrics(seconds, tokens, tokens / seconds, {"total_requests": sum(spent.samples for spent in costs.values()), **means})
+
+
+def failure_text(kind: str, failed: Failed, processes: int) -> str:
+    """One kind of request: counts on the first line, then the first samples to fail."""
+    where = f" by {processes} processes" if processes > 1 else ""
+    return "\n".join(
+        [
+            f"error: {failed.failed} of {failed.asked} samples failed in {kind}, {failed.asked - failed.failed} were answered{where}; "
+            "no score is given.",
+            "The first to fail:",
+            *(f"  {line}" for line in failed.first),
+        ]
+    )
 
 
 def is_counted(request: Instance) -> bool:
@@ -289,8 +330,7 @@ def load_assistant(arguments: ModelArguments, device: str | None) -> Assistant:
     assistant = Assistant.load(arguments.pretrained, **options)
     if assistant.image_processor is None:
         raise ValueError(f"{arguments.pretrained} is a plain language model, expected a checkpoint that sees pictures.")
-    model = assistant.model
-    allowed_levels([level.tokens for level in model.levels], arguments.routing, has_router=model.get_model().router is not None)
+    check_routing(assistant, arguments.routing)
     return assistant
 
 

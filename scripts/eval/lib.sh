@@ -48,6 +48,7 @@ set_defaults() {
   revision=${REVISION:-$revision}
   MODEL_PATH=${MODEL_PATH:-zhibinlan/AVG-LLaVA} GRANULARITY=${GRANULARITY:-auto} SLICE=${SLICE:-2000}
   [[ $SLICE =~ ^[0-9]+$ && $((SLICE % 2)) == 0 ]] || stop "SLICE is $SLICE, expected an even number of questions, or 0."
+  [[ $GRANULARITY =~ ^(auto|[1-9][0-9]*([:\;][1-9][0-9]*)*)$ ]] || stop "GRANULARITY is $GRANULARITY, expected auto, tokens per view such as 36, or several to choose from such as 36:144."
   [[ $revision =~ ^[0-9a-f]{40}$ ]] || stop "REVISION is $revision, expected a commit of $dataset in full, 40 hexadecimal digits."
   data=${DATA:-$root/data/eval}/$benchmark-${revision:0:8}
   OUTPUT=${OUTPUT:-$root/runs/eval/$(basename "$MODEL_PATH")-${GRANULARITY//:/-}/$benchmark}

@@ -4,7 +4,7 @@
 #   bash scripts/eval/setup_lmms_eval.sh
 #
 # Needs  Python 3.10 to 3.13, and a network or local package files. No GPU.
-# Costs  about 1.5 GB of disk with a CPU build of torch, and a few minutes.
+# Costs  about 1.6 GB of disk with a CPU build of torch; two minutes of computing, which took nine on two busy cores.
 # Makes  .venv-lmms-eval in the repository and nothing elsewhere; an active environment is left alone. Run it as often as you like.
 # Why    the harness asks for torchvision, timm and some fifty others, which would replace torch and may break an environment that
 #        works. Here it is installed without them; lmms-eval/requirements.txt lists what it needs to run a model on a task.

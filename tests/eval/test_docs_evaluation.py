@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import json
 import os
 import re
 import runpy
@@ -13,12 +14,18 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from llava.eval import granularity_report
+from llava.eval.report import words
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "Evaluation.md"
 TABLE = re.compile(r"(<!-- benchmarks: begin[^\n]*-->\n).*?(<!-- benchmarks: end -->)", re.DOTALL)
+REPORTS = ("playground", "easy_vqa")
+REPORT = r"(<!-- report on {name}: begin[^\n]*-->\n).*?(<!-- report on {name}: end -->)"
 SCRIPTS = ("gqa", "scienceqa_img", "vizwiz", "textvqa", "chartqa", "docvqa", "ai2d", "mme", "mmbench", "pope", "mmmu")
 LAUNCHERS = ("torchrun",)
 FOLDERS = ("llava", "scripts", "playground", "docs", "lmms-eval", "tests")
@@ -64,14 +71,43 @@ def benchmark_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_table() -> None:
-    """Put the table into the page."""
-    PAGE.write_text(TABLE.sub(lambda found: found[1] + benchmark_table() + found[2], text()), encoding="utf-8")
+def read_report(name: str) -> dict[str, Any]:
+    """A report.json of the micro model, as the command wrote it but for white space."""
+    return json.loads((ROOT / "docs" / "evaluation" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def write_tables() -> None:
+    """Put the table of benchmarks and those of the reports into the page."""
+    page = TABLE.sub(lambda found: found[1] + benchmark_table() + found[2], text())
+    for name in REPORTS:
+        table = words.markdown(read_report(name))
+        page = re.sub(REPORT.format(name=name), lambda found, table=table: found[1] + table + found[2], page, flags=re.DOTALL)
+    PAGE.write_text(page, encoding="utf-8")
 
 
 def test_the_table_of_benchmarks_is_the_scripts() -> None:
     found = TABLE.search(text())
     assert found and benchmark_table() in found[0], "run python tests/eval/test_docs_evaluation.py to write the table anew"
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_the_tables_of_a_report_are_those_of_its_json(name: str) -> None:
+    found = re.search(REPORT.format(name=name), text(), flags=re.DOTALL)
+    report = read_report(name)
+    assert found and words.markdown(report) in found[0], "run python tests/eval/test_docs_evaluation.py to write the tables anew"
+    assert report["task"] == name and report["answered"] == report["asked"] and not report["crashes"] and not report["left_out"]
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_the_command_above_a_report_is_the_one_that_made_it(name: str) -> None:
+    (command,) = [given for block in blocks() for _, given in commands(block) if f"runs/report-{name}" in given]
+    args = granularity_report.build_parser().parse_args(command[3:])
+    report = read_report(name)
+    budgets = [row["name"] for row in report["rows"] if row["kind"] == "budget"]
+    assert budgets == [f"adaptive, at most {budget}" for budget in args.budgets or []]
+    assert (args.task, args.threads, args.timing_samples) == (name, report["threads"], len(report["timing"]["questions"]))
+    assert args.limit is None and report["granularities"] == [4, 8, 16, 32, 64]
+    assert (args.timing_repeats, args.max_new_tokens, args.seed) == (report["timing"]["repeats"], report["max_new_tokens"], report["seed"])
 
 
 @functools.cache
@@ -162,4 +198,4 @@ def test_the_micro_models_report_has_its_place() -> None:
 
 
 if __name__ == "__main__":
-    write_table()
+    write_tables()

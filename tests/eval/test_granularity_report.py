@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from llava.eval.granularity_report import main
 from llava.eval.report.answers import Encoder, Record, ask_all, earlier_answers, is_right, router_logits, write_answers
 from llava.eval.report.examples import pick_examples
 from llava.eval.report.measure import PARTS, Cost, balanced_sample, kv_cache_bytes, measure, mixed, peak_bytes, summarise
-from llava.eval.report.outcomes import Outcomes
+from llava.eval.report.outcomes import Outcomes, tail
 from llava.eval.report.page import write_page
 from llava.eval.report.tasks import Item, open_task, read_task
 from llava.eval.report.words import NO_ROUTER, markdown
@@ -37,7 +38,7 @@ BROWSER_FLAGS = (
 
 def made_up() -> Outcomes:
     """Two families, one picture each question: `easy` is right everywhere, `hard` at the finest level only."""
-    return of_families(easy=24, hard=8)
+    return of_families(easy=60, hard=20)
 
 
 def of_families(**questions: int) -> Outcomes:
@@ -96,21 +97,21 @@ def test_random_choice_costs_what_it_is_compared_with() -> None:
 
 def test_wishes_choose_as_the_model_does() -> None:
     outcomes = made_up()
-    logits: list[list[float] | None] = [[0.0, 1.0, 0.9]] * 32
+    logits: list[list[float] | None] = [[0.0, 1.0, 0.9]] * 80
 
     def chosen(**wish: Any) -> list[int]:
         return outcomes.wished(logits, LEVELS, RoutingRequest(**wish)).argmax(1).tolist()
 
-    assert chosen() == [1] * 32 and chosen(bias=0.2) == [2] * 32 and chosen(bias=-2.0) == [0] * 32
-    assert chosen(max_visual_tokens=15) == [0] * 32 and chosen(granularity=[4, 16]) == [2] * 32
+    assert chosen() == [1] * 80 and chosen(bias=0.2) == [2] * 80 and chosen(bias=-2.0) == [0] * 80
+    assert chosen(max_visual_tokens=15) == [0] * 80 and chosen(granularity=[4, 16]) == [2] * 80
     with pytest.raises(ValueError, match="no router to bias"):
-        outcomes.wished([None] * 32, LEVELS, RoutingRequest(bias=1.0))
+        outcomes.wished([None] * 80, LEVELS, RoutingRequest(bias=1.0))
 
 
 def test_intervals_hold_the_accuracy_and_repeat() -> None:
     outcomes = made_up()
     rng = np.random.default_rng(0)
-    outcomes.right = (rng.random((32, 3)) < 0.6).astype(float)
+    outcomes.right = (rng.random((80, 3)) < 0.6).astype(float)
     weights = outcomes.fixed(1)
     first, again = outcomes.resampled(weights, 3), outcomes.resampled(weights, 3)
     interval = outcomes.interval(first)
@@ -120,9 +121,9 @@ def test_intervals_hold_the_accuracy_and_repeat() -> None:
 
 def test_the_interval_knows_that_questions_share_pictures() -> None:
     rng = np.random.default_rng(1)
-    right = [bool(value) for value in rng.random(40) < 0.5]
+    right = [bool(value) for value in rng.random(100) < 0.5]
     apart = Outcomes([Record(i, f"{i}.png", "?", "x", right=[value], tokens=[1]) for i, value in enumerate(right)])
-    shared = Outcomes([Record(i, f"{i // 5}.png", "?", "x", right=[right[i // 5]], tokens=[1]) for i in range(40)])
+    shared = Outcomes([Record(i, f"{i // 5}.png", "?", "x", right=[right[i // 5]], tokens=[1]) for i in range(100)])
     widths = [np.ptp(each.interval(each.resampled(each.fixed(0), 0)) or (0.0, 0.0)) for each in (apart, shared)]
     assert widths[1] > 1.5 * widths[0]
     single = Outcomes([Record(0, "0.png", "?", "x", right=[True], tokens=[1])])
@@ -131,17 +132,42 @@ def test_the_interval_knows_that_questions_share_pictures() -> None:
 
 def test_a_draw_that_lacks_a_family_is_left_out() -> None:
     """At level 0 `easy` is always right and `hard` never: with both families in it, every draw says 50 %."""
-    outcomes = of_families(easy=200, hard=8)
+    outcomes = of_families(easy=200, hard=20)
     drawn = outcomes.resampled(outcomes.fixed(0), 0)
-    assert 1900 < len(drawn) <= 2000 and (drawn == 50.0).all() and outcomes.interval(drawn) == (50.0, 50.0)
+    assert 1990 < len(drawn) <= 2000 and (drawn == 50.0).all() and outcomes.interval(drawn) == (50.0, 50.0)
     assert len(outcomes.resampled(outcomes.fixed(1), 0)) == len(drawn)  # paired
 
 
 def test_a_family_on_few_pictures_has_no_interval() -> None:
-    outcomes = of_families(easy=9, hard=1)
+    outcomes = of_families(easy=20, hard=1)
     drawn = outcomes.resampled(outcomes.fixed(0), 0)
     assert outcomes.rare_families == {"hard": 1} and outcomes.interval(drawn) is None and (drawn == 50.0).all()
-    assert not of_families(easy=9, hard=8).rare_families
+    assert of_families(easy=20, hard=19).rare_families == {"hard": 19} and not of_families(easy=21, hard=20).rare_families
+
+
+def test_an_interval_on_few_pictures_is_as_wide_as_students() -> None:
+    """Tails of the expanded percentile interval, computed with a table of Student's t: 2.0930 at 19 degrees, 1.9842 at 99."""
+    normal = statistics.NormalDist()
+    for pictures, t in ((20, 2.0930), (100, 1.9842)):
+        assert tail(pictures) == pytest.approx(normal.cdf(-t * (pictures / (pictures - 1)) ** 0.5), rel=2e-3)
+    assert tail(10**6) == pytest.approx(0.025, rel=1e-4)
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    """Twenty pictures of five questions that are of one mind; the share of intervals that hold 70 % in 400 simulated reports."""
+    rng = np.random.default_rng(7)
+    held = 0
+    for _ in range(400):
+        right = rng.random(20) < 0.7
+        outcomes = Outcomes([Record(i, f"{i // 5:02}.png", "?", "x", right=[bool(right[i // 5])], tokens=[1]) for i in range(100)])
+        low, high = outcomes.interval(outcomes.resampled(outcomes.fixed(0), 0, 500)) or (0.0, 0.0)
+        held += low <= 70.0 <= high
+    assert 0.93 <= held / 400 <= 0.99
+
+
+def test_accuracy_over_questions_is_beside_the_mean_over_families() -> None:
+    outcomes = of_families(easy=24, hard=8)
+    assert outcomes.row(outcomes.fixed(0))["accuracy"] == 50.0 and outcomes.over_questions(outcomes.fixed(0)) == 75.0
 
 
 def test_every_draw_of_many_pictures_counts() -> None:
@@ -305,6 +331,9 @@ def test_intervals_are_shown_where_there_are_some(made: dict[str, Any]) -> None:
     assert "No intervals are given: the family 'pole' is on 3 pictures," in markdown(report) and report["rows"][0]["interval"] is None
     report["rows"][0]["interval"], report["rare_families"] = [12.25, 97.5], {}
     page, table = write_page(report, [Image.new("RGB", (40, 20))] * 3), markdown(report)
+    assert "1 of 150 answers (questions times granularities) is empty." in markdown({**report, "empty_answers": 1})
+    assert "accuracy, mean over families, %" in page and "accuracy, mean over families, % [95 %] | accuracy over questions, %" in table
+    assert "visual tokens, mean over families" in page and "visual tokens, mean over families" in table
     assert "[12.2, 97.5]" in page and "[12.2, 97.5]" in table and "No intervals" not in table
 
 
@@ -322,7 +351,7 @@ def test_a_text_cannot_become_part_of_the_page(made: dict[str, Any]) -> None:
 
 
 def test_one_task_of_ones_own_and_fewer_granularities(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = questions(tmp_path, {}, {"text": "Which cell of the grid is marked?", "answer": "nowhere"})
+    path = questions(tmp_path, {"family": None}, {"text": "Which cell of the grid is marked?", "answer": "nowhere"})
     output = tmp_path / "out"
     flags = ["--questions", str(path), "--granularities", "4,16", "--timing-samples", "0", "--device", "cpu"]
     assert main([*flags, "--output", str(output)]) == 0
@@ -389,7 +418,16 @@ def test_answers_come_back_from_their_file_as_they_were(tmp_path: Path) -> None:
     record = Record(item.question_id, item.image, item.text, item.answer, said=["x"], right=[True], tokens=[1], logits=[0.5])
     write_answers(tmp_path / "answers.jsonl", {"model": "m"}, [record])
     found = earlier_answers(tmp_path / "answers.jsonl", [item], {"model": "m"}, lambda items: ([record][: len(items)], []))
-    assert found == ([record], [])
+    assert found == ([record], [], [])
+
+
+def test_a_shorter_report_in_the_same_folder_keeps_the_answers_that_it_does_not_need(made: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copy(made["output"] / "answers.jsonl", tmp_path / "answers.jsonl")
+    before = sorted((tmp_path / "answers.jsonl").read_text().splitlines())
+    flags = ["--task", "playground", "--limit", "5", "--timing-samples", "0", "--device", "cpu", "--output", str(tmp_path)]
+    assert main([*flags, "--answers", str(tmp_path / "answers.jsonl")]) == 0
+    assert json.loads((tmp_path / "report.json").read_text())["answered"] == 5
+    assert sorted((tmp_path / "answers.jsonl").read_text().splitlines()) == before and len(before) == 31
 
 
 @pytest.mark.parametrize(
@@ -431,7 +469,7 @@ def test_answers_that_do_not_say_how_they_were_made_are_refused(
         (["--questions", "nowhere.jsonl"], "The question file nowhere.jsonl does not exist"),
         (["--task", "playground", "--model-path", "nowhere/at/all"], "nowhere/at/all"),
         (["--task", "playground", "--granularities", "5,64"], "this model has [4, 8, 16, 32, 64]"),
-        (["--task", "playground", "--budgets", "5"], "max_visual_tokens is 5, but the coarsest granularity allowed costs 24"),
+        (["--task", "playground", "--budgets", "5"], "The row 'adaptive, at most 5' of --budgets cannot be: max_visual_tokens is 5, but"),
     ],
 )
 def test_a_wrong_wish_is_one_sentence(flags: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -439,6 +477,16 @@ def test_a_wrong_wish_is_one_sentence(flags: list[str], sentence: str, tmp_path:
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and sentence in error
     assert not (tmp_path / "out" / "report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [(["--biases=0.5,nan"], "--biases: 'nan' is not a finite number"), (["--budgets=48,0"], "--budgets: '0' is not a whole number of 1")],
+)
+def test_a_number_that_cannot_be_is_a_usage_error(flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--task", "playground", "--output", "nowhere", *flags])
+    assert stopped.value.code == 2 and sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,9 @@ def test_everything_wrong_with_a_file_is_said_at_once(
         (("--max-new-tokens", 0), "max_new_tokens is 0"),
         (("--load-4bit", "--load-8bit"), "choose one"),
         (("--model-path", "/nowhere/at/all"), "neither a folder nor"),
-        (("--vis-token-granularity", "5"), "choose from these"),
+        (("--vis-token-granularity", "5"), "The granularity is 5, but this model has"),
+        (("--vis-token-granularity", "576"), "The granularity is 576, but this model has [4, 8, 16, 32, 64] tokens per view"),
+        (("--granularity-bias", "nan"), "granularity_bias is nan, expected a finite number"),
         (("--max-visual-tokens", 0), "max_visual_tokens is 0"),
         (("--question-file", "none.jsonl"), "does not exist"),
     ],
@@ -156,6 +159,37 @@ def test_wrong_flags_are_one_error_and_no_answer(
     assert main(flags(questions, tmp_path / "out.jsonl", *more)) == 1
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists() and not list(tmp_path.glob("out.jsonl.parts/part-*"))
+
+
+def test_a_refused_start_does_not_keep_its_answers_file(
+    tmp_path: Path, questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags(questions, tmp_path / "out.jsonl", "--vis-token-granularity", "5")) == 1
+    assert main(flags(questions, tmp_path / "out.jsonl", "--vis-token-granularity", "4")) == 0
+    assert len(read(tmp_path / "out.jsonl")) == 12
+    assert main(flags(questions, tmp_path / "out.jsonl", "--vis-token-granularity", "8")) == 1
+    assert "belongs to another run: options.routing.granularity was 4, is 8. Choose" in capsys.readouterr().err
+
+
+def test_a_bias_that_is_no_number_is_refused_before_anything_is_loaded(
+    tmp_path: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Assistant, "load", lambda *args, **options: pytest.fail("the model was loaded"))
+    assert main(flags(questions, tmp_path / "out.jsonl", "--granularity-bias", "inf")) == 1
+    assert not (tmp_path / "out.jsonl.parts").exists()
+
+
+def test_empty_answers_are_counted(
+    tmp_path: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = Assistant.answer_batch
+
+    def silent(self: Assistant, batch: Any, options: Any = None) -> Any:
+        return [replace(answer, text="") if index < 2 else answer for index, answer in enumerate(whole(self, batch, options))]
+
+    monkeypatch.setattr(Assistant, "answer_batch", silent)
+    assert main(flags(questions, tmp_path / "out.jsonl", "--batch-size", 12)) == 0
+    assert "; 2 of 12 answers are empty" in capsys.readouterr().out
 
 
 def test_quantised_weights_without_their_library_end_with_one_sentence(
@@ -267,7 +301,7 @@ def test_another_runs_answers_are_not_mixed_in(tmp_path: Path, questions: Path, 
     given = flags(questions, tmp_path / "out.jsonl", "--model-path", model)
     assert main(given) == 0
     assert main([*given, "--vis-token-granularity", "4"]) == 1
-    assert "belongs to another run: options was" in capsys.readouterr().err
+    assert "belongs to another run: options.routing.granularity was None, is 4. Choose" in capsys.readouterr().err
     assert main([*given, "--num-chunks", "2"]) == 1
     assert "chunk was '0 of 1', is '0 of 2'" in capsys.readouterr().err
     os.utime(model / "model.safetensors", (1, 1))

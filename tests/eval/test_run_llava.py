@@ -64,6 +64,7 @@ def test_a_fixed_granularity_shows_no_logits(base, picture, capsys):
         (["--image-file", "{here}"], "not a readable image"),
         (["--image-file", "{picture}", "--vis-token-granularity", "50"], "is 50, but this model has [9, 18, 36, 72, 144]"),
         (["--image-file", "{picture}", "--max-visual-tokens", "10"], "the coarsest granularity allowed costs 39"),
+        (["--image-file", "{picture}", "--granularity-bias", "nan"], "granularity_bias is nan, expected a finite number"),
         (["--image-file", "{picture}", "--conv-mode", "v9"], "v9"),
         (["--explain-image", "out.png"], "needs a picture to draw on"),
         (["--image-file", "{picture}", "--explain-image", "out.txt"], "expected a file name ending in"),

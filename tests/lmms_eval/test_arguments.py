@@ -50,6 +50,7 @@ def test_every_argument_reaches_its_place():
         ({"pretrained": "m", "batch_size": 0}, "batch_size is 0, expected 1 or more"),
         ({"pretrained": "m", "max_visual_tokens": "many"}, "max_visual_tokens is 'many'"),
         ({"pretrained": "m", "granularity_bias": "low"}, "granularity_bias is 'low', expected a number"),
+        ({"pretrained": "m", "granularity_bias": "-inf"}, "granularity_bias is '-inf', expected a finite number"),
         ({"pretrained": "m", "conv_template": "nobody"}, "nobody"),
     ],
 )

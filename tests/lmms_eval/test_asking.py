@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from avg_llava_lmms_eval.asking import Sample, answer_all, costs_of, describe_failures, merge_costs, score_all
+from avg_llava_lmms_eval.asking import Results, Sample, answer_all, costs_of, failed_of, merge_costs, score_all
 from avg_llava_lmms_eval.sample_log import SampleLog, output_folder
 from PIL import Image
 
@@ -62,7 +63,13 @@ def test_a_crashed_sample_is_a_failure_and_its_neighbours_are_answered(micro, tm
     results = answer_all(micro, samples, 4, log, show=False)
     assert list(results.failures) == [2] and results.outcomes[2] is None
     assert [outcome.text for outcome in results.outcomes if outcome] == [row["answer"] for row in ROWS[:5] if row is not ROWS[2]]
-    assert describe_failures(samples, results) == ["playground (test), document 2: OSError: the picture is cut off"]
+    told = failed_of(samples, results)
+    assert (told.asked, told.failed, told.first) == (5, 1, ["playground (test), document 2: OSError: the picture is cut off"])
+    repetition = replace(samples[2], counted=False)
+    told = failed_of([*samples, repetition], Results([*results.outcomes, None], {**results.failures, 5: results.failures[2]}))
+    assert (told.asked, told.failed) == (5, 1)
+    told = failed_of([samples[0], repetition], Results([results.outcomes[0], None], {1: results.failures[2]}))
+    assert (told.asked, told.failed) == (2, 1)  # never a failed run without a failure
     failed = [line for line in lines(log) if "error" in line]
     assert len(lines(log)) == 5
     assert failed == [{"task": "playground", "split": "test", "doc_id": 2, "error": "OSError: the picture is cut off"}]
@@ -104,6 +111,9 @@ def test_costs_of_the_processes_add_up(micro):
     whole = costs_of(samples, results)["playground"]
     assert merge_costs([costs_of(samples, results), costs_of(samples, results)])["playground"].visual_tokens == 2 * whole.visual_tokens
     assert str(whole).startswith("4 samples, ") and sum(whole.granularities.values()) == 4
+    assert "empty" not in str(whole)
+    results.outcomes[1] = replace(results.outcomes[1], text=" ")
+    assert str(costs_of(samples, results)["playground"]).endswith("; 1 of 4 answers is empty")
     no_pictures = [Sample("text", "test", 0, lambda: Question([], "What is the background colour?"), GREEDY)]
     results = answer_all(micro, no_pictures, 1, SampleLog(None, ""), show=False)
     assert str(costs_of(no_pictures, results)["text"]) == "1 samples, no pictures"

@@ -110,8 +110,9 @@ def test_answers_are_those_of_eval_model(alone):
         (["--tasks", "no_such_task"], {}, "no_such_task"),
         ([], {"MODEL_PATH": "no/such/model"}, "No checkpoint could be read at 'no/such/model'"),
         ([], {"MODEL_ARGS": "granularity=5"}, "this model has [4, 8, 16, 32, 64]"),
+        ([], {"MODEL_ARGS": "granularity=576"}, "The granularity is 576, but this model has [4, 8, 16, 32, 64]"),
         ([], {"MODEL_ARGS": "max_visual_tokens=20"}, "4 of 4 samples failed in generate_until, 0 were answered"),
-        ([], {"MODEL_ARGS": "max_visual_tokens=20", "NUM_PROCESSES": "2"}, "2 of 2 samples of process 0 (of 2) failed"),
+        ([], {"MODEL_ARGS": "max_visual_tokens=20", "NUM_PROCESSES": "2"}, "4 of 4 samples failed in generate_until, 0 were answered by 2"),
     ],
 )  # fmt: skip
 def test_a_failed_run_says_why_and_exits_with_an_error(environment, tmp_path, flags, knobs, complaint):
@@ -141,6 +142,38 @@ def test_the_walk_through_of_the_readme_leads_to_a_task(environment, tmp_path):
     (folder / "questions.jsonl").write_text('{"question_id": 1, "text": "Which?"}\n')
     finished = run(tmp_path / "wrong", "--include_path", str(folder), TASKS="receipts")
     assert finished.returncode == 1 and "line 1: answer is missing" in finished.stderr
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["each asks its share", "all answers of the first are kept ones"])
+def test_a_failure_waits_for_the_other_process_and_the_counts_are_the_whole_runs(environment, tmp_path, kept):
+    """A truncated picture, which lmms-eval would have Pillow fill up, in the share of the second of two processes."""
+    folder = tmp_path / "pictures"
+    shutil.copytree(ROOT / "lmms-eval" / "avg_llava_lmms_eval" / "tasks" / "my_questions", folder)
+    whole = (ROOT / "playground" / "images" / "scene_beige.png").read_bytes()
+    (folder / "whole.png").write_bytes(whole)
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    texts = ["Which number does the sign show?", "Which large shape is there?"] * 5
+
+    def ask(*names):
+        rows = [{"question_id": i, "image": names[i % 2], "text": text, "answer": "658"} for i, text in enumerate(texts)]
+        (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        flags = ["--include_path", str(folder), "--use_cache", str(tmp_path / "cache")]
+        return run(tmp_path / "out", *flags, TASKS="my_questions", NUM_PROCESSES="2", LMMS_CACHE_RUN_ID=names[1])
+
+    if kept:
+        assert ask("whole.png", "whole.png").returncode == 0
+        texts[1::2] = ["What is the background colour?"] * 5
+    finished = ask("whole.png", "cut.png")
+    asked, answered = (5, 0) if kept else (10, 5)
+    assert finished.returncode != 0
+    sentence = f"error: 5 of {asked} samples failed in generate_until, {answered} were answered by 2 processes; no score is given."
+    assert sentence in finished.stderr and "document 1: ImageError: the PNG image is truncated" in finished.stderr
+    if not kept:
+        logs = [[json.loads(line) for line in path.read_text().splitlines()] for path in sorted((tmp_path / "out").glob("*_rank?.jsonl"))]
+        assert [len(log) for log in logs] == [5, 5] and not any("error" in line for line in logs[0])
+        assert not list((tmp_path / "out").glob("*/*_results.json"))
+        # what failed is not kept as an empty answer: the next run asks it again
+        assert ask("whole.png", "cut.png").returncode != 0
 
 
 CHOICES = """

@@ -93,6 +93,8 @@ def test_a_video_is_refused_as_a_failed_sample(harness, model):
         ("pretrained=no/such/model", "No checkpoint could be read at 'no/such/model'"),
         ("granularity=4", "pretrained is missing"),
         (f"pretrained={micro_model_path()},granularity=5", r"5, but this model has \[4, 8, 16, 32, 64\]"),
+        (f"pretrained={micro_model_path()},granularity=100", "The granularity is 100, but this model has"),
+        (f"pretrained={micro_model_path()},granularity_bias=nan", "granularity_bias is 'nan', expected a finite number"),
         (f"pretrained={micro_model_path()},colour=red", "no argument colour"),
         (f"pretrained={micro_model_path()},device=abacus", "device is 'abacus'"),
     ],

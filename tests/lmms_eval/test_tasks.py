@@ -89,9 +89,9 @@ def test_the_packages_table_of_modules_is_its_modules():
 
 def test_scores():
     doc = {"answer": "red", "family": "colour", "text": "which?"}
-    assert process_results(doc, ["RED"]) == {"accuracy": 1.0, "colour": 1.0, "family_mean": {"family": "colour", "score": 1.0}}
+    assert process_results(doc, ["RED"]) == {"accuracy": 1.0, "colour": 1.0, "family_mean": {"family": "colour", "right": 1.0}}
     assert [process_results(doc, [said])["accuracy"] for said in (" Red\n", "red.", "")] == [1.0, 0.0, 0.0]
-    items = [{"family": "a", "score": 1.0}] * 3 + [{"family": "b", "score": 0.0}]
+    items = [{"family": "a", "right": 1.0}] * 3 + [{"family": "b", "right": 0.0}]
     assert mean_over_families(items) == 0.5
     assert doc_to_text(doc, {"pre_prompt": "In the poster, ", "post_prompt": "\n"}) == "In the poster, which?\n"
 

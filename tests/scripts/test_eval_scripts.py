@@ -87,6 +87,8 @@ def test_a_dry_run_prints_data_metric_and_a_command_that_the_plug_in_understands
         ({"REVISION": "main"}, "REVISION is main, expected a commit of lmms-lab-encoder/MME in full"),
         ({"SLICE": 7}, "SLICE is 7, expected an even number"),
         ({"SLICE": "many"}, "SLICE is many, expected an even number"),
+        ({"GRANULARITY": "foo", "DRY_RUN": 1}, "GRANULARITY is foo, expected auto, tokens per view such as 36, or several"),
+        ({"GRANULARITY": "36:", "DRY_RUN": 1}, "GRANULARITY is 36:, expected"),
         ({"MODEL": "llava", "GRANULARITY": 36}, "the model llava has no such argument"),
         ({"LMMS_EVAL_ENV": "/nowhere"}, "run: bash scripts/eval/setup_lmms_eval.sh"),
     ],

@@ -15,7 +15,7 @@ from llava.serve.task import Encoded, Task, Unread
 def task(unread: int, answer: int = 10, known: int = 0) -> Task:
     """A request that was encoded: `known` and `unread` positions of prompt, and of an answer at most."""
     nobody = cast(Any, None)
-    made = Task(nobody, nobody, 0.0, nobody, 0)
+    made = Task(nobody, nobody, 0.0, nobody, nobody, 0)
     row = SplicedRow(torch.zeros(unread, 1), torch.zeros(unread))
     beginning = (torch.zeros(1, known, 1),) if known else ()
     made.was_encoded(Encoded(known + unread, answer, (), (), {}), Unread(row, beginning))

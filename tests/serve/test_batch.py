@@ -21,7 +21,7 @@ def batch(rows: int = 4) -> Batch:
 
 def joined(running: Batch, count: int) -> list[Task]:
     nobody = cast(Any, None)
-    tasks = [Task(nobody, nobody, 0.0, nobody, 0) for _ in range(count)]
+    tasks = [Task(nobody, nobody, 0.0, nobody, nobody, 0) for _ in range(count)]
     for task in tasks:
         running.join(task)
     running.slots.lengths = [1] * count
@@ -82,6 +82,31 @@ def test_what_a_step_cannot_do_together_it_does_in_halves(monkeypatch):
     assert [outcome if outcome == "token" else type(outcome) for _, outcome in outcomes] == ["token", RuntimeError, "token", "token"]
     assert taken == [(0, 4), (0, 2), (0, 1), (1, 1), (2, 2)]
     assert running.rows_allowed == 2
+
+
+def test_the_youngest_steps_back_and_takes_its_storage_along():
+    running = batch(rows=8)
+    old, young, middle = joined(running, 3)
+    old.submitted, young.submitted, middle.submitted = 1.0, 3.0, 2.0
+    running.slots._keys, running.slots._values, running.slots.capacity = [torch.ones(8, 2, 64, 3)], [torch.ones(8, 2, 64, 3)], (8, 64)
+    assert running.step_back() is young
+    assert (running.tasks, young.slot, running.rows_allowed) == ([old, middle], -1, 2)
+    assert running.slots.capacity == (2, 64)
+    assert running.step_back() is middle
+    assert running.step_back() is None and running.tasks == [old]
+    assert not running.shrink()  # it has all there is
+
+
+def test_storage_that_cannot_be_copied_is_smaller_all_the_same(monkeypatch):
+    running = batch()
+    joined(running, 1)
+    running.slots.capacity = (4, 64)
+
+    def short() -> bool:
+        raise MemoryError
+
+    monkeypatch.setattr(running.slots, "shrink", short)
+    assert running.shrink()
 
 
 def test_a_beginning_that_is_known_is_not_copied_again():

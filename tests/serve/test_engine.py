@@ -18,6 +18,7 @@ from PIL import Image
 from llava.inference import MICRO_MODEL, Assistant, Message, Options, Question, write_prompt
 from llava.model.routing import RoutingRequest
 from llava.serve.engine import EmbeddedEngine
+from llava.serve.failures import FAILED_TURNS
 from llava.serve.prepare import Preparer
 from llava.serve.protocol import ErrorKind, Event, Finished, GenerationRequest, Piece, Sampling, ServeError, Started
 
@@ -101,6 +102,14 @@ def hold_until(engine: EmbeddedEngine, count: int) -> None:
         return together.wait(0.001) and original(waiting, running, free)
 
     engine.company.enough = enough  # type: ignore[method-assign]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.005)
+    raise TimeoutError
 
 
 def alone(assistant: Assistant, wanted: GenerationRequest) -> str:
@@ -235,10 +244,10 @@ def test_log_probabilities_are_those_of_the_model(micro, asked):
     wanted = request(*asked[0], sampling=Sampling(max_new_tokens=24, logprobs=3))
     outcome = serve(micro, lambda engine: collect(engine, wanted))
     scores = [score for event in outcome.events if isinstance(event, Piece) for score in event.scores]
-    assert len(scores) == outcome.end.completion_tokens
+    assert len(scores) == outcome.end.completion_tokens - 1  # the end is no part of the answer
     assert all(len(score.alternatives) == 3 and score.alternatives[0] == (score.text, score.log_probability) for score in scores)
     [likelihood] = micro.log_likelihoods([Question(wanted.images, wanted.messages)], [outcome.text])
-    assert sum(score.log_probability for score in scores[:-1]) == pytest.approx(likelihood.log_probability, abs=1e-3)
+    assert sum(score.log_probability for score in scores) == pytest.approx(likelihood.log_probability, abs=1e-3)
 
 
 # ---- pictures are encoded once -----------------------------------------------------------------------------------------------
@@ -384,6 +393,103 @@ def test_running_out_of_memory_in_a_step_costs_nobody_an_answer(micro, asked):
     assert [outcome.text for outcome in outcomes] == [alone(micro, request(*each)) for each in asked[:6]]
 
 
+def seldom_room(engine: EmbeddedEngine, rows: int) -> list[tuple[int, int]]:
+    """Memory for the steps of so many requests only, whatever part of them a pass is about. Returns steps back as (running, written)."""
+    seen: list[tuple[int, int]] = []
+    original = engine.batch.step_back
+
+    def step_back() -> Any:
+        running, task = len(engine.batch.tasks), original()
+        if task is not None:
+            seen.append((running, len(task.stream.ids)))
+        return task
+
+    def short(inputs_embeds: torch.Tensor, **others: Any) -> bool:
+        return inputs_embeds.shape[1] == 1 and len(engine.batch.tasks) > rows
+
+    engine.batch.step_back = step_back  # type: ignore[method-assign]
+    fail_on(engine.batch, "language_model", short, torch.OutOfMemoryError("oom"))
+    return seen
+
+
+def scored_texts(outcome: Outcome) -> list[str]:
+    return [score.text for event in outcome.events if isinstance(event, Piece) for score in event.scores]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_youngest_step_back_when_not_all_fit_and_lose_nothing(micro, asked, rows):
+    same = {"max_new_tokens": 14, "min_new_tokens": 14}
+    wanted = [request(*each, str(place), sampling=Sampling(**same)) for place, each in enumerate(asked[:4])]
+    wanted += [request(*asked[4], "warm", sampling=Sampling(**same, temperature=1.5, seed=3)), request(None, "Who are you?", "text")]
+    wanted.append(request(*asked[5], "scored", sampling=Sampling(max_new_tokens=9, min_new_tokens=9, logprobs=1)))
+    wanted.append(request(*asked[6], "warm too", sampling=Sampling(**same, temperature=1.5, seed=4), routing=RoutingRequest(bias=-1.0)))
+
+    async def use(engine: EmbeddedEngine) -> tuple[list[Any], list[tuple[int, int]]]:
+        steps_back = seldom_room(engine, rows)
+        return await all_at_once(*wanted)(engine), steps_back
+
+    async def one_by_one(engine: EmbeddedEngine) -> list[Any]:
+        return [await attempt(engine, each) for each in wanted]
+
+    outcomes, steps_back = serve(micro, use)
+    expected = serve(micro, one_by_one)
+    assert len(steps_back) >= 2 and max(written for _, written in steps_back) > 1
+    for outcome, single in zip(outcomes, expected, strict=True):
+        assert outcome.text == single.text
+        assert [type(event) for event in outcome.events].count(Started) == 1
+        assert outcome.end.completion_tokens == single.end.completion_tokens
+        assert [image.granularity for image in outcome.end.images] == [image.granularity for image in single.end.images]
+        assert scored_texts(outcome) == scored_texts(single)
+        parts = outcome.end.milliseconds
+        named = ("queue", "views", "vision", "router", "splice", "prefill")
+        assert sum(parts.get(name, 0.0) for name in named) == pytest.approx(parts["ttft"])
+
+
+def test_one_that_steps_back_and_finds_no_room_for_its_row_waits(micro, asked):
+    """Memory for two rows, also when they are reserved."""
+
+    async def use(engine: EmbeddedEngine) -> list[Any]:
+        seldom_room(engine, 2)
+        fail_on(engine.batch.slots, "reserve", lambda rows, *others: rows > 3, MemoryError())
+        return await all_at_once(*(request(*each, sampling=Sampling(max_new_tokens=9, min_new_tokens=9)) for each in asked[:6]))(engine)
+
+    outcomes = serve(micro, use, cache_bytes=0, prefix_cache_bytes=0)  # pictures are encoded again
+    expected = [alone(micro, request(*each, sampling=Sampling(max_new_tokens=9, min_new_tokens=9))) for each in asked[:6]]
+    assert [outcome.text for outcome in outcomes] == expected
+
+
+def test_what_does_not_fit_even_alone_fails_and_the_others_come_back(micro, asked):
+    async def use(engine: EmbeddedEngine) -> list[Any]:
+        def short(inputs_embeds: torch.Tensor, **others: Any) -> bool:
+            return inputs_embeds.shape[1] == 1 and any(task.name == "large" for task in engine.batch.tasks)
+
+        fail_on(engine.batch, "language_model", short, torch.OutOfMemoryError("oom"))
+        hold_until(engine, 4)
+        outcomes = await all_at_once(request(*asked[0], "large"), *(request(*each) for each in asked[1:4]))(engine)
+        assert (engine.stats().waiting, engine.stats().running) == (0, 0)
+        return outcomes
+
+    large, *others = serve(micro, use)
+    assert isinstance(large, ServeError) and large.kind == ErrorKind.OUT_OF_MEMORY
+    assert [outcome.text for outcome in others] == [alone(micro, request(*each)) for each in asked[1:4]]
+
+
+def test_one_that_steps_back_can_be_cancelled(micro, asked):
+    endless = Sampling(max_new_tokens=400, min_new_tokens=400)
+
+    async def use(engine: EmbeddedEngine) -> list[Any]:
+        steps_back = seldom_room(engine, 1)
+        hold_until(engine, 2)
+        first, second = (engine.submit(request(*asked[index], sampling=endless)) for index in (0, 1))
+        await asyncio.to_thread(wait_for, lambda: bool(steps_back))
+        second.cancel()
+        first.cancel()
+        await asyncio.wait_for(engine.drain(), 5)
+        return [engine.stats().waiting, engine.stats().running]
+
+    assert serve(micro, use) == [0, 0]
+
+
 def test_one_request_that_does_not_fit_into_memory_is_told_so(micro, asked):
     async def use(engine: EmbeddedEngine) -> list[Any]:
         fail_on(engine.batch, "language_model", lambda **inputs: inputs["inputs_embeds"].shape[1] > 300, torch.OutOfMemoryError("oom"))
@@ -511,7 +617,7 @@ def test_what_cannot_be_kept_costs_nobody_an_answer_or_a_place(micro, asked, mon
 
 def test_an_answer_that_cannot_be_written_down_fails_alone(micro, asked, monkeypatch):
     async def use(engine: EmbeddedEngine) -> list[Any]:
-        fail_on(engine, "_write_down", lambda task, token, scores: task.request.request_id == "bad", RuntimeError("odd"))
+        fail_on(engine, "_write_down", lambda task, token, picked: task.request.request_id == "bad", RuntimeError("odd"))
         return await all_at_once(request(*asked[0]), request(*asked[1], "bad"), request(*asked[2]))(engine)
 
     outcomes = serve(micro, use)
@@ -719,6 +825,49 @@ def test_if_the_engines_thread_dies_everyone_is_told(micro, asked):
     *outcomes, ready = serve(micro, use)
     assert {outcome.kind for outcome in outcomes} == {ErrorKind.INTERNAL}
     assert not ready
+
+
+def until_closed(engine: EmbeddedEngine, wanted: GenerationRequest, most: int) -> Awaitable[list[Any]]:
+    """Outcomes of the same request, asked again and again until the engine refuses it."""
+
+    async def ask() -> list[Any]:
+        outcomes: list[Any] = []
+        while engine.ready and len(outcomes) < most:
+            outcomes.append(await attempt(engine, wanted))
+            await asyncio.sleep(0.01)
+        return outcomes
+
+    return ask()
+
+
+@pytest.mark.parametrize("where", ["language model", "everything"])
+def test_an_engine_on_a_lost_accelerator_closes(micro, asked, monkeypatch, where):
+    async def use(engine: EmbeddedEngine) -> list[Any]:
+        first = await attempt(engine, request(*asked[0]))
+        assert engine.stats().failed is None
+        monkeypatch.setattr(micro.model.get_model(), "forward", lambda **inputs: (_ for _ in ()).throw(RuntimeError("device-side assert")))
+        if where == "everything":
+            for part, method in ((engine, "_encode"), (engine.batch.slots, "wipe_unused")):
+                fail_on(part, method, lambda *each: True, RuntimeError("device-side assert"))
+        failed = await until_closed(engine, request(*asked[1]), 20)
+        monkeypatch.undo()
+        return [first, failed, await attempt(engine, request(*asked[2])), engine.stats(), await asyncio.wait_for(engine.drain(), 5)]
+
+    first, failed, late, stats, _ = serve(micro, use)
+    assert first.text == alone(micro, request(*asked[0]))
+    assert [error.kind for error in failed] == [ErrorKind.INTERNAL] * FAILED_TURNS
+    assert late.kind == stats.failed == ErrorKind.INTERNAL
+    assert (stats.waiting, stats.running) == (0, 0)
+
+
+def test_poisoned_requests_alone_do_not_close_the_engine(micro, asked):
+    async def use(engine: EmbeddedEngine) -> list[Any]:
+        fail_on(engine, "_encode", lambda tasks: any(task.name == "poison" for task in tasks), RuntimeError("odd"))
+        return [await until_closed(engine, request(*asked[1], "poison"), 20), await attempt(engine, request(*asked[2]))]
+
+    failed, good = serve(micro, use)
+    assert [error.kind for error in failed] == [ErrorKind.INTERNAL] * 20
+    assert good.text == alone(micro, request(*asked[2]))
 
 
 def test_the_batch_keeps_within_its_positions(micro, asked):

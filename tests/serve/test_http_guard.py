@@ -18,13 +18,14 @@ from fastapi import FastAPI
 from llava.serve import http_server
 from llava.serve.errors import FieldError
 from llava.serve.gate import Gate
-from llava.serve.http_guard import HostNames
+from llava.serve.http_guard import HostNames, is_own_page
 from llava.serve.http_server import make_server, run_server
 from llava.serve.keys import KeyRing, read_secrets
 from llava.serve.protocol import ErrorKind, Limits, ServeError
 from llava.serve.strict_json import MAX_JSON_ITEMS, parse_json
 from llava.serve.worker_base import create_worker_app
 from tests.serve.bodies import CHAT, WORKER, chat_body, worker_body
+from tests.serve.fake_backend import HTTP
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.running import RunningApp, wait_until
 
@@ -40,7 +41,7 @@ def call(app, method, path, **options):
     return asyncio.run(send())
 
 
-def raw_exchange(port: int, data: bytes, seconds: float = 5.0) -> bytes:
+def raw_exchange(port: int, data: bytes, seconds: float = 60.0) -> bytes:
     """Send bytes; everything that comes back until the server closes or `seconds` pass."""
     with socket.create_connection(("127.0.0.1", port), timeout=seconds) as sock:
         sock.sendall(data)
@@ -196,8 +197,9 @@ def test_a_body_that_says_it_is_too_large_is_not_read():
     with RunningApp(app) as running:
         for length in ("1001", "9" * 30):
             head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
-            answer = raw_exchange(running.port, head.encode(), 0.5)
-            assert answer.startswith((b"HTTP/1.1 413", b"HTTP/1.1 400"))
+            with socket.create_connection(("127.0.0.1", running.port), timeout=60) as sock:
+                sock.sendall(head.encode())
+                assert sock.recv(65536).startswith((b"HTTP/1.1 413", b"HTTP/1.1 400"))
 
 
 def test_a_body_that_grows_too_large_is_cut_off():
@@ -228,7 +230,7 @@ def test_a_body_that_does_not_come_times_out(monkeypatch):
         start = time.monotonic()
         answer = raw_exchange(running.port, head.encode())
         assert answer.startswith(b"HTTP/1.1 408") and b'"timeout"' in answer
-        assert time.monotonic() - start < 4  # and the connection was closed, although the client never finished
+        assert time.monotonic() - start < 30  # and the connection was closed, although the client never finished
         wait_until(lambda: app.state.gate.inside == 0)
 
 
@@ -238,7 +240,7 @@ def test_headers_that_do_not_come_or_are_too_large_end_the_connection(monkeypatc
         start = time.monotonic()
         assert raw_exchange(running.port, b"") == b""
         assert raw_exchange(running.port, b"GET /health HTTP/1.1\r\nHo") == b""
-        assert time.monotonic() - start < 4
+        assert time.monotonic() - start < 30
         large = b"GET /health HTTP/1.1\r\nHost: x\r\nX-Large: " + b"a" * 20_000 + b"\r\n\r\n"
         assert raw_exchange(running.port, large).startswith((b"HTTP/1.1 400", b"HTTP/1.1 413"))
         many = b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"".join(b"X-%d: y\r\n" % number for number in range(5000)) + b"\r\n"
@@ -273,18 +275,18 @@ def test_a_full_server_says_so_before_the_body_comes(path):
             sock.sendall(whole)
         wait_until(lambda: app.state.gate.inside == 2)
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n".encode()
-        with socket.create_connection(("127.0.0.1", running.port), timeout=5) as sock:
+        with socket.create_connection(("127.0.0.1", running.port), timeout=60) as sock:
             sock.sendall(head)  # and not one byte of the body
             answer = b""
             while b"request_id" not in answer:
                 answer += sock.recv(65536)
         assert answer.startswith(b"HTTP/1.1 503") and b"retry-after: 1" in answer.lower() and b"overloaded" in answer
-        assert httpx.get(f"{running.url}/health", trust_env=False).status_code == 200
+        assert HTTP.get(f"{running.url}/health").status_code == 200
         for sock in held:
             sock.close()
         wait_until(lambda: app.state.gate.inside == 0 and len(engine.cancelled) == 2)
         engine.start_delay = 0
-        post = httpx.post(f"{running.url}{CHAT}", json=chat_body(), trust_env=False)
+        post = HTTP.post(f"{running.url}{CHAT}", json=chat_body())
         assert post.status_code == 200
 
 
@@ -313,8 +315,53 @@ def test_refusing_takes_less_than_50_milliseconds():
 def test_choices_take_places_of_their_own():
     app = create_worker_app(FakeEngine(), Limits(max_queue=0), places=2)
     assert call(app, "POST", CHAT, json=chat_body(n=2)).status_code == 200
-    assert call(app, "POST", CHAT, json=chat_body(n=3)).status_code == 503
+    with app.state.gate.places():
+        full = call(app, "POST", CHAT, json=chat_body(n=2))
+    assert full.status_code == 503 and full.headers["retry-after"] == "1"
     assert app.state.gate.inside == 0
+
+
+def test_more_choices_than_all_places_are_refused_for_good():
+    app = create_worker_app(FakeEngine(), Limits(max_queue=0), places=2)
+    for stream in (False, True):
+        refused = call(app, "POST", CHAT, json=chat_body(n=3, stream=stream))
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"], error["param"]) == (400, "invalid_request", "n")
+        assert "n is 3" in error["message"] and "at most 2" in error["message"] and "retry-after" not in refused.headers
+    assert app.state.gate.inside == 0
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/metrics"])
+def test_head_is_answered_as_get_without_a_body(path):
+    with RunningApp(create_worker_app(FakeEngine())) as running:
+        answer = raw_exchange(running.port, f"HEAD {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200") and body == b""
+
+
+@pytest.mark.parametrize(
+    ("headers", "is_own"),
+    [
+        ({}, True),
+        ({"origin": "http://chat.example.org"}, True),
+        ({"origin": "https://Chat.Example.org:8443"}, True),
+        ({"origin": "http://127.0.0.1:7860"}, True),
+        ({"origin": "http://localhost:3000"}, True),
+        ({"origin": "https://mine.example"}, True),
+        ({"origin": "http://evil.example"}, False),
+        ({"origin": "http://chat.example.org.evil.example"}, False),
+        ({"origin": "http://mine.example.evil.example"}, False),
+        ({"origin": "null"}, False),
+        ({"origin": ""}, False),
+        ({"origin": "http://[::1"}, False),
+        ({"origin": "http://evil.example", "host": "[::1"}, False),
+        ({"origin": "null", "host": ""}, False),
+    ],
+)
+def test_a_page_is_our_own_by_its_origin(headers, is_own):
+    sent = {"host": "chat.example.org", **headers}
+    scope = {"headers": [(name.encode(), value.encode()) for name, value in sent.items()]}
+    assert is_own_page(scope, ("mine.example",)) is is_own
 
 
 def test_a_draining_gate_lets_nobody_in_but_those_inside_finish():
@@ -327,7 +374,7 @@ def test_a_draining_gate_lets_nobody_in_but_those_inside_finish():
         with gate.more_places(2):
             assert gate.inside == 3
     assert gate.inside == 0
-    asyncio.run(asyncio.wait_for(gate.finish(), 1))
+    asyncio.run(asyncio.wait_for(gate.finish(), 60))
 
 
 def test_websockets_are_closed():
@@ -372,7 +419,7 @@ def test_what_does_not_finish_is_left_after_its_time_or_at_the_second_signal(sig
     app.state.drain = asyncio.Event().wait
     server = make_server(app, "127.0.0.1", 0, log_level="error", drain_seconds=0.3 if signals == 1 else 60, on_started=press)
     start = time.monotonic()
-    assert run_server(server) == 0 and time.monotonic() - start < 5
+    assert run_server(server) == 0 and time.monotonic() - start < 30
 
 
 @pytest.mark.parametrize(

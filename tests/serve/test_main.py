@@ -20,16 +20,12 @@ from llava.serve.__main__ import Split, build_app, build_parser, join_apps, main
 from llava.serve.http_server import check_address, make_server, run_server, shown_url
 from llava.serve.page.app import PageOptions, create_page_app
 from llava.serve.worker_base import create_worker_app
+from tests.serve.fake_backend import HTTP
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.page_backend import running
+from tests.serve.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_one_address_has_the_api_and_the_page():
@@ -37,10 +33,10 @@ def test_one_address_has_the_api_and_the_page():
     page = create_page_app(PageOptions(f"http://127.0.0.1:{port}", api_key="key", mode="reload", log_folder=None))
     app = join_apps(create_worker_app(FakeEngine(), api_keys=("key",)), page)
     with running(app, port) as url:
-        assert httpx.get(f"{url}/health").json() == {"status": "alive"}
-        assert httpx.get(f"{url}/v1/models").status_code == 401
-        assert httpx.get(f"{url}/v1/models", headers={"authorization": "Bearer key"}).json()["data"][0]["id"] == "fake"
-        assert "gradio_config" in httpx.get(url).text
+        assert HTTP.get(f"{url}/health").json() == {"status": "alive"}
+        assert HTTP.get(f"{url}/v1/models").status_code == 401
+        assert HTTP.get(f"{url}/v1/models", headers={"authorization": "Bearer key"}).json()["data"][0]["id"] == "fake"
+        assert "gradio_config" in HTTP.get(url).text
         gradio_client = pytest.importorskip("gradio_client")
         client = gradio_client.Client(url, verbose=False, analytics_enabled=False)
         answer = client.predict({"text": "one two", "files": []}, "", "auto", 0, api_name="/ask")
@@ -72,8 +68,8 @@ def test_names_that_nobody_gave_it_are_refused(flags, host, status, path, tmp_pa
 
 def test_without_a_page_only_the_api_is_there():
     with running(join_apps(create_worker_app(FakeEngine()), None)) as url:
-        assert httpx.get(url).status_code == 404
-        assert httpx.get(f"{url}/v1/models").status_code == 200
+        assert HTTP.get(url).status_code == 404
+        assert HTTP.get(f"{url}/v1/models").status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -129,7 +125,7 @@ def test_the_command_serves_the_micro_model_and_ends_well_on_sigterm(tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "llava.serve", "--port", str(port), "--log-dir", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
-    watch = threading.Timer(120, process.kill)
+    watch = threading.Timer(300, process.kill)
     watch.start()
     try:
         greeting = [process.stdout.readline().strip() for _ in range(4)]
@@ -137,11 +133,11 @@ def test_the_command_serves_the_micro_model_and_ends_well_on_sigterm(tmp_path):
         assert greeting[1].startswith(f"API   http://127.0.0.1:{port}/v1") and greeting[2] == f"Page  http://127.0.0.1:{port}/"
         url = f"http://127.0.0.1:{port}"
         body = {"model": "avg-llava-micro", "messages": [{"role": "user", "content": "Which colour?"}], "max_tokens": 4}
-        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)  # once: who reads that it is ready may ask
+        answer = HTTP.post(f"{url}/v1/chat/completions", json=body, timeout=60)  # once: who reads that it is ready may ask
         assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"]
-        assert "gradio_config" in httpx.get(url).text
+        assert "gradio_config" in HTTP.get(url).text
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
     finally:
         watch.cancel()
         process.kill()
@@ -200,6 +196,6 @@ def test_without_the_extra_a_program_says_what_to_install(program, tmp_path):
     for name in ("fastapi", "uvicorn"):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}', name={name!r})")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    ended = subprocess.run([sys.executable, "-m", program, "--help"], capture_output=True, text=True, env=environment, timeout=120)
+    ended = subprocess.run([sys.executable, "-m", program, "--help"], capture_output=True, text=True, env=environment, timeout=300)
     assert ended.returncode == 1 and len(ended.stderr.splitlines()) == 1
     assert 'install the serve extra: pip install -e ".[serve]"' in ended.stderr

@@ -61,7 +61,7 @@ class Visit:
         self.url = url
         self.context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
         self.page = self.context.new_page()
-        self.page.set_default_timeout(30_000)
+        self.page.set_default_timeout(60_000)
         self.errors, self.foreign = [], []
         self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
@@ -90,6 +90,18 @@ class Visit:
         self.page.wait_for_function(
             "([side, count]) => document.querySelectorAll(`#avg-chat-${side} .avg-card, #avg-chat-${side} .avg-error`).length == count",
             arg=[side, count],
+        )
+
+    def last_answer_is_visible(self, side=0, whole=True):
+        """Whether the text of the last answer, or its first line, is within the conversation's part of the window."""
+        return self.page.evaluate(
+            """([side, whole]) => {
+              const log = document.querySelector(`#avg-chat-${side} [role=log]`).getBoundingClientRect();
+              const text = [...document.querySelectorAll(`#avg-chat-${side} .bot-row .avg-said`)].pop().getBoundingClientRect();
+              const end = whole ? text.bottom : text.top + 20;
+              return text.top >= Math.max(0, log.top) - 1 && end <= Math.min(window.innerHeight, log.bottom) + 1;
+            }""",
+            [side, whole],
         )
 
     def text(self, side=0):
@@ -128,7 +140,7 @@ def log_lines(served):
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
-def eventually(condition, seconds=10.0):
+def eventually(condition, seconds=60.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "what was waited for did not come"
@@ -151,6 +163,28 @@ def test_a_question_about_a_picture_shows_answer_cost_and_grid(visit, served, si
     part = served[0].bodies[0]["messages"][0]["content"][0]
     assert part["image_url"]["url"].startswith("data:image/png;base64,")
     open_page.shoot(f"{name}-answer")
+    assert open_page.last_answer_is_visible()
+    open_page.ask("And which colour has the background?")
+    open_page.answers(2)
+    assert open_page.last_answer_is_visible()
+
+
+@pytest.mark.parametrize("size", [WIDE, PHONE])
+def test_after_a_long_question_the_answers_begin_is_seen_until_one_scrolls(visit, size):
+    open_page = visit(size).ready()
+    open_page.ask("first", SCENE)
+    open_page.answers(1)
+    open_page.ask("What is there? " * 200)
+    open_page.answers(2)
+    assert open_page.last_answer_is_visible(whole=False)
+    open_page.page.hover("#avg-chat-0 [role=log]")
+    open_page.page.mouse.wheel(0, -100_000)
+    open_page.page.wait_for_function("document.querySelector('#avg-chat-0 [role=log]').scrollTop == 0")
+    open_page.page.evaluate("document.querySelector('#avg-chat-0 .avg-said').append('!')")
+    open_page.page.wait_for_timeout(100)
+    assert open_page.page.evaluate("document.querySelector('#avg-chat-0 [role=log]').scrollTop") == 0
+    open_page.page.click("#avg-regenerate")
+    eventually(lambda: open_page.last_answer_is_visible(whole=False))
 
 
 def test_the_answer_streams_and_stops_and_the_server_notices(visit, served):
@@ -174,7 +208,7 @@ def test_a_closed_page_stops_its_answer(visit, served):
     open_page.ask("long story")
     open_page.page.wait_for_selector('#avg-chat-0 :text("story")')
     open_page.page.close()
-    eventually(lambda: served[0].hung_up == before + 1, 20)
+    eventually(lambda: served[0].hung_up == before + 1)
 
 
 def test_granularity_budget_and_pictures_of_earlier_turns_go_out(visit, served):

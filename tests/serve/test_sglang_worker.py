@@ -20,13 +20,14 @@ from llava.serve.worker_base import create_worker_app
 from llava.serve.worker_flags import read_limits, read_registration
 from tests.serve.fake_backend import HTTP, Exchange, FakeBackend
 from tests.serve.fake_engine import FakeEngine
+from tests.serve.ports import free_port
 from tests.serve.running import RunningApp, wait_until
 
-QUICK = Patience(connect=1.0, head=2.0, piece=1.0, total=10.0)
+PATIENT = Patience(connect=10.0, head=10.0, piece=10.0, total=60.0)
 
 
 def bridge_to(url: str, model: str = "fake", **options: Any) -> RunningApp:
-    return RunningApp(create_bridge_app(Backend(url, model, **{"patience": QUICK, "poll_seconds": 0.05, **options})))
+    return RunningApp(create_bridge_app(Backend(url, model, **{"patience": PATIENT, "poll_seconds": 0.05, **options})))
 
 
 def is_ready(running: RunningApp) -> bool:
@@ -123,7 +124,7 @@ def dying(exchange: Exchange) -> None:
     "behaviour", [redirecting, lambda exchange: exchange.head(200, "text/html", Content_Length="0"), lambda exchange: exchange.until_gone()]
 )
 def test_a_misbehaving_backend_is_a_typed_error_with_a_request_id(behaviour: Any) -> None:
-    patience = Patience(connect=1.0, head=0.3, piece=0.3)
+    patience = Patience(connect=10.0, head=0.5, piece=0.5)
     with FakeBackend(behaviour) as fake, bridge_to(fake.url, "other", name="fake", patience=patience) as bridge:
         answer = HTTP.post(bridge.url + "/v1/chat/completions", json=chat(), headers={"X-Request-Id": "mine-1"})
         error = answer.json()["error"]
@@ -140,31 +141,21 @@ def test_a_backend_that_dies_while_streaming_is_an_error_in_the_stream() -> None
 
 
 def test_a_client_that_goes_away_ends_the_backends_work() -> None:
-    engine = FakeEngine(piece_delay=0.05, pieces=lambda request: ("word ",) * 200)
+    engine = FakeEngine(piece_delay=0.05, pieces=lambda request: ("word ",) * 4000)
     with RunningApp(create_worker_app(engine)) as behind, bridge_to(behind.url) as bridge:
         with HTTP.stream("POST", bridge.url + "/v1/chat/completions", json=chat(stream=True)) as response:
             next(response.iter_bytes())
-        wait_until(lambda: engine.cancelled and not engine.active, 5)
+        wait_until(lambda: engine.cancelled and not engine.active)
 
 
 def test_the_backend_may_come_later_and_come_back() -> None:
-    app = create_worker_app(FakeEngine())
-    with RunningApp(app) as behind:
-        port = behind.port
+    port = free_port()
     with bridge_to(f"http://127.0.0.1:{port}") as bridge:
         answer = HTTP.post(bridge.url + "/v1/chat/completions", json=chat())
         assert answer.json()["error"]["code"] == "backend_unreachable" and not is_ready(bridge)
-        with RunningAppAt(create_worker_app(FakeEngine()), port):
-            wait_until(lambda: is_ready(bridge), 5)
+        with RunningApp(create_worker_app(FakeEngine()), port=port):
+            wait_until(lambda: is_ready(bridge))
             assert HTTP.post(bridge.url + "/v1/chat/completions", json=chat()).status_code == 200
-
-
-class RunningAppAt(RunningApp):
-    """An app on a port that was free a moment ago."""
-
-    def __init__(self, app: Any, port: int) -> None:
-        super().__init__(app)
-        self.server.config.port = port
 
 
 def parsed(*flags: str) -> Any:

@@ -179,3 +179,41 @@ def test_a_part_of_the_rows_can_take_a_step():
     write(slots, 1, [1], [20.0])
     assert slots.lengths == [1, 2, 1]
     assert [values_of(slots, row) for row in range(3)] == [[1], [2, 20], [3]]
+
+
+def test_the_storage_shrinks_to_the_rows_in_use_and_grows_again():
+    slots = SlotCache(max_rows=8, max_positions=4096)
+    slots.reserve(3, 8)
+    write(slots, 0, [0, 0, 0], [1.0, 2.0], [3.0], [4.0])
+    slots.leave(0)
+    assert slots.capacity[0] == 8
+    assert slots.shrink() and not slots.shrink()
+    assert slots.capacity == (2, 64) and {len(stored) for stored in (*slots._keys, *slots._values)} == {2}
+    assert [values_of(slots, row) for row in range(2)] == [[4], [3]]
+    slots.reserve(3, 8)
+    write(slots, 2, [0], [5.0, 6.0])
+    assert [values_of(slots, row) for row in range(3)] == [[4], [3], [5, 6]]
+
+
+def test_storage_of_which_only_some_layers_could_be_made_smaller_still_works(monkeypatch):
+    slots = SlotCache(max_rows=4, max_positions=4096)
+    slots.reserve(2, 8)
+    write(slots, 0, [0, 0], [1.0, 2.0], [3.0])
+    slots.leave(1)
+    original, copies = torch.Tensor.clone, [0]
+
+    def short(tensor: torch.Tensor) -> torch.Tensor:
+        copies[0] += 1
+        if copies[0] > 1:
+            raise MemoryError
+        return original(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "clone", short)
+    with pytest.raises(MemoryError):
+        slots.shrink()
+    monkeypatch.undo()
+    assert [len(stored) for stored in slots._keys] == [1, 4]
+    write(slots, 0, slots.lengths, [9.0])
+    slots.reserve(2, 8)
+    write(slots, 1, [0], [5.0])
+    assert [values_of(slots, row) for row in range(2)] == [[1, 2, 9], [5]]

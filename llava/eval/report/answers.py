@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from llava.eval.journal import write_whole
 from llava.eval.one_by_one import Failure, attempt
 from llava.eval.questions import NO_FAMILY
 from llava.eval.report.tasks import Item
@@ -60,10 +61,6 @@ class Crash:
 def is_right(said: str, answer: str) -> bool:
     """Whether two texts agree, apart from case and surrounding space; nothing is parsed out of a longer answer."""
     return said.strip().lower() == answer.strip().lower()
-
-
-load_picture = load_image
-"""The name that the playground's recipe imports."""
 
 
 def by_picture(items: Sequence[Item]) -> list[Item]:
@@ -202,11 +199,16 @@ Ask = Callable[[Sequence[Item]], tuple[list[Record], list[Crash]]]
 def write_answers(path: Path, origin: Mapping[str, Any], records: Sequence[Record]) -> None:
     """A line that says how the answers were made, so that no copy of the file loses it, then one per question."""
     lines = [{"made with": origin}, *(asdict(record) for record in records)]
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def earlier_answers(path: Path, items: Sequence[Item], origin: Mapping[str, Any], ask: Ask) -> tuple[list[Record], list[Crash]]:
+def earlier_answers(
+    path: Path, items: Sequence[Item], origin: Mapping[str, Any], ask: Ask
+) -> tuple[list[Record], list[Crash], list[Record]]:
     """Records of an earlier report; questions that it lacks are asked now, and its first question again, in case pictures or code differ.
+
+    Returns:
+        Records and crashes of `items`, and the file's records of other questions, say of a longer report.
 
     Raises:
         ValueError: no such file, or answers that were made in another way; the sentence names what differs.
@@ -226,7 +228,7 @@ def earlier_answers(path: Path, items: Sequence[Item], origin: Mapping[str, Any]
     if not again or again[0].said != kept[0].said or not _alike(again[0].logits, kept[0].logits):
         raise ValueError(f"The answers in {path} are of other questions, pictures or another model; leave --answers out.")
     records, crashes = ask([item for item, key in zip(items, keys, strict=True) if key not in found])
-    return [*kept, *records], crashes
+    return [*kept, *records], crashes, [record for key, record in found.items() if key not in set(keys)]
 
 
 def _alike(first: Sequence[float] | None, second: Sequence[float] | None) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from llava.eval.report import words
 from llava.eval.report.plots import choice_bars, escape, legend, scatter, time_bars
 
 PICTURE_WIDTH = 760
@@ -111,11 +112,11 @@ def write_page(report: Mapping[str, Any], pictures: Sequence[Image.Image]) -> st
         report: what is written to report.json. pictures: one per entry of its `examples`.
     """
     rows = report["rows"]
-    parts = [_head(report), _alarm(report), _cards(report), '<div class="pair">', _accuracy_plot(rows), _choices(report), "</div>"]
+    parts = [_head(report), _alarm(report), _cards(report), '<div class="pair">', _accuracy_plot(report), _choices(report), "</div>"]
     timed = [row for row in rows if row["cost"] is not None]
     if timed:
         parts.append(_section("Where the time of an answer goes", report["timing"]["text"], time_bars(timed)))
-    parts += [_table(rows), _families(rows, report["families"]), _examples(report["examples"], pictures), _notes(report["notes"])]
+    parts += [_table(report), _families(rows, report["families"]), _examples(report["examples"], pictures), _notes(report["notes"])]
     title = escape(f"{report['task']}: what adaptive granularity buys")
     ramp = _level_style(len(report["granularities"]))
     return (
@@ -178,11 +179,12 @@ def _cards(report: Mapping[str, Any]) -> str:
     )
 
 
-def _accuracy_plot(rows: Sequence[Mapping[str, Any]]) -> str:
+def _accuracy_plot(report: Mapping[str, Any]) -> str:
+    rows = report["rows"]
     plots = scatter(rows, 560, 400).replace('class="plot"', 'class="plot wide"') + scatter(rows, 360, 330).replace(
         'class="plot"', 'class="plot narrow"'
     )
-    lead = "Percent right, mean over families. Whiskers are 95 % intervals; the dashed line joins the fixed granularities."
+    lead = f"{words.heads(report)[0].capitalize()}. Whiskers are 95 % intervals; the dashed line joins the fixed granularities."
     return _section("Accuracy against cost", lead, plots + legend([row["kind"] for row in rows]))
 
 
@@ -199,19 +201,20 @@ def _number(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-COLUMNS = (
-    "accuracy, %", "against finest", "visual tokens", "saved, %", "TTFT, ms", "total, ms", "tokens/s", "router, %", "peak, MiB", "KV, MiB",
+COSTS = (
+    "saved, %", "TTFT, ms", "total, ms", "tokens/s", "router, %", "peak, MiB", "KV, MiB",
 )  # fmt: skip
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+def _table(report: Mapping[str, Any]) -> str:
     lines = []
-    for row in rows:
+    for row in report["rows"]:
         cost = row["cost"] or {}
         interval = "" if row["interval"] is None else f" <small>[{row['interval'][0]:.1f}, {row['interval'][1]:.1f}]</small>"
         cells = [
-            f"{row['accuracy']:.1f}{interval}",
+            f"{words.percent(row['accuracy'])}{interval}",
             f"{row['difference']:+.1f}",
+            *([words.percent(row["over_questions"])] if words.grouped(report) else []),
             f"{row['tokens']:.0f}",
             f"{row['saved']:.0f}",
             _number(cost.get("ttft_ms")),
@@ -223,7 +226,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         ]
         body = "".join(f"<td>{cell}</td>" for cell in cells)
         lines.append(f'<tr class="{escape(row["kind"])}"><td>{escape(row["name"])}</td>{body}</tr>')
-    head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
+    accuracy, *others = words.heads(report)
+    head = "".join(f"<th>{escape(name)}</th>" for name in (accuracy, "against finest", *others, *COSTS))
     table = f'<div class="scroll"><table><thead><tr><th>choice</th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
     return _section("Every way of choosing", "How each column is measured is said at the end of the page.", table)
 

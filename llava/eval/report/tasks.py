@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava.eval import questions
-from llava.eval.questions import NO_FAMILY, scored_fields
+from llava.eval.questions import NO_FAMILY, read_questions, scored_fields
 from llava.inference import MICRO_MODEL
 
 
@@ -48,12 +47,8 @@ def read_task(path: Path, folder: Path | None = None, name: str | None = None) -
         ValueError: no such file or folder, or everything that is wrong with its lines.
     """
     folder = folder or path.parent
-    rows = questions.read_questions(path, folder, _one_picture)
+    rows = read_questions(path, folder, _one_picture)
     return Task(name or path.stem, folder, [Item(row.question_id, row.images[0], row.text, **row.extra) for row in rows])
-
-
-read_questions = read_task
-"""The name that the playground's recipe imports."""
 
 
 def _one_picture(row: dict[str, Any], line: str) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from llava.inference import Assistant
 from llava.model.routing import RoutingRequest
 
 DEFAULT_BIASES = (-1.0, -0.5, 0.5, 1.0)
+FLAGS = {"bias": "--biases", "budget": "--budgets"}
+"""Where a kind of row is asked for."""
 Wishes = dict[str, tuple[str, RoutingRequest]]
 """Rows to be, by name: kind and request."""
 
@@ -57,8 +59,12 @@ def check_wishes(assistant: Assistant, task: Task, wishes: Wishes) -> None:
             first = encoder([item])
         except (ValueError, OSError):
             continue  # counted as a crash when it is asked
-        for _, request in wishes.values():
-            assistant.model.plan(first.rows, [len(features) for features in first.features], first.sizes, request, first.merge_type)
+        views = [len(features) for features in first.features]
+        for name, (kind, request) in wishes.items():
+            try:
+                assistant.model.plan(first.rows, views, first.sizes, request, first.merge_type)
+            except ValueError as error:
+                raise ValueError(f"The row '{name}' of {FLAGS.get(kind, 'the router')} cannot be: {error}") from error
         return
 
 

@@ -16,6 +16,32 @@ NO_ROUTER = "This model has no router: the adaptive rows, chance at their cost a
 LEAD = "Every question asked at every granularity: what the answers are worth, and what they cost."
 
 
+def heads(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """Heads of the columns about answers: accuracy in percent, that over questions where it is another, and visual tokens.
+
+    With several families accuracy and tokens are means over them, and the table says so.
+    """
+    if not grouped(report):
+        return "accuracy, %", "visual tokens"
+    return "accuracy, mean over families, %", "accuracy over questions, %", "visual tokens, mean over families"
+
+
+def grouped(report: Mapping[str, Any]) -> bool:
+    """Whether the questions are of several families."""
+    return len(report["families"]) > 1
+
+
+def percent(value: float) -> str:
+    """A value of a table to one decimal; values that differ by rounding errors alone, such as two means of the same, look the same."""
+    return f"{round(value, 9):.1f}"
+
+
+def empty_answers(report: Mapping[str, Any]) -> str | None:
+    """How many answers are empty, or `None` where none is."""
+    empty, answers = report["empty_answers"], report["answered"] * len(report["granularities"])
+    return f"{empty} of {answers} answers (questions times granularities) {'is' if empty == 1 else 'are'} empty." if empty else None
+
+
 def facts(report: Mapping[str, Any]) -> list[str]:
     """What was asked of whom, and where."""
     return [
@@ -43,19 +69,19 @@ def cards(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     own = next((row for row in rows if row["kind"] == "adaptive"), None)
     if own is None:
         return [
-            {"title": "Accuracy", "value": f"{row['accuracy']:.1f} %", "text": f"{row['name']}, {row['tokens']:.0f} visual tokens"}
+            {"title": "Accuracy", "value": f"{percent(row['accuracy'])} %", "text": f"{row['name']}, {row['tokens']:.0f} visual tokens"}
             for row in [*fixed, oracle]
         ]
     found = [
         {
-            "title": "Accuracy",
-            "value": f"{own['accuracy']:.1f} %",
-            "text": f"against {finest['accuracy']:.1f} % at the finest: {_signed(own['difference'], own['difference_interval'])}",
+            "title": "Accuracy, family mean" if len(own["families"]) > 1 else "Accuracy",
+            "value": f"{percent(own['accuracy'])} %",
+            "text": f"against {percent(finest['accuracy'])} % at the finest: {_signed(own['difference'], own['difference_interval'])}",
         },
         {
             "title": "Visual tokens",
             "value": f"{own['tokens']:.0f} of {finest['tokens']:.0f}",
-            "text": f"{own['saved']:.0f} % saved; chance at that cost reaches {_of_kind(rows, 'random')['accuracy']:.1f} %",
+            "text": f"{own['saved']:.0f} % saved; chance at that cost reaches {percent(_of_kind(rows, 'random')['accuracy'])} %",
         },
     ]
     if own["cost"] is not None:
@@ -73,7 +99,7 @@ def cards(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         {
             "title": "Oracle gap",
             "value": f"{gap:.1f} points",
-            "text": f"the cheapest correct granularity of each question: {oracle['accuracy']:.1f} % at {oracle['tokens']:.0f} tokens",
+            "text": f"the cheapest correct granularity of each question: {percent(oracle['accuracy'])} % at {oracle['tokens']:.0f} tokens",
         }
     )
     return found
@@ -86,11 +112,16 @@ def _of_kind(rows: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any]:
 def notes(report: Mapping[str, Any]) -> list[str]:
     """How every number came about."""
     kinds = {row["kind"] for row in report["rows"]}
-    grouped = report["families"] != [NO_FAMILY]
     said = [
         "Right is an answer that equals the expected text, apart from case and surrounding space. Answers are greedy, of at most "
         f"{report['max_new_tokens']} tokens."
-        + (" Accuracy and visual tokens are means over question families: every family counts the same." if grouped else ""),
+        + (
+            " Accuracy and visual tokens are means over question families: every family counts the same, however many questions it has. "
+            "Accuracy over questions is beside them."
+            if grouped(report)
+            else ""
+        ),
+        *filter(None, [empty_answers(report)]),
         _interval_note(report),
         "Visual tokens are what a picture keeps in the prompt, newline tokens included.",
     ]
@@ -119,8 +150,9 @@ def _interval_note(report: Mapping[str, Any]) -> str:
     if report["rare_families"]:
         return _no_interval(report)
     return (
-        f"Intervals hold 95 % of {RESAMPLES} resamples of the pictures (bootstrap, seed {report['seed']}); pictures are drawn, not "
-        "questions, because questions about one picture are not independent. A resample that lacks a family is left out. Where every "
+        f"Intervals are of 95 %, from {RESAMPLES} resamples of the pictures (bootstrap, seed {report['seed']}), widened as Student's t is "
+        "for few pictures; pictures are drawn, not questions, because questions about one picture are not independent. A resample that "
+        "lacks a family is left out. Where every "
         "answer is right a bootstrap sees no doubt: read such an interval as too narrow. The difference to the finest granularity is "
         "paired."
     )
@@ -157,18 +189,23 @@ def _timing_notes(report: Mapping[str, Any]) -> list[str]:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The table and the choices, for a terminal or a page of documentation."""
+    first, *others = heads(report)
     head = [
-        "choice", "accuracy, % [95 %]", "visual tokens", "saved", "TTFT, ms", "total, ms", "tokens/s", "router", "peak, MiB", "KV, MiB",
+        "choice", f"{first} [95 %]", *others, "saved", "TTFT, ms", "total, ms", "tokens/s", "router", "peak, MiB", "KV, MiB",
     ]  # fmt: skip
     lines = [[
         row["name"],
-        f"{row['accuracy']:.1f}" + ("" if row["interval"] is None else f" [{row['interval'][0]:.1f}, {row['interval'][1]:.1f}]"),
+        percent(row["accuracy"]) + ("" if row["interval"] is None else f" [{row['interval'][0]:.1f}, {row['interval'][1]:.1f}]"),
+        *([percent(row["over_questions"])] if grouped(report) else []),
         f"{row['tokens']:.0f}", f"{row['saved']:.0f} %", *_cost_cells(row["cost"]),
     ] for row in report["rows"]]  # fmt: skip
     text = f"{report['answered']} of {report['asked']} questions of {report['task']}, model {report['model']}\n\n"
     text += _aligned([head, *lines])
     if report["rare_families"]:
         text += f"\n{_no_interval(report)}\n"
+    empty = empty_answers(report)
+    if empty is not None:
+        text += f"\n{empty}\n"
     gap = report["oracle_gap"]
     if gap is not None:
         adaptive = _of_kind(report["rows"], "adaptive")

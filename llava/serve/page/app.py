@@ -89,7 +89,7 @@ def create_page_app(options: PageOptions) -> FastAPI:
         redoc_url=None,
         middleware=[
             *([] if options.names is None else [Middleware(HostNames, names=options.names)]),
-            Middleware(PageGuard, events=_events(blocks), embed=options.embed),
+            Middleware(PageGuard, events=_events(blocks), embed=options.embed, names=options.names or ()),
         ],
     )
     app.add_route("/gradio_api/upload", uploads.receive, methods=["POST"])

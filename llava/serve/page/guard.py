@@ -1,15 +1,16 @@
 """What the page's server answers at all, and the headers it sends.
 
 Gradio serves more than this page uses: a proxy, components' own routes, remote files named in a request. Here is a closed list of paths
-and methods; requests are small (pictures come in through `uploads.py` alone), name no remote file and call an event that the page has, all
-of which Gradio itself would answer with an internal error; and the browser is told to load nothing from anywhere else.
+and methods; nothing is taken from other sites' pages; requests are small (pictures come in through `uploads.py` alone), name no remote file
+and call an event that the page has, all of which Gradio itself would answer with an internal error; and the browser is told to load nothing
+from anywhere else.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 from urllib.parse import unquote
 
@@ -18,7 +19,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava.serve.gate import Gate
-from llava.serve.http_guard import BoundedBodies
+from llava.serve.http_guard import BoundedBodies, is_own_page
 from llava.serve.protocol import Limits, ServeError
 
 MAX_JSON_BYTES = 1_000_000
@@ -38,6 +39,7 @@ _CALL = re.compile(r"/gradio_api/(?:queue/join|(?P<way>run|call)/(?P<name>[\w-]+
 _POST = re.compile(rf"{_CALL.pattern}|/gradio_api/(?:cancel|reset|upload)/?")
 _REMOTE = re.compile(r"\s*[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 
+_FOREIGN_PAGE = "Pages of other sites may not ask here; the operator adds this page's own names with --allow-host."
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; "
@@ -51,13 +53,19 @@ class PageGuard:
     Args:
         events: the page's events, by number and by name, with the number of their inputs.
         embed: let other sites show the page in a frame.
+        names: of this server, in lower case; pages under these may post, besides those that `is_own_page` knows.
         body_seconds: in which a request has to arrive; an upload has more, see `uploads.py`.
     """
 
     def __init__(
-        self, app: ASGIApp, events: Mapping[int | str, int], embed: bool = False, body_seconds: float = Limits.body_seconds
+        self,
+        app: ASGIApp,
+        events: Mapping[int | str, int],
+        embed: bool = False,
+        names: Collection[str] = (),
+        body_seconds: float = Limits.body_seconds,
     ) -> None:
-        self.app, self.events = app, events
+        self.app, self.events, self.names = app, events, frozenset(names)
         self._bounded_post = BoundedBodies(self._post, Gate(0, HELD_BODIES * MAX_JSON_BYTES), MAX_JSON_BYTES, body_seconds)
         self.headers = {
             "Content-Security-Policy": _POLICY.format(ancestors="*" if embed else "'self'"),
@@ -74,6 +82,8 @@ class PageGuard:
         send = self._with_headers(send)
         if not _is_open(scope):
             await PlainTextResponse("There is nothing at this address.", 404)(scope, receive, send)
+        elif scope["method"] == "POST" and not is_own_page(scope, self.names):
+            await PlainTextResponse(_FOREIGN_PAGE, 403)(scope, receive, send)
         elif scope["method"] == "POST" and not scope["path"].startswith("/gradio_api/upload"):
             try:
                 await self._bounded_post(scope, receive, send)
