@@ -101,6 +101,7 @@ def join_apps(worker: FastAPI, page: FastAPI | None) -> FastAPI:
             yield
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    app.state.failed = worker.state.failed
     app.state.worker, app.state.drain = worker.state.worker, worker.state.drain  # the page's questions are requests to the worker
     app.mount("/", Split(worker, page))
     return app

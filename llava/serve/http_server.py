@@ -168,6 +168,7 @@ class DrainingServer(uvicorn.Server):
         drain: refuses new work, and returns when nothing runs any more.
         drain_seconds: after which what still runs is cancelled.
         on_started: called once connections are taken.
+        failed: whether what the app serves has failed for good; the server ends then.
     """
 
     def __init__(
@@ -176,8 +177,10 @@ class DrainingServer(uvicorn.Server):
         drain: Callable[[], Awaitable[None]],
         drain_seconds: float = DRAIN_SECONDS,
         on_started: Callable[[], None] | None = None,
+        failed: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(config)
+        self.failed = failed
         self.drain, self.drain_seconds, self.on_started = drain, drain_seconds, on_started
         self._finishing: asyncio.Task[None] | None = None
 
@@ -186,6 +189,10 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets)
         if self.started and self.on_started is not None:
             self.on_started()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Asked by uvicorn ten times a second: whether to end."""
+        return await super().on_tick(counter) or self.failed()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -231,7 +238,8 @@ def make_server(
     """A server for an app; `run_server` runs it, and so does `await server.serve()`.
 
     Args:
-        app: at `app.state.drain` it has what a `DrainingServer` needs; `guard_app` leaves it there.
+        app: has what a `DrainingServer` needs at `app.state.drain`, where `guard_app` leaves it, and where it may fail for good, at
+            `app.state.failed`.
         port: 0 takes a free one; it is printed.
         on_started: called once connections are taken.
         options: uvicorn's own, such as `ssl_keyfile`.
@@ -249,18 +257,18 @@ def make_server(
         "log_level": log_level,
     }
     config = uvicorn.Config(app, host=host, port=port, **{**settings, **options})
-    return DrainingServer(config, app.state.drain, drain_seconds, on_started)
+    return DrainingServer(config, app.state.drain, drain_seconds, on_started, getattr(app.state, "failed", lambda: False))
 
 
 def run_server(server: DrainingServer) -> int:
-    """Run until a signal; 0, or 1 when the server could not start."""
+    """Run until a signal; 0, or 1 when the server could not start, or ended because what it serves has failed for good."""
     allow_many_files()
     share_the_interpreter()
     try:
         server.run()
     except SystemExit:  # uvicorn's word for a port that is taken or a lifespan that failed; it logged which
         return 1
-    return 0 if server.started else 1
+    return 0 if server.started and not server.failed() else 1
 
 
 def share_the_interpreter() -> None:

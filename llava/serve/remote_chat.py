@@ -308,7 +308,15 @@ def _scores(logprobs: object) -> tuple[TokenScore, ...]:
 def _token_and_score(token: object) -> tuple[str, float] | None:
     if not isinstance(token, dict) or not isinstance(token.get("token"), str) or not is_number(token.get("logprob")):
         return None
-    return token["token"], float(token["logprob"])
+    return _token_text(token), float(token["logprob"])
+
+
+def _token_text(token: dict[str, Any]) -> str:
+    """A token's text by its bytes, where the backend tells them: a part of a character has no text of its own."""
+    told = token.get("bytes")
+    if isinstance(told, list) and all(type(value) is int and 0 <= value < 256 for value in told):
+        return bytes(told).decode("utf-8", "surrogateescape")
+    return str(token["token"])
 
 
 def image_reports(report: dict[str, Any]) -> tuple[ImageReport, ...]:

@@ -295,6 +295,7 @@ def create_worker_app(
         default_response_class=JsonResponse,
     )
     app.state.worker = worker
+    app.state.failed = lambda: engine.stats().failed is not None
     _add_routes(app, worker, metrics, not_ready)
     describe_bodies(app, {CHAT_PATH: ChatRequest, WORKER_PATH: WorkerRequest}, guarded=bool(api_keys))
     guard_app(
@@ -343,6 +344,8 @@ def _add_routes(app: FastAPI, worker: Worker, metrics: Metrics, not_ready: Error
             return JsonResponse({"status": "ready"})
         if worker.gate.draining:
             return error_response(ServeError(ErrorKind.DRAINING), request.scope)
+        if failed := worker.engine.stats().failed:
+            return error_response(ServeError(failed), request.scope)
         detail = "The engine takes no requests now." if not_ready is ErrorKind.OVERLOADED else None
         return error_response(ServeError(not_ready, detail), request.scope)
 
@@ -359,6 +362,6 @@ def run_worker(app: FastAPI, host: str, port: int, *, log_level: str = "info", d
         options: uvicorn's own, such as `ssl_keyfile`.
 
     Returns:
-        0, or 1 when the server could not start.
+        0, or 1 when the server could not start or its engine failed for good.
     """
     return run_server(make_server(app, host, port, log_level=log_level, drain_seconds=drain_seconds, **options))

@@ -444,3 +444,9 @@ def test_what_does_not_finish_is_left_after_its_time_or_at_the_second_signal(sig
 def test_only_names_that_nobody_else_can_point_here_are_answered(host, status):
     app = HostNames(create_worker_app(FakeEngine()), ("mine.example",))
     assert call(app, "GET", "/health", headers={"Host": host}).status_code == status
+
+
+def test_a_server_whose_engine_has_failed_for_good_ends_with_status_1():
+    app, broken = create_worker_app(FakeEngine()), []
+    app.state.failed = lambda: bool(broken)
+    assert run_server(make_server(app, "127.0.0.1", 0, log_level="error", on_started=lambda: broken.append(1))) == 1

@@ -237,7 +237,8 @@ def test_a_backend_of_our_own_reports_what_pictures_cost() -> None:
 
 
 def test_log_probabilities_come_through() -> None:
-    content = [{"token": "x", "logprob": -0.5, "top_logprobs": [{"token": "y", "logprob": -1}]}]
+    content = [{"token": "x", "logprob": -0.5, "top_logprobs": [{"token": "y", "logprob": -1, "bytes": None}]}]
+    content += [{"token": "\ufffd", "logprob": -2, "bytes": [0xE2]}, {"token": "z", "logprob": -3, "bytes": [-1]}]
 
     def answer(exchange: Exchange) -> None:
         exchange.begin_stream()
@@ -247,7 +248,8 @@ def test_log_probabilities_come_through() -> None:
 
     with FakeBackend(answer) as fake:
         events = with_engine(fake, lambda engine: collected(engine, asking()))
-    assert events[1] == Piece("x", (TokenScore("x", -0.5, (("y", -1.0),)),))
+    scores = (TokenScore("x", -0.5, (("y", -1.0),)), TokenScore("\udce2", -2.0), TokenScore("z", -3.0))
+    assert events[1] == Piece("x", scores) and scores[1].data == b"\xe2"
 
 
 def refusing(status: int, body: Any = None, **headers: str) -> Callable[[Exchange], None]:

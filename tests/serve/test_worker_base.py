@@ -27,7 +27,7 @@ from llava.serve import pictures as pictures_page
 from llava.serve.gate import Gate
 from llava.serve.http_guard import guard_app
 from llava.serve.pictures import NOT_FETCHED, PictureLoader
-from llava.serve.protocol import ErrorKind, Limits, ServeError
+from llava.serve.protocol import EngineStats, ErrorKind, Limits, ServeError
 from llava.serve.worker_base import Registration, create_worker_app, run_worker
 from tests.serve.bodies import CHAT, WORKER, chat_body, data_url, picture, worker_body
 from tests.serve.fake_engine import FakeEngine
@@ -151,6 +151,16 @@ def test_errors_have_llavas_form_at_llavas_addresses_alone():
         refused = call(app, "GET", path)
         assert refused.status_code in (404, 405) and refused.json().keys() == keys
         assert refused.headers["content-type"] == "application/json"
+
+
+def test_an_engine_that_has_failed_for_good_is_not_ready_and_ends_the_server():
+    engine = FakeEngine(ready=False)
+    app = create_worker_app(engine)
+    assert not app.state.failed()
+    engine.stats = lambda: EngineStats(0, 0, 0, 0, 0, 0, ErrorKind.INTERNAL)
+    assert app.state.failed()
+    answer = call(app, "GET", "/ready")
+    assert answer.status_code == 500 and answer.json()["error"]["code"] == ErrorKind.INTERNAL.value
 
 
 def test_status_and_readiness():
