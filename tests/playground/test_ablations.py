@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llava.eval.report.outcomes import FEWEST_PICTURES
 from llava.train.train import parse_arguments
 from playground.ablations import markdown, spread, table
 from playground.evaluate import Record, Results
@@ -24,11 +25,11 @@ NEEDED = ("data", "stage3", "paper-loss-0", "cost-aware-0", "other-axis-0", "no-
 
 
 def made_up() -> Results:
-    """Eight questions per family, each on a picture of its own: coarse ones are right everywhere, fine ones at the finest level only."""
+    """Per family as many pictures as an interval needs: coarse questions are right everywhere, fine ones at the finest level only."""
     records = []
     for family in FAMILIES:
         right = [family in COARSE_FAMILIES] * 2 + [True]
-        for number in range(len(records), len(records) + 8):
+        for number in range(len(records), len(records) + FEWEST_PICTURES):
             records.append(Record(number, f"{number}.png", "?", "x", family, ["", ""], right, [24, 88, 336]))
     return Results(records)
 
