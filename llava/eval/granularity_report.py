@@ -104,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model-path", "--model_path", help="checkpoint folder or hub id; the shipped micro model when missing")
     add("--model-base", "--model_base", help="what a projector-only or adapter folder belongs to")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--task", help=f"questions that are on this machine: {', '.join(TASKS)}")
+    source.add_argument("--task", help=f"questions that need no download: {', '.join(TASKS)}")
     source.add_argument("--questions", type=Path, help="JSONL with question_id, image, text, answer and optionally family")
     add("--image-folder", "--image_folder", type=Path, help="what picture names are relative to; the folder of --questions when missing")
     add("--output", type=Path, required=True, help="folder for report.json, report.md, report.html and answers.jsonl")
@@ -196,7 +196,7 @@ def run(settings: Settings) -> str | None:
     (output / "report.html").write_text(write_page(report, pictures), encoding="utf-8")
     table = words.markdown(report)
     (output / "report.md").write_text(table, encoding="utf-8")
-    print(table)
+    print(f"{table}\nThe page, this table and all numbers: report.html, report.md and report.json in {output}")
     return failures.sentence(len(task.items))
 
 

@@ -10,10 +10,10 @@ _EXTRA = ("fastapi", "starlette", "pydantic", "anyio", "uvicorn", "h11", "gradio
 
 
 def _explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Write one sentence about a missing extra, and any other error as ever."""
+    """Write one sentence about a missing extra, nothing about Ctrl-C, of which the exit status tells, and any other error as ever."""
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _EXTRA:
         print(f'error: {error.name} is not installed; install the serve extra: pip install -e ".[serve]"', file=sys.stderr)
-    else:
+    elif not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
 
 

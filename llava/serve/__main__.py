@@ -13,10 +13,10 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from llava.serve.http_guard import HostNames
-from llava.serve.http_server import OPEN_PAGE_SECONDS, check_address, shown_url
+from llava.serve.http_guard import HostNames, TypedNotFound
+from llava.serve.http_server import OPEN_PAGE_SECONDS, check_address, run_program, shown_url
 from llava.serve.model_worker import add_batch_flags, add_model_flags, batch_rows, check_arguments, load_engine
 from llava.serve.page.flags import add_page_flags, check_port, read_names
 from llava.serve.worker_base import create_worker_app, run_worker
@@ -79,7 +79,7 @@ def _greeting(args: argparse.Namespace, model: str) -> str:
 class Split:
     """Sends the API's paths to the worker and all others to the page."""
 
-    def __init__(self, worker: FastAPI, page: FastAPI | None) -> None:
+    def __init__(self, worker: ASGIApp, page: ASGIApp | None) -> None:
         self.worker, self.page = worker, page
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -103,7 +103,7 @@ def join_apps(worker: FastAPI, page: FastAPI | None) -> FastAPI:
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     app.state.failed = worker.state.failed
     app.state.worker, app.state.drain = worker.state.worker, worker.state.drain  # the page's questions are requests to the worker
-    app.mount("/", Split(worker, page))
+    app.mount("/", Split(worker, page and TypedNotFound(page)))
     return app
 
 
@@ -128,4 +128,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

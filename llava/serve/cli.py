@@ -160,15 +160,10 @@ class Chat:
     def _image(self, rest: str) -> None:
         if not rest:
             raise ValueError("/image needs the path of a picture.")
-        self.add_images([rest] if os.path.isfile(rest) else rest.split())
+        self.add_images(load_pictures([rest] if os.path.isfile(rest) else rest.split()))
 
-    def add_images(self, names: Sequence[str]) -> None:
-        """Load pictures for the next question.
-
-        Raises:
-            ValueError: a picture that cannot be used.
-        """
-        loaded = load_images([os.path.expanduser(name) for name in names], allow_remote=True)
+    def add_images(self, loaded: Sequence[Image.Image]) -> None:
+        """Take pictures for the next question."""
         self.conversation.waiting += loaded
         sizes = ", ".join(f"{image.width} x {image.height}" for image in loaded)
         self._say(self.terminal.dim(f"{pictures(len(self.conversation.waiting))} for the next question ({sizes} added)"))
@@ -196,8 +191,16 @@ class Chat:
         if isinstance(routing.granularity, int) and routing.granularity > finest:
             self._say(self.terminal.dim(f"{routing.granularity} is more than this model has; its finest is taken"))
             routing = replace(routing, granularity=finest)
+        self._check_granularity(routing.granularity)
         allowed_levels(self._levels(), routing, self.assistant.model.get_model().router is not None)
         self.options = replace(self.options, routing=routing)
+
+    def _check_granularity(self, wanted: int | Sequence[int] | None) -> None:
+        """As `allowed_levels`, but under the name that the flag and the command have here."""
+        named = () if wanted is None else (wanted,) if isinstance(wanted, int) else tuple(wanted)
+        if not set(named) <= set(self._levels()):
+            given = ",".join(map(str, named))
+            raise ValueError(f"The granularity is {given}, but this model has {self._levels()} tokens per view; choose from these.")
 
     def _levels(self) -> list[int]:
         return [level.tokens for level in self.assistant.model.levels]
@@ -216,6 +219,15 @@ class Chat:
 
     def _exit(self, rest: str) -> None:
         self.over = True
+
+
+def load_pictures(names: Sequence[str]) -> list[Image.Image]:
+    """Load files and web addresses.
+
+    Raises:
+        ValueError: a picture that cannot be used.
+    """
+    return load_images([os.path.expanduser(name) for name in names], allow_remote=True)
 
 
 def pictures(count: int) -> str:
@@ -253,7 +265,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def make_chat(args: argparse.Namespace, terminal: Terminal) -> Chat:
-    """Load the model that the flags name, and the first pictures.
+    """Load the first pictures, and then the model that the flags name: a picture that is not there is told before the weights are read.
 
     Raises:
         ValueError: flags, a checkpoint or a picture that cannot work. OSError: files that cannot be read.
@@ -261,11 +273,12 @@ def make_chat(args: argparse.Namespace, terminal: Terminal) -> Chat:
     if args.load_8bit and args.load_4bit:
         raise ValueError("--load-8bit and --load-4bit are both given; choose one.")
     options = options_of(args)
+    first = load_pictures(args.image_file)
     assistant = Assistant.load(args.model_path, args.model_base, load_8bit=args.load_8bit, load_4bit=args.load_4bit, device=args.device)
     chat = Chat(assistant, options, terminal)
     chat._route(options.routing)
-    if args.image_file:
-        chat.add_images(args.image_file)
+    if first:
+        chat.add_images(first)
     return chat
 
 

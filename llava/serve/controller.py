@@ -48,7 +48,7 @@ from llava.serve.errors import FieldError, error_response
 from llava.serve.flag_checks import check_at_least
 from llava.serve.gate import HELD_BODIES, Gate
 from llava.serve.http_guard import guard_app
-from llava.serve.http_server import check_address, make_server, run_server
+from llava.serve.http_server import check_address, make_server, run_program, run_server
 from llava.serve.json_writer import JsonResponse
 from llava.serve.keys import KeyRing, read_secrets
 from llava.serve.llava_api import WorkerRequest
@@ -247,6 +247,7 @@ class Controller:
             patience=Patience(connect=3.0, head=settings.worker_seconds, piece=settings.worker_seconds, total=12 * settings.worker_seconds),
             send_seconds=settings.limits.send_seconds,
             on_retry=self.metrics.retried,
+            on_error=self.metrics.failed,
         )
         self.cards = ModelCards(lambda worker: self._ask(worker.endpoint, "GET", "/v1/models"))
         self._tokens = KeyRing(settings.worker_tokens)
@@ -612,4 +613,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

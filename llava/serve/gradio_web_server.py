@@ -11,7 +11,8 @@ import os
 import sys
 
 from llava.serve.flag_checks import check_at_least
-from llava.serve.http_server import OPEN_PAGE_SECONDS, check_address, make_server, run_server, shown_url
+from llava.serve.http_guard import TypedNotFound
+from llava.serve.http_server import OPEN_PAGE_SECONDS, check_address, make_server, run_program, run_server, shown_url
 from llava.serve.page.app import PageOptions, create_page_app
 from llava.serve.page.flags import add_page_flags, check_port, read_names
 
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         options = read_options(args)
         check_address(args.host, args.port)
         app = create_page_app(options)
+        app.add_middleware(TypedNotFound)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -82,4 +84,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -171,6 +171,37 @@ class RequestIds:
             logger.info("%s %r %d in %.0f ms, request %s", scope["method"], scope["path"][:200], status, took, request_id)
 
 
+class TypedNotFound:
+    """Tells programs that ask a page's server for what it does not have so in the API's words, with a request's id.
+
+    Browsers, which ask for HTML where a person reads the answer, get the page's own.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app, self._refuse = app, RequestIds(_nothing_here)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or "text/html" in (header_of(scope, b"accept") or ""):
+            await self.app(scope, receive, send)
+            return
+        is_missing = False
+
+        async def unless_missing(message: Message) -> None:
+            nonlocal is_missing
+            if message["type"] == "http.response.start":
+                is_missing = message["status"] == 404
+            if not is_missing:
+                await send(message)
+
+        await self.app(scope, receive, unless_missing)
+        if is_missing:
+            await self._refuse(scope, receive, send)
+
+
+async def _nothing_here(scope: Scope, receive: Receive, send: Send) -> None:
+    raise ServeError(ErrorKind.NOT_FOUND)
+
+
 def _check_head(scope: Scope) -> None:
     """Bound the headers: the server bounds what it holds of unfinished ones, but takes longer ones that arrive in one piece."""
     size = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(name) + len(value) + 4 for name, value in scope["headers"])

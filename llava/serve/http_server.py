@@ -18,9 +18,10 @@ from typing import Any
 import h11
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from llava.serve.http_guard import MAX_HEADER_BYTES
+from llava.serve.http_guard import MAX_HEADER_BYTES, cut_connection
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ BACKLOG = 256
 `most_connections` and 256 more, which leaves 256 for everything else."""
 DRAIN_SECONDS = 300.0
 """That running answers get to finish after SIGTERM."""
+INTERRUPTED = 130
+"""Exit status of a program that Ctrl-C ended before it ran."""
 
 
 def most_connections() -> int:
@@ -159,6 +162,39 @@ class GuardedProtocol(H11Protocol):
         self.transport.abort()
 
 
+class CutShort:
+    """Ends what a server cancels when its time is over, without a traceback in the log for what was asked for.
+
+    A request's connection is cut, so that no client takes half an answer for a whole one.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        cancelled = False
+
+        async def received() -> Message:
+            nonlocal cancelled
+            try:
+                return await receive()
+            except asyncio.CancelledError:
+                cancelled = True
+                raise
+
+        async def sent(message: Message) -> None:
+            if not (cancelled and message["type"] == "lifespan.shutdown.failed"):  # it carries the cancellation's traceback
+                await send(message)
+
+        try:
+            await self.app(scope, received, sent)
+        except asyncio.CancelledError:  # nobody else cancels the tasks that run an app
+            if scope["type"] == "http":
+                logger.warning("%s %r was cut short", scope["method"], scope["path"][:200])
+                cut_connection(scope)
+                await asyncio.sleep(0)  # in which the connection is lost
+
+
 class DrainingServer(uvicorn.Server):
     """A server that answers SIGTERM and SIGINT by refusing new work, finishing what runs, and returning.
 
@@ -256,8 +292,16 @@ def make_server(
         "proxy_headers": False,
         "log_level": log_level,
     }
-    config = uvicorn.Config(app, host=host, port=port, **{**settings, **options})
+    config = uvicorn.Config(CutShort(app), host=host, port=port, **{**settings, **options})
     return DrainingServer(config, app.state.drain, drain_seconds, on_started, getattr(app.state, "failed", lambda: False))
+
+
+def run_program(main: Callable[[], int]) -> int:
+    """Run a program's `main`; its exit status, or `INTERRUPTED`, without a traceback, where Ctrl-C comes before its server runs."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def run_server(server: DrainingServer) -> int:
@@ -277,6 +321,23 @@ def share_the_interpreter() -> None:
     What is loaded by now lives as long as the process, so the garbage collector need not walk through it again and again; and the thread
     gives the interpreter up sooner: the loop waits for it after every system call.
     """
-    gc.collect()
+    with interrupts_held():
+        gc.collect()
     gc.freeze()
     sys.setswitchinterval(SWITCH_SECONDS)
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C take effect at the end of the block: raised in what the garbage collector calls, it would be written out and forgotten."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed.is_set() and callable(before):
+        before(signal.SIGINT, None)

@@ -16,7 +16,7 @@ from llava.inference import Assistant, micro_model_path
 from llava.mm_utils import get_model_name_from_path
 from llava.serve.engine import EmbeddedEngine
 from llava.serve.flag_checks import too_small
-from llava.serve.http_server import check_address
+from llava.serve.http_server import check_address, run_program
 from llava.serve.worker_base import DEFAULT_PLACES, create_worker_app, run_worker
 from llava.serve.worker_flags import add_guard_flags, add_network_flags, read_api_keys, read_limits, read_registration, start_logging
 
@@ -149,4 +149,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

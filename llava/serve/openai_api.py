@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.inference import Message
@@ -120,16 +121,17 @@ class ChatRequest(RoutingFields):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = Field(None, ge=1, le=1024)
-    max_tokens: int | None = Field(None, ge=1, le=10_000_000)
-    max_completion_tokens: int | None = Field(None, ge=1, le=10_000_000)
-    min_tokens: int | None = Field(None, ge=0, le=10_000_000, description="The model's own end is not taken before so many.")
+    # How many of these at most is the server's to say (`Limits`): a limit here as well would be told in place of that one.
+    n: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    min_tokens: int | None = Field(None, ge=0, description="The model's own end is not taken before so many.")
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="0, the default, is greedy.")
     top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False, description="0 leaves the likeliest token alone.")
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: str | Annotated[list[str], Field(max_length=1024, fail_fast=True)] | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=1024)
+    top_logprobs: int | None = Field(None, ge=0)
     frequency_penalty: float | None = Field(None, ge=0, le=0, description="Only 0.")
     presence_penalty: float | None = Field(None, ge=0, le=0, description="Only 0.")
     response_format: ResponseFormat | None = None
@@ -271,9 +273,54 @@ def validate(schema: type[M], value: Any) -> M:
         found = error.errors(include_url=False, include_context=False, include_input=False)
         first = max(found, key=lambda each: len(each["loc"]))  # of a union's branches, the one that fits furthest
         param = _field_path(first["loc"])
-        others = [each["msg"] for each in found if _field_path(each["loc"]) == param and len(each["loc"]) == len(first["loc"])]
-        what = "this field is not known here" if first["type"] == "extra_forbidden" else ", or: ".join(dict.fromkeys(others))
-        raise FieldError(f"{param or 'The body'!r}: {what}.", param or None) from error
+        others = [each for each in found if _field_path(each["loc"]) == param and len(each["loc"]) == len(first["loc"])]
+        raise FieldError(f"{param or 'The body'!r}: {_what_is_wrong(first['loc'], others)}.", param or None) from error
+
+
+def _what_is_wrong(loc: Sequence[int | str], found: Sequence[ErrorDetails]) -> str:
+    """A clause for the errors at one place: the field's own, or else that of each kind of error, or else pydantic's."""
+    name = ".".join("*" if part.isdecimal() else part for part in _field_path(loc).split("."))
+    if name in _FIELD_CLAUSES and found[0]["type"] not in ("extra_forbidden", "missing"):
+        return _FIELD_CLAUSES[name]
+    return ", or: ".join(dict.fromkeys(_KIND_CLAUSES.get(each["type"], each["msg"]) for each in found))
+
+
+_NEUTRAL_VALUES = {
+    "tools": "[]",
+    "tool_choice": '"none"',
+    "logit_bias": "{}",
+    "frequency_penalty": "0",
+    "presence_penalty": "0",
+    "store": "false",
+    "response_format.type": '"text"',
+    "messages.*.refusal": "null",
+    "messages.*.tool_calls": "[]",
+    "messages.*.annotations": "[]",
+    "messages.*.function_call": "null",
+    "messages.*.audio": "null",
+}
+"""Fields of OpenAI's that nothing here acts on, with the value that asks for nothing; clients send those along. `*` is any place."""
+_GRANULARITY_CLAUSE = "expected 'auto', a whole number, or a list of 1 to 64 whole numbers"
+_FIELD_CLAUSES = {
+    **{name: f"this is not supported here; leave it out, or send {value}" for name, value in _NEUTRAL_VALUES.items()},
+    "granularity": _GRANULARITY_CLAUSE,
+    "vis_token_granularity": _GRANULARITY_CLAUSE,
+    "stop": "expected a text, or a short list of texts",
+    "messages.*.content": "expected a text, or a list of 1 to 1024 parts",
+}
+"""Where pydantic's words would name the branches of a union one by one, or a limit that only says that a field has to be empty."""
+_KIND_CLAUSES = {
+    "extra_forbidden": "this field is not known here",
+    "missing": "this field is missing",
+    "model_type": "expected an object",  # pydantic's words name our classes
+    "model_attributes_type": "expected an object",
+    "dict_type": "expected an object",
+    "list_type": "expected a list",
+    "too_long": "the list is too long",  # the schema's limit is above the server's own, which is told once it is read
+    "union_tag_invalid": "expected an object whose type is 'text' or 'image_url'",  # pydantic's words quote what was sent
+    "union_tag_not_found": "expected an object whose type is 'text' or 'image_url'",
+}
+"""By pydantic's names of errors."""
 
 
 def _field_path(loc: Sequence[int | str]) -> str:

@@ -21,10 +21,15 @@ FETCHING_THREADS = 8
 MAX_HELD_PIXELS = 512_000_000
 """Pixels of all requests' pictures together, three bytes each."""
 NOT_FETCHED = "Pictures at web addresses are not fetched here: send the picture as a data URL, or ask the operator, who can allow it."
+NOT_READ = (
+    "A picture is given as neither a data URL nor a web address: files are not read here, send what the file holds as a data URL, "
+    "data:image/png;base64,..."
+)
 
 
 class PictureLoader:
-    """Decodes pictures off the event loop; what is wrong with one, clients are not told: one sentence for all.
+    """Decodes pictures off the event loop; what is wrong with one, clients are not told: one sentence for all. Two more are
+    about what kind of address it has, which is seen without looking at what is there.
 
     Args:
         limits: whether web addresses are fetched, and from which hosts.
@@ -75,16 +80,17 @@ class PictureLoader:
 
     async def _load(self, source: str, plain_base64: bool) -> Image.Image:
         loop = asyncio.get_running_loop()
-        is_remote = source[:8].lower().startswith(("http://", "https://"))
+        scheme = source[:8].lower()
+        is_remote, is_inline = scheme.startswith(("http://", "https://")), scheme.startswith("data:")
         if is_remote and not self.limits.allow_remote_images:
             raise ServeError(ErrorKind.INVALID_IMAGE, NOT_FETCHED)
+        if scheme.startswith("file:") or not (is_remote or is_inline or plain_base64):
+            raise ServeError(ErrorKind.INVALID_IMAGE, NOT_READ)
         try:
             if is_remote:
                 data = await loop.run_in_executor(self._fetchers, self._fetch, source, self._resolve)
                 return await loop.run_in_executor(self._decoders, decode_image, data)
-            if plain_base64 and not source[:5].lower() == "data:":
-                return await loop.run_in_executor(self._decoders, load_image_from_base64, source)
-            return await loop.run_in_executor(self._decoders, _load_inline, source)
+            return await loop.run_in_executor(self._decoders, _load_inline if is_inline else load_image_from_base64, source)
         except (ImageError, FetchError) as error:
             logger.info("a picture was refused: %s", str(error)[:500])
             raise ServeError(ErrorKind.INVALID_IMAGE) from error

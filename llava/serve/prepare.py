@@ -72,8 +72,9 @@ class Preparer:
         except ValueError as error:  # as above: a granularity, a budget or a count of placeholders
             raise ServeError(ErrorKind.INVALID_REQUEST, str(error)) from error
         cheapest = sum(min(costs[level] for level in plan.allowed[0]) for costs in plan.costs(0))
-        if len(prepared.prompt.ids) - len(prepared.keys) + cheapest >= self.longest_row:
-            raise too_long(self.longest_row)
+        text = len(prepared.prompt.ids) - len(prepared.keys)
+        if text + cheapest >= self.longest_row:
+            raise too_long(self.longest_row, by_pictures=text < self.longest_row)
 
 
 def plan_of(
@@ -89,7 +90,14 @@ def plan_of(
     return assistant.model.plan(rows, num_views, sizes, wishes, assistant.merge_type)
 
 
-def too_long(longest_row: int) -> ServeError:
+def too_long(longest_row: int, by_pictures: bool = True) -> ServeError:
+    """
+    Args:
+        by_pictures: whether the text alone would have fitted, so that a coarser granularity may help.
+    """
+    if not by_pictures:
+        told = f"The text of the prompt is too long: it leaves no room for an answer within {longest_row} positions; shorten it."
+        return ServeError(ErrorKind.CONTEXT_LENGTH, told)
     return ServeError(
         ErrorKind.CONTEXT_LENGTH,
         f"With its pictures the prompt leaves no room for an answer within {longest_row} positions; shorten it or choose a coarser "

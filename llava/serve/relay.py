@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -50,6 +51,10 @@ _ELSEWHERE = frozenset(
 """Errors of one worker that another one may not have."""
 _ELSEWHERE_CODES = {kind.value for kind in _ELSEWHERE}
 _ELSEWHERE_NUMBERS = {kind.fault.code for kind in _ELSEWHERE}
+_KINDS: dict[Any, ErrorKind] = {kind.value: kind for kind in ErrorKind} | {kind.fault.code: kind for kind in ErrorKind}
+"""By OpenAI's `code` and by LLaVA's `error_code`."""
+_REPORT = re.compile(rb'"error"\s*:|"error_code"\s*:\s*[1-9]')
+"""What a frame that reports an error holds. Inside an answer's text JSON would put a backslash before the quotes."""
 _OUR_FAULT = (401, 403)
 """Statuses by which a worker refuses the controller itself; its clients cannot do anything about them."""
 
@@ -156,8 +161,9 @@ class _TryAnother(Exception):
 
 @dataclass(frozen=True)
 class Refusal:
-    """A worker's answer other than 200."""
+    """A worker's answer other than 200. kind: of its error."""
 
+    kind: ErrorKind
     status: int
     body: bytes
     retry_after: str | None
@@ -174,6 +180,7 @@ class Relay:
         table: the workers. outbound: carries the calls. worker_key: shown to workers that ask for an API key; what the client showed the
             controller goes no further. patience: with a worker's answer. send_seconds: that a client may take to read one piece.
         on_retry: told of each worker that was replaced by another.
+        on_error: told of the kind of each error that reaches a client as a worker's refusal or inside a stream; the others are raised.
     """
 
     def __init__(
@@ -185,11 +192,12 @@ class Relay:
         patience: Patience | None = None,
         send_seconds: float = 60.0,
         on_retry: Callable[[], None] = lambda: None,
+        on_error: Callable[[ErrorKind], None] = lambda kind: None,
     ) -> None:
         self.table, self.outbound, self.worker_key = table, outbound, worker_key
         self.patience = patience or Patience()
         self.send_seconds = send_seconds
-        self.on_retry = on_retry
+        self.on_retry, self.on_error = on_retry, on_error
 
     def response(self, job: Job) -> RelayResponse:
         """The response to a job; everything happens when it is sent."""
@@ -234,7 +242,7 @@ class RelayResponse(Response):
                     broken += reason.broken
                     logger.warning("request %s: worker %s: %s", request_id_of(scope), worker.name, reason.error.kind.value)
         if failure.answer is not None:
-            await failure.answer.send(send)
+            await self._send_refusal(failure.answer, send)
             return
         raise failure.error
 
@@ -274,9 +282,13 @@ class RelayResponse(Response):
         if refused is None or not isinstance(refused.get("error"), dict) or reply.status < 400:
             raise BrokenOff(f"it answered with status {reply.status} and no error that can be read")
         wait = reply.retry_after if reply.retry_after and reply.retry_after.isdecimal() and len(reply.retry_after) < 5 else None
-        refusal = Refusal(reply.status, body, wait)
+        refusal = Refusal(_told_kind(refused), reply.status, body, wait)
         if refused["error"].get("code") in _ELSEWHERE_CODES:
             raise _TryAnother(ServeError(ErrorKind.BACKEND_UNREACHABLE), broken=False, answer=refusal)
+        await self._send_refusal(refusal, send)
+
+    async def _send_refusal(self, refusal: Refusal, send: Send) -> None:
+        self.relay.on_error(refusal.kind)
         await refusal.send(send)
 
     async def _pass_body(self, reply: Reply, send: Send) -> None:
@@ -288,15 +300,17 @@ class RelayResponse(Response):
     async def _pass_stream(self, reply: Reply, dialect: Dialect, worker: Worker, request_id: str, send: Send) -> None:
         held: list[bytes] = []
         begun = ended = False
+        reported: ErrorKind | None = None
         try:
             async for frame in reply.frames(dialect.delimiter):
+                reported = reported or _reported_kind(frame)
                 ended = ended or (dialect.is_end is not None and dialect.is_end(frame))
                 if begun:
                     await _send_piece(send, frame + dialect.delimiter)
                     continue
                 said = dialect.said(frame)
                 if said is Said.FAILURE:
-                    raise _TryAnother(_reported(frame), broken=False)
+                    raise _TryAnother(ServeError(reported or ErrorKind.BACKEND_FAILED), broken=False)
                 held.append(frame + dialect.delimiter)
                 if said is Said.ANSWER or sum(map(len, held)) > _MAX_HELD_BYTES:
                     begun = True
@@ -307,19 +321,29 @@ class RelayResponse(Response):
         except BrokenOff as error:
             if not begun:
                 raise
+            reported = reported or ErrorKind.BACKEND_FAILED
             self.relay.table.mark_down(worker)
             logger.warning("request %s: worker %s broke off while streaming: %s", request_id, worker.name, error)
             await _send_piece(send, dialect.error(ServeError(ErrorKind.BACKEND_FAILED), request_id))
+        finally:
+            if begun and reported is not None:  # also where the client has gone by now
+                self.relay.on_error(reported)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _reported(frame: bytes) -> ServeError:
-    """The error that a worker reports in the first frame of its stream, in our own words."""
+def _reported_kind(frame: bytes) -> ErrorKind | None:
+    """The kind of the error that a frame of a worker's stream reports, or `None`; no other frame is parsed for it."""
+    if _REPORT.search(frame) is None:
+        return None
     told = parse_json_object(_event_data(frame) or frame) or {}
+    return _told_kind(told) if told.get("error") or told.get("error_code") else None
+
+
+def _told_kind(told: dict[str, Any]) -> ErrorKind:
+    """The kind of a worker's error; `BACKEND_FAILED` where it is none of ours."""
     error = told.get("error")
-    code = error.get("code") if isinstance(error, dict) else None
-    kind = next((kind for kind in _ELSEWHERE if kind.value == code or kind.fault.code == told.get("error_code")), ErrorKind.BACKEND_FAILED)
-    return ServeError(kind)
+    codes = (error.get("code") if isinstance(error, dict) else None, told.get("error_code"))
+    return next((_KINDS[code] for code in codes if isinstance(code, str | int) and code in _KINDS), ErrorKind.BACKEND_FAILED)
 
 
 async def _send_head(send: Send, media_type: str) -> None:

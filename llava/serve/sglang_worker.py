@@ -22,7 +22,7 @@ from dataclasses import replace
 from fastapi import FastAPI
 
 from llava.serve.flag_checks import check_at_least
-from llava.serve.http_server import check_address
+from llava.serve.http_server import check_address, run_program
 from llava.serve.keys import read_secrets
 from llava.serve.outbound import BrokenOff, Outbound, Patience, Unreachable
 from llava.serve.protocol import ErrorKind, Limits
@@ -169,10 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 0
     return run_worker(app, args.host, args.port, log_level=args.log_level)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -101,7 +101,7 @@ class AvgLlava(lmms):
     def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, Any] | None = None) -> AvgLlava:
         """Called by the harness with `--model_args` and its flags; an error ends the run with a sentence and exit code 1."""
         try:
-            return cls(**merge_arguments(simple_parse_args_string(arg_string), additional_config or {}))
+            return cls(**merge_arguments(read_pairs(arg_string), additional_config or {}))
         except Exception as error:
             if not isinstance(error, ValueError | OSError | ImportError):
                 logger.exception("the model could not be made")
@@ -281,6 +281,20 @@ def is_counted(request: Instance) -> bool:
     It is answered all the same, because the harness's cache may keep that answer for the question.
     """
     return not (request.metadata or {}).get("__padding_only__")
+
+
+def read_pairs(model_args: str) -> dict[str, Any]:
+    """What `--model_args` holds, by the harness's own reader.
+
+    Raises:
+        ValueError: a part of it is no `name=value`.
+    """
+    try:
+        return dict(simple_parse_args_string(model_args))
+    except ValueError as error:
+        raise ValueError(
+            f"--model_args is {model_args!r}, expected name=value,name=value; several granularities are written granularity=4:16."
+        ) from error
 
 
 def merge_arguments(given: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -97,6 +97,7 @@ def test_a_video_is_refused_as_a_failed_sample(harness, model):
         (f"pretrained={micro_model_path()},granularity_bias=nan", "granularity_bias is 'nan', expected a finite number"),
         (f"pretrained={micro_model_path()},colour=red", "no argument colour"),
         (f"pretrained={micro_model_path()},device=abacus", "device is 'abacus'"),
+        ("granularity=4,16", "--model_args is 'granularity=4,16', expected name=value.*granularity=4:16"),
     ],
 )
 def test_a_model_that_cannot_be_is_one_sentence_and_a_failed_exit(harness, arguments, complaint):

@@ -95,7 +95,8 @@ def test_commands_change_the_routing(chat):
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("/granularity 5", "choose from these"),
+        ("/granularity 5", "error: The granularity is 5, but this model has [4, 16, 64] tokens per view; choose from these."),
+        ("/granularity 4,7", "error: The granularity is 4,7, but this model has"),
         ("/granularity many", "not auto, a number"),
         ("/budget lots", "expected a number"),
         ("/budget 0", "expected 1 or more"),
@@ -147,6 +148,20 @@ def test_an_answer_cannot_steer_the_terminal(chat):
 def test_llavas_flags_parse():
     args = cli.build_parser().parse_args("--model-path liuhaotian/llava --image-file a.png --load-4bit --temperature 0.2".split())
     assert args.load_4bit and args.image_file == ["a.png"] and args.temperature == 0.2
+
+
+def test_a_picture_that_is_not_there_is_told_before_the_weights_are_read(monkeypatch, capsys):
+    loads = []
+    monkeypatch.setattr(cli.Assistant, "load", lambda *args, **options: loads.append(args) or FakeAssistant())
+    assert cli.main(["--image-file", str(SCENE), "nope.png"]) == 1
+    assert "no image file at 'nope.png'" in capsys.readouterr().err and loads == []
+
+
+def test_the_flag_and_the_complaint_about_it_have_one_name(monkeypatch, capsys):
+    monkeypatch.setattr(cli.Assistant, "load", lambda *args, **options: FakeAssistant())
+    assert cli.main(["--granularity", "7"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: The granularity is 7, but this model has [4, 16, 64]") and "vis_token" not in told
 
 
 def test_both_quantisations_end_with_one_sentence(capsys):

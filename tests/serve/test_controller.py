@@ -34,7 +34,7 @@ from llava.serve.protocol import ErrorKind, Limits, ServeError
 from llava.serve.registration import Registration
 from llava.serve.worker_base import create_worker_app
 from tests.serve.fake_backend import HTTP, Exchange, FakeBackend
-from tests.serve.fake_engine import CARD, FakeEngine
+from tests.serve.fake_engine import CARD, FakeEngine, echo_of
 from tests.serve.ports import free_port
 from tests.serve.running import RunningApp, wait_until
 from tests.serve.test_fuzz import break_value, post, random_json
@@ -394,6 +394,9 @@ class Stack:
         answer = HTTP.post(self.url + "/worker_generate_stream", json=body, timeout=10)
         return [json.loads(part) for part in answer.content.split(b"\0") if part]
 
+    def failed(self, kind: ErrorKind) -> float:
+        return self.metric(f'avg_llava_controller_errors_total{{kind="{kind.value}"}}')
+
     def metric(self, name: str) -> float:
         lines = HTTP.get(self.url + "/metrics").text.splitlines()
         return next(float(line.split()[-1]) for line in lines if line.startswith(name + " "))
@@ -554,6 +557,7 @@ def test_when_all_are_full_the_last_ones_own_words_reach_the_client() -> None:
         answer = stack.chat()
         assert (answer.status_code, answer.headers["retry-after"], answer.json()["error"]["code"]) == (503, "7", "overloaded")
         assert len(one.requests) + len(two.requests) == 2
+        assert stack.failed(ErrorKind.OVERLOADED) == 1
 
 
 def test_a_clients_own_mistake_is_not_tried_elsewhere() -> None:
@@ -564,6 +568,7 @@ def test_a_clients_own_mistake_is_not_tried_elsewhere() -> None:
         stack.add(second.url)
         assert stack.chat().json()["error"]["code"] == "context_length_exceeded"
         assert len(one.requests) + len(two.requests) == 1
+        assert stack.failed(ErrorKind.CONTEXT_LENGTH) == 1
 
 
 def half_an_answer(exchange: Exchange) -> None:
@@ -585,8 +590,25 @@ def test_after_the_first_token_a_broken_stream_ends_with_a_typed_error() -> None
         assert text_of(answer) == "Half" and events[-1] == "[DONE]"
         assert events[-2]["error"]["code"] == "backend_failed" and events[-2]["error"]["request_id"] == answer.headers["x-request-id"]
         stack.add(bad.url)
+        assert stack.failed(ErrorKind.BACKEND_FAILED) == 1
         parts = stack.generate()
         assert parts[0]["text"] == "promptHalf" and parts[-1]["error_code"] == ErrorKind.BACKEND_FAILED.fault.code
+        assert stack.failed(ErrorKind.BACKEND_FAILED) == 2
+
+
+@pytest.mark.parametrize("kind", [ErrorKind.BACKEND_FAILED, ErrorKind.NOT_FINITE])
+def test_errors_that_workers_report_in_their_streams_are_counted_once(kind: ErrorKind) -> None:
+    """As a bridge does when its backend breaks off. An answer that speaks of errors is none."""
+    engine = FakeEngine(failure=ServeError(kind), fail_after=1, fails=lambda request: "fail" in echo_of(request)[-1])
+    with controller() as stack, worker(engine) as failing:
+        stack.add(failing.url)
+        spoken = 'Say "error": or "error_code": 25 again'
+        assert "error_code" in text_of(stack.chat(spoken, stream=True)) and stack.generate(spoken)[-1]["error_code"] == 0
+        assert all(stack.failed(each) == 0 for each in ErrorKind)
+        assert events_of(stack.chat("one fail", stream=True))[-2]["error"]["code"] == kind.value
+        assert stack.failed(kind) == 1
+        assert stack.generate("one fail")[-1]["error_code"] == kind.fault.code
+        assert stack.failed(kind) == 2 and sum(stack.failed(each) for each in ErrorKind) == 2
 
 
 def test_a_stream_that_ends_without_its_end_mark_is_broken_too() -> None:

@@ -211,13 +211,31 @@ def test_settings_are_those_of_the_sides_that_answer():
     assert read_settings(values, controls) == [Settings("a", None, 500, -1.0), Settings("b", 36, 500, -1.0)]
 
 
-@pytest.mark.parametrize("wrong", [{"budget": float("inf")}, {"top_p": None}, {"max_tokens": "many"}, {"bias": []}])
-def test_settings_that_are_no_numbers_are_refused(wrong):
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"budget": float("inf")}, "token budget"),
+        ({"top_p": None}, "top p"),
+        ({"max_tokens": "many"}, "limit of new tokens"),
+        ({"bias": []}, "cheaper or finer"),
+        ({"temperature": "warm"}, "temperature"),
+    ],
+)
+def test_settings_that_are_no_numbers_are_refused_by_name(wrong, told):
     with gr.Blocks():
         controls = _place_settings()
     values = {part: part.value for part in controls.all} | {controls.choices[0].model: "a"}
     values |= {getattr(controls, name): value for name, value in wrong.items()}
-    with pytest.raises(Refusal, match="not a number"):
+    with pytest.raises(Refusal, match=f"{told}.* is not a number; set it again"):
+        read_settings(values, controls)
+
+
+@pytest.mark.parametrize("wrong", ["8,32", "fine", "", [36]])
+def test_the_page_takes_one_level_and_says_so(wrong):
+    with gr.Blocks():
+        controls = _place_settings()
+    values = {part: part.value for part in controls.all} | {controls.choices[0].model: "a", controls.choices[0].granularity: wrong}
+    with pytest.raises(Refusal, match="^The granularity is neither auto nor one whole number; set it again.$"):
         read_settings(values, controls)
 
 
@@ -523,6 +541,8 @@ def test_programs_can_ask_through_gradio_client(page):
     assert answer["text"].startswith("You asked avg-llava: What is this?") and answer["usage"]["granularities"] == [36]
     with pytest.raises(Exception, match="not being served"):
         client.predict({"text": "What is this?", "files": []}, "gone", "auto", 0, api_name="/ask")
+    with pytest.raises(Exception, match="granularity is neither auto nor one whole number"):
+        client.predict({"text": "What is this?", "files": []}, "", "36,72", 0, api_name="/ask")
     with pytest.raises(Exception):  # noqa: B017 - whatever gradio_client makes of Gradio's refusal of a path outside the uploads
         client.predict(
             {"text": "x", "files": [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}]}, "", "auto", 0, api_name="/ask"

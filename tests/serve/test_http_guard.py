@@ -19,7 +19,7 @@ from llava.serve import http_server
 from llava.serve.errors import FieldError
 from llava.serve.gate import Gate
 from llava.serve.http_guard import HostNames, is_own_page
-from llava.serve.http_server import make_server, run_server
+from llava.serve.http_server import INTERRUPTED, make_server, run_program, run_server
 from llava.serve.keys import KeyRing, read_secrets
 from llava.serve.protocol import ErrorKind, Limits, ServeError
 from llava.serve.strict_json import MAX_JSON_ITEMS, parse_json
@@ -420,6 +420,25 @@ def test_what_does_not_finish_is_left_after_its_time_or_at_the_second_signal(sig
     server = make_server(app, "127.0.0.1", 0, log_level="error", drain_seconds=0.3 if signals == 1 else 60, on_started=press)
     start = time.monotonic()
     assert run_server(server) == 0 and time.monotonic() - start < 30
+
+
+def test_ctrl_c_before_the_server_runs_is_a_status_and_no_traceback(monkeypatch):
+    def main():
+        app = FastAPI()
+        app.state.drain = asyncio.Event().wait
+        server = make_server(app, "127.0.0.1", 0)
+        monkeypatch.setattr(server, "run", lambda: pytest.fail("it runs although it was interrupted"))
+        return run_server(server)
+
+    monkeypatch.setattr("gc.collect", lambda: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr("gc.freeze", lambda: None)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run_program(main) == INTERRUPTED == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert run_program(lambda: 1) == 1
 
 
 @pytest.mark.parametrize(

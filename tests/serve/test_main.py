@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from llava.serve import __main__ as main_module
-from llava.serve import model_worker
+from llava.serve import gradio_web_server, model_worker
 from llava.serve.__main__ import Split, build_app, build_parser, join_apps, main
 from llava.serve.http_server import check_address, make_server, run_server, shown_url
 from llava.serve.page.app import PageOptions, create_page_app
@@ -24,6 +24,7 @@ from tests.serve.fake_backend import HTTP
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.page_backend import running
 from tests.serve.ports import free_port
+from tests.serve.running import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,6 +65,85 @@ def test_names_that_nobody_gave_it_are_refused(flags, host, status, path, tmp_pa
 
     answer = asyncio.run(get())
     assert answer.status_code == status and ("--allow-host" in answer.text) == (status == 403)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "accept", "typed"),
+    [
+        ("POST", "/tokenize", "*/*", True),
+        ("GET", "/v2/models", "application/json", True),
+        ("PUT", "/config", "*/*", True),
+        ("POST", "/gradio_api/nothing", "*/*", True),
+        ("GET", "/nothing", "text/html,application/xhtml+xml,*/*;q=0.8", False),
+    ],
+)
+def test_what_is_not_there_is_a_typed_error_with_an_id_but_to_browsers(method, path, accept, typed):
+    page = create_page_app(PageOptions("http://127.0.0.1:9", log_folder=None))
+    app = join_apps(create_worker_app(FakeEngine()), page)
+
+    async def ask():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
+            return await client.request(method, path, headers={"accept": accept, "x-request-id": "mine"})
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == 404
+    if typed:
+        assert answer.headers["x-request-id"] == answer.json()["error"]["request_id"] == "mine"
+        assert answer.json()["error"]["code"] == "not_found"
+    else:
+        assert answer.text == "There is nothing at this address."
+
+
+def test_the_page_alone_answers_programs_so_too(monkeypatch):
+    apps = []
+    monkeypatch.setattr(gradio_web_server, "run_server", lambda server: apps.append(server.config.app) or 0)
+    assert gradio_web_server.main(["--controller", "http://127.0.0.1:9", "--port", str(free_port()), "--no-log"]) == 0
+
+    async def ask():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(apps[0]), base_url="http://127.0.0.1") as client:
+            return await client.post("/tokenize", json={})
+
+    answer = asyncio.run(ask())
+    assert (answer.status_code, answer.json()["error"]["request_id"]) == (404, answer.headers["x-request-id"])
+
+
+_SLOW_PROGRAM = """
+import signal, sys
+from llava.serve import __main__, model_worker
+from llava.serve.http_server import run_program
+from tests.serve.fake_engine import FakeEngine
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, as tests may be, is started deaf to Ctrl-C
+program = {"all": __main__, "worker": model_worker}[sys.argv.pop(1)]
+program.load_engine = lambda args: FakeEngine(piece_delay=0.05, pieces=lambda request: ("word ",) * 20_000)
+sys.exit(run_program(program.main))
+"""
+
+
+@pytest.mark.parametrize("program", ["all", "worker"])
+def test_a_second_ctrl_c_while_an_answer_streams_ends_without_a_traceback(program, tmp_path):
+    port = free_port()
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", _SLOW_PROGRAM, program, "--host", "127.0.0.1", "--port", str(port)]
+    with (tmp_path / "log").open("w+") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        try:
+            wait_until(lambda: process.poll() is not None or "Uvicorn running" in (tmp_path / "log").read_text(), 180)
+            body = {"model": "fake", "messages": [{"role": "user", "content": "x"}], "stream": True}
+            with HTTP.stream("POST", f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=60) as answer:
+                lines = answer.iter_lines()
+                assert any("word" in line for line in lines)
+                process.send_signal(signal.SIGINT)
+                wait_until(lambda: "draining" in (tmp_path / "log").read_text())
+                process.send_signal(signal.SIGINT)
+                with pytest.raises(httpx.RemoteProtocolError):
+                    assert list(lines) == []
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+            process.wait()
+        told = (tmp_path / "log").read_text()
+        assert "'/v1/chat/completions' was cut short" in told
+        assert not any(word in told for word in ("Traceback", "CancelledError", "Exception"))
 
 
 def test_without_a_page_only_the_api_is_there():

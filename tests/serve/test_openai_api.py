@@ -87,8 +87,55 @@ def test_an_error_in_a_part_is_named_by_its_path():
         with pytest.raises(FieldError) as refused:
             read(messages=[{"role": "user", "content": [wrong]}])
         assert refused.value.param == param
-    with pytest.raises(FieldError, match="'granularity': Input should be 'auto', or: .*integer, or: .*list"):
-        read(granularity=1.5)
+
+
+def part_of_user(part):
+    return {"messages": [{"role": "user", "content": [part]}]}
+
+
+UNSUPPORTED = "this is not supported here; leave it out, or send "
+NO_GRANULARITY = "'granularity': expected 'auto', a whole number, or a list of 1 to 64 whole numbers."
+NO_PART = "'messages.0.content.0': expected an object whose type is 'text' or 'image_url'."
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"max_tokens": 10**9}, "max_tokens is 1000000000, expected at most 600."),
+        ({"max_tokens": 601}, "max_tokens is 601, expected at most 600."),
+        ({"max_completion_tokens": 10**9}, "max_completion_tokens is 1000000000, expected at most 600."),
+        ({"min_tokens": 10**9}, "min_tokens is 1000000000, expected at most the longest answer, 512."),
+        ({"n": 5000}, "n is 5000, expected at most 3."),
+        ({"logprobs": True, "top_logprobs": 5000}, "top_logprobs is 5000, expected at most 20."),
+        ({"tools": [{}]}, f"'tools': {UNSUPPORTED}[]."),
+        ({"tool_choice": "auto"}, f"'tool_choice': {UNSUPPORTED}\"none\"."),
+        ({"logit_bias": {"1": 2}}, f"'logit_bias': {UNSUPPORTED}{{}}."),
+        ({"frequency_penalty": 1}, f"'frequency_penalty': {UNSUPPORTED}0."),
+        ({"presence_penalty": -1.5}, f"'presence_penalty': {UNSUPPORTED}0."),
+        ({"store": True}, f"'store': {UNSUPPORTED}false."),
+        ({"response_format": {"type": "json_object"}}, f"'response_format.type': {UNSUPPORTED}\"text\"."),
+        ({"messages": [{**USER, "tool_calls": [{}]}]}, f"'messages.0.tool_calls': {UNSUPPORTED}[]."),
+        ({"messages": [{**USER, "audio": {"id": "a"}}]}, f"'messages.0.audio': {UNSUPPORTED}null."),
+        ({"granularity": "16"}, NO_GRANULARITY),
+        ({"granularity": []}, NO_GRANULARITY),
+        ({"granularity": 1.5}, NO_GRANULARITY),
+        ({"granularity": [36] * 65}, NO_GRANULARITY),
+        ({"stop": 5}, "'stop': expected a text, or a short list of texts."),
+        ({"messages": [{"role": "user", "content": []}]}, "'messages.0.content': expected a text, or a list of 1 to 1024 parts."),
+        ({"messages": [{"role": "user"}]}, "'messages.0.content': this field is missing."),
+        ({"messages": [5]}, "'messages.0': expected an object."),
+        ({"messages": [USER] * 5000}, "'messages': the list is too long."),
+        (part_of_user({"type": "image_url", "image_url": "x"}), "'messages.0.content.0.image_url': expected an object."),
+        (part_of_user({"type": "secret" * 1000}), NO_PART),
+        (part_of_user({}), NO_PART),
+        (part_of_user("x"), "'messages.0.content.0': expected an object."),
+        ({"chat_template": "x"}, "'chat_template': this field is not known here."),
+    ],
+)
+def test_a_refusal_says_what_is_taken_here_in_words_of_the_api(fields, told):
+    with pytest.raises(FieldError) as refused:
+        read(**fields)
+    assert refused.value.detail == told
 
 
 @pytest.mark.parametrize(
@@ -178,7 +225,8 @@ def test_refused_by_the_name_of_the_field(fields, param):
 
 @pytest.mark.parametrize("value", [None, 3, "x", [], [{}], {}, True])
 def test_other_bodies_than_objects_are_refused(value):
-    with pytest.raises(FieldError):
+    told = "is missing" if value == {} else "^'The body': expected an object.$"
+    with pytest.raises(FieldError, match=told):
         read_chat(value, CARD, LIMITS)
 
 

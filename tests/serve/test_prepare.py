@@ -61,6 +61,17 @@ def test_what_cannot_fit_at_any_granularity_is_refused_before_it_costs_anything(
     assert caught.value.kind is ErrorKind.CONTEXT_LENGTH
 
 
+def test_pictures_are_blamed_only_where_the_text_alone_would_fit(micro):
+    words = "word " * 600
+    for wanted in (about(text=words), about(RED, text=words)):
+        with pytest.raises(ServeError, match="^The text of the prompt is too long: .* within 500 positions; shorten it.$") as caught:
+            Stages(micro).preparer.prepare(wanted)
+        assert caught.value.kind is ErrorKind.CONTEXT_LENGTH
+    length = Stages(micro).encode(about(RED))[0][0].length
+    with pytest.raises(ServeError, match="^With its pictures .* coarser granularity"):
+        Stages(micro, length).preparer.prepare(about(RED))
+
+
 def test_an_answer_gets_the_room_that_its_prompt_leaves(micro):
     wanted = replace(about(RED), sampling=Sampling(max_new_tokens=50))
     length = Stages(micro).encode(wanted)[0][0].length

@@ -36,7 +36,7 @@ from llava.serve.controller import ControllerSettings, create_controller_app
 from llava.serve.page import uploads
 from llava.serve.page.app import PageOptions, create_page_app
 from llava.serve.pictures import PictureLoader
-from llava.serve.protocol import ErrorKind, Limits
+from llava.serve.protocol import Limits
 from llava.serve.worker_base import create_worker_app
 from tests.serve.bodies import CHAT, WORKER, chat_body, data_url, picture, worker_body
 from tests.serve.fake_engine import FakeEngine
@@ -44,7 +44,7 @@ from tests.serve.page_backend import running as running_page
 from tests.serve.running import RunningApp, forget_peak_memory, peak_memory, wait_until
 from tests.serve.test_controller import FOREIGN, MALFORMED, STATUS, RecordingConnector, no_names, settings
 from tests.serve.test_http_guard import raw_exchange
-from tests.serve.test_worker_base import BAD_PICTURES
+from tests.serve.test_worker_base import BAD_PICTURES, told_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 60.0
@@ -351,10 +351,8 @@ def test_followed_addresses_of_pictures_stay_on_the_public_internet(serve: Any, 
 def test_every_broken_picture_gets_the_same_words(worker: Served) -> None:
     for name, url in BAD_PICTURES.items():
         error = worker.ask("q", (url,)).json()["error"]
-        is_web = url.lower().startswith(("http://", "https://"))
-        told = pictures_page.NOT_FETCHED if is_web else ErrorKind.INVALID_IMAGE.fault.text
         assert error.pop("request_id") and error == {
-            "message": told, "type": "invalid_request_error", "param": None, "code": "invalid_image",
+            "message": told_of(url), "type": "invalid_request_error", "param": None, "code": "invalid_image",
         }, name  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from llava import fetch as fetching
 from llava.serve import pictures as pictures_page
 from llava.serve.gate import Gate
 from llava.serve.http_guard import guard_app
-from llava.serve.pictures import NOT_FETCHED, PictureLoader
+from llava.serve.pictures import NOT_FETCHED, NOT_READ, PictureLoader
 from llava.serve.protocol import EngineStats, ErrorKind, Limits, ServeError
 from llava.serve.worker_base import Registration, create_worker_app, run_worker
 from tests.serve.bodies import CHAT, WORKER, chat_body, data_url, picture, worker_body
@@ -248,9 +248,22 @@ def test_bad_pictures_have_one_constant_answer(name, no_connections):
     engine = FakeEngine()
     response = ask(engine, "q", (BAD_PICTURES[name],))
     assert response.status_code == 400 and response.json()["error"]["code"] == "invalid_image"
-    is_web = BAD_PICTURES[name].startswith(("http://", "https://"))
-    assert response.json()["error"]["message"] == (NOT_FETCHED if is_web else ErrorKind.INVALID_IMAGE.fault.text)
+    assert response.json()["error"]["message"] == told_of(BAD_PICTURES[name])
     assert engine.requests == [] and no_connections == []
+
+
+def told_of(url: str) -> str:
+    """The sentence about a picture that cannot be used: it depends on what kind of address that has, and on nothing else."""
+    if url.startswith(("http://", "https://")):
+        return NOT_FETCHED
+    return ErrorKind.INVALID_IMAGE.fault.text if url.startswith("data:") else NOT_READ
+
+
+@pytest.mark.parametrize("source", ["file:///etc/passwd", "FILE:/etc/hostname", "file:nowhere.png"])
+def test_files_are_not_read_by_llavas_protocol_either(source):
+    response = call(create_worker_app(FakeEngine()), "POST", WORKER, json=worker_body("<image> q", images=[source]))
+    assert response.status_code == 400 and response.json()["text"].startswith(NOT_READ)
+    assert "etc" not in response.text and "nowhere" not in response.text
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import gradio as gr
 from gradio.blocks import Block
@@ -282,6 +282,9 @@ def read_settings(values: Values, controls: Controls) -> list[Settings]:
     ]
 
 
+N = TypeVar("N", int, float)
+
+
 def _settings(
     model: Any,
     granularity: Any,
@@ -293,19 +296,24 @@ def _settings(
     max_tokens: Any = Settings.max_tokens,
 ) -> Settings:
     """Settings out of what a browser or a program sent; a budget of 0 is none."""
-    name = _model_name(model)
+    no_level = f"granularity is neither {AUTO} nor one whole number"
+    return Settings(
+        model=_model_name(model),
+        granularity=None if granularity in (AUTO, None) else _number(int, granularity, no_level),
+        max_visual_tokens=_number(int, budget or 0, "token budget (max_visual_tokens) is not a number") or None,
+        granularity_bias=_number(float, granularity_bias, "leaning to cheaper or finer is not a number"),
+        temperature=_number(float, temperature, "temperature is not a number"),
+        top_p=_number(float, top_p, "top p is not a number"),
+        max_tokens=_number(int, max_tokens, "limit of new tokens is not a number"),
+    )
+
+
+def _number(kind: type[N], value: Any, otherwise: str) -> N:
+    """One setting as a number. otherwise: what is said of it where it is none."""
     try:
-        return Settings(
-            model=name,
-            granularity=None if granularity in (AUTO, None) else int(granularity),
-            max_visual_tokens=int(budget or 0) or None,
-            granularity_bias=float(granularity_bias),
-            temperature=float(temperature),
-            top_p=float(top_p),
-            max_tokens=int(max_tokens),
-        )
+        return kind(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise Refusal("A setting is not a number; set it again.") from error
+        raise Refusal(f"The {otherwise}; set it again.") from error
 
 
 def _model_name(value: Any) -> str:
