@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.inference import Message
@@ -277,7 +276,7 @@ def validate(schema: type[M], value: Any) -> M:
         raise FieldError(f"{param or 'The body'!r}: {_what_is_wrong(first['loc'], others)}.", param or None) from error
 
 
-def _what_is_wrong(loc: Sequence[int | str], found: Sequence[ErrorDetails]) -> str:
+def _what_is_wrong(loc: Sequence[int | str], found: Sequence[Mapping[str, Any]]) -> str:
     """A clause for the errors at one place: the field's own, or else that of each kind of error, or else pydantic's."""
     name = ".".join("*" if part.isdecimal() else part for part in _field_path(loc).split("."))
     if name in _FIELD_CLAUSES and found[0]["type"] not in ("extra_forbidden", "missing"):
