@@ -189,15 +189,6 @@ def failed_of(samples: Sequence[Sample], results: Results[Any]) -> Failed:
     )
 
 
-def merge_failed(shares: Iterable[dict[str, Failed]]) -> dict[str, Failed]:
-    """Several shares by kind of request together."""
-    merged: dict[str, Failed] = defaultdict(Failed)
-    for share in shares:
-        for kind, failed in share.items():
-            merged[kind].merge(failed)
-    return dict(merged)
-
-
 @dataclass
 class Costs:
     """What the samples of one task cost, as sums, so that the processes' shares can be added up."""
@@ -248,10 +239,13 @@ def costs_of(samples: Sequence[Sample], results: Results[Any]) -> dict[str, Cost
     return dict(by_task)
 
 
-def merge_costs(shares: Iterable[dict[str, Costs]]) -> dict[str, Costs]:
-    """Several shares of the costs together."""
-    merged: dict[str, Costs] = defaultdict(Costs)
+Share = TypeVar("Share", Failed, Costs)
+
+
+def merge_shares(kind: type[Share], shares: Iterable[dict[str, Share]]) -> dict[str, Share]:
+    """Several shares together, by the names that they count under."""
+    merged: dict[str, Share] = defaultdict(kind)
     for share in shares:
-        for task, costs in share.items():
-            merged[task].merge(costs)
+        for name, counted in share.items():
+            merged[name].merge(counted)
     return dict(merged)

@@ -23,7 +23,7 @@ from loguru import logger
 from PIL import Image
 
 from avg_llava_lmms_eval.arguments import ModelArguments, parse_arguments
-from avg_llava_lmms_eval.asking import Costs, Failed, Results, Sample, answer_all, costs_of, failed_of, merge_costs, score_all
+from avg_llava_lmms_eval.asking import Costs, Failed, Results, Sample, answer_all, costs_of, failed_of, merge_shares, score_all
 from avg_llava_lmms_eval.generation import read_options
 from avg_llava_lmms_eval.processes import Tally
 from avg_llava_lmms_eval.sample_log import SampleLog, output_folder
@@ -217,7 +217,7 @@ class AvgLlava(lmms):
                 logger.warning(f"{len(results.failures)} samples of process {self._rank} failed; the run ends when the others are through")
             self.accelerator.wait_for_everyone()
             self._end_if_samples_failed()
-        self._spent = merge_costs([self._spent, costs_of(samples, results)])
+        self._spent = merge_shares(Costs, [self._spent, costs_of(samples, results)])
         return results.outcomes
 
     def _end_if_samples_failed(self, besides: str | None = None) -> None:
@@ -250,7 +250,7 @@ class AvgLlava(lmms):
     def _report(self) -> None:
         """What all processes spent, in the harness's log and its results file."""
         shares = gather_object([(self._spent, self._seconds)]) if self._world_size > 1 else [(self._spent, self._seconds)]
-        costs, seconds = merge_costs(share[0] for share in shares), max(share[1] for share in shares)
+        costs, seconds = merge_shares(Costs, (share[0] for share in shares)), max(share[1] for share in shares)
         if self._rank != 0 or not costs:
             return
         for task, spent in costs.items():

@@ -11,7 +11,7 @@ from typing import Any
 from torch.distributed import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
-from avg_llava_lmms_eval.asking import Failed, merge_failed
+from avg_llava_lmms_eval.asking import Failed, merge_shares
 
 OTHERS_SPEAK = timedelta(seconds=60)
 """How long a process waits before it ends for what the others have to say."""
@@ -35,13 +35,13 @@ class Tally:
 
     def note(self, kind: str, failed: Failed) -> None:
         """Add to this process's share."""
-        self._own = merge_failed([self._own, {kind: failed}])
+        self._own = merge_shares(Failed, [self._own, {kind: failed}])
         if self._store is not None:
             self._store.set(f"share {self.rank}", json.dumps({kind: asdict(each) for kind, each in self._own.items()}))
 
     def whole(self) -> dict[str, Failed]:
         """By kind of request, everything that was noted by any process."""
-        return merge_failed(self._shares())
+        return merge_shares(Failed, self._shares())
 
     def failing(self) -> list[int]:
         """The processes that have failures."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from avg_llava_lmms_eval.asking import Results, Sample, answer_all, costs_of, failed_of, merge_costs, score_all
+from avg_llava_lmms_eval.asking import Costs, Results, Sample, answer_all, costs_of, failed_of, merge_shares, score_all
 from avg_llava_lmms_eval.sample_log import SampleLog, output_folder
 from PIL import Image
 
@@ -109,7 +109,8 @@ def test_costs_of_the_processes_add_up(micro):
     samples = samples_of(ROWS[:4])
     results = answer_all(micro, samples, 4, SampleLog(None, ""), show=False)
     whole = costs_of(samples, results)["playground"]
-    assert merge_costs([costs_of(samples, results), costs_of(samples, results)])["playground"].visual_tokens == 2 * whole.visual_tokens
+    twice = merge_shares(Costs, [costs_of(samples, results), costs_of(samples, results)])
+    assert twice["playground"].visual_tokens == 2 * whole.visual_tokens
     assert str(whole).startswith("4 samples, ") and sum(whole.granularities.values()) == 4
     assert "empty" not in str(whole)
     results.outcomes[1] = replace(results.outcomes[1], text=" ")
