@@ -19,16 +19,15 @@ from llava.serve.openai_api import (
     Granularity,
     RoutingFields,
     check_model,
-    check_new_tokens,
     check_pictures,
     check_prompt_length,
     read_routing,
-    read_stop,
     report_fields,
     usage_fields,
     validate,
 )
 from llava.serve.protocol import Finished, Limits, ModelCard, Sampling, ServeError, Started
+from llava.serve.sampling_fields import longest_answer, read_stop
 
 GREEDY_BELOW = 0.001
 """LLaVA samples only above this temperature."""
@@ -74,8 +73,7 @@ def read_worker_request(value: Any, card: ModelCard, limits: Limits) -> WorkerCa
     sources = tuple(request.images or ())
     check_pictures(len(sources), card, limits, "images")
     check_prompt_length(len(request.prompt), limits, "prompt")
-    longest = request.max_new_tokens or min(NEW_TOKENS, limits.max_new_tokens)
-    check_new_tokens(longest, limits, "max_new_tokens")
+    longest = longest_answer(request.max_new_tokens, limits, "max_new_tokens", NEW_TOKENS)
     places = request.prompt.count(DEFAULT_IMAGE_TOKEN)
     if places != len(sources):
         raise FieldError(f"The prompt has {places} {DEFAULT_IMAGE_TOKEN}, but there are {len(sources)} images; make them agree.", "images")
@@ -83,8 +81,8 @@ def read_worker_request(value: Any, card: ModelCard, limits: Limits) -> WorkerCa
         prompt=request.prompt,
         sources=sources,
         sampling=Sampling(
-            temperature=request.temperature if request.temperature > GREEDY_BELOW else 0.0,
-            top_p=request.top_p,
+            temperature=request.temperature if request.temperature > GREEDY_BELOW and request.top_p else 0.0,
+            top_p=request.top_p or 1.0,
             max_new_tokens=longest,
             seed=request.seed,
             stop=read_stop(request.stop, limits),

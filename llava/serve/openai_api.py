@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.inference import Message
 from llava.model.routing import RoutingRequest
+from llava.serve.body_fields import Closed, Nothing
 from llava.serve.errors import FieldError
 from llava.serve.json_writer import compact_json
 from llava.serve.protocol import (
@@ -32,18 +33,10 @@ from llava.serve.protocol import (
     TokenScore,
     token_bytes,
 )
+from llava.serve.sampling_fields import SamplingFields, longest_answer, read_sampling
 
 LOWEST_LOG_PROBABILITY = -9999.0
 """Stands for minus infinity, which JSON cannot say; OpenAI's API uses the same."""
-
-
-class Closed(BaseModel):
-    """A body without other fields than those declared, and without conversions between types."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
-
-
-Nothing = Annotated[list[Any], Field(max_length=0)]
 
 
 class TextPart(Closed):
@@ -113,7 +106,7 @@ class RoutingFields(Closed):
     )
 
 
-class ChatRequest(RoutingFields):
+class ChatRequest(SamplingFields, RoutingFields):
     """A conversation to continue."""
 
     model: str = Field(max_length=512)
@@ -124,11 +117,6 @@ class ChatRequest(RoutingFields):
     n: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    min_tokens: int | None = Field(None, ge=0, description="The model's own end is not taken before so many.")
-    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="0, the default, is greedy.")
-    top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False, description="0 leaves the likeliest token alone.")
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: str | Annotated[list[str], Field(max_length=1024, fail_fast=True)] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0)
     frequency_penalty: float | None = Field(None, ge=0, le=0, description="Only 0.")
@@ -426,35 +414,9 @@ def _read_sampling(request: ChatRequest, limits: Limits) -> Sampling:
         raise FieldError("top_logprobs is there, but logprobs is not true; set both or neither.", "top_logprobs")
     if (request.top_logprobs or 0) > limits.max_logprobs:
         raise FieldError(f"top_logprobs is {request.top_logprobs}, expected at most {limits.max_logprobs}.", "top_logprobs")
-    longest = request.max_tokens or request.max_completion_tokens or min(Sampling.max_new_tokens, limits.max_new_tokens)
-    check_new_tokens(longest, limits, "max_tokens" if request.max_tokens else "max_completion_tokens")
-    if (request.min_tokens or 0) > longest:
-        raise FieldError(f"min_tokens is {request.min_tokens}, expected at most the longest answer, {longest}.", "min_tokens")
-    return Sampling(
-        temperature=0.0 if request.top_p == 0 else request.temperature or 0.0,
-        top_p=request.top_p or 1.0,
-        max_new_tokens=longest,
-        min_new_tokens=request.min_tokens or 0,
-        seed=request.seed,
-        stop=read_stop(request.stop, limits),
-        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-    )
-
-
-def check_new_tokens(count: int, limits: Limits, param: str) -> None:
-    """Refuse a longer answer than the server writes."""
-    if count > limits.max_new_tokens:
-        raise FieldError(f"{param} is {count}, expected at most {limits.max_new_tokens}.", param)
-
-
-def read_stop(stop: str | Sequence[str] | None, limits: Limits) -> tuple[str, ...]:
-    """The texts that end an answer."""
-    texts = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
-    if len(texts) > limits.max_stop:
-        raise FieldError(f"stop has {len(texts)} texts, expected at most {limits.max_stop}.", "stop")
-    if any(not 0 < len(text) <= limits.max_stop_characters for text in texts):
-        raise FieldError(f"A text of stop is empty or longer than {limits.max_stop_characters} characters.", "stop")
-    return texts
+    asked = request.max_tokens or request.max_completion_tokens
+    longest = longest_answer(asked, limits, "max_tokens" if request.max_tokens else "max_completion_tokens")
+    return read_sampling(request, limits, longest, (request.top_logprobs or 0) if request.logprobs else None)
 
 
 def read_routing(fields: RoutingFields, card: ModelCard) -> RoutingRequest:

@@ -32,7 +32,7 @@ from tests.serve.fake_engine import FakeEngine
 LIMITS = Limits(max_body_bytes=1_000_000, max_new_tokens=64)
 
 NASTY: tuple[Any, ...] = (
-    *(None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63) - 1, 10**23, 0.5, -0.0, 1e308, 5e-324),
+    *(None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63) - 1, 10**23, 0.5, -0.0, 1e308, 5e-324, 1e-320, -1e-40),
     *("", " ", "\x00", "a" * 5000, "é\u202e\U0001f600", "<image>", "<image-placeholder>", "</s>", "%s%n", "{{7*7}}", "auto", "NaN"),
     *("data:", "data:image/png;base64,", "http://127.0.0.1:1/", "file:///etc/passwd"),
     *([], {}, [[]], [None], {"": None}, {"type": "text"}, {"type": "image_url"}, {"url": "x"}, ["a"] * 50, [36, 144], [2**40]),

@@ -1,0 +1,49 @@
+"""Numbers that float32 cannot hold, wherever they stand in a body."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import BaseModel
+
+from llava.serve.body_fields import SMALLEST_NUMBER, Closed, as_float32
+from llava.serve.llava_api import WorkerRequest
+from llava.serve.openai_api import ChatRequest
+
+SUBNORMAL = (5e-324, 1e-320, 1e-46, 1e-40, SMALLEST_NUMBER * 0.99)
+
+
+class Inner(Closed):
+    weight: float | None = None
+
+
+class Outer(Closed):
+    inner: Inner
+    number: float = 1.0
+    count: int = 1
+
+
+def test_the_smallest_number_is_float32s():
+    assert torch.finfo(torch.float32).tiny == SMALLEST_NUMBER
+    assert [as_float32(sign * SMALLEST_NUMBER) for sign in (1, -1)] == [SMALLEST_NUMBER, -SMALLEST_NUMBER]
+    assert [as_float32(sign * number) for sign in (1, -1) for number in SUBNORMAL] == [0.0] * 10
+
+
+@pytest.mark.parametrize("number", SUBNORMAL)
+def test_what_float32_would_lose_is_0_at_every_depth(number):
+    read = Outer.model_validate({"inner": {"weight": -number}, "number": number, "count": 2})
+    assert (read.inner.weight, read.number, read.count) == (0.0, 0.0, 2)
+
+
+def float_fields(schema: type[BaseModel]) -> list[str]:
+    return [name for name, field in schema.model_fields.items() if "float" in str(field.annotation) and "penalty" not in name]
+
+
+@pytest.mark.parametrize("schema", [ChatRequest, WorkerRequest])
+def test_no_number_of_a_request_stays_below_it(schema):
+    needed = {"model": "m", "messages": [{"role": "user", "content": "x"}], "prompt": "x"}
+    names = float_fields(schema)
+    assert {"temperature", "top_p", "granularity_bias"} <= set(names)
+    for name in names:
+        body = {key: value for key, value in needed.items() if key in schema.model_fields}
+        assert getattr(schema.model_validate({**body, name: 1e-320}), name) == 0.0
