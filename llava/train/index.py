@@ -9,51 +9,47 @@ whoever comes first builds it under a lock, all others wait and map it. It is an
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import logging
 import mmap
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, overload
+from typing import Any, overload
 
 import filelock
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from llava.json_rows import JsonRow, iter_rows, parse_row
 from llava.train.targets import count_words
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
-FORMAT = "1"
+FORMAT = "2"
 """Raised when what an index holds changes; older ones are then built anew."""
 HIDDEN_FOLDER = ".avg-llava-index"
 LOCK_SECONDS = 3600.0
 """How long a process waits for another one that builds the same index."""
-MAX_ROW_BYTES = 64 * 2**20
-"""Longest row; what is longer is no list of conversations but a file of another format, or a broken one."""
 
 SCHEMA = pa.schema(
     [
         pa.field("row", pa.string(), nullable=False),
         pa.field("image", pa.string(), nullable=False),
         pa.field("words", pa.int32(), nullable=False),
+        pa.field("line", pa.int64(), nullable=False),
     ]
 )
-"""A row's JSON text; its picture names as a JSON list, empty without any; words of its turns."""
+"""A row's JSON text; its picture names as a JSON list, empty without any; words of its turns; the line of the source it starts in."""
 
 _READS_BETWEEN_RELEASES = 32
-_CHUNK_BYTES = 2**20
 _BATCH_ROWS = 2**16
 _BATCH_CHARACTERS = 2**25
-_WHITESPACE = re.compile(r"[ \t\r\n]*")
 
 
 class RowIndex(Sequence[Row]):
@@ -73,7 +69,7 @@ class RowIndex(Sequence[Row]):
         self._map, table, facts = read_arrow(path)
         self.sha256: str = facts["sha256"]
         self._reads = 0
-        self._rows, self._images, self._words = (table.column(name) for name in SCHEMA.names)
+        self._rows, self._images, self._words, self._lines = (table.column(name) for name in SCHEMA.names)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RowIndex, (self.path, self.source)
@@ -89,18 +85,19 @@ class RowIndex(Sequence[Row]):
         """Parse a row.
 
         Raises:
-            ValueError: the row is not JSON.
+            ValueError: the row is not JSON; the sentence names its line.
         """
         if isinstance(index, slice):
             return [self[number] for number in range(len(self))[index]]
-        text = self._rows[range(len(self))[index]].as_py()
+        index = range(len(self))[index]
+        text = self._rows[index].as_py()
         self._reads += 1
         if self._reads % _READS_BETWEEN_RELEASES == 0:
             self._map.madvise(mmap.MADV_DONTNEED)  # pages stay in the system's cache, but no longer count as this process's
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"the row is not valid JSON: {error}; it starts with {text[:60]!r}.") from error
+            return parse_row(text)
+        except ValueError as error:
+            raise ValueError(f"line {self._lines[index].as_py()} cannot be read: {error}.") from error
 
     @property
     def words(self) -> np.ndarray:
@@ -139,7 +136,7 @@ def open_index(source: str | Path, cache: str | Path | None = None, wait_seconds
     """The index of a JSON or JSONL file, built if there is none.
 
     Args:
-        source: LLaVA's JSON (one list), or JSONL (a row per line, ending `.jsonl`).
+        source: LLaVA's JSON (one list) or JSONL (a row per line); see `llava.json_rows` for what is read.
         cache: folder for the index; by default a hidden one beside the source, or the user's cache.
         wait_seconds: how long to wait for another process that builds it.
 
@@ -263,149 +260,38 @@ def read_arrow(path: Path) -> tuple[mmap.mmap, pa.Table, dict[str, str]]:
     return mapped, pa.Table.from_batches(batches), {key.decode(): value.decode() for key, value in dict(facts).items()}
 
 
-# ---- reading a source piece by piece
+# ---- the columns of a source
 
 
 def build_index(source: Path, target: Path) -> None:
     """Write the index of a source file.
 
     Raises:
-        ValueError: not UTF-8, not a list of rows, or no row at all.
+        ValueError: not UTF-8, not a file of rows, or no row at all.
     """
     digest = hashlib.sha256()
     with source.open("rb") as file:
-        items = _lines(file, digest, source) if source.suffix == ".jsonl" else _list_items(file, digest, source)
-        write_arrow(target, SCHEMA, _batches(items, source), lambda: {"sha256": digest.hexdigest()})
+        rows = iter_rows(file, str(source), digest=digest)
+        write_arrow(target, SCHEMA, _batches(rows, source), lambda: {"sha256": digest.hexdigest()})
 
 
-def _batches(items: Iterator[tuple[str, Any]], source: Path) -> Iterator[pa.RecordBatch]:
+def _batches(rows: Iterator[JsonRow], source: Path) -> Iterator[pa.RecordBatch]:
     """Record batches of rows; the first row decides whether the file is one of conversations."""
-    columns: tuple[list[Any], ...] = ([], [], [])
+    columns: tuple[list[Any], ...] = ([], [], [], [])
     characters = count = 0
-    for count, (text, row) in enumerate(items, start=1):
-        if count == 1 and not isinstance(row, dict):
+    for count, row in enumerate(rows, start=1):
+        if count == 1 and not isinstance(row.value, dict):
+            reason = f" (line {row.line}: {row.problem})" if row.problem else ""
             raise ValueError(
-                f"{source} starts with {text[:40]!r}, expected rows such as {{'conversations': [...]}}: a .json file holds one "
-                "list of them, a .jsonl file one per line."
+                f"{source} starts with {row.text[:40]!r}{reason}, expected rows such as {{'conversations': [...]}}, in one list or one per "
+                "line."
             )
-        for column, value in zip(columns, (text, *measure(row)), strict=True):
+        for column, value in zip(columns, (row.text, *measure(row.value), row.line), strict=True):
             column.append(value)
-        characters += len(text)
+        characters += len(row.text)
         if len(columns[0]) >= _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
             yield pa.record_batch(list(columns), schema=SCHEMA)
-            columns, characters = ([], [], []), 0
+            columns, characters = ([], [], [], []), 0
     if not count:
         raise ValueError(f"{source} holds no rows; expected a list of conversations.")
     yield pa.record_batch(list(columns), schema=SCHEMA)
-
-
-def _lines(file: BinaryIO, digest: Any, source: Path) -> Iterator[tuple[str, Any]]:
-    """Text and value of every line that is not blank; the value of a broken line is None."""
-    for number, raw in enumerate(iter(lambda: file.readline(MAX_ROW_BYTES), b""), start=1):
-        digest.update(raw)
-        if len(raw) == MAX_ROW_BYTES and not raw.endswith(b"\n"):
-            raise ValueError(f"line {number} of {source} is over {MAX_ROW_BYTES:,} bytes; a .jsonl file holds one row per line.")
-        try:
-            text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"line {number} of {source} is not UTF-8: {error}; convert the file.") from error
-        if not text:
-            continue
-        try:
-            yield text, json.loads(text)
-        except (ValueError, RecursionError):
-            yield text, None
-
-
-def _list_items(file: BinaryIO, digest: Any, source: Path) -> Iterator[tuple[str, Any]]:
-    """Text and value of every element of a JSON list.
-
-    Raises:
-        ValueError: the file is not a JSON list; the sentence says behind which row.
-    """
-    text = _Text(_decoded(file, digest))
-    count = 0
-    try:
-        start = text.next_character()
-        if start != "[":
-            raise ValueError(f"it starts with {start!r}, expected '['; one row per line needs the ending .jsonl")
-        text.at += 1
-        separator = "," if text.next_character() != "]" else "]"
-        text.at += separator == "]"
-        while separator == ",":
-            text.next_character()
-            yield text.value()
-            count += 1
-            separator = text.next_character()
-            if separator not in (",", "]"):
-                raise ValueError(f"a row is followed by {separator!r}, expected ',' or ']'")
-            text.at += 1
-        if text.next_character():
-            raise ValueError(f"the list is followed by {text.next_character()!r}, expected the end of the file")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source} is not a valid JSON list: after {count} rows, {error}.") from error
-
-
-def _decoded(file: BinaryIO, digest: Any) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    while chunk := file.read(_CHUNK_BYTES):
-        digest.update(chunk)
-        yield decoder.decode(chunk)
-    yield decoder.decode(b"", final=True)
-
-
-class _Text:
-    """A window that moves over a long JSON text.
-
-    Attributes:
-        text: the window.
-        at: where in it reading goes on.
-    """
-
-    def __init__(self, chunks: Iterator[str]) -> None:
-        self.text = ""
-        self.at = 0
-        self._chunks = chunks
-        self._ended = False
-        self._scan = json.JSONDecoder().raw_decode
-
-    def next_character(self) -> str:
-        """Skip white space; the character there, or nothing at the end."""
-        while True:
-            match = _WHITESPACE.match(self.text, self.at)
-            assert match is not None
-            self.at = match.end()
-            if self.at < len(self.text):
-                return self.text[self.at]
-            if self._ended:
-                return ""
-            self._move()
-
-    def value(self) -> tuple[str, Any]:
-        """Text and value of the JSON value that starts here.
-
-        Raises:
-            json.JSONDecodeError: there is none, or it is longer than `MAX_ROW_BYTES`.
-        """
-        while True:
-            try:
-                value, end = self._scan(self.text, self.at)
-            except json.JSONDecodeError:
-                if self._ended or len(self.text) - self.at > MAX_ROW_BYTES:
-                    raise
-            else:
-                if end < len(self.text) or self._ended:  # a number at the very end may go on
-                    text, self.at = self.text[self.at : end], end
-                    return text, value
-            self._move()
-
-    def _move(self) -> None:
-        """Drop what was read and append as much as is left, so that a long value is scanned a few times only."""
-        parts = [self.text[self.at :]]
-        missing = max(1, len(parts[0]))
-        while missing > 0 and not self._ended:
-            chunk = next(self._chunks, None)
-            self._ended = chunk is None
-            parts.append(chunk or "")
-            missing -= len(parts[-1])
-        self.text, self.at = "".join(parts), 0

@@ -155,9 +155,9 @@ def open_rows(path: str | Path, cache: str | Path | None = None) -> Mixture:
         ValueError: another ending, a file that does not hold rows, or a manifest that is wrong or does not describe its files.
     """
     path = Path(path)
-    if path.suffix in MANIFESTS:
+    if path.suffix.lower() in MANIFESTS:
         return _open_manifest(path, cache)
-    if path.suffix not in ROW_FILES:
+    if path.suffix.lower() not in ROW_FILES:
         known = " or ".join(ROW_FILES), " or ".join(MANIFESTS)
         raise ValueError(f"{path} ends in {path.suffix!r}, expected rows in {known[0]}, or a manifest in {known[1]}.")
     return Mixture([Source(path.name, open_index(path, cache))])
@@ -221,8 +221,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     """
     try:
         manifest = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"the manifest {path} cannot be read: {error}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"the manifest {path} cannot be read: {said}; see docs/Data.md for its form.") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("sources"), list) or not manifest["sources"]:
         raise ValueError(f"the manifest {path} has no list 'sources'; see docs/Data.md for its form.")
     errors = [f"{key!r} is unknown; known are seed and sources" for key in sorted(map(str, manifest.keys() - {"seed", "sources"}))]

@@ -140,7 +140,7 @@ def test_rows_that_are_no_rows(reader: RowReader, tmp_path: Path) -> None:
     for lazy in (True, False):
         skipping = ConversationDataset(open_rows(tmp_path / "rows.jsonl"), reader, on_bad_sample="skip", max_bad_share=1, lazy=lazy)
         assert [skipping[index]["row"] for index in range(3)] == [0, 0, 0] and skipping.bad_rows == {1, 2}
-        with pytest.raises(BadSampleError, match=r"row 2 of .* \(id 2\): the row is not valid JSON"):
+        with pytest.raises(BadSampleError, match=r"row 2 of .* \(id 2\): line 3 cannot be read: the value ends before"):
             skipping.read(2)
 
 

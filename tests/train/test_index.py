@@ -18,8 +18,10 @@ import datasets
 import filelock
 import pytest
 
+import llava.json_rows as json_rows
 import llava.train.index as index_module
 from llava.train.index import HIDDEN_FOLDER, build_index, derived_file, measure, open_index
+from llava.train.mixture import open_rows
 
 ROOT = Path(__file__).parents[2]
 TURNS = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A bus."}]
@@ -60,7 +62,7 @@ def test_a_window_that_moves_cuts_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     source = tmp_path / "a.json"
     source.write_text(json.dumps(rows, ensure_ascii=False, indent=1))
     for size in (1, 2, 3, 7):
-        monkeypatch.setattr(index_module, "_CHUNK_BYTES", size)
+        monkeypatch.setattr(json_rows, "CHUNK_BYTES", size)
         assert list(open_index(source, tmp_path / str(size))) == rows
 
 
@@ -70,18 +72,31 @@ def test_datasets_opens_the_index_too(tmp_path: Path) -> None:
     assert [json.loads(text) for text in opened["row"]] == ROWS[:2] and list(opened["words"]) == [6, 12]
 
 
+def test_the_name_decides_nothing(tmp_path: Path) -> None:
+    """A list called JSONL, rows per line called JSON, rows side by side, over several lines, and files put behind each other."""
+    texts = [json.dumps(row) for row in ROWS]
+    written_as = {
+        "LIST.JSONL": json.dumps(ROWS), "lines.json": "\n".join(texts), "SIDE.JSON": "".join(texts),
+        "spread.jsonl": "\r\n".join(json.dumps(row, indent=1) for row in ROWS),
+        "lists.json": json.dumps(ROWS[:3]) + "\ufeff" + json.dumps(ROWS[3:]),
+    }  # fmt: skip
+    for name, text in written_as.items():
+        (tmp_path / name).write_text("\ufeff" + text, encoding="utf-8", newline="")
+        assert list(open_rows(tmp_path / name)) == ROWS, name
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.json", "{", r"starts with '\{', expected '\['; one row per line needs the ending .jsonl"),
-        ("a.json", "", "starts with ''"),
+        ("a.json", "{", r"starts with '\{' \(line 1: the value ends before it is complete"),
+        ("a.json", "", "holds no rows"),
         ("a.json", "[]", "holds no rows"),
         ("a.jsonl", "\n\n", "holds no rows"),
         ("a.json", "[1, 2]", "starts with '1', expected rows"),
-        ("a.jsonl", '[{"conversations": []}]', "a .jsonl file one per line"),
+        ("a.jsonl", "rows", r"starts with 'rows' \(line 1: not valid JSON .*, expected rows such as .* one per line"),
         ("a.json", '[{"id": 1}, {"id": }]', "after 1 rows"),
-        ("a.json", '[{"id": 1} {"id": 2}]', r"after 1 rows, a row is followed by '\{'"),
-        ("a.json", '[{"id": 1}', "after 1 rows, a row is followed by ''"),
+        ("a.json", '[{"id": 1} {"id": 2}]', r"line 1, after 1 rows: the row is followed by '\{'"),
+        ("a.json", '[{"id": 1}', "after 1 rows: the list ends before it is complete"),
         ("a.json", '[{"id": 1}] x', "followed by 'x'"),
         ("a.json", '[{"id": 1},]', "after 1 rows"),
         ("a.json", "[" * 100_000, "after 0 rows"),
@@ -99,7 +114,7 @@ def test_what_is_no_file_of_rows(name: str, text: str, message: str, tmp_path: P
 def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
     for name in ("a.json", "a.jsonl"):
         (tmp_path / name).write_bytes(b'[{"id": "\xff"}]' if name == "a.json" else b'{"id": 1}\n{"id": "\xff"}\n')
-        with pytest.raises(ValueError, match="utf-8|line 2 of .* is not UTF-8"):
+        with pytest.raises(ValueError, match=r"line [12] of .*a\.jsonl? is not UTF-8 .*save it as UTF-8"):
             open_index(tmp_path / name)
 
 
@@ -107,17 +122,17 @@ def test_a_broken_line_waits_until_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('\ufeff{"conversations": []}\n\n{"id": \n[1]\n{"conversations": [3], "image": 5}\n', encoding="utf-8")
     index = open_index(tmp_path / "a.jsonl")
     assert len(index) == 4 and index.words.tolist() == [0, 0, 0, 0] and index.pictured.tolist() == [False, False, False, True]
-    with pytest.raises(ValueError, match="not valid JSON"):
+    with pytest.raises(ValueError, match="line 3 cannot be read: the value ends before it is complete"):
         index[1]
     assert index[2] == [1]
 
 
 def test_a_row_without_end_is_refused_before_memory_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "MAX_ROW_BYTES", 1000)
-    monkeypatch.setattr(index_module, "_CHUNK_BYTES", 100)
+    monkeypatch.setattr(json_rows, "MAX_ROW_CHARACTERS", 1000)
+    monkeypatch.setattr(json_rows, "CHUNK_BYTES", 100)
     for name in ("a.json", "a.jsonl"):
         (tmp_path / name).write_text(('["' if name == "a.json" else '{"id": "') + "x" * 5000)
-        with pytest.raises(ValueError, match="after 0 rows|line 1 of .* is over 1,000 bytes"):
+        with pytest.raises(ValueError, match="line 1 of .* starts a value of over 1,000 characters"):
             open_index(tmp_path / name)
 
 
