@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from llava.hints import keep_back_hints
+
 if TYPE_CHECKING:
     from llava.model import LlavaLlamaForCausalLM
 
 __version__ = "1.0.0"
 __all__ = ["LlavaLlamaForCausalLM", "__version__"]
+
+keep_back_hints()
 
 
 def __getattr__(name: str) -> Any:

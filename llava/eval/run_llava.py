@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from llava.visualize import draw_granularity
 
 SEPARATOR = ","
 """Between the names of several pictures."""
+DATA_URL = re.compile(r"data:[^,]*,[\w+/=%-]*", re.IGNORECASE | re.ASCII)
+"""One address with its image inside, which always holds a comma."""
 
 
 def eval_model(args: Any) -> str:
@@ -47,8 +51,22 @@ def _assistant(args: Any) -> Assistant:
 
 def _images(args: Any) -> list[Any]:
     names = getattr(args, "image_file", None)
-    separator = getattr(args, "sep", SEPARATOR)
-    return load_images([name.strip() for name in names.split(separator)], allow_remote=True) if names else []
+    return load_images(split_names(names, getattr(args, "sep", SEPARATOR)), allow_remote=True) if names else []
+
+
+def split_names(text: str, separator: str = SEPARATOR) -> list[str]:
+    """The names of images in a text of several; a separator within the name of a file that exists, or within a data URL, is part of it."""
+    names: list[str] = []
+    parts = text.split(separator)
+    while parts:
+        count = next((count for count in range(len(parts), 1, -1) if _is_one_name(separator.join(parts[:count]).strip())), 1)
+        names.append(separator.join(parts[:count]).strip())
+        del parts[:count]
+    return names
+
+
+def _is_one_name(text: str) -> bool:
+    return os.path.isfile(text) or DATA_URL.fullmatch(text) is not None
 
 
 def explain(answer: Answer) -> str:
@@ -82,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line's flags: LLaVA's names, with dashes or underscores."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval.run_llava", description="Ask a model about one or more pictures.")
     add_model_and_options(parser)
-    add_flag(parser, "image_file", help="path or URL of the picture; several are joined by --sep")
+    add_flag(parser, "image_file", help="path or URL of the image; several are joined by --sep")
     parser.add_argument("--query", required=True, help="the question; <image> marks where a picture goes")
     add_flag(parser, "sep", default=SEPARATOR, help="what separates several pictures (default: %(default)s)")
     parser.add_argument("--stream", action="store_true", help="print the answer as it is written")

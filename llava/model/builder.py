@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, CLIPImageProcessorPil, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPImageProcessorPil, PreTrainedTokenizerBase
 
 from llava.model.adapter import (
     adapter_base,
@@ -26,6 +25,7 @@ from llava.model.config import LlavaConfig, LlavaMistralConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.loading import resolve_tower
+from llava.model.quantization import quantization_config
 from llava.tokenizer import load_tokenizer
 from llava.utils import pick_device
 
@@ -36,9 +36,6 @@ MODEL_CLASSES: dict[str, Any] = {
     LlavaMistralConfig.model_type: LlavaMistralForCausalLM,
 }
 """Model type in config.json -> the class that reads it."""
-
-WHOLE_PARTS = ["model.mm_projector", "model.vision_tower", "model.router", "lm_head"]
-"""Never quantised: small, and what the answers' precision hangs on."""
 
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 
@@ -112,31 +109,9 @@ def _loading_options(
     _check_device(chosen)
     options["device_map"] = device_map if chosen == "cuda" and device_map is not None else {"": chosen}
     if load_8bit or load_4bit:
-        _prepare_bitsandbytes()
         compute = options["dtype"] if isinstance(options["dtype"], torch.dtype) else torch.float32 if chosen == "cpu" else torch.bfloat16
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=load_8bit,
-            load_in_4bit=load_4bit,
-            bnb_4bit_compute_dtype=compute,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_quant_type="nf4",
-            llm_int8_skip_modules=list(WHOLE_PARTS),
-        )
+        options["quantization_config"] = quantization_config(8 if load_8bit else 4, compute)
     return options
-
-
-def _prepare_bitsandbytes() -> None:
-    if find_spec("bitsandbytes") is None:
-        raise ImportError(
-            '8-bit and 4-bit weights need bitsandbytes, which is not installed: pip install "bitsandbytes>=0.50,<0.51", or the train extra '
-            'with pip install -e ".[train]".'
-        )
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_kernel_hint)
-
-
-def _is_no_kernel_hint(record: logging.LogRecord) -> bool:
-    """Keep back what bitsandbytes warns of where an optional faster kernel of a package we do not use is missing; nothing depends on it."""
-    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
 
 
 def load_adapter_model(

@@ -149,6 +149,8 @@ class CheckpointLoading:
         missing = {key for key in info["missing_keys"] if not key.startswith(TOWER_PREFIX)}
         fresh = {key for key in missing if key.startswith(MULTIMODAL_PREFIXES)}
         missing -= fresh if held is None else set(held)
+        if fresh and held is None:
+            logger.info("%s has no %s; these begin anew", base, ", ".join(sorted({".".join(key.split(".")[:2]) for key in fresh})))
         if missing or info["unexpected_keys"]:
             raise ValueError(
                 f"The language model {base} does not fit the configuration: missing {_some(missing)}, "

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import BitsAndBytesConfig
 
 from llava.model.adapter import LANGUAGE_LAYERS, attach_adapter, is_adapter, language_linears, load_lora, read_lora_config
-from llava.model.builder import WHOLE_PARTS, check_4bit_on_cpu
+from llava.model.builder import check_4bit_on_cpu
+from llava.model.quantization import quantization_config
 from llava.train.stages import STAGES, part_of
 
 if TYPE_CHECKING:
@@ -118,14 +118,7 @@ def quantization_options(args: TrainingArguments, path: str) -> dict[str, Any]:
         check_4bit_on_cpu(path)
     return {
         "device_map": {"": args.device},
-        "quantization_config": BitsAndBytesConfig(
-            load_in_8bit=args.bits == 8,
-            load_in_4bit=args.bits == 4,
-            bnb_4bit_compute_dtype=_compute_dtype(args),
-            bnb_4bit_use_double_quant=args.double_quant,
-            bnb_4bit_quant_type=args.quant_type,
-            llm_int8_skip_modules=list(WHOLE_PARTS),
-        ),
+        "quantization_config": quantization_config(args.bits, _compute_dtype(args), args.double_quant, args.quant_type),
     }
 
 

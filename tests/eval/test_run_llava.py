@@ -7,7 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
-from llava.eval.run_llava import build_parser, eval_model, main
+from llava.eval.run_llava import build_parser, eval_model, main, split_names
 
 
 @pytest.fixture
@@ -39,6 +39,27 @@ def test_several_files_are_joined_by_the_separator(oracle, picture, capsys):
     assert capsys.readouterr().out == both + "\n"
     with pytest.raises(ValueError, match="holds 1 <image> placeholders, but 2 pictures"):
         eval_model(arguments(oracle, image_file=f"{picture},{picture}", query="<image> What is it?"))
+
+
+@pytest.mark.parametrize(
+    ("text", "separator", "names"),
+    [
+        ("a.png", ",", ["a.png"]),
+        ("a.png, b.png", ",", ["a.png", "b.png"]),
+        ("a,b.png", ",", ["a,b.png"]),
+        ("one, two, three.png,a.png", ",", ["one, two, three.png", "a.png"]),
+        ("a.png,a,b.png,c.png", ",", ["a.png", "a,b.png", "c.png"]),
+        ("c,d.png", ",", ["c", "d.png"]),
+        ("data:image/png;base64,iVBORw0KGgo=,a.png", ",", ["data:image/png;base64,iVBORw0KGgo=", "a.png"]),
+        ("data:image/png;base64,iVBORw0KGgo=;a.png", ";", ["data:image/png;base64,iVBORw0KGgo=", "a.png"]),
+        ("a\0,b" + "c" * 5000, ",", ["a\0", "b" + "c" * 5000]),
+    ],
+)
+def test_a_separator_within_the_name_of_a_file_or_in_a_data_url_separates_nothing(tmp_path, monkeypatch, text, separator, names):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "a,b.png", "one, two, three.png"):
+        (tmp_path / name).touch()
+    assert split_names(text, separator) == names
 
 
 @pytest.mark.parametrize("streaming", [[], ["--stream"]])

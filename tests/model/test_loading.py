@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import sys
 
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.builder import _is_no_kernel_hint, load_pretrained_model
+from llava.model.builder import load_pretrained_model
 
 ANSWER = {"do_sample": False, "max_new_tokens": 5}
 
@@ -215,10 +214,3 @@ def test_without_bitsandbytes_the_way_to_install_it_is_named_before_anything_is_
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=r'pip install "bitsandbytes>=0.50,<0.51"'):
         load_pretrained_model("/nowhere/at/all", device="cpu", **{option: True})
-
-
-def test_only_the_hint_about_a_missing_kernel_is_kept_back():
-    def passes(text):
-        return _is_no_kernel_hint(logging.LogRecord("bitsandbytes", logging.WARNING, "", 0, text, ("why",), None))
-
-    assert not passes("Failed to load CPU gemm_4bit_forward from kernels-community: %s.") and passes("Something else: %s.")
