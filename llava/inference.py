@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.conversation import SeparatorStyle, get_template
+from llava.messages import Message, put_images_first
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.llava_arch import EncodedRow
@@ -31,14 +32,6 @@ from llava.timing import StageTimer
 
 MICRO_MODEL = Path(__file__).resolve().parents[1] / "playground" / "avg-llava-micro"
 """The model that ships with the repository and is used where none is given."""
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn: `role` is `user`, `assistant`, or `system` at the very start. `<image>` in the text marks where a picture goes."""
-
-    role: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -125,8 +118,8 @@ def write_prompt(
 
     Args:
         messages: turns, users' and assistants' in alternation, the last one the user's; a system turn in front replaces the template's
-            own text. `<image>` (or `<image-placeholder>`) marks a picture's place; where no turn has one, the first user's turn begins
-            with all of them.
+            own text. `<image>` (or `<image-placeholder>`) marks an image's place, see `llava.messages.images_first` for those behind the
+            words; where no turn has one, the first user's turn begins with all of them.
         num_images: how many pictures there are.
         template: a name from `conv_templates`.
         use_start_end: wrap each placeholder in LLaVA's start and end tokens.
@@ -156,7 +149,7 @@ def write_prompt(
     conversation = get_template(template)
     if system:
         conversation.set_system_message(system.text)
-    for message_role, text in zip(roles, texts, strict=True):
+    for message_role, text in zip(roles, map(put_images_first, texts), strict=True):
         if use_start_end:
             text = text.replace(DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN)
         conversation.append_message(conversation.roles[message_role == "assistant"], text)

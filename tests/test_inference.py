@@ -60,6 +60,23 @@ def test_the_prompt_follows_the_template():
     assert "<im_start><image><im_end>\nHi?" in write_prompt([Message("user", "Hi?")], 1, "v1", use_start_end=True)
 
 
+@pytest.mark.parametrize("template", sorted(set(conv_templates) - {"plain", "v0_plain"}))
+def test_images_behind_the_words_are_written_in_front_of_them(template):
+    first = [Message("user", "<image>\nBoth?"), Message("assistant", "No."), Message("user", "<image>\n<image>\nAnd these?")]
+    behind = [Message("user", "Both? <image>"), Message("assistant", "No."), Message("user", "And these?\n<image><image-placeholder>")]
+    for framed in (False, True):
+        assert write_prompt(behind, 3, template, framed) == write_prompt(first, 3, template, framed)
+
+
+@pytest.mark.parametrize(("question", "answer"), [("Which number does the sign show?", "558"), ("What is the background colour?", "pink")])
+def test_the_answer_is_the_same_whichever_order(micro, question, answer):
+    image = Image.open(MICRO_MODEL.parent / "images" / "scene_pink.png").convert("RGB")
+    for text in (question, f"<image>\n{question}", f"{question}\n<image>", f"{question} <image>"):
+        assert micro.answer([image], text).text == answer
+    earlier = [Message("user", "What is the background colour? <image>"), Message("assistant", "pink"), Message("user", question)]
+    assert micro.answer([image], earlier).text == answer
+
+
 def test_a_system_turn_replaces_the_templates_text():
     turns = [Message("system", "Be brief."), Message("user", "Hi?")]
     assert write_prompt(turns, 1, "v1") == "Be brief. USER: <image>\nHi? ASSISTANT:"

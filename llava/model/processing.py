@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_template
 from llava.images import load_image
+from llava.messages import put_images_first, text_of_parts
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.config import LlavaConfig, LlavaMistralConfig, MultimodalFields
 from llava.model.loading import read_tower_config, resolve_tower
@@ -151,8 +152,9 @@ class AvgLlavaProcessor(ProcessorMixin):
 
         Args:
             conversation: messages `{"role": "user" | "assistant", "content": text or parts}`, or a list of such conversations. A part is
-                `{"type": "text", "text": ...}` or `{"type": "image"}`; parts are written one per line. With `tokenize`, an image part
-                holds a picture under `image`, a file under `path` or a web address under `url`.
+                `{"type": "text", "text": ...}` or `{"type": "image"}`; parts are written one per line, ordered by
+                `llava.messages.images_first`. With `tokenize`, an image part holds a picture under `image`, a file under `path` or a web
+                address under `url`.
             add_generation_prompt: open the next answer.
             tokenize: prepare the prompts and pictures, see `__call__`, which also takes `kwargs`.
             return_dict: with `tokenize`, all that `__call__` gives and not the ids alone.
@@ -183,8 +185,9 @@ class AvgLlavaProcessor(ProcessorMixin):
         if self.mm_use_im_start_end:
             picture = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
         for index, message in enumerate(messages):
-            written = [part["text"] if part["type"] == "text" else picture for part in _parts(message)]
-            template.append_message(template.roles[index % 2], "\n".join(written))
+            parts = [part["text"] if part["type"] == "text" else DEFAULT_IMAGE_TOKEN for part in _parts(message)]
+            text = put_images_first(text_of_parts(parts))  # a text may hold placeholders of its own
+            template.append_message(template.roles[index % 2], text.replace(DEFAULT_IMAGE_TOKEN, picture))
         if add_generation_prompt:
             template.append_message(template.roles[1], None)
         return template.get_prompt()

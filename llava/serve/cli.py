@@ -17,7 +17,8 @@ from PIL import Image
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.flags import add_model_and_options, granularity_argument, options_of
 from llava.images import load_images
-from llava.inference import Answer, Assistant, Message, Options
+from llava.inference import Answer, Assistant, Options
+from llava.messages import Message
 from llava.model.routing import RoutingRequest, allowed_levels
 from llava.utils import setup_logging
 

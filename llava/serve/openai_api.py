@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import BaseModel, Field, ValidationError
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
-from llava.inference import Message
+from llava.messages import Message, text_of_parts
 from llava.model.routing import RoutingRequest
 from llava.serve.body_fields import Closed, Nothing
 from llava.serve.errors import FieldError
@@ -379,7 +379,7 @@ def _read_messages(messages: Sequence[ChatMessage], card: ModelCard, limits: Lim
 
 
 def _read_content(content: str | list[ContentPart], role: str, param: str) -> tuple[str, list[str]]:
-    """A message's text, with a placeholder for each picture, and the pictures' addresses."""
+    """A message's text, with a placeholder for each image, and the images' addresses; both keep the images' own order."""
     parts = [TextPart(type="text", text=content)] if isinstance(content, str) else content
     sources = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
     texts = [part.text for part in parts if isinstance(part, TextPart)]
@@ -389,7 +389,7 @@ def _read_content(content: str | list[ContentPart], role: str, param: str) -> tu
         raise FieldError(f"The text holds {DEFAULT_IMAGE_TOKEN}, which marks a picture's place; send pictures as image_url parts.", param)
     if not any(text.strip() for text in texts):
         raise FieldError("The message has no text; write a question.", param)
-    return "\n".join(part.text if isinstance(part, TextPart) else DEFAULT_IMAGE_TOKEN for part in parts), sources
+    return text_of_parts([part.text if isinstance(part, TextPart) else DEFAULT_IMAGE_TOKEN for part in parts]), sources
 
 
 def check_pictures(count: int, card: ModelCard, limits: Limits, param: str) -> None:

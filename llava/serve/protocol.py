@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from llava.inference import Message
+from llava.messages import Message
 from llava.model.routing import RoutingRequest
 
 CHAT_PATH = "/v1/chat/completions"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from llava.conversation import Conversation, SeparatorStyle, conv_templates
-from llava.inference import Message
+from llava.messages import Message
 
 _ROLES = ("user", "assistant")
 

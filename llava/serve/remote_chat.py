@@ -10,6 +10,7 @@ import base64
 import logging
 import math
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from io import BytesIO
 from time import monotonic
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
-from llava.inference import Message
+from llava.messages import Message, put_images_first
 from llava.serve.outbound import BrokenOff, Reply, parse_json_object
 from llava.serve.protocol import (
     CHAT_PATH,
@@ -96,7 +97,8 @@ def chat_body(request: GenerationRequest, model: str) -> dict[str, Any]:
 
 def _turns(request: GenerationRequest) -> Sequence[Message]:
     if request.prompt is None:
-        return request.messages
+        texts = [turn.text.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN) for turn in request.messages]
+        return [replace(turn, text=put_images_first(text)) for turn, text in zip(request.messages, texts, strict=True)]
     turns = read_prompt(request.prompt)
     if turns is None:
         raise ServeError(

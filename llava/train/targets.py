@@ -20,6 +20,7 @@ from llava.constants import (
     IMAGE_TOKEN_INDEX,
 )
 from llava.conversation import Conversation, SeparatorStyle
+from llava.messages import put_images_first
 from llava.mm_utils import tokenizer_image_token
 
 SPEAKERS = ("human", "gpt")
@@ -62,7 +63,8 @@ def place_images(
 ) -> list[dict[str, str]]:
     """Put the placeholders of a row where training expects them.
 
-    A single picture goes in front of its turn, on a line of its own, as in LLaVA; several keep their places.
+    A single image goes in front of its turn, on a line of its own, as in LLaVA; several do where they stand together behind the words
+    (`llava.messages.images_first`), and keep their places otherwise.
 
     Args:
         turns: LLaVA's list of `{"from", "value"}`.
@@ -78,7 +80,7 @@ def place_images(
         text = turn["value"]
         if DEFAULT_IMAGE_TOKEN in text and num_images == 1:
             text = f"{DEFAULT_IMAGE_TOKEN}\n{text.replace(DEFAULT_IMAGE_TOKEN, '').strip()}".strip()
-        placed.append({**turn, "value": text})
+        placed.append({**turn, "value": put_images_first(text)})
     found = sum(turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in placed)
     if found != num_images:
         raise ValueError(

@@ -56,6 +56,20 @@ def test_a_chat_generates_the_recorded_tokens(oracle, released, processor, pictu
     assert released.generate(**inputs, **GREEDY).tolist() == recorded(oracle, name)["new_token_ids"]
 
 
+def test_images_come_first_where_they_stand_together(processor, pictures):
+    images = [{"type": "image", "image": pictures[name]} for name in ("wide", "tall")]
+    words = {"type": "text", "text": CAR}
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    first, behind = (
+        processor.apply_chat_template([{"role": "user", "content": parts}], **options) for parts in ([*images, words], [words, *images])
+    )
+    assert first["input_ids"] == behind["input_ids"] and first["image_sizes"] == behind["image_sizes"]
+    written = [processor.apply_chat_template([{"role": "user", "content": f"{text}"}]) for text in (f"<image>\n{CAR}", f"{CAR} <image>")]
+    assert written[0] == written[1]
+    between = processor.apply_chat_template([{"role": "user", "content": [words, images[0], words, images[1]]}])
+    assert f"USER: {CAR}\n<image>\n{CAR}\n<image> " in between
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_padded_batch_generates_the_recorded_tokens(oracle, released, processor, pictures, side, nested):

@@ -47,6 +47,17 @@ def test_parts_become_text_with_a_placeholder_where_each_picture_stands():
     assert call.sources == ("data:a", "data:b", "data:c")
 
 
+def test_images_behind_the_words_are_read_as_those_in_front_of_them():
+    image = [{"type": "image_url", "image_url": {"url": f"data:{name}"}} for name in "ab"]
+    words = [{"type": "text", "text": text} for text in ("which", "one?", " \n", "")]
+    first = read(messages=[{"role": "user", "content": [*image, *words[:2]]}])
+    for parts in ([*words, *image], [words[0], words[1], image[0], words[2], image[1]], [words[3], *image, *words]):
+        call = read(messages=[{"role": "user", "content": parts}])
+        assert (call.turns, call.sources) == (first.turns, first.sources)
+    between = read(messages=[{"role": "user", "content": [words[0], image[0], words[1], image[1]]}])
+    assert between.turns[0].text == "which\n<image>\none?\n<image>"
+
+
 def test_every_field_arrives():
     call = read(
         temperature=0.5, top_p=0.9, max_tokens=7, min_tokens=4, seed=3, stop=["a", "b"], logprobs=True, top_logprobs=2, n=2, stream=True,

@@ -140,6 +140,14 @@ def test_pictures_without_placeholders_begin_the_first_question() -> None:
     assert [part["type"] for part in messages[0]["content"]] == ["image_url", "image_url", "text"]
 
 
+def test_images_behind_the_words_go_in_front_of_them_and_a_finished_prompt_stays() -> None:
+    first, behind = (asking(text, images=(RED, BLUE)) for text in ("<image><image>What?", "What? <image><image>"))
+    assert chat_body(first, "m") == chat_body(behind, "m")
+    prompt = write_prompt([Message("user", "What?")], 0, "v1").replace("What?", "What?\n<image>")
+    parts = chat_body(GenerationRequest("r", prompt=prompt, images=(RED,)), "m")["messages"][-1]["content"]
+    assert [part["type"] for part in parts] == ["text", "image_url"]
+
+
 def test_placeholders_unlike_pictures_are_refused() -> None:
     with pytest.raises(ServeError, match="2 <image> placeholders, but 1 pictures"):
         chat_body(asking("<image> <image>", images=(RED,)), "m")

@@ -77,11 +77,13 @@ def test_placeholder_in_an_answer_is_never_a_label(tokenizer: Any) -> None:
     assert IMAGE_TOKEN_INDEX in targets.input_ids and IMAGE_TOKEN_INDEX not in targets.labels
 
 
-def test_one_picture_moves_to_the_front_and_several_stay() -> None:
+def test_one_image_moves_to_the_front_and_several_do_where_they_stand_together_behind_the_words() -> None:
     turn = [{"from": "human", "value": "Look at <image> please."}]
     assert place_images(turn, 1)[0]["value"] == "<image>\nLook at  please."
     pair = [{"from": "human", "value": "First <image> then <image>?"}]
     assert place_images(pair, 2)[0]["value"] == pair[0]["value"]
+    behind = [{"from": "human", "value": "Which is larger?\n<image>\n<image>"}]
+    assert place_images(behind, 2)[0]["value"] == "<image>\n<image>\nWhich is larger?"
     assert place_images(turn, 1, "v1_mmtag")[0]["value"].startswith("<Image><image></Image>\n")
     assert place_images(turn, 1, use_start_end=True)[0]["value"].startswith("<im_start><image><im_end>\n")
 
