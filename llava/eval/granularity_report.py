@@ -105,8 +105,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model-base", "--model_base", help="what a projector-only or adapter folder belongs to")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--task", help=f"questions that need no download: {', '.join(TASKS)}")
-    source.add_argument("--questions", type=Path, help="JSONL with question_id, image, text, answer and optionally family")
-    add("--image-folder", "--image_folder", type=Path, help="what picture names are relative to; the folder of --questions when missing")
+    source.add_argument("--questions", type=Path, help="JSON objects with question_id, image, text, answer and optionally family")
+    add("--image-folder", "--image_folder", type=Path, help="what image names are relative to; the folder of --questions when missing")
     add("--output", type=Path, required=True, help="folder for report.json, report.md, report.html and answers.jsonl")
     add("--limit", type=_positive, help="take the first N questions only")
     answers_help = "answers.jsonl of an earlier report on this model and these questions, as long and as fine: only times are measured anew"

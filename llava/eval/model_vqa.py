@@ -61,8 +61,8 @@ class Place:
 # ---- questions
 
 
-def handed_on(row: dict[str, Any], line: str) -> dict[str, Any]:
-    """What a line holds besides its question, for its answer's line.
+def handed_on(row: dict[str, Any], text: str) -> dict[str, Any]:
+    """What an object holds besides its question, for its answer's line.
 
     Raises:
         ValueError: a field that the answer has, too.
@@ -70,7 +70,7 @@ def handed_on(row: dict[str, Any], line: str) -> dict[str, Any]:
     taken = [name for name in OUTPUT_FIELDS if name in row]
     if taken:
         raise ValueError(f"{', '.join(taken)} would be overwritten by the answer's; rename it")
-    return other_fields(row, line)
+    return other_fields(row, text)
 
 
 def share(rows: Sequence[Row], parts: int, part: int) -> Sequence[Row]:
@@ -250,11 +250,11 @@ def summary(answers: Sequence[dict[str, Any]], asked: int, file: Path) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line's flags: LLaVA's names, with dashes or underscores."""
-    parser = argparse.ArgumentParser(prog="python -m llava.eval.model_vqa", description="Answer a file of questions about pictures.")
+    parser = argparse.ArgumentParser(prog="python -m llava.eval.model_vqa", description="Answer a file of questions about images.")
     add_model_and_options(parser)
-    folder_help = "what names of pictures are relative to; the question file's folder when missing"
+    folder_help = "what names of images are relative to; the question file's folder when missing"
     add_flag(parser, "image_folder", type=Path, help=folder_help)
-    question_help = "one JSON object per line: question_id, image (name, list or missing), text"
+    question_help = "JSON objects, one per question: question_id, image (name, list or missing), text"
     add_flag(parser, "question_file", type=Path, required=True, help=question_help)
     answers_help = "where the answers go; parts of an unfinished run lie in ANSWERS_FILE.parts"
     add_flag(parser, "answers_file", type=Path, required=True, help=answers_help)

@@ -1,11 +1,12 @@
-"""The one file format of questions: JSONL with `question_id`, `text` and, where there are pictures, `image`.
+"""The one file format of questions: JSON objects with `question_id`, `text` and, where there are images, `image`.
 
     {"question_id": 1, "image": "cat.png", "text": "What animal is it?"}
     {"question_id": 2, "image": ["a.png", "b.png"], "text": "Which of <image> and <image> is brighter?"}
     {"question_id": 3, "text": "How many legs has a spider?", "answer": 8, "family": "counting"}
 
-What else a line may or must hold is the reader's business: `model_vqa` hands it on, the report and the harness's own tasks read the
-expected answer and the family from it (`scored_fields`).
+Whether they stand one per line, side by side, over several lines or in a list is all the same (`llava.json_rows`). What else an object
+may or must hold is its reader's business: `model_vqa` hands it on, the report and the harness's own tasks read the expected answer and
+the family from it (`scored_fields`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
+from llava.json_rows import JsonRow, read_rows
 
 INPUT_FIELDS = ("question_id", "image", "text")
 PROBLEMS_SHOWN = 20
@@ -24,12 +26,12 @@ NO_FAMILY = "all"
 """The family of questions whose line names none."""
 
 ExtraFields = Callable[[dict[str, Any], str], dict[str, Any]]
-"""(a line's object, the line itself) -> what a reader makes of the fields besides `INPUT_FIELDS`; raises ValueError."""
+"""(a question's object, its text in the file) -> what a reader makes of the fields besides `INPUT_FIELDS`; raises ValueError."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One question: its place among the file's questions, counted from 0, and what its line holds."""
+    """One question: its place among the file's questions, counted from 0, and what its object holds."""
 
     index: int
     question_id: Any
@@ -38,18 +40,18 @@ class Row:
     extra: dict[str, Any]
 
 
-def other_fields(row: dict[str, Any], line: str) -> dict[str, Any]:
-    """Everything else that a line holds, as it is."""
+def other_fields(row: dict[str, Any], text: str) -> dict[str, Any]:
+    """Everything else that an object holds, as it is."""
     return {name: row[name] for name in row if name not in INPUT_FIELDS}
 
 
-def scored_fields(row: dict[str, Any], line: str) -> dict[str, Any]:
-    """The expected `answer` and the `family` of a line, as texts: numbers as they are written, so that 12.50 stays 12.50.
+def scored_fields(row: dict[str, Any], text: str) -> dict[str, Any]:
+    """The expected `answer` and the `family` of a question, as texts: numbers as they are written, so that 12.50 stays 12.50.
 
     Raises:
         ValueError: no answer, or one that is neither a text nor a number; a family without a name.
     """
-    written = json.loads(line, parse_int=str, parse_float=str)
+    written = as_written(text)
     answer = written.get("answer")
     if answer is None:
         raise ValueError("answer is missing, expected the text or number that an answer is compared with")
@@ -58,8 +60,13 @@ def scored_fields(row: dict[str, Any], line: str) -> dict[str, Any]:
     return {"answer": answer, "family": family_of(written)}
 
 
+def as_written(text: str) -> dict[str, Any]:
+    """A question's object with numbers as the texts that they are written as, so that 12.50 stays 12.50."""
+    return json.loads(text, parse_int=str, parse_float=str)
+
+
 def family_of(row: dict[str, Any]) -> str:
-    """The family that a line names, or `NO_FAMILY`.
+    """The family that a question names, or `NO_FAMILY`.
 
     Raises:
         ValueError: something that is no name.
@@ -74,31 +81,28 @@ def read_questions(file: Path, folder: Path, extra_fields: ExtraFields = other_f
     """Read a question file whole.
 
     Args:
-        file: one JSON object per line; empty lines are passed over.
-        folder: what names of pictures are relative to.
-        extra_fields: makes `Row.extra` of each line.
+        file: JSON objects, see `llava.json_rows`; numbers that JSON has not, such as NaN, are refused, as what reads the answers may be.
+        folder: what names of images are relative to.
+        extra_fields: makes `Row.extra` of each object.
 
     Raises:
         ValueError: everything that is wrong with it, with line numbers.
     """
     if not file.is_file():
-        raise ValueError(f"The question file {file} does not exist; give a file of one JSON object per line.")
+        raise ValueError(f"The question file {file} does not exist; give a file of JSON objects, one per question.")
     if not folder.is_dir():
-        raise ValueError(f"There is no image folder {folder}; give the folder that the picture names in {file} are relative to.")
+        raise ValueError(f"There is no image folder {folder}; give the folder that the image names in {file} are relative to.")
     rows: list[Row] = []
     problems: list[str] = []
     there: dict[str, bool] = {}
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            row, wrong = _read_row(len(rows), line, extra_fields)
-            names = row.images if row is not None else ()
-            absent = [name for name in names if not there.setdefault(name, (folder / name).is_file())]
-            wrong += [f"there is no picture {folder / name}" for name in absent]
-            problems += [f"line {number}: {each}" for each in wrong]
-            if row is not None:
-                rows.append(row)
+    for found in read_rows(file, allow_nan=False):
+        row, wrong = _read_row(len(rows), found, extra_fields)
+        names = row.images if row is not None else ()
+        absent = [name for name in names if not there.setdefault(name, (folder / name).is_file())]
+        wrong += [f"there is no image {folder / name}" for name in absent]
+        problems += [f"line {found.line}: {each}" for each in wrong]
+        if row is not None:
+            rows.append(row)
     if not rows and not problems:
         problems.append("it holds no question")
     if problems:
@@ -107,13 +111,11 @@ def read_questions(file: Path, folder: Path, extra_fields: ExtraFields = other_f
     return rows
 
 
-def _read_row(index: int, line: bytes, extra_fields: ExtraFields) -> tuple[Row | None, list[str]]:
-    """A line's question, or `None`, and what is wrong with it."""
-    try:
-        text = line.decode().strip()
-        row = json.loads(text)  # its error is a ValueError that names the column
-    except ValueError as error:
-        return None, [str(error)]
+def _read_row(index: int, found: JsonRow, extra_fields: ExtraFields) -> tuple[Row | None, list[str]]:
+    """A value's question, or `None`, and what is wrong with it."""
+    row = found.value
+    if found.problem:
+        return None, [found.problem]
     if not isinstance(row, dict):
         return None, [f"it is a {type(row).__name__}, expected an object with question_id and text"]
     problems = []
@@ -124,14 +126,14 @@ def _read_row(index: int, line: bytes, extra_fields: ExtraFields) -> tuple[Row |
     except ValueError as error:
         problems.append(str(error))
     try:
-        extra = extra_fields(row, text)
+        extra = extra_fields(row, found.text)
     except ValueError as error:
         problems.append(str(error))
     return Row(index, row.get("question_id"), row.get("text", ""), images, extra), problems
 
 
 def _check_question(row: dict[str, Any]) -> tuple[str, ...]:
-    """The names of a question's pictures.
+    """The names of a question's images.
 
     Raises:
         ValueError: a field of `INPUT_FIELDS` is missing or wrong.
@@ -147,5 +149,5 @@ def _check_question(row: dict[str, Any]) -> tuple[str, ...]:
         raise ValueError(f"image is {found!r}, expected a file name, a list of them, or nothing")
     placeholders = text.count(DEFAULT_IMAGE_TOKEN) + text.count(IMAGE_PLACEHOLDER)
     if placeholders not in (0, len(names)):
-        raise ValueError(f"text holds {placeholders} {DEFAULT_IMAGE_TOKEN}, but the row has {len(names)} pictures")
+        raise ValueError(f"text holds {placeholders} {DEFAULT_IMAGE_TOKEN}, but the row names {len(names)} image{'s' * (len(names) != 1)}")
     return tuple(names)

@@ -57,7 +57,7 @@ def test_every_problem_of_a_line_is_said(tmp_path: Path) -> None:
     assert str(caught.value).splitlines() == [
         f"{file} cannot be asked as it is:",
         "  line 1: answer is True, expected one text or number",
-        f"  line 1: there is no picture {tmp_path / 'gone.png'}",
+        f"  line 1: there is no image {tmp_path / 'gone.png'}",
         "  line 2: question_id is missing",
         "  line 2: family is [], expected the name of a group, or nothing",
     ]
@@ -70,12 +70,48 @@ def test_a_long_list_of_problems_ends_with_their_number(tmp_path: Path) -> None:
         read_questions(write(tmp_path), tmp_path)
 
 
-def test_bytes_that_are_no_text_are_a_problem_of_their_line(tmp_path: Path) -> None:
+def test_bytes_that_are_no_text_are_named_with_their_line(tmp_path: Path) -> None:
     file = write(tmp_path, {"question_id": 1, "text": "Which?"})
     with file.open("ab") as more:
         more.write(b'{"question_id": 2, "text": "\xff"}\n')
-    with pytest.raises(ValueError, match="line 2: .*can't decode"):
+    with pytest.raises(ValueError, match="line 2 of .*questions.jsonl is not UTF-8 .*; save it as UTF-8"):
         read_questions(file, tmp_path)
+
+
+QUESTIONS = [{"question_id": 1, "text": "Which?", "answer": 12.5}, {"question_id": 2, "text": "Who?", "answer": "x"}]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeff" + "\n".join(map(json.dumps, QUESTIONS)),
+        "".join(map(json.dumps, QUESTIONS)),
+        "\r\n".join(json.dumps(question, indent=2) for question in QUESTIONS),
+        json.dumps(QUESTIONS, indent=1),
+    ],
+    ids=["byte order mark", "side by side", "over several lines", "a list"],
+)
+def test_however_the_objects_stand_they_are_the_questions(tmp_path: Path, text: str) -> None:
+    (tmp_path / "mine.JSON").write_bytes(text.encode())
+    rows = read_questions(tmp_path / "mine.JSON", tmp_path, scored_fields)
+    assert [(row.index, row.question_id, row.text, row.extra["answer"]) for row in rows] == [(0, 1, "Which?", "12.5"), (1, 2, "Who?", "x")]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("NaN", "NaN is no number in JSON; write null, or a number"),
+        ("[1, -Infinity]", "-Infinity is no number in JSON"),
+        ("1e999", "1e999 is no number in JSON"),
+        ("[" * 100_000 + "]" * 100_000, "is nested too deeply; write it flatter"),
+    ],
+)
+def test_what_could_not_be_written_again_is_one_sentence(tmp_path: Path, value: str, words: str) -> None:
+    file = write(tmp_path, QUESTIONS[0], f'{{"question_id": 2, "text": "Who?", "weight": {value}}}')
+    with pytest.raises(ValueError) as caught:
+        read_questions(file, tmp_path)
+    first, *lines = str(caught.value).splitlines()
+    assert len(lines) == 1 and lines[0].startswith("  line 2: ") and words in lines[0] and len(lines[0]) < 200
 
 
 def test_files_and_folders_that_are_not_there(tmp_path: Path) -> None:

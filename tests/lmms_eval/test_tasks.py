@@ -144,7 +144,7 @@ def test_all_that_is_wrong_with_an_own_file_is_said_at_once(tmp_path):
     with pytest.raises(ValueError) as caught:
         own_questions(path, tmp_path)
     said = str(caught.value)
-    complaints = {1: "no picture", 2: "answer is missing", 3: "one text or number", 4: "'accuracy'", 5: "Expecting", 6: "answer is True"}
+    complaints = {1: "no image", 2: "answer is missing", 3: "one text or number", 4: "'accuracy'", 5: "Expecting", 6: "answer is True"}
     assert all(re.search(rf"line {number}: .*{re.escape(complaint)}", said) for number, complaint in complaints.items())
     assert [metric["metric"] for metric in metrics_of(path, mean_over_families)] == ["accuracy", "family_mean", "all", "7"]
     assert [metric["metric"] for metric in metrics_of(tmp_path / "none", mean_over_families)] == ["accuracy", "family_mean"]

@@ -47,14 +47,14 @@ def read_task(path: Path, folder: Path | None = None, name: str | None = None) -
         ValueError: no such file or folder, or everything that is wrong with its lines.
     """
     folder = folder or path.parent
-    rows = read_questions(path, folder, _one_picture)
+    rows = read_questions(path, folder, _one_image)
     return Task(name or path.stem, folder, [Item(row.question_id, row.images[0], row.text, **row.extra) for row in rows])
 
 
-def _one_picture(row: dict[str, Any], line: str) -> dict[str, Any]:
+def _one_image(row: dict[str, Any], text: str) -> dict[str, Any]:
     if not isinstance(row.get("image"), str):
-        raise ValueError(f"image is {row.get('image')!r}, expected one file name: a report is about questions on one picture")
-    return scored_fields(row, line)
+        raise ValueError(f"image is {row.get('image')!r}, expected one file name: a report is about questions on one image")
+    return scored_fields(row, text)
 
 
 def _playground() -> Task:
