@@ -50,11 +50,11 @@ from transformers import (
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, SeparatorStyle, get_template
+from llava.durable import whole_folder
 from llava.mm_utils import tokenizer_image_token
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM, LlavaMistralConfig, LlavaMistralForCausalLM
 from llava.model.loading import IGNORED_UNEXPECTED, check_folder, read_tower_config, resolve_tower, weight_files
 from llava.tokenizer import load_tokenizer
-from llava.train.checkpoint import complete_or_absent, staging_folder
 
 logger = logging.getLogger("llava.convert_llava_next")
 
@@ -478,12 +478,8 @@ def new_folder(output: Path) -> Iterator[Path]:
     if output.exists():
         raise ValueError(f"{output} exists already; give an --output that does not.")
     output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with complete_or_absent(output) as staging:
-            yield staging
-    except BaseException:
-        shutil.rmtree(staging_folder(output), ignore_errors=True)
-        raise
+    with whole_folder(output) as staging:
+        yield staging
 
 
 def to_llava(source: Path, output: Path, conv_version: str | None = None, max_shard_bytes: int = 5 * 10**9) -> None:

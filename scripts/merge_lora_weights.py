@@ -16,9 +16,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava.durable import whole_folder
 from llava.model.adapter import is_adapter
 from llava.model.builder import load_pretrained_model
-from llava.train.checkpoint import complete_or_absent
 
 
 def merge_lora(model_path: str, model_base: str | None, save_model_path: Path) -> None:
@@ -36,7 +36,7 @@ def merge_lora(model_path: str, model_base: str | None, save_model_path: Path) -
     if save_model_path.exists():
         raise ValueError(f"--save-model-path {save_model_path} exists already; give a new folder.")
     tokenizer, model, _, _ = load_pretrained_model(model_path, model_base, None, device="cpu")
-    with complete_or_absent(save_model_path) as staging:
+    with whole_folder(save_model_path) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -28,6 +27,7 @@ from transformers import AutoConfig, HfArgumentParser
 
 from llava.constants import IGNORE_INDEX
 from llava.conversation import conv_templates
+from llava.durable import whole_file, write_whole
 from llava.images import ImageError
 from llava.model.builder import MODEL_CLASSES
 from llava.model.processing import AvgLlavaProcessor
@@ -302,10 +302,9 @@ def _prepare(check_args: CheckArguments, data_args: DataArguments) -> tuple[Conv
 def write_report(report: Report, folder: Path) -> None:
     """Write `report.json` and `report.png`."""
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / ".unfinished-report.json"
-    unfinished.write_text(json.dumps(report.as_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, folder / "report.json")
-    _draw(report, folder / "report.png")
+    write_whole(folder / "report.json", json.dumps(report.as_dict(), indent=1, ensure_ascii=False) + "\n")
+    with whole_file(folder / "report.png") as draft:
+        _draw(report, draft)
     logger.info("wrote %s", folder / "report.json")
 
 
@@ -324,7 +323,7 @@ def _draw(report: Report, path: Path) -> None:
     right.set(title="Visual tokens of rows with pictures", xlabel="visual tokens", ylabel="rows")
     for panel in (left, right):
         panel.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def _stairs(panel: Any, histogram: dict[str, Any], label: str) -> None:

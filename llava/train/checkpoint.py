@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,66 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from llava.durable import remove_folder, sync, sync_tree
 from llava.model.adapter import ADAPTER_CONFIG, ADAPTER_FILES, REST_FILES, has_adapter, is_adapter, restore_adapter
 from llava.train.stages import part_of
 
 logger = logging.getLogger(__name__)
 
 PROJECTOR_FILE = "mm_projector.safetensors"
-_STAGING_PREFIX = ".unfinished-"
-
-
-def staging_folder(folder: Path) -> Path:
-    """Where `folder` is written until it is complete: beside it, hidden."""
-    return folder.parent / f"{_STAGING_PREFIX}{folder.name}"
-
-
-@contextmanager
-def complete_or_absent(folder: Path, writes: bool = True) -> Iterator[Path]:
-    """Write a folder so that a reader sees all of it or nothing of it, also when the process is killed.
-
-    Args:
-        folder: the name in the end.
-        writes: `False` in a process that only helps to gather what another one writes; it touches no file.
-
-    Yields:
-        The staging folder to write to; it takes the name `folder` when the block ends without an error, and a folder
-        that had the name is replaced.
-    """
-    staging = staging_folder(folder)
-    if not writes:
-        yield staging
-        return
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    yield staging
-    publish(staging, folder)
-
-
-def publish(staging: Path, folder: Path) -> None:
-    """Give a finished staging folder its name, after its bytes are on the disk."""
-    for path in [*staging.rglob("*"), staging]:
-        _open_to_readers(path)
-        _sync(path)
-    if folder.exists():
-        remove_folder(folder)
-    os.replace(staging, folder)
-    _sync(folder.parent)
-
-
-def remove_folder(folder: Path) -> None:
-    """Delete a folder without ever leaving half of it under its name."""
-    doomed = staging_folder(folder).with_name(f"{_STAGING_PREFIX}old-{folder.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(folder, doomed)
-    shutil.rmtree(doomed)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Clear what killed runs left in an output folder."""
-    for leftover in folder.glob(f"{_STAGING_PREFIX}*"):
-        logger.info("removing %s, which a stopped run left unfinished", leftover)
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -163,30 +108,12 @@ def load_projector(model: nn.Module, path: Path, allow_bin: bool = False) -> Non
             own[name].copy_(tensor)
 
 
-def _open_to_readers(path: Path) -> None:
-    """Give a file the mode that new files have here; weights are written through a temporary file that only its owner may read."""
-    if path.is_file():
-        mask = os.umask(0)
-        os.umask(mask)
-        path.chmod(0o666 & ~mask)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def publish_into(staging: Path, folder: Path) -> None:
     """Move finished files into a folder that holds other things too; `config.json` goes last and old ones go first.
 
     Without its config.json a folder is no checkpoint, so a reader finds the old model, none, or the new one.
     """
-    for path in staging.rglob("*"):
-        _open_to_readers(path)
-        _sync(path)
+    sync_tree(staging)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
     for name in (ADAPTER_CONFIG, *ADAPTER_FILES, *REST_FILES):
@@ -196,4 +123,4 @@ def publish_into(staging: Path, folder: Path) -> None:
     for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, folder / path.name)
     staging.rmdir()
-    _sync(folder)
+    sync(folder)

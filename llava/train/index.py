@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from llava.durable import whole_file
 from llava.json_rows import JsonRow, iter_rows, parse_row
 from llava.train.targets import count_words
 
@@ -212,14 +213,10 @@ def _first_writable(folders: Sequence[Path]) -> Path:
 def _build(source: Path, target: Path, kind: str, build: Callable[[Path, Path], None]) -> None:
     """Build under a hidden name, and rename what is complete and still true."""
     start = time.perf_counter()
-    unfinished = target.with_name(f".unfinished-{target.name}")
-    try:
+    with whole_file(target) as unfinished:
         build(source, unfinished)
         if _derived_name(source, kind) != target.name:
             raise ValueError(f"{source} changed while it was indexed; start again when it is complete.")
-        os.replace(unfinished, target)
-    finally:
-        unfinished.unlink(missing_ok=True)
     logger.info("indexed %s in %.1f s: %s", source, time.perf_counter() - start, target)
 
 

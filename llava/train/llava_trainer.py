@@ -23,16 +23,9 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
+from llava.durable import publish, staging_folder, whole_folder
 from llava.train.arguments import TrainingArguments
-from llava.train.checkpoint import (
-    complete_or_absent,
-    keep_newest,
-    publish,
-    publish_into,
-    restore_weights,
-    save_projector,
-    staging_folder,
-)
+from llava.train.checkpoint import keep_newest, publish_into, restore_weights, save_projector
 from llava.train.features import FeatureCache
 from llava.train.objectives import LESSONS, Batch, Lesson, RouterSettings, count_items, image_features
 from llava.train.sampler import GroupedSampler
@@ -379,7 +372,7 @@ class LlavaTrainer(Trainer):
         """Put the finished model, its tokenizer and its config into the output folder, complete or not at all."""
         output = self.args.output_folder
         self.model.config.use_cache = True  # transformers' trainer switches it off while it trains
-        with complete_or_absent(output / "final", self.args.should_save) as staging:
+        with whole_folder(output / "final", self.args.should_save) as staging:
             self.save_model(str(staging))
         if self.args.should_save:
             publish_into(output / "final", output)

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from llava.conversation import conv_templates
+from llava.durable import whole_file
 from llava.train.dataset import Collator, ConversationDataset, row_columns
 from llava.train.features import FeatureCache
 from llava.train.index import Row
@@ -283,10 +284,8 @@ def _is_done(file: Path, metadata: dict[str, str]) -> bool:
 
 
 def _write(table: pa.Table, file: Path) -> None:
-    """Write a file under a hidden name and rename it when it is complete."""
-    unfinished = file.with_name(f".unfinished-{file.name}")
-    pq.write_table(table, unfinished)
-    os.replace(unfinished, file)
+    with whole_file(file) as unfinished:
+        pq.write_table(table, unfinished)
 
 
 def _join(folder: Path, count: int, metadata: dict[str, str], output: Path) -> None:

@@ -17,9 +17,10 @@ from transformers import HfArgumentParser, PreTrainedTokenizerBase, set_seed
 
 from llava.conversation import conv_templates
 from llava.crops import get_anyres_image_grid_shape
+from llava.durable import remove_folder, remove_unfinished
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, check_arguments
 from llava.train.build import load_model
-from llava.train.checkpoint import checkpoints, remove_folder, remove_unfinished
+from llava.train.checkpoint import checkpoints
 from llava.train.dataset import Collator, ConversationDataset, RowReader
 from llava.train.distributed import is_lost_process, loaded_whole, lost_process_sentence, meet
 from llava.train.features import FeatureCache

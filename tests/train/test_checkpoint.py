@@ -8,32 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+from llava.durable import publish
 from llava.train.checkpoint import (
     checkpoints,
-    complete_or_absent,
     keep_newest,
     load_projector,
     projector_weights,
-    publish,
     publish_into,
-    remove_unfinished,
     restore_weights,
     save_projector,
 )
-
-
-def test_complete_or_absent(tmp_path: Path) -> None:
-    target = tmp_path / "checkpoint-1"
-    with pytest.raises(RuntimeError), complete_or_absent(target) as staging:
-        (staging / "half").write_text("x")
-        raise RuntimeError
-    assert not target.exists() and list(tmp_path.iterdir())
-    remove_unfinished(tmp_path)
-    assert not list(tmp_path.iterdir())
-    for text in ("one", "two"):
-        with complete_or_absent(target) as staging:
-            (staging / "whole").write_text(text)
-        assert (target / "whole").read_text() == text and checkpoints(tmp_path) == [target]
 
 
 def test_final_model_replaces_the_old_one(tmp_path: Path) -> None:
