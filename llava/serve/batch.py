@@ -13,6 +13,7 @@ from llava.inference import end_ids
 from llava.model.splice import pad_rows
 from llava.serve.caches import TensorCache
 from llava.serve.failures import is_out_of_memory
+from llava.serve.logits import Row, adjusted
 from llava.serve.sampling import Picked, pick, random_number
 from llava.serve.slots import SlotCache
 from llava.serve.task import Task
@@ -116,15 +117,13 @@ class Batch:
 
     def pick(self, hidden: Tensor, tasks: Sequence[Task]) -> list[Picked]:
         """The next token of each row of (B, D)."""
-        logits = self.model.lm_head(hidden)
-        early = [row for row, task in enumerate(tasks) if len(task.stream.ids) < task.request.sampling.min_new_tokens]
-        if early and (ends := end_ids(self.model)):
-            logits[torch.tensor(early, device=logits.device)[:, None], torch.tensor(ends, device=logits.device)] = float("-inf")
+        logits = self.model.lm_head(hidden).float()
         sampling = [task.request.sampling for task in tasks]
+        rows = [Row(wish, task.stream.ids, task.text_ids) for task, wish in zip(tasks, sampling, strict=True)]
         uniform = [
             random_number(task.seed, len(task.stream.ids)) if wish.temperature else 0.0 for task, wish in zip(tasks, sampling, strict=True)
         ]
-        return pick(logits, sampling, uniform)
+        return pick(logits, sampling, uniform, adjusted(logits, rows, end_ids(self.model)))
 
     def works(self) -> bool:
         """Whether the model still reads a single position; memory that runs out on the way is another matter."""

@@ -44,6 +44,7 @@ from llava.serve.protocol import (
     GenerationRequest,
     ModelCard,
     Piece,
+    Sampling,
     ServeError,
     Started,
     TokenScore,
@@ -361,10 +362,13 @@ class EmbeddedEngine:
         text = task.stream.add(token)
         task.scores.add(token, picked)
         self._send_piece(task, text, task.scores.sent(text))
-        if token in end_ids(self.model) or task.stream.stopped:
+        if task.stream.stopped or self._ends(token, task.request.sampling):
             self._finish(task, "stop")
         elif len(task.stream.ids) >= task.encoded.max_new_tokens:
             self._finish(task, "length")
+
+    def _ends(self, token: int, wish: Sampling) -> bool:
+        return token in wish.stop_token_ids or (not wish.ignore_eos and token in end_ids(self.model))
 
     def _send_piece(self, task: Task, text: str, scores: tuple[TokenScore, ...]) -> None:
         if text or scores:

@@ -119,11 +119,8 @@ class ChatRequest(SamplingFields, RoutingFields):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0)
-    frequency_penalty: float | None = Field(None, ge=0, le=0, description="Only 0.")
-    presence_penalty: float | None = Field(None, ge=0, le=0, description="Only 0.")
     response_format: ResponseFormat | None = None
     user: str | None = Field(None, max_length=256, description="Written to the log beside the request's id.")
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     tools: Nothing | None = None
     tool_choice: Literal["none"] | None = None
     store: Literal[False] | None = None
@@ -275,9 +272,6 @@ def _what_is_wrong(loc: Sequence[int | str], found: Sequence[Mapping[str, Any]])
 _NEUTRAL_VALUES = {
     "tools": "[]",
     "tool_choice": '"none"',
-    "logit_bias": "{}",
-    "frequency_penalty": "0",
-    "presence_penalty": "0",
     "store": "false",
     "response_format.type": '"text"',
     "messages.*.refusal": "null",

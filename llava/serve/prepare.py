@@ -15,7 +15,7 @@ from llava.mm_utils import tokenizer_image_token
 from llava.model.llava_arch import RoutingPlan
 from llava.model.splice import prompt_rows
 from llava.serve.caches import TensorCache, picture_key
-from llava.serve.protocol import ErrorKind, GenerationRequest, ServeError
+from llava.serve.protocol import ErrorKind, GenerationRequest, Sampling, ServeError
 from llava.serve.task import Prepared
 
 
@@ -40,6 +40,7 @@ class Preparer:
         """
         if request.images and self.model.get_model().vision_tower is None:
             raise ServeError(ErrorKind.INVALID_REQUEST, "This model takes no pictures.")
+        check_token_ids(request.sampling, self.model.config.vocab_size)
         try:
             prompt = prompt_rows(self._ids(request)[None].to(self.model.device), None, None)[0]
         except ValueError as error:  # the sentence is this package's own and holds counts and roles only
@@ -75,6 +76,18 @@ class Preparer:
         text = len(prepared.prompt.ids) - len(prepared.keys)
         if text + cheapest >= self.longest_row:
             raise too_long(self.longest_row, by_pictures=text < self.longest_row)
+
+
+def check_token_ids(sampling: Sampling, size: int) -> None:
+    """Refuse ids that are not in the vocabulary.
+
+    Raises:
+        ServeError: with the field.
+    """
+    for param, ids in (("logit_bias", [token for token, _ in sampling.logit_bias]), ("stop_token_ids", list(sampling.stop_token_ids))):
+        if beyond := [token for token in ids if token >= size]:
+            told = f"{param} has the token id {beyond[0]}, but this model's vocabulary has {size}, counted from 0."
+            raise ServeError(ErrorKind.INVALID_REQUEST, told, param)
 
 
 def plan_of(

@@ -118,9 +118,15 @@ class Sampling:
     """How the answer's tokens are drawn.
 
     temperature: 0 is greedy. top_p: share of the probability to draw from. max_new_tokens: at most so many; the context may end sooner.
-    min_new_tokens: the model's own end is not taken before so many.
+    min_new_tokens: no end is taken before so many, neither the model's own nor one of `stop_token_ids`.
     seed: makes draws repeatable, whatever else is in the batch. stop: texts that end the answer, themselves left out; the template's own
-    are added. logprobs: `None`, or how many alternatives per token to report (0: the chosen token alone).
+    are added. logprobs: `None`, or how many alternatives per token to report (0: the chosen token alone); always the model's own, at
+    temperature 1, before anything below is applied.
+    top_k: draw from so many of the likeliest tokens; 0 from all. min_p: only from those whose probability is at least this share of the
+    likeliest's. repetition_penalty: divides the positive logits of tokens in the prompt's text and in the answer, and multiplies the
+    negative ones; 1 is off. presence_penalty: taken from the logits of tokens in the answer; frequency_penalty: as often as they are there.
+    logit_bias: (id, number added to its logit). stop_token_ids: end the answer, to which they belong. ignore_eos: the model's own end
+    does not end the answer.
     """
 
     temperature: float = 0.0
@@ -130,6 +136,19 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    @property
+    def penalises(self) -> bool:
+        """Whether what was written changes what comes next."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)

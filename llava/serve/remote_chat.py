@@ -28,6 +28,7 @@ from llava.serve.protocol import (
     GenerationRequest,
     ImageReport,
     Piece,
+    Sampling,
     ServeError,
     Started,
     TokenScore,
@@ -61,6 +62,39 @@ _OUR_FAULT = (401, 403, 404, 405)
 """Statuses that say that the bridge is set up wrongly, not that the client asked for something wrong."""
 
 
+_OF_OPENAI = {"seed": "seed", "stop": "stop", "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty"}
+_BEYOND_OPENAI = {
+    "min_new_tokens": "min_tokens",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "stop_token_ids": "stop_token_ids",
+    "ignore_eos": "ignore_eos",
+}
+"""Fields of `Sampling` that are told where they ask for something: their names in OpenAI's API, and in vLLM's and SGLang's beyond it."""
+_KNOW_BEYOND = frozenset(("vllm", "sglang", "avg-llava"))
+"""Whose servers know the latter, by `owned_by` of their models; other servers may ignore what they do not know."""
+
+
+def check_sampling(sampling: Sampling, owner: str) -> None:
+    """Refuse what the backend might ignore.
+
+    Args:
+        owner: of the model, as the backend tells it.
+
+    Raises:
+        ServeError: with the field.
+    """
+    unknown = [] if owner in _KNOW_BEYOND else [name for own, name in _BEYOND_OPENAI.items() if _asks(sampling, own)]
+    if unknown:
+        told = f"The server behind this model is not known to have {unknown[0]}; leave it out."
+        raise ServeError(ErrorKind.INVALID_REQUEST, told, unknown[0])
+
+
+def _asks(sampling: Sampling, name: str) -> bool:
+    return bool(getattr(sampling, name) != getattr(Sampling, name))
+
+
 def chat_body(request: GenerationRequest, model: str) -> dict[str, Any]:
     """A request as the body of a chat completion; pictures become PNG data URLs.
 
@@ -77,12 +111,12 @@ def chat_body(request: GenerationRequest, model: str) -> dict[str, Any]:
         "top_p": sampling.top_p,
         "max_tokens": sampling.max_new_tokens,
     }
-    if sampling.min_new_tokens:
-        body["min_tokens"] = sampling.min_new_tokens
-    if sampling.seed is not None:
-        body["seed"] = sampling.seed
-    if sampling.stop:
-        body["stop"] = list(sampling.stop)
+    for own, name in (_OF_OPENAI | _BEYOND_OPENAI).items():
+        if _asks(sampling, own):
+            value = getattr(sampling, own)
+            body[name] = list(value) if isinstance(value, tuple) else value
+    if sampling.logit_bias:
+        body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
     if sampling.logprobs is not None:
         body["logprobs"], body["top_logprobs"] = True, sampling.logprobs
     routing = request.routing

@@ -27,7 +27,7 @@ from llava.serve.protocol import (
     ModelCard,
     ServeError,
 )
-from llava.serve.remote_chat import chat_body, check_head, is_count, read_stream
+from llava.serve.remote_chat import chat_body, check_head, check_sampling, is_count, read_stream
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +76,13 @@ class Backend:
 
 @dataclass(frozen=True)
 class BackendModel:
-    """One entry of a backend's model list."""
+    """One entry of a backend's model list. owner: whose server it is, as `owned_by` says, or nothing."""
 
     name: str
     context_length: int | None
     granularities: tuple[int, ...]
     has_router: bool
+    owner: str = ""
 
 
 async def list_models(outbound: Outbound, backend: Backend) -> list[BackendModel]:
@@ -112,6 +113,7 @@ def _backend_model(entry: dict[str, Any]) -> BackendModel:
         next((length for length in lengths if isinstance(length, int) and length > 0), None),
         tuple(levels) if known and levels else (),
         entry.get("has_router") is True,
+        str(entry.get("owned_by") or ""),
     )
 
 
@@ -232,6 +234,7 @@ class RemoteEngine:
                     yield event
 
     def _check(self, request: GenerationRequest) -> None:
+        check_sampling(request.sampling, self._model.owner if self._model else "")
         asked = request.routing != RoutingRequest()
         if asked and not self.card.granularities:
             raise ServeError(

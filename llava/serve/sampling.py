@@ -1,6 +1,7 @@
 """From a batch of logits to one token per row, each row under its own sampling parameters.
 
-A row's draw depends on its own logits, parameters and random number alone: neither its place nor its neighbours change it.
+Temperature first, then `min_p`, `top_k` and `top_p`, in vLLM's order. A row's draw depends on its own logits, parameters and random number
+alone: neither its place nor its neighbours change it.
 """
 
 from __future__ import annotations
@@ -33,40 +34,63 @@ def random_number(seed: int | str, place: int) -> float:
     return random.Random(f"{seed}/{place}").random()
 
 
-def pick(logits: Tensor, sampling: Sequence[Sampling], uniform: Sequence[float]) -> list[Picked]:
+def pick(logits: Tensor, sampling: Sequence[Sampling], uniform: Sequence[float], adjusted: Tensor | None = None) -> list[Picked]:
     """Pick the next token of every row.
 
     Args:
-        logits: (B, V). sampling: B parameters. uniform: B random numbers in [0, 1); a greedy row does not look at its own.
+        logits: (B, V) of the model; log probabilities are theirs. sampling: B parameters. uniform: B random numbers in [0, 1); a greedy
+            row does not look at its own. adjusted: (B, V) that tokens are drawn from, where they differ.
 
     Returns:
         B picks.
     """
     logits = logits.float()
-    best, tokens = logits.max(-1)
+    adjusted = logits if adjusted is None else adjusted
+    best, tokens = adjusted.max(-1)
     # Masked tokens are -inf on purpose; a row of nothing else, or with nan or +inf, has broken down: whichever it is wins the maximum.
-    usable = best.isfinite().tolist()
-    drawn = [row for row, wish in enumerate(sampling) if wish.temperature > 0 and usable[row]]
+    usable = best.isfinite() if adjusted is logits else best.isfinite() & logits.amax(-1).isfinite()
+    works = usable.tolist()
+    drawn = [row for row, wish in enumerate(sampling) if wish.temperature > 0 and works[row]]
     if drawn:
-        tokens[drawn] = _draw(logits[drawn], [sampling[row] for row in drawn], [uniform[row] for row in drawn])
+        tokens[drawn] = _draw(adjusted[drawn], [sampling[row] for row in drawn], [uniform[row] for row in drawn])
     chosen = tokens.tolist()
     scores = _scores(logits, chosen, sampling)
-    return [Picked(None) if not usable[row] else Picked(token, *scores.get(row, ())) for row, token in enumerate(chosen)]
+    return [Picked(None) if not works[row] else Picked(token, *scores.get(row, ())) for row, token in enumerate(chosen)]
 
 
 def _draw(logits: Tensor, sampling: Sequence[Sampling], uniform: Sequence[float]) -> Tensor:
-    """(B,) tokens by inverting each row's cumulative distribution, cut to its likeliest `top_p`, at its own random number."""
+    """(B,) tokens by inverting each row's cumulative distribution, cut to the likeliest that `min_p`, `top_k` and `top_p` leave, at its own
+    random number."""
     temperature = logits.new_tensor([wish.temperature for wish in sampling])
-    top_p = logits.new_tensor([wish.top_p for wish in sampling])
     # Taking the maximum away first keeps tiny temperatures finite.
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]
     probabilities, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)  # (B, V)
     cumulative = probabilities.cumsum(-1)
-    kept = (cumulative - probabilities) < top_p[:, None]  # always the likeliest
+    least, share = _least(probabilities, sampling), logits.new_tensor([wish.top_p for wish in sampling])[:, None]
+    if least is None:
+        kept = (cumulative - probabilities) < share  # always the likeliest
+    else:  # the share is one of what is left
+        left = probabilities >= least
+        share = torch.where(least > 0, share * (probabilities * left).sum(-1, keepdim=True), share)
+        kept = left & ((cumulative - probabilities) < share)
     mass = (probabilities * kept).sum(-1, keepdim=True)
     target = logits.new_tensor(uniform)[:, None] * mass
     places = torch.searchsorted(cumulative, target, right=True).clamp(max=kept.sum(-1, keepdim=True) - 1)
     return order.gather(-1, places)[:, 0]
+
+
+def _least(probabilities: Tensor, sampling: Sequence[Sampling]) -> Tensor | None:
+    """(B, 1): the smallest probability that `min_p` and `top_k` leave of each row of (B, V), the likeliest first; `None` if all leave all.
+
+    Tokens as likely as the last of the `top_k` stay too, as in transformers and vLLM.
+    """
+    if not any(wish.top_k or wish.min_p for wish in sampling):
+        return None
+    last = probabilities.shape[-1] - 1
+    place = torch.tensor([min(wish.top_k - 1, last) if wish.top_k else last for wish in sampling], device=probabilities.device)
+    of_k = probabilities.gather(-1, place[:, None])
+    of_k = torch.where(place[:, None] == last, 0.0, of_k)
+    return torch.maximum(of_k, probabilities.new_tensor([wish.min_p for wish in sampling])[:, None] * probabilities[:, :1])
 
 
 def _scores(logits: Tensor, chosen: Sequence[int], sampling: Sequence[Sampling]) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:

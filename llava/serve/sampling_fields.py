@@ -7,23 +7,46 @@ from typing import Annotated
 
 from pydantic import Field
 
-from llava.serve.body_fields import Closed
+from llava.serve.body_fields import Closed, as_float32
 from llava.serve.errors import FieldError
 from llava.serve.protocol import Limits, Sampling
+
+TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 
 
 class SamplingFields(Closed):
     """How the answer's tokens are drawn, and where it ends; `max_tokens` has another name in each API and is not among them."""
 
-    min_tokens: int | None = Field(None, ge=0, description="The model's own end is not taken before so many.")
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="0, the default, is greedy.")
     top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False, description="0 leaves the likeliest token alone.")
+    top_k: int | None = Field(None, ge=-1, le=2**31 - 1, description="Draws from so many of the likeliest tokens; 0 and -1 from all.")
+    min_p: float | None = Field(
+        None, ge=0, le=1, allow_inf_nan=False, description="Draws from tokens at least this share as likely as the likeliest."
+    )
+    repetition_penalty: float | None = Field(
+        None, ge=0.01, le=100, allow_inf_nan=False, description="Above 1 against tokens of the prompt's text and of the answer."
+    )
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, allow_inf_nan=False, description="Taken from the logits of tokens that the answer has already."
+    )
+    frequency_penalty: float | None = Field(
+        None, ge=-2, le=2, allow_inf_nan=False, description="The same, as often as the answer has them."
+    )
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=1024)] | None = Field(
+        None, description="Token id to a number from -100 to 100, which is added to its logit."
+    )
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: str | Annotated[list[str], Field(max_length=1024, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(max_length=1024)] | None = Field(
+        None, description="Token ids that end the answer, to which they belong."
+    )
+    ignore_eos: bool | None = Field(None, description="The model's own end does not end the answer.")
+    min_tokens: int | None = Field(None, ge=0, description="Neither the model's own end nor one of `stop_token_ids` before so many.")
 
 
 def read_sampling(fields: SamplingFields, limits: Limits, max_new_tokens: int, logprobs: int | None = None) -> Sampling:
-    """What is asked about the drawing of tokens, checked against the limits.
+    """What is asked about the drawing of tokens, checked against the limits; that ids are in the vocabulary is for the engine to say.
 
     Args:
         max_new_tokens: the longest answer, see `longest_answer`. logprobs: alternatives per token to report, `None` for no scores at all.
@@ -33,6 +56,7 @@ def read_sampling(fields: SamplingFields, limits: Limits, max_new_tokens: int, l
     """
     if (fields.min_tokens or 0) > max_new_tokens:
         raise FieldError(f"min_tokens is {fields.min_tokens}, expected at most the longest answer, {max_new_tokens}.", "min_tokens")
+    biases = {int(token): as_float32(bias) for token, bias in (fields.logit_bias or {}).items()}
     return Sampling(
         temperature=0.0 if fields.top_p == 0 else fields.temperature or 0.0,
         top_p=fields.top_p or 1.0,
@@ -41,6 +65,14 @@ def read_sampling(fields: SamplingFields, limits: Limits, max_new_tokens: int, l
         seed=fields.seed,
         stop=read_stop(fields.stop, limits),
         logprobs=logprobs,
+        top_k=max(fields.top_k or 0, 0),
+        min_p=fields.min_p or 0.0,
+        repetition_penalty=fields.repetition_penalty or 1.0,
+        presence_penalty=fields.presence_penalty or 0.0,
+        frequency_penalty=fields.frequency_penalty or 0.0,
+        logit_bias=tuple(sorted((token, bias) for token, bias in biases.items() if bias)),
+        stop_token_ids=tuple(dict.fromkeys(fields.stop_token_ids or ())),
+        ignore_eos=bool(fields.ignore_eos),
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from llava.model.splice import PromptRow, SplicedRow
@@ -64,7 +65,11 @@ class Unread:
 
 @dataclass(eq=False)
 class Task:
-    """A request and how far it has come. stream, scores, seed: of its answer. slot: its row of the running batch, below 0 outside of it."""
+    """A request and how far it has come.
+
+    stream, scores, seed: of its answer. text_ids: (L,) of its prompt, without placeholders. slot: its row of the running batch, below 0
+    outside of it.
+    """
 
     request: GenerationRequest
     generation: EngineGeneration
@@ -74,6 +79,7 @@ class Task:
     seed: int
     milliseconds: dict[str, float] = field(default_factory=dict)
     first_token: float = 0.0
+    text_ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     slot: int = -1
     _prepared: Prepared | None = field(default=None, init=False)
     _encoded: Encoded | None = field(default=None, init=False)
@@ -110,6 +116,7 @@ class Task:
 
     def was_prepared(self, prepared: Prepared) -> None:
         self._prepared = prepared
+        self.text_ids = prepared.prompt.ids[~prepared.prompt.is_image]
 
     def was_encoded(self, encoded: Encoded, unread: Unread) -> None:
         self._encoded, self._unread, self._prepared = encoded, unread, None

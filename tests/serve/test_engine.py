@@ -229,6 +229,61 @@ def test_an_answer_may_have_to_have_a_length(micro, asked):
         Options(max_new_tokens=3, min_new_tokens=9)
 
 
+SHAPED = [
+    Sampling(max_new_tokens=12, min_new_tokens=12, repetition_penalty=1.3),
+    Sampling(max_new_tokens=12, min_new_tokens=12, presence_penalty=2.0, frequency_penalty=2.0),
+    Sampling(max_new_tokens=12, min_new_tokens=12, frequency_penalty=-2.0, temperature=1.2, seed=1),
+    Sampling(max_new_tokens=12, temperature=2.0, top_k=3, seed=2),
+    Sampling(max_new_tokens=12, temperature=2.0, min_p=0.2, top_p=0.9, seed=3),
+    Sampling(max_new_tokens=12, ignore_eos=True),
+    Sampling(max_new_tokens=12),
+]
+
+
+def test_a_crowd_that_wants_its_tokens_drawn_differently_gets_what_each_gets_alone(micro, asked):
+    wanted = [request(*each, sampling=wish) for each, wish in zip(asked, SHAPED, strict=False)]
+
+    async def one_by_one(engine: EmbeddedEngine) -> list[Any]:
+        return [await attempt(engine, each) for each in wanted]
+
+    outcomes = serve(micro, all_at_once(*wanted))
+    for outcome, single in zip(outcomes, serve(micro, one_by_one), strict=True):
+        assert (outcome.text, outcome.end.completion_tokens) == (single.text, single.end.completion_tokens)
+    plain = [alone(micro, replace(each, sampling=replace(SHAPED[-1], min_new_tokens=each.sampling.min_new_tokens))) for each in wanted]
+    assert sum(outcome.text != text for outcome, text in zip(outcomes, plain, strict=True)) >= 4
+    assert outcomes[-1].text == plain[-1]
+    repeated = outcomes[1].text.split()
+    assert len(set(repeated)) > len(set(plain[1].split())) or len(repeated) == len(set(repeated))
+
+
+def test_an_answer_ends_where_the_request_says(micro, asked):
+    picture, text = next((picture, text) for picture, text in asked if len(alone(micro, request(picture, text)).split()) > 1)
+    [plain] = serve(micro, all_at_once(request(picture, text, sampling=Sampling(max_new_tokens=24, logprobs=0))))
+    words = scored_texts(plain)
+    ids = micro.answer((picture,), (Message("user", text),), Options(max_new_tokens=24)).token_ids
+    wishes = (
+        Sampling(max_new_tokens=24, stop_token_ids=(ids[1],)),
+        Sampling(max_new_tokens=24, stop_token_ids=(ids[1],), min_new_tokens=6),
+        Sampling(max_new_tokens=24, ignore_eos=True),
+        Sampling(max_new_tokens=24, logit_bias=((ids[0], -100.0),)),
+    )
+    stopped, later, endless, other = serve(micro, all_at_once(*(request(picture, text, sampling=wish) for wish in wishes)))
+    assert (stopped.text, stopped.end.finish_reason, stopped.end.completion_tokens) == ("".join(words[:2]).strip(), "stop", 2)
+    assert later.end.completion_tokens >= 6
+    assert (endless.end.finish_reason, endless.end.completion_tokens) == ("length", 24)
+    assert endless.text.startswith(plain.text) and plain.end.completion_tokens < 24
+    assert not other.text.startswith(words[0].strip())
+
+
+@pytest.mark.parametrize(("name", "value"), [("logit_bias", ((10**6, 1.0),)), ("stop_token_ids", (640,))])
+def test_a_token_that_the_vocabulary_has_not_is_refused_by_the_name_of_its_field(micro, asked, name, value):
+    assert micro.model.config.vocab_size == 640
+    wanted = request(*asked[0], sampling=Sampling(**{name: value}))
+    [refused] = serve(micro, all_at_once(wanted))
+    assert isinstance(refused, ServeError) and refused.kind is ErrorKind.INVALID_REQUEST and refused.param == name
+    assert "vocabulary has 640" in refused.detail
+
+
 def test_a_seed_repeats_whatever_else_is_in_the_batch(micro, asked):
     warm = Sampling(temperature=3.0, top_p=0.95, max_new_tokens=8, seed=7)
     seeded = request(*asked[0], sampling=warm)
@@ -427,6 +482,8 @@ def test_the_youngest_step_back_when_not_all_fit_and_lose_nothing(micro, asked, 
     wanted += [request(*asked[4], "warm", sampling=Sampling(**same, temperature=1.5, seed=3)), request(None, "Who are you?", "text")]
     wanted.append(request(*asked[5], "scored", sampling=Sampling(max_new_tokens=9, min_new_tokens=9, logprobs=1)))
     wanted.append(request(*asked[6], "warm too", sampling=Sampling(**same, temperature=1.5, seed=4), routing=RoutingRequest(bias=-1.0)))
+    heavy = Sampling(**same, temperature=1.5, seed=5, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.5, top_k=20)
+    wanted.append(request(*asked[7], "penalised", sampling=heavy))
 
     async def use(engine: EmbeddedEngine) -> tuple[list[Any], list[tuple[int, int]]]:
         steps_back = seldom_room(engine, rows, after=3)

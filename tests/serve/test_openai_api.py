@@ -62,8 +62,12 @@ def test_every_field_arrives():
     call = read(
         temperature=0.5, top_p=0.9, max_tokens=7, min_tokens=4, seed=3, stop=["a", "b"], logprobs=True, top_logprobs=2, n=2, stream=True,
         stream_options={"include_usage": True}, granularity=[36, 144], max_visual_tokens=100, granularity_bias=-0.5, user="me",
+        top_k=5, min_p=0.1, repetition_penalty=1.1, presence_penalty=-0.5, frequency_penalty=2, logit_bias={"7": -100, "0": 1.5, "2": 0},
+        stop_token_ids=[4, 9, 4], ignore_eos=True,
     )  # fmt: skip
-    assert call.sampling == Sampling(0.5, 0.9, 7, 4, 3, ("a", "b"), 2)
+    assert call.sampling == Sampling(
+        0.5, 0.9, 7, 4, 3, ("a", "b"), 2, 5, 0.1, 1.1, -0.5, 2, ((0, 1.5), (7, -100)), (4, 9), True
+    )  # fmt: skip
     assert call.routing == RoutingRequest((36, 144), 100, -0.5)
     assert (call.n, call.stream, call.include_usage, call.user) == (2, True, True, "me")
 
@@ -72,6 +76,7 @@ def test_what_openais_clients_send_by_default_is_accepted():
     neutral = {"frequency_penalty": 0, "presence_penalty": 0.0, "response_format": {"type": "text"}, "tools": None, "n": None, "stop": None}
     assert read(**neutral).sampling == Sampling()
     assert read(tools=[], tool_choice="none", logit_bias={}, store=False).sampling == Sampling()
+    assert read(top_k=-1, min_p=0, repetition_penalty=1, stop_token_ids=[], ignore_eos=False, min_tokens=0).sampling == Sampling()
     assert read(top_p=0, temperature=1.5).sampling == Sampling()  # greedy
     assert read(max_completion_tokens=9).sampling.max_new_tokens == 9
     assert read(stop="x").sampling.stop == ("x",)
@@ -120,9 +125,6 @@ NO_PART = "'messages.0.content.0': expected an object whose type is 'text' or 'i
         ({"logprobs": True, "top_logprobs": 5000}, "top_logprobs is 5000, expected at most 20."),
         ({"tools": [{}]}, f"'tools': {UNSUPPORTED}[]."),
         ({"tool_choice": "auto"}, f"'tool_choice': {UNSUPPORTED}\"none\"."),
-        ({"logit_bias": {"1": 2}}, f"'logit_bias': {UNSUPPORTED}{{}}."),
-        ({"frequency_penalty": 1}, f"'frequency_penalty': {UNSUPPORTED}0."),
-        ({"presence_penalty": -1.5}, f"'presence_penalty': {UNSUPPORTED}0."),
         ({"store": True}, f"'store': {UNSUPPORTED}false."),
         ({"response_format": {"type": "json_object"}}, f"'response_format.type': {UNSUPPORTED}\"text\"."),
         ({"messages": [{**USER, "tool_calls": [{}]}]}, f"'messages.0.tool_calls': {UNSUPPORTED}[]."),
@@ -189,11 +191,25 @@ def test_choices_draw_from_seeds_of_their_own():
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"logprobs": 5}, "logprobs"),
-        ({"frequency_penalty": 0.1}, "frequency_penalty"),
-        ({"presence_penalty": -0.1}, "presence_penalty"),
+        ({"frequency_penalty": 2.1}, "frequency_penalty"),
+        ({"presence_penalty": -2.1}, "presence_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 101}, "repetition_penalty"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"ignore_eos": 1}, "ignore_eos"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids.0"),
+        ({"stop_token_ids": 3}, "stop_token_ids"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"logit_bias": {"1": 100.5}}, "logit_bias.1"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias.-1"),
+        ({"logit_bias": {"one": 1}}, "logit_bias.one"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
         ({"response_format": {"type": "json_object"}}, "response_format.type"),
         ({"tools": [{}]}, "tools"),
-        ({"logit_bias": {"1": 2}}, "logit_bias"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"granularity": 37}, "granularity"),
         ({"granularity": []}, "granularity"),

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import fields
+from functools import partial
 from io import BytesIO
 from typing import Any
 
@@ -128,11 +129,46 @@ def test_no_field_of_the_sampling_is_forgotten() -> None:
         "seed": (0, {"seed": 0}),
         "stop": (("END",), {"stop": ["END"]}),
         "logprobs": (0, {"logprobs": True, "top_logprobs": 0}),
+        "top_k": (3, {"top_k": 3}),
+        "min_p": (0.5, {"min_p": 0.5}),
+        "repetition_penalty": (1.2, {"repetition_penalty": 1.2}),
+        "presence_penalty": (-1.0, {"presence_penalty": -1.0}),
+        "frequency_penalty": (0.5, {"frequency_penalty": 0.5}),
+        "logit_bias": (((3, -100.0), (5, 1.0)), {"logit_bias": {"3": -100.0, "5": 1.0}}),
+        "stop_token_ids": ((7, 8), {"stop_token_ids": [7, 8]}),
+        "ignore_eos": (True, {"ignore_eos": True}),
     }
     assert wishes.keys() == {field.name for field in fields(Sampling)}
     plain = chat_body(asking(), "m")
     for name, (value, told) in wishes.items():
         assert chat_body(asking(sampling=Sampling(**{name: value})), "m") == {**plain, **told}
+
+
+BEYOND_OPENAI = ("min_tokens", "top_k", "min_p", "repetition_penalty", "stop_token_ids", "ignore_eos")
+ALL_BEYOND = Sampling(min_new_tokens=1, top_k=3, min_p=0.5, repetition_penalty=1.2, stop_token_ids=(7,), ignore_eos=True)
+
+
+@pytest.mark.parametrize("owner", ["vllm", "sglang", "avg-llava"])
+def test_a_server_that_knows_more_than_openais_api_gets_more(owner: str) -> None:
+    models = {"data": [{"id": "other", "owned_by": owner}]}
+    with FakeBackend(lambda exchange: exchange.chat(["x"]), models=models) as fake:
+        with_engine(fake, lambda engine: collected(engine, asking(sampling=ALL_BEYOND)))
+        assert fake.requests[0].json.keys() >= set(BEYOND_OPENAI)
+
+
+@pytest.mark.parametrize("owner", [None, 5, "somebody"])
+def test_a_server_that_may_ignore_a_field_is_not_asked(owner: object) -> None:
+    models = {"data": [{"id": "other", "owned_by": owner}]}
+    with FakeBackend(lambda exchange: exchange.chat(["x"]), models=models) as fake:
+        for name in [each.name for each in fields(Sampling) if getattr(ALL_BEYOND, each.name) != each.default]:
+            wish = Sampling(**{name: getattr(ALL_BEYOND, name)})
+            with pytest.raises(ServeError, match="is not known to have") as refused:
+                with_engine(fake, partial(collected, request=asking(sampling=wish)))
+            assert refused.value.kind is ErrorKind.INVALID_REQUEST and refused.value.param in BEYOND_OPENAI
+        assert not fake.requests
+        of_openai = Sampling(seed=1, stop=("x",), presence_penalty=1.0, frequency_penalty=1.0, logit_bias=((3, 1.0),))
+        with_engine(fake, partial(collected, request=asking(sampling=of_openai)))
+        assert len(fake.requests) == 1
 
 
 def test_pictures_without_placeholders_begin_the_first_question() -> None:

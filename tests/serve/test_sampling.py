@@ -8,6 +8,7 @@ from itertools import product
 
 import pytest
 import torch
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from llava.serve.protocol import Sampling
 from llava.serve.sampling import pick, random_number
@@ -45,6 +46,68 @@ def test_top_p_keeps_the_likeliest_that_reach_it():
     assert set(draws(Sampling(temperature=1.0, top_p=float(probabilities[1]) - 0.01))) == {1}
     assert set(draws(Sampling(temperature=1.0, top_p=float(probabilities[1]) + 0.01))) == {1, 2}
     assert set(draws(Sampling(temperature=1.0, top_p=1.0))) == {0, 1, 2, 3}
+
+
+WARPED = [
+    Sampling(temperature=0.7, top_k=5),
+    Sampling(temperature=1.5, top_k=1),
+    Sampling(temperature=1.0, top_k=10**6),
+    Sampling(temperature=1.0, min_p=0.2),
+    Sampling(temperature=1.0, min_p=1.0),
+    Sampling(temperature=2.0, top_p=0.6),
+    Sampling(temperature=1.5, min_p=0.05, top_k=8, top_p=0.7),
+    Sampling(temperature=2.0, min_p=0.3, top_k=3, top_p=0.99),
+    Sampling(temperature=0.9, top_k=4, top_p=0.5),
+]
+
+
+def warped(logits: torch.Tensor, wish: Sampling) -> torch.Tensor:
+    """(V,) probabilities as transformers' own processors leave them, in vLLM's order."""
+    steps = [TemperatureLogitsWarper(wish.temperature), MinPLogitsWarper(wish.min_p), TopKLogitsWarper(wish.top_k or 10**6)]
+    scores = logits[None].clone()
+    for step in (*steps, TopPLogitsWarper(wish.top_p)):
+        scores = step(None, scores)
+    return scores[0].softmax(-1)
+
+
+@pytest.mark.parametrize("wish", WARPED)
+def test_what_is_drawn_from_is_what_transformers_own_processors_leave(wish):
+    """Drawn at evenly spaced numbers, each token comes as often as its share of them."""
+    logits = 2 * torch.randn(32, generator=torch.Generator().manual_seed(3))
+    expected, count = warped(logits, wish), 4000
+    found = Counter(picked.token for picked in pick(logits.expand(count, -1), [wish] * count, [(n + 0.5) / count for n in range(count)]))
+    assert set((expected > 1 / count).nonzero()[:, 0].tolist()) <= set(found) <= set(expected.nonzero()[:, 0].tolist())
+    for token, share in enumerate(expected.tolist()):
+        assert found[token] == pytest.approx(count * share, abs=1.01)
+
+
+def test_tokens_as_likely_as_the_last_of_the_top_k_stay():
+    logits = torch.tensor([1.0, 2.0, 1.0, 0.0])
+    numbers = [n / 100 for n in range(100)]
+    assert {picked.token for picked in pick(logits.expand(100, -1), [Sampling(1.0, top_k=2)] * 100, numbers)} == {0, 1, 2}
+
+
+def test_a_batch_of_different_cuts_is_its_rows():
+    wishes = [*WARPED, Sampling(temperature=1.0, top_p=0.8), Sampling(temperature=0.3), Sampling(top_k=3, min_p=0.5)] * 3
+    logits = 2 * torch.randn(len(wishes), 40, generator=torch.Generator().manual_seed(4))
+    dice = random.Random(5)
+    numbers = [dice.random() for _ in wishes]
+    alone = [pick(own[None], [wish], [number])[0] for own, wish, number in zip(logits, wishes, numbers, strict=True)]
+    assert pick(logits, wishes, numbers) == alone
+
+
+def test_log_probabilities_stay_the_models_where_something_else_is_drawn_from():
+    raw = LOGITS[None]
+    changed = torch.tensor([[float("-inf"), float("-inf"), float("-inf"), 1.0]])
+    [picked] = pick(raw, [Sampling(logprobs=1, top_k=1, temperature=1.0)], [0.5], changed)
+    assert picked.token == 3 and picked.log_probability == pytest.approx(float(LOGITS[3]))
+    assert [token for token, _ in picked.alternatives] == [1]
+
+
+def test_a_broken_row_is_seen_behind_what_hides_it():
+    broken = torch.tensor([[float("nan"), 1.0], [0.0, 1.0]])
+    hidden = torch.tensor([[float("-inf"), 1.0], [0.0, 1.0]])
+    assert [picked.token for picked in pick(broken, [Sampling()] * 2, [0.0] * 2, hidden)] == [None, 1]
 
 
 def test_a_tiny_temperature_is_greedy_and_not_a_division_by_zero():
