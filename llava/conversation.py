@@ -10,12 +10,14 @@ import base64
 import dataclasses
 import enum
 import html
+import re
+from collections.abc import Iterator, Sequence
 from io import BytesIO
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from PIL import Image
 
-from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.crops import expand2square
 
 ImageMessage: TypeAlias = "tuple[str, Image.Image | None, str]"
@@ -25,13 +27,29 @@ Message: TypeAlias = "str | ImageMessage | None"
 
 _Fields: TypeAlias = "dict[str, Any]"  # named here because `Conversation.dict` hides the builtin inside the class
 
+_IMAGE_MARK = re.compile(
+    f"({DEFAULT_IM_START_TOKEN}(?={DEFAULT_IMAGE_TOKEN})|{DEFAULT_IMAGE_TOKEN}|(?<={DEFAULT_IMAGE_TOKEN}){DEFAULT_IM_END_TOKEN})"
+)
+"""An image's place, and the tokens that some models have around it."""
 _PAD_COLOR = (122, 116, 104)  # CLIP's mean pixel
 _RESIZE_SIDE = 336
 _MAX_SENT_SIDE, _MAX_SENT_SHORT_SIDE = 1344, 672  # larger pictures are shrunk before they travel to a worker
 
 
+class Span(NamedTuple):
+    """A stretch of a prompt.
+
+    Attributes:
+        text: of the prompt, as long as it is.
+        is_words: whether somebody's words stand here. The rest is the template's markup, which alone may hold special tokens.
+    """
+
+    text: str
+    is_words: bool
+
+
 class SeparatorStyle(enum.Enum):
-    """How roles, messages and separators are strung together; one `Conversation._prompt_*` method each."""
+    """How roles, messages and separators are strung together; one `Conversation._spans_*` method each."""
 
     SINGLE = enum.auto()
     """`role: message` and one separator after every turn."""
@@ -84,17 +102,21 @@ class Conversation:
         """Return the text that the tokenizer sees, with `<image>` where the first turn's picture goes.
 
         Raises:
-            ValueError: the turns do not fit the template (an answer under `plain`, no first question under `[INST]`).
+            ValueError: the turns do not fit the template (an answer under `plain`, an empty first question under `[INST]`).
         """
+        return "".join(span.text for span in self.get_spans())
+
+    def get_spans(self) -> list[Span]:
+        """Return the prompt as the template's markup and the words that it was filled with; errors as in `get_prompt`."""
         turns = [(role, _text_of(message)) for role, message in self._turns_with_image_token()]
         build = {
-            SeparatorStyle.SINGLE: self._prompt_single,
-            SeparatorStyle.TWO: self._prompt_two,
-            SeparatorStyle.MPT: self._prompt_mpt,
-            SeparatorStyle.PLAIN: self._prompt_plain,
-            SeparatorStyle.LLAMA_2: self._prompt_llama_2,
+            SeparatorStyle.SINGLE: self._spans_single,
+            SeparatorStyle.TWO: self._spans_two,
+            SeparatorStyle.MPT: self._spans_mpt,
+            SeparatorStyle.PLAIN: self._spans_plain,
+            SeparatorStyle.LLAMA_2: self._spans_llama_2,
         }[self.sep_style]
-        return build(turns)
+        return [span for span in build(turns) if span.text]
 
     def _turns_with_image_token(self) -> list[list[Any]]:
         """Return the turns, the first one's picture announced by one `<image>` in front of its text."""
@@ -115,39 +137,57 @@ class Conversation:
             )
         return self.sep, self.sep2
 
-    def _prompt_single(self, turns: list[tuple[str, str]]) -> str:
-        parts = [f"{role}: {text}{self.sep}" if text else f"{role}:" for role, text in turns]
-        return self.system + self.sep + "".join(parts)
+    def _spans_single(self, turns: list[tuple[str, str]]) -> Iterator[Span]:
+        return self._spans_of_roles(turns, ":", (self.sep, self.sep))
 
-    def _prompt_two(self, turns: list[tuple[str, str]]) -> str:
-        separators = self._separators()
-        parts = [f"{role}: {text}{separators[i % 2]}" if text else f"{role}:" for i, (role, text) in enumerate(turns)]
-        return self.system + separators[0] + "".join(parts)
+    def _spans_two(self, turns: list[tuple[str, str]]) -> Iterator[Span]:
+        return self._spans_of_roles(turns, ":", self._separators())
 
-    def _prompt_mpt(self, turns: list[tuple[str, str]]) -> str:
-        parts = [f"{role}{text}{self.sep}" if text else role for role, text in turns]
-        return self.system + self.sep + "".join(parts)
+    def _spans_mpt(self, turns: list[tuple[str, str]]) -> Iterator[Span]:
+        return self._spans_of_roles(turns, "", (self.sep, self.sep))
 
-    def _prompt_plain(self, turns: list[tuple[str, str]]) -> str:
-        parts = [text + (self._separators()[1] if i % 2 else self.sep) for i, (_, text) in enumerate(turns) if text]
-        return self.system + "".join(parts)
+    def _spans_of_roles(self, turns: list[tuple[str, str]], colon: str, separators: tuple[str, str]) -> Iterator[Span]:
+        """Every turn after its role's name; the second separator ends what the second role says."""
+        yield from self._system_spans()
+        yield _markup(separators[0])
+        for role, text in turns:
+            yield _markup(role + colon + (" " if colon and text else ""))
+            if text:
+                yield from word_spans(text)
+                yield _markup(separators[role == self.roles[1]])
 
-    def _prompt_llama_2(self, turns: list[tuple[str, str]]) -> str:
-        if turns and (not turns[0][1] or turns[0][0] != self.roles[0]):
+    def _spans_plain(self, turns: list[tuple[str, str]]) -> Iterator[Span]:
+        yield from self._system_spans()
+        for i, (_, text) in enumerate(turns):
+            if text:
+                yield from word_spans(text)
+                yield _markup(self._separators()[1] if i % 2 else self.sep)
+
+    def _spans_llama_2(self, turns: list[tuple[str, str]]) -> Iterator[Span]:
+        """Questions in brackets; an answer that follows no question gets brackets without words, because the model answers to brackets."""
+        if turns and turns[0][0] == self.roles[0] and not turns[0][1]:
             raise ValueError(
                 f"the first turn is {turns[0]!r}, but an [INST] template starts with a text of {self.roles[0]!r}: "
                 "append the user's question first"
             )
-        system = f"<<SYS>>\n{self.system}\n<</SYS>>\n\n" if self.system else ""
-        prompt = ""
-        for i, (_, text) in enumerate(turns):
-            if not text:
-                continue
-            if i % 2:
-                prompt += f" {text} {self._separators()[1]}"
-            else:
-                prompt += f"{self.sep}[INST] {system if i == 0 else ''}{text} [/INST]"
-        return prompt.removeprefix(self.sep)  # the tokenizer writes the first bos itself
+        system = [_markup("<<SYS>>\n"), *self._system_spans(), _markup("\n<</SYS>>\n\n")] if self.system else []
+        begun = asked = False
+        for role, text in turns:
+            is_question = role != self.roles[1]
+            if text if is_question else not asked:
+                yield _markup(f"{self.sep if begun else ''}[INST] ")  # the tokenizer writes the first bos itself
+                yield from [] if begun else system
+                yield from word_spans(text if is_question else "")
+                yield _markup(" [/INST]")
+                begun = asked = True
+            if text and not is_question:
+                yield from (_markup(" "), *word_spans(text), _markup(f" {self._separators()[1]}"))
+                asked = False
+
+    def _system_spans(self) -> tuple[Span, ...]:
+        """The system text behind its markup; it may be somebody's words (`set_system_message`)."""
+        head = self.system_head if self.system.startswith(self.system_head) else ""
+        return _markup(head), *word_spans(self.system[len(head) :])
 
     def get_images(self, return_pil: bool = False) -> list[Any]:
         """Return the pictures of the user's turns in order, prepared as each message asks.
@@ -187,6 +227,25 @@ class Conversation:
             "sep": self.sep,
             "sep2": self.sep2,
         }
+
+
+def _markup(text: str) -> Span:
+    return Span(text, is_words=False)
+
+
+def word_spans(text: str) -> list[Span]:
+    """Somebody's text as words and, where images go, markup."""
+    return [Span(piece, is_words=index % 2 == 0) for index, piece in enumerate(_IMAGE_MARK.split(text)) if piece]
+
+
+def spans_between(spans: Sequence[Span], start: int, end: int | None = None) -> list[Span]:
+    """The spans of the characters `start` to `end` of a prompt."""
+    cut, position = [], 0
+    for span in spans:
+        text = span.text[max(start - position, 0) : None if end is None else max(end - position, 0)]
+        cut += [span._replace(text=text)] if text else []
+        position += len(span.text)
+    return cut
 
 
 def _text_of(message: Message) -> str:

@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
-from llava.conversation import SeparatorStyle, get_template
-from llava.messages import Message, put_images_first
-from llava.mm_utils import process_images, tokenizer_image_token
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+from llava.conversation import SeparatorStyle, Span, get_template, spans_between
+from llava.messages import Message, normalise_turns
+from llava.mm_utils import process_images, tokenize_spans
 from llava.model.builder import load_pretrained_model
 from llava.model.llava_arch import EncodedRow
 from llava.model.routing import RoutingReport, RoutingRequest
@@ -114,53 +114,42 @@ class Answer:
 def write_prompt(
     messages: Sequence[Message], num_images: int, template: str, use_start_end: bool = False, answer: str | None = None
 ) -> str:
+    """The text of `prompt_spans`, with the same arguments and errors."""
+    return "".join(span.text for span in prompt_spans(messages, num_images, template, use_start_end, answer))
+
+
+def prompt_spans(
+    messages: Sequence[Message], num_images: int, template: str, use_start_end: bool = False, answer: str | None = None
+) -> list[Span]:
     """The prompt of a conversation, open for the next answer, or with the beginning of one.
 
     Args:
-        messages: turns, users' and assistants' in alternation, the last one the user's; a system turn in front replaces the template's
-            own text. `<image>` (or `<image-placeholder>`) marks an image's place, see `llava.messages.images_first` for those behind the
-            words; where no turn has one, the first user's turn begins with all of them.
-        num_images: how many pictures there are.
+        messages: turns, as `llava.messages.normalise_turns` takes them; a system turn in front replaces the template's own text.
+        num_images: how many images there are.
         template: a name from `conv_templates`.
         use_start_end: wrap each placeholder in LLaVA's start and end tokens.
         answer: the text that the answer begins with; the prompt ends right after it.
 
     Raises:
-        ValueError: no text, turns out of order, or placeholders unlike pictures.
+        ValueError: nothing to answer, or placeholders unlike images.
     """
-    system = messages[0] if messages and messages[0].role == "system" else None
-    messages = messages[1:] if system else messages
-    if system and DEFAULT_IMAGE_TOKEN in system.text:
-        raise ValueError("The system turn holds an <image> placeholder; put pictures into the user's turns.")
-    roles = [message.role for message in messages]
-    if roles != [("user", "assistant")[index % 2] for index in range(len(roles))] or len(roles) % 2 == 0:
-        raise ValueError(f"The turns are {roles}, expected user and assistant in alternation, the last one the user's.")
-    texts = [message.text.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN) for message in messages]
-    empty = [index for index, text in enumerate(texts) if not text.replace(DEFAULT_IMAGE_TOKEN, "").strip()]
-    if empty:
-        raise ValueError(f"Turn {empty[0]} is empty; give a question.")
-    written = sum(text.count(DEFAULT_IMAGE_TOKEN) for text in texts)
-    if written == 0:
-        texts[0] = (DEFAULT_IMAGE_TOKEN + "\n") * num_images + texts[0]
-    elif written != num_images:
-        raise ValueError(
-            f"The text holds {written} <image> placeholders, but {num_images} pictures were given; make them agree or leave them out."
-        )
     conversation = get_template(template)
-    if system:
-        conversation.set_system_message(system.text)
-    for message_role, text in zip(roles, map(put_images_first, texts), strict=True):
+    for turn in normalise_turns(messages, num_images):
+        if turn.role == "system":
+            conversation.set_system_message(turn.text)
+            continue
+        text = turn.text
         if use_start_end:
             text = text.replace(DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN)
-        conversation.append_message(conversation.roles[message_role == "assistant"], text)
+        conversation.append_message(conversation.roles[turn.role == "assistant"], text)
     opened = conversation.copy()
     opened.append_message(conversation.roles[1], None)
     if answer is None:
-        return opened.get_prompt()
+        return opened.get_spans()
     conversation.append_message(conversation.roles[1], answer)
-    prompt = conversation.get_prompt()
     # The answer's place is found from where the open prompt ends: its text may occur again in the template's own end mark.
-    return prompt[: prompt.index(answer, len(opened.get_prompt().rstrip())) + len(answer)]
+    start = conversation.get_prompt().index(answer, len(opened.get_prompt().rstrip()))
+    return spans_between(conversation.get_spans(), 0, start + len(answer))
 
 
 class _Clock(StoppingCriteria):
@@ -485,13 +474,14 @@ class Assistant:
     def prompt_ids(
         self, messages: str | Sequence[Message], num_images: int, conv_mode: str | None = None, answer: str | None = None
     ) -> torch.Tensor:
-        """(L,) ids of a conversation's prompt, with one placeholder per picture; arguments and errors as in `write_prompt`."""
+        """(L,) ids of a conversation's prompt, with one placeholder per image; arguments and errors as in `prompt_spans`.
+
+        What the turns say is text, whatever it spells: see `llava.mm_utils.tokenize_spans`.
+        """
         turns = [Message("user", messages)] if isinstance(messages, str) else messages
         config = self.model.config
-        prompt = write_prompt(turns, num_images, conv_mode or config.conv_version, config.mm_use_im_start_end, answer)
-        ids = tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt")
-        assert isinstance(ids, torch.Tensor)
-        return ids
+        spans = prompt_spans(turns, num_images, conv_mode or config.conv_version, config.mm_use_im_start_end, answer)
+        return torch.tensor(tokenize_spans(spans, self.tokenizer))
 
     def views(self, image: Image.Image) -> torch.Tensor:
         """One picture as the vision tower's input: (C, 3, S, S), or (3, S, S) where the model cuts no tiles."""

@@ -1,17 +1,23 @@
-"""The turns of a conversation, and where the images of a turn stand. Nothing here needs torch."""
+"""The turns of a conversation as people send them and as templates can write them, and where the images of a turn stand.
+
+Nothing here needs torch.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 
-from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
+
+ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: `role` is `user`, `assistant`, or `system` at the very start. `<image>` in the text marks where an image goes."""
+    """One turn: `role` is one of `ROLES`. `<image>` in a user's text marks where an image goes."""
 
     role: str
     text: str
@@ -46,3 +52,79 @@ def put_images_first(text: str) -> str:
     parts = [part for part in re.split(f"({DEFAULT_IMAGE_TOKEN})", text) if part.strip()]
     moved = images_first(parts)
     return text if moved == parts else "\n".join(part.strip() for part in moved)
+
+
+def normalise_turns(messages: Sequence[Message], num_images: int) -> list[Message]:
+    """A conversation as every template can write it: at most one system turn, in front, then users and assistants in alternation.
+
+    Whoever keeps a conversation sends more than that, and all of it is answered:
+
+    - Turns of no words and no image are left out: an empty system field, an answer that was stopped before its first word.
+    - Turns of one role in a row become one, a line each.
+    - A system turn behind the first others is written as the user's: the templates have one place for a system text, in front.
+    - An assistant may speak first (a stored greeting) and last (answered with a further turn).
+    - The images of a turn stand as in `images_first`.
+
+    Args:
+        messages: turns; `<image>` (or `<image-placeholder>`) marks an image's place. Where no turn has one, the first turn of the user's
+            with words begins with all of them.
+        num_images: how many images there are.
+
+    Returns:
+        The turns; what is normalised already stays as it is.
+
+    Raises:
+        ValueError: nothing from the user, a last turn of the user's without anything, an unknown role, or placeholders unlike images.
+    """
+    turns = [replace(turn, text=turn.text.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN)) for turn in messages]
+    _check_roles(turns)
+    turns = [replace(turn, text=put_images_first(turn.text)) for turn in _with_places(turns, num_images)]
+    _check_question(turns)
+    spoken = [turn for turn in turns if turn.text.strip()]
+    num_system = next(index for index, turn in enumerate(spoken) if turn.role != "system")
+    rest = [replace(turn, role="user") if turn.role == "system" else turn for turn in spoken[num_system:]]
+    return [_joined(role, group) for part in (spoken[:num_system], rest) for role, group in _runs(part)]
+
+
+def _runs(turns: Sequence[Message]) -> list[tuple[str, list[str]]]:
+    """Roles in alternation, each with the texts of its turns in a row."""
+    return [(role, [turn.text for turn in run]) for role, run in groupby(turns, key=lambda turn: turn.role)]
+
+
+def _joined(role: str, texts: Sequence[str]) -> Message:
+    return Message(role, texts[0] if len(texts) == 1 else put_images_first("\n".join(texts)))
+
+
+def _with_places(turns: Sequence[Message], num_images: int) -> list[Message]:
+    """The turns with as many placeholders as images."""
+    written = sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
+    users = [index for index, turn in enumerate(turns) if turn.role == "user"]
+    if written == 0 and num_images and users:
+        first = next((index for index in users if turns[index].text.strip()), users[0])
+        marked = replace(turns[first], text=(DEFAULT_IMAGE_TOKEN + "\n") * num_images + turns[first].text)
+        return [marked if index == first else turn for index, turn in enumerate(turns)]
+    if written != num_images and users:
+        raise ValueError(
+            f"The text holds {written} <image> placeholders, but {num_images} pictures were given; make them agree or leave them out."
+        )
+    return list(turns)
+
+
+def _check_roles(turns: Sequence[Message]) -> None:
+    for index, turn in enumerate(turns):
+        if turn.role not in ROLES:
+            raise ValueError(f"Turn {index} has the role {turn.role!r}, expected one of {', '.join(ROLES)}.")
+        if turn.role == "system" and DEFAULT_IMAGE_TOKEN in turn.text:
+            raise ValueError("The system turn holds an <image> placeholder; put pictures into the user's turns.")
+
+
+def _check_question(turns: Sequence[Message]) -> None:
+    """Whether there is something to answer."""
+    users = [index for index, turn in enumerate(turns) if turn.role == "user"]
+    if not users:
+        raise ValueError("There is no turn of the user's; give a question.")
+    filled = [index for index, turn in enumerate(turns) if turn.text.strip()]
+    last_answer = max((index for index in filled if turns[index].role == "assistant"), default=-1)
+    asked_in_vain = users[-1] > last_answer and not any(index > last_answer for index in filled)
+    if asked_in_vain or not set(users) & set(filled):
+        raise ValueError(f"Turn {users[-1]} is empty; give a question.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 from typing import Any, overload
 
@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.conversation import Span
 from llava.crops import (
     expand2square,
     get_anyres_image_grid_shape,
@@ -19,6 +20,7 @@ from llava.crops import (
     select_best_resolution,
 )
 from llava.images import check_aspect_ratio, load_image_from_base64, to_rgb
+from llava.tokenizer import plain_tokenizer, special_texts
 
 __all__ = [
     "KeywordsStoppingCriteria",
@@ -94,14 +96,43 @@ def tokenizer_image_token(
     """
     if return_tensors not in (None, "pt"):
         raise ValueError(f"return_tensors is {return_tensors!r}, expected None for a list or 'pt' for a tensor")
+    ids = _ids_around_images(prompt, tokenizer, lambda text: tokenizer(text, add_special_tokens=False).input_ids, image_token_index)
+    return ids if return_tensors is None else torch.tensor(ids, dtype=torch.long)
+
+
+def tokenize_spans(spans: Sequence[Span], tokenizer: Any, image_token_index: int = IMAGE_TOKEN_INDEX) -> list[int]:
+    """Tokenise a prompt whose words are text, whatever they hold: special tokens come from its markup alone.
+
+    The ids are those of `tokenizer_image_token` on the whole prompt, except where words spell a special token (`</s>`): there they are
+    what the tokenizer makes of those characters as of any others, so that no words can end their own turn and speak for another role.
+
+    Args:
+        spans: the prompt, as `Conversation.get_spans` gives it.
+        tokenizer, image_token_index: as in `tokenizer_image_token`.
+
+    Raises:
+        ValueError: words that spell a special token, with a tokenizer that is none of the `tokenizers` library.
+    """
+    prompt = "".join(span.text for span in spans)
+    special = special_texts(tokenizer)
+    from_markup = sum(len(special.findall(span.text)) for span in spans if not span.is_words)
+    if len(special.findall(prompt)) == from_markup:
+        return tokenizer_image_token(prompt, tokenizer, image_token_index)
+    plain = plain_tokenizer(tokenizer)
+    marked = "".join(span.text if span.is_words or span.text == DEFAULT_IMAGE_TOKEN else plain.mark(span.text) for span in spans)
+    return _ids_around_images(marked, tokenizer, plain.encode, image_token_index)
+
+
+def _ids_around_images(prompt: str, tokenizer: Any, encode: Callable[[str], list[int]], image_token_index: int) -> list[int]:
+    """What the tokenizer puts in front of every text, and the ids of the texts between the placeholders."""
     bos = tokenizer.bos_token_id
     ids = [bos] if bos is not None and list(tokenizer("").input_ids)[:1] == [bos] else []
     for i, text in enumerate(prompt.split(DEFAULT_IMAGE_TOKEN)):
         if i > 0:
             ids.append(image_token_index)
         if text:
-            ids.extend(tokenizer(text, add_special_tokens=False).input_ids)
-    return ids if return_tensors is None else torch.tensor(ids, dtype=torch.long)
+            ids.extend(encode(text))
+    return ids
 
 
 def get_model_name_from_path(model_path: str) -> str:

@@ -1,4 +1,4 @@
-"""Loading a tokenizer whose ids are the ones the checkpoint was trained with.
+"""Loading a tokenizer whose ids are the ones the checkpoint was trained with, and reading text that spells its special tokens.
 
 transformers 5 rebuilds every SentencePiece Llama tokenizer on the `tokenizers` library, with the pre-tokenizer
 `Metaspace(prepend_scheme=...)`. SentencePiece puts one space in front of a text *always* (`add_dummy_prefix`);
@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
@@ -52,6 +55,67 @@ def load_tokenizer(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedTok
     options = {key: value for key, value in tokenizer.init_kwargs.items() if key not in _BACKEND_OPTIONS}
     options["chat_template"] = tokenizer.chat_template
     return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+
+
+def special_texts(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """What finds the tokenizer's special tokens in a text; longer ones are found where a shorter one begins them."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+
+
+class PlainTokenizer:
+    """A copy of a tokenizer to which the texts of its special tokens are texts like any others.
+
+    It knows the special tokens under marks in place of their texts. A mark holds a random number that never leaves this process, so that no
+    text can hold one by intent or chance. Ids are those of the original.
+
+    Args:
+        tokenizer: one of the `tokenizers` library.
+
+    Raises:
+        ValueError: another one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise ValueError("The text spells a special token, which this model's tokenizer cannot read as text; leave it out.")
+        self._special = special_texts(tokenizer)
+        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._backend.encode_special_tokens = True
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        secret = secrets.token_hex(16)
+        special = {index: token for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._marks = {token.content: f"<{secret}:{index}>" for index, token in special.items()}
+        self._backend.add_tokens([_renamed(token, self._marks[token.content]) for token in special.values()])
+        self._ids = {self._backend.token_to_id(self._marks[token.content]): index for index, token in special.items()}
+
+    def mark(self, markup: str) -> str:
+        """A template's text, in which special tokens are meant as such, for `encode`."""
+        return self._special.sub(lambda found: self._marks[found[0]], markup)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without what the tokenizer puts in front of every text."""
+        return [self._ids.get(index, index) for index in self._backend.encode(text, add_special_tokens=False).ids]
+
+
+def _renamed(token: AddedToken, text: str) -> AddedToken:
+    """A token that is found as this one is, under another text, also where special tokens are not looked for."""
+    return AddedToken(
+        text, single_word=token.single_word, lstrip=token.lstrip, rstrip=token.rstrip, normalized=token.normalized, special=False
+    )
+
+
+_PLAIN: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, PlainTokenizer]] = WeakKeyDictionary()
+
+
+def plain_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PlainTokenizer:
+    """The `PlainTokenizer` of a tokenizer, made once for the tokens that it has; errors as there."""
+    num_tokens, plain = _PLAIN.get(tokenizer, (-1, None))
+    if plain is None or num_tokens != len(tokenizer):
+        plain = PlainTokenizer(tokenizer)
+        _PLAIN[tokenizer] = len(tokenizer), plain
+    return plain
 
 
 def _is_sentencepiece_bpe(backend: Tokenizer) -> bool:

@@ -87,9 +87,41 @@ def test_unknown_template_lists_the_choices() -> None:
 
 def test_bracket_template_wants_a_question_first() -> None:
     conversation = get_template("llama_2")
-    conversation.append_message("ASSISTANT", "Hello")
+    conversation.append_message("USER", None)
     with pytest.raises(ValueError, match="starts with a text of 'USER'"):
         conversation.get_prompt()
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("v1", " ASSISTANT: a</s>USER: b ASSISTANT: c</s>ASSISTANT:"),
+        ("llava_v0", "###Assistant: a###Human: b###Assistant: c###Assistant:"),
+        ("chatml_direct", "<|im_end|><|im_start|>assistant\na<|im_end|><|im_start|>user\nb<|im_end|><|im_start|>assistant\nc<|im_end|>"
+                          "<|im_start|>assistant\n"),
+        ("mistral_instruct", "[INST]  [/INST] a </s>[INST] b [/INST] c </s>[INST]  [/INST]"),
+        ("llava_llama_2", "\n<</SYS>>\n\n [/INST] a </s><s>[INST] b [/INST] c </s><s>[INST]  [/INST]"),
+    ],
+)  # fmt: skip
+def test_the_assistant_may_speak_first_and_again(name: str, written: str) -> None:
+    conversation = get_template(name)
+    for role, text in ((1, "a"), (0, "b"), (1, "c"), (1, None)):
+        conversation.append_message(conversation.roles[role], text)
+    assert conversation.get_prompt().endswith(written)
+    assert conversation.get_prompt().count("<<SYS>>") == (name == "llava_llama_2")
+
+
+@pytest.mark.parametrize("name", conv_templates)
+def test_words_and_markup_make_up_the_prompt(name: str) -> None:
+    conversation = get_template(name)
+    fill(conversation, ["a <image> b", "</s>", "<im_start><image><im_end>\n<im_start>"][: 1 if "plain" in name else 3])
+    conversation.set_system_message("" if "plain" in name else "<s>")
+    spans = conversation.get_spans()
+    assert "".join(span.text for span in spans) == conversation.get_prompt()
+    words = [span.text for span in spans if span.is_words]
+    shown = [text for _, text in conversation.messages[: conversation.offset]]
+    expected = ["a ", " b"] if "plain" in name else ["<s>", "a ", " b", "</s>", "\n<im_start>"]
+    assert [text for text in words if text not in shown] == expected
 
 
 def test_a_conversation_built_by_hand_like_llava() -> None:

@@ -93,13 +93,13 @@ def test_a_prompt_may_hold_the_beginning_of_the_answer():
     ("messages", "count", "message"),
     [
         ([Message("system", "<image>"), Message("user", "a")], 1, "put pictures into the user's turns"),
-        ([Message("user", "a"), Message("system", "b"), Message("user", "c")], 0, "expected user and assistant in alternation"),
-        ([Message("user", "  ")], 1, "Turn 0 is empty"),
-        ([Message("user", "<image>\n ")], 1, "Turn 0 is empty"),
+        ([Message("human", "a")], 0, "role 'human', expected one of system, user, assistant"),
+        ([Message("user", "  ")], 0, "Turn 0 is empty"),
+        ([Message("user", "a"), Message("assistant", "b"), Message("user", "")], 1, "Turn 2 is empty"),
         ([Message("user", "<image> <image> same?")], 1, "holds 2 <image> placeholders, but 1 pictures"),
         ([Message("user", "<image> what?")], 0, "holds 1 <image> placeholders, but 0 pictures"),
-        ([Message("user", "a"), Message("assistant", "b")], 0, "expected user and assistant in alternation"),
-        ([], 0, "expected user and assistant in alternation"),
+        ([Message("system", "a"), Message("assistant", "b")], 1, "no turn of the user's"),
+        ([], 0, "no turn of the user's"),
     ],
 )
 def test_prompts_that_cannot_be_written(messages, count, message):

@@ -1,10 +1,10 @@
-"""Turns: where their images stand."""
+"""Turns: where their images stand, and what becomes of conversations that no template can write as they are."""
 
 from __future__ import annotations
 
 import pytest
 
-from llava.messages import images_first, put_images_first, text_of_parts
+from llava.messages import Message, images_first, normalise_turns, put_images_first, text_of_parts
 
 IMG = "<image>"
 
@@ -56,3 +56,74 @@ def test_images_that_stand_together_come_first_and_others_keep_their_places(part
 def test_a_text_is_ordered_by_its_placeholders(text, ordered):
     assert put_images_first(text) == ordered
     assert put_images_first(ordered) == ordered
+
+
+def said(*turns):
+    """Turns by the first letters of their roles."""
+    roles = {"s": "system", "u": "user", "a": "assistant"}
+    return [Message(roles[turn[0]], turn[2:]) for turn in turns]
+
+
+@pytest.mark.parametrize(
+    ("turns", "count", "normal"),
+    [
+        (["u:q"], 0, ["u:q"]),
+        (["s:x", "u:q", "a:r", "u:t"], 0, ["s:x", "u:q", "a:r", "u:t"]),
+        # nothing said
+        (["u:q", "a:", "u:t"], 0, ["u:q\nt"]),
+        (["u:q", "a:\n", "u:t"], 0, ["u:q\nt"]),
+        (["u:", "a:r", "u:t"], 0, ["a:r", "u:t"]),
+        (["s: ", "u:q"], 0, ["u:q"]),
+        (["s:", "s:x", "u:", "u:q"], 0, ["s:x", "u:q"]),
+        (["u:q", "u: "], 0, ["u:q"]),
+        (["u:q", "a:"], 0, ["u:q"]),
+        # in a row
+        (["u:q", "u:t"], 0, ["u:q\nt"]),
+        (["u:q", "a:r", "a:p", "u:t"], 0, ["u:q", "a:r\np", "u:t"]),
+        (["s:x", "s:y", "u:q"], 0, ["s:x\ny", "u:q"]),
+        # the assistant first and last
+        (["a:r", "u:q"], 0, ["a:r", "u:q"]),
+        (["u:q", "a:r"], 0, ["u:q", "a:r"]),
+        (["s:x", "a:r", "u:q", "a:p"], 0, ["s:x", "a:r", "u:q", "a:p"]),
+        # system turns behind others
+        (["u:q", "a:r", "s:x", "u:t"], 0, ["u:q", "a:r", "u:x\nt"]),
+        (["a:r", "s:x", "u:q"], 0, ["a:r", "u:x\nq"]),
+        (["u:q", "s:x"], 0, ["u:q\nx"]),
+        (["u:q", "a:r", "s:x"], 0, ["u:q", "a:r", "u:x"]),
+        # images
+        (["u:"], 2, ["u:<image>\n<image>\n"]),
+        (["u:q"], 2, ["u:<image>\n<image>\nq"]),
+        (["u:", "a:r", "u:q"], 1, ["a:r", "u:<image>\nq"]),
+        (["u:<image>"], 1, ["u:<image>"]),
+        (["u:q", "u:<image>"], 1, ["u:<image>\nq"]),
+        (["u:<image>", "u:q"], 1, ["u:<image>\nq"]),
+        (["u:<image>", "a:", "u:"], 1, ["u:<image>"]),
+        (["u:q", "a:r", "a:", "s:"], 0, ["u:q", "a:r"]),
+        (["u:q <image-placeholder>"], 1, ["u:<image>\nq"]),
+        (["u:q <image>", "u:t <image>"], 2, ["u:<image>\nq\n<image>\nt"]),
+        (["u:q <image>", "a:r", "u:t <image>"], 2, ["u:<image>\nq", "a:r", "u:<image>\nt"]),
+    ],
+)
+def test_any_conversation_becomes_one_that_templates_can_write(turns, count, normal):
+    assert normalise_turns(said(*turns), count) == said(*normal)
+    assert normalise_turns(said(*normal), count) == said(*normal)
+
+
+@pytest.mark.parametrize(
+    ("turns", "count", "told"),
+    [
+        ([], 0, "There is no turn of the user's; give a question."),
+        (["s:x"], 0, "There is no turn of the user's; give a question."),
+        (["a:r", "s:x"], 1, "There is no turn of the user's; give a question."),
+        (["u: "], 0, "Turn 0 is empty; give a question."),
+        (["s:x", "u:", "a:r"], 0, "Turn 1 is empty; give a question."),
+        (["u:q", "a:r", "u:\n"], 0, "Turn 2 is empty; give a question."),
+        (["u:<image>q", "a:r", "u:", "a:"], 1, "Turn 2 is empty; give a question."),
+        (["u:<image>q"], 0, "holds 1 <image> placeholders, but 0 pictures"),
+        (["u:<image>q"], 2, "holds 1 <image> placeholders, but 2 pictures"),
+        (["s:<image>", "u:q"], 1, "system turn holds an <image>"),
+    ],
+)
+def test_what_cannot_be_answered_is_told(turns, count, told):
+    with pytest.raises(ValueError, match=told):
+        normalise_turns(said(*turns), count)

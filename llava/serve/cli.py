@@ -152,7 +152,7 @@ class Chat:
                 self.conversation.keep(question, said.strip())
             return
         self._say("")
-        self.conversation.keep(question, stream.answer.text or "(no answer)")
+        self.conversation.keep(question, stream.answer.text)
         self._say(self.terminal.dim(cost_line(stream.answer, 1000 * (perf_counter() - start))))
 
     def _say(self, text: str) -> None:
@@ -210,7 +210,7 @@ class Chat:
         for turn in self.conversation.turns:
             places = turn.text.count(DEFAULT_IMAGE_TOKEN)
             text = turn.text.replace(DEFAULT_IMAGE_TOKEN + "\n", "")
-            self._say(f"{turn.role}: {printable(text)}" + (f"  [{pictures(places)}]" if places else ""))
+            self._say(f"{turn.role}: {printable(text) or '(nothing)'}" + (f"  [{pictures(places)}]" if places else ""))
         if self.conversation.waiting:
             self._say(self.terminal.dim(f"{pictures(len(self.conversation.waiting))} for the next question"))
 

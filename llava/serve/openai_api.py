@@ -16,12 +16,11 @@ from PIL import Image
 from pydantic import BaseModel, Field, ValidationError
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
-from llava.messages import Message, text_of_parts
+from llava.messages import Message, normalise_turns, text_of_parts
 from llava.model.routing import RoutingRequest
-from llava.serve.body_fields import Closed
+from llava.serve.body_fields import Closed, Nothing
 from llava.serve.errors import FieldError
 from llava.serve.json_writer import compact_json
-from llava.serve.neutral_fields import OF_CHAT, OF_IMAGE, OF_IMAGE_URL, OF_MESSAGE, OF_STREAM_OPTIONS, OF_TEXT, with_neutral
 from llava.serve.protocol import (
     ErrorKind,
     Finished,
@@ -40,7 +39,6 @@ LOWEST_LOG_PROBABILITY = -9999.0
 """Stands for minus infinity, which JSON cannot say; OpenAI's API uses the same."""
 
 
-@with_neutral(OF_TEXT)
 class TextPart(Closed):
     """Text within a message."""
 
@@ -48,7 +46,6 @@ class TextPart(Closed):
     text: str
 
 
-@with_neutral(OF_IMAGE_URL)
 class ImageUrl(Closed):
     """Where a picture is: a data URL (`data:image/png;base64,...`), or a web address where the server fetches those."""
 
@@ -58,7 +55,6 @@ class ImageUrl(Closed):
     )
 
 
-@with_neutral(OF_IMAGE)
 class ImagePart(Closed):
     """A picture within a user's message."""
 
@@ -69,16 +65,20 @@ class ImagePart(Closed):
 ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
-@with_neutral(OF_MESSAGE)
 class ChatMessage(Closed):
-    """One turn. `developer` means `system`. Pictures go into users' turns."""
+    """One turn, empty ones among them. `developer` means `system`. Pictures go into users' turns."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[ContentPart], Field(min_length=1, max_length=1024, fail_fast=True)]
+    content: str | Annotated[list[ContentPart], Field(max_length=1024, fail_fast=True)] | None
     name: str | None = Field(None, max_length=256, description="Not shown to the model.")
+    # What an answer of other servers holds beside its text, as long as it says nothing: clients send answers back as they came.
+    refusal: None = None
+    tool_calls: Nothing | None = None
+    annotations: Nothing | None = None
+    function_call: None = None
+    audio: None = None
 
 
-@with_neutral(OF_STREAM_OPTIONS)
 class StreamOptions(Closed):
     """What a stream holds besides the answer."""
 
@@ -106,7 +106,6 @@ class RoutingFields(Closed):
     )
 
 
-@with_neutral(OF_CHAT)
 class ChatRequest(SamplingFields, RoutingFields):
     """A conversation to continue."""
 
@@ -122,11 +121,9 @@ class ChatRequest(SamplingFields, RoutingFields):
     top_logprobs: int | None = Field(None, ge=0)
     response_format: ResponseFormat | None = None
     user: str | None = Field(None, max_length=256, description="Written to the log beside the request's id.")
-    # For the client's own records; nothing here depends on them.
-    metadata: dict[str, str] | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    session_id: str | None = None
+    tools: Nothing | None = None
+    tool_choice: Literal["none"] | None = None
+    store: Literal[False] | None = None
 
 
 class ErrorFields(BaseModel):
@@ -272,14 +269,27 @@ def _what_is_wrong(loc: Sequence[int | str], found: Sequence[Mapping[str, Any]])
     return ", or: ".join(dict.fromkeys(_KIND_CLAUSES.get(each["type"], each["msg"]) for each in found))
 
 
+_NEUTRAL_VALUES = {
+    "tools": "[]",
+    "tool_choice": '"none"',
+    "store": "false",
+    "response_format.type": '"text"',
+    "messages.*.refusal": "null",
+    "messages.*.tool_calls": "[]",
+    "messages.*.annotations": "[]",
+    "messages.*.function_call": "null",
+    "messages.*.audio": "null",
+}
+"""Fields of OpenAI's that nothing here acts on, with the value that asks for nothing; clients send those along. `*` is any place."""
 _GRANULARITY_CLAUSE = "expected 'auto', a whole number, or a list of 1 to 64 whole numbers"
 _FIELD_CLAUSES = {
+    **{name: f"this is not supported here; leave it out, or send {value}" for name, value in _NEUTRAL_VALUES.items()},
     "granularity": _GRANULARITY_CLAUSE,
     "vis_token_granularity": _GRANULARITY_CLAUSE,
     "stop": "expected a text, or a short list of texts",
-    "messages.*.content": "expected a text, or a list of 1 to 1024 parts",
+    "messages.*.content": "expected a text, or a list of up to 1024 parts",
 }
-"""Where pydantic's words would name the branches of a union one by one."""
+"""Where pydantic's words would name the branches of a union one by one, or a limit that only says that a field has to be empty."""
 _KIND_CLAUSES = {
     "extra_forbidden": "this field is not known here",
     "missing": "this field is missing",
@@ -345,34 +355,29 @@ def check_model(name: str, card: ModelCard) -> None:
 def _read_messages(messages: Sequence[ChatMessage], card: ModelCard, limits: Limits) -> tuple[tuple[Message, ...], tuple[str, ...]]:
     if len(messages) > limits.max_messages:
         raise FieldError(f"There are {len(messages)} messages, expected at most {limits.max_messages}.", "messages")
-    roles = ["system" if message.role == "developer" else message.role for message in messages]
-    spoken = roles[1:] if roles[0] == "system" else roles
-    if len(spoken) % 2 == 0 or spoken != [("user", "assistant")[index % 2] for index in range(len(spoken))]:
-        raise FieldError(
-            "The roles are not in order; expected at most one system message first, then user and assistant in turn, the user last.",
-            "messages",
-        )
     turns, sources = [], []
-    for index, (role, message) in enumerate(zip(roles, messages, strict=True)):
+    for index, message in enumerate(messages):
+        role = "system" if message.role == "developer" else message.role
         text, found = _read_content(message.content, role, f"messages.{index}.content")
         turns.append(Message(role, text))
         sources.extend(found)
     check_pictures(len(sources), card, limits, "messages")
     check_prompt_length(sum(len(turn.text) for turn in turns), limits, "messages")
-    return tuple(turns), tuple(sources)
+    try:
+        return tuple(normalise_turns(turns, len(sources))), tuple(sources)
+    except ValueError as error:  # nothing to answer; the sentence is this package's own and names places only
+        raise FieldError(str(error), "messages") from error
 
 
-def _read_content(content: str | list[ContentPart], role: str, param: str) -> tuple[str, list[str]]:
+def _read_content(content: str | list[ContentPart] | None, role: str, param: str) -> tuple[str, list[str]]:
     """A message's text, with a placeholder for each image, and the images' addresses; both keep the images' own order."""
-    parts = [TextPart(type="text", text=content)] if isinstance(content, str) else content
+    parts = [TextPart(type="text", text=content or "")] if isinstance(content, (str, type(None))) else content
     sources = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
     texts = [part.text for part in parts if isinstance(part, TextPart)]
     if sources and role != "user":
         raise FieldError(f"A message of role {role} holds a picture; only users' messages may.", param)
     if any(mark in text for text in texts for mark in (DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER)):
         raise FieldError(f"The text holds {DEFAULT_IMAGE_TOKEN}, which marks a picture's place; send pictures as image_url parts.", param)
-    if not any(text.strip() for text in texts):
-        raise FieldError("The message has no text; write a question.", param)
     return text_of_parts([part.text if isinstance(part, TextPart) else DEFAULT_IMAGE_TOKEN for part in parts]), sources
 
 

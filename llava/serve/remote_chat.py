@@ -10,15 +10,14 @@ import base64
 import logging
 import math
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import replace
 from io import BytesIO
 from time import monotonic
 from typing import Any
 
 from PIL import Image
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
-from llava.messages import Message, put_images_first
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.messages import Message, normalise_turns
 from llava.serve.outbound import BrokenOff, Reply, parse_json_object
 from llava.serve.protocol import (
     CHAT_PATH,
@@ -130,9 +129,12 @@ def chat_body(request: GenerationRequest, model: str) -> dict[str, Any]:
 
 
 def _turns(request: GenerationRequest) -> Sequence[Message]:
+    """The turns to send: a request's own as every template can write them, or those of its finished prompt as they stand there."""
     if request.prompt is None:
-        texts = [turn.text.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN) for turn in request.messages]
-        return [replace(turn, text=put_images_first(text)) for turn, text in zip(request.messages, texts, strict=True)]
+        try:
+            return normalise_turns(request.messages, len(request.images))
+        except ValueError as error:  # the sentence is this package's own and holds counts and roles only
+            raise ServeError(ErrorKind.INVALID_REQUEST, str(error)) from error
     turns = read_prompt(request.prompt)
     if turns is None:
         raise ServeError(
@@ -144,22 +146,18 @@ def _turns(request: GenerationRequest) -> Sequence[Message]:
 
 
 def chat_messages(turns: Sequence[Message], images: Sequence[Image.Image]) -> list[dict[str, Any]]:
-    """Turns as OpenAI's messages, each picture where its placeholder stands; without placeholders the first question begins with all.
+    """Turns as OpenAI's messages, each image where its placeholder stands.
 
     Raises:
-        ServeError: as many placeholders as pictures were expected.
+        ServeError: as many placeholders as images were expected.
     """
-    texts = [turn.text.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN) for turn in turns]
-    marked = sum(text.count(DEFAULT_IMAGE_TOKEN) for text in texts)
-    first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
-    if marked == 0 and first is not None:
-        texts[first] = (DEFAULT_IMAGE_TOKEN + "\n") * len(images) + texts[first]
-    elif marked != len(images):
+    marked = sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
+    if marked != len(images):
         raise ServeError(
             ErrorKind.INVALID_REQUEST, f"The text holds {marked} <image> placeholders, but {len(images)} pictures came; make them agree."
         )
     waiting = iter(images)
-    return [{"role": turn.role, "content": _content(text, waiting)} for turn, text in zip(turns, texts, strict=True)]
+    return [{"role": turn.role, "content": _content(turn.text, waiting)} for turn in turns]
 
 
 def _content(text: str, images: Iterator[Image.Image]) -> str | list[dict[str, Any]]:

@@ -19,9 +19,9 @@ from llava.constants import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
 )
-from llava.conversation import Conversation, SeparatorStyle
+from llava.conversation import Conversation, SeparatorStyle, Span, spans_between, word_spans
 from llava.messages import put_images_first
-from llava.mm_utils import tokenizer_image_token
+from llava.mm_utils import tokenize_spans
 
 SPEAKERS = ("human", "gpt")
 """Values of `from` in LLaVA's data, in the order of a template's roles."""
@@ -54,8 +54,13 @@ class Targets:
 class Segment:
     """A stretch of the prompt that is either given to the model or learnt by it."""
 
-    text: str
+    spans: tuple[Span, ...]
     supervised: bool
+
+    @property
+    def text(self) -> str:
+        """As it stands in the prompt."""
+        return "".join(span.text for span in self.spans)
 
 
 def place_images(
@@ -113,7 +118,6 @@ def segments_of(turns: Sequence[dict[str, str]], template: Conversation) -> list
     conversation = template.copy()
     conversation.messages = []
     segments: list[Segment] = []
-    written = ""
     for index, (speaker, text) in enumerate(exchange):
         role = conversation.roles[SPEAKERS.index(speaker)]
         if speaker == "human":
@@ -122,14 +126,14 @@ def segments_of(turns: Sequence[dict[str, str]], template: Conversation) -> list
                 continue
         else:
             conversation.append_message(role, None)
-            written = _write(segments, written, conversation.get_prompt(), supervised=False)
+            _write(segments, conversation, supervised=False)
             conversation.messages[-1][1] = text
-        written = _write(segments, written, conversation.get_prompt(), supervised=speaker == "gpt")
+        _write(segments, conversation, supervised=speaker == "gpt")
     return segments
 
 
 def build_targets(turns: Sequence[dict[str, str]], template: Conversation, tokenizer: Any) -> Targets:
-    """Write ids and labels of a conversation.
+    """Write ids and labels of a conversation. What is said in it is text, whatever it spells (`llava.mm_utils.tokenize_spans`).
 
     Args:
         turns: LLaVA's list of `{"from", "value"}`, placeholders placed.
@@ -141,10 +145,10 @@ def build_targets(turns: Sequence[dict[str, str]], template: Conversation, token
     """
     ids: list[int] = []
     labels: list[int] = []
-    written = ""
+    written: list[Span] = []
     for segment in segments_of(turns, template):
-        written += segment.text
-        grown = tokenizer_image_token(written, tokenizer, IMAGE_TOKEN_INDEX)
+        written += segment.spans
+        grown = tokenize_spans(written, tokenizer)
         # A tokenizer may join the last piece of one stretch with the first of the next; it then belongs to the next.
         kept = _common_prefix(ids, grown)
         new = grown[kept:]
@@ -182,15 +186,16 @@ def _caption_segments(exchange: Sequence[tuple[str, str]], template: Conversatio
             f"{len(exchange)} turns starting with {exchange[0][1][:40]!r}; choose another --version or drop the row."
         )
     placeholders = DEFAULT_IMAGE_TOKEN * exchange[0][1].count(DEFAULT_IMAGE_TOKEN)
-    return [Segment(template.system + placeholders, False), Segment(exchange[1][1] + template.sep, True)]
+    caption = (*word_spans(exchange[1][1]), Span(template.sep, is_words=False))
+    return [Segment(tuple(word_spans(template.system + placeholders)), False), Segment(caption, True)]
 
 
-def _write(segments: list[Segment], written: str, prompt: str, supervised: bool) -> str:
-    """Append what `prompt` adds to `written`; return the prompt."""
+def _write(segments: list[Segment], conversation: Conversation, supervised: bool) -> None:
+    """Append what the conversation's prompt adds to the segments."""
+    written, prompt = "".join(segment.text for segment in segments), conversation.get_prompt()
     assert prompt.startswith(written), f"the template rewrote its own beginning: {prompt!r} after {written!r}"
-    if len(prompt) > len(written):
-        segments.append(Segment(prompt[len(written) :], supervised))
-    return prompt
+    if added := spans_between(conversation.get_spans(), len(written)):
+        segments.append(Segment(tuple(added), supervised))
 
 
 def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
+from llava.constants import IGNORE_INDEX
 from llava.conversation import conv_templates
 from llava.train.dataset import BadSampleError, Collator, ConversationDataset, RowReader
 from llava.train.mixture import open_rows
@@ -61,7 +62,7 @@ def test_recorded_rows_and_batches(
         assert batch["image_sizes"] == recorded["image_sizes"] and batch["images_per_row"] == recorded["images_per_row"]
 
 
-def test_a_literal_unk_stays_visible(reader: RowReader) -> None:
+def test_a_literal_unk_is_text(reader: RowReader) -> None:
     rows = [
         {"conversations": [{"from": "human", "value": "Say <unk> now"}, {"from": "gpt", "value": "<unk>"}]},
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}], "family": "x", "id": 3},
@@ -70,7 +71,9 @@ def test_a_literal_unk_stays_visible(reader: RowReader) -> None:
     items = [dataset[0], dataset[1]]
     batch = Collator(0)(items)
     assert batch["attention_mask"].sum(1).tolist() == [len(item["input_ids"]) for item in items]
-    assert (items[0]["labels"] == 0).any() and batch["ids"] == ["0", "3"] and batch["images"] == []
+    assert 0 not in items[0]["input_ids"] and batch["ids"] == ["0", "3"] and batch["images"] == []
+    learnt = items[0]["labels"][items[0]["labels"] != IGNORE_INDEX]
+    assert reader.tokenizer.decode(learnt).strip() == "<unk></s>"
 
 
 def test_several_pictures_and_eager_preparation(reader: RowReader) -> None:
