@@ -4,10 +4,12 @@ Every input either becomes the same picture every time or is refused with one se
 
 - A file has at most 20 MB, a picture at most 64 megapixels; the size is read from the header, before any pixel is
   decoded.
-- A file whose structure would cost its decoder far more than that size says is refused; see `llava.image_structure`.
+- The bytes say what a file is; its name, its address and what a sender calls it are hints that nobody needs.
+- A file whose structure would cost its decoder far more than that size says is refused, and metadata is taken out before a decoder sees
+  it; see `llava.image_structure`.
 - The longer side is at most 200 times the shorter one. Thinner pictures hold nothing that a patch of the vision tower
   could see and make the intermediate sizes explode.
-- EXIF orientation is applied. Transparent pictures are laid on white. Animations give their first frame.
+- The orientation that Exif data or XMP name is applied. Transparent pictures are laid on white. Animations give their first frame.
 - 16-bit grey is scaled to 8 bits (not clipped); palettes, CMYK and the other modes are converted by Pillow.
 - A truncated file is refused, not filled up.
 """
@@ -24,10 +26,11 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile
 
 from llava.fetch import FetchError, fetch
-from llava.image_structure import StructureError, check_structure, check_tiff
+from llava.image_metadata import read_orientation
+from llava.image_structure import FORMATS, BareImage, StructureError, bare_image
 
 MAX_PIXELS = 64_000_000
 """Largest picture, width times height."""
@@ -38,8 +41,16 @@ MAX_ASPECT_RATIO = 200
 FETCH_TIMEOUT = 10.0
 """Seconds for one remote picture."""
 
-# Pillow knows more formats, some of which start other programs (EPS) or hold documents (PDF).
-_FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What sets an image of each of Exif's orientations upright."""
 _GREY16_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
@@ -123,15 +134,15 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = 
         raise ImageError("the image holds 0 bytes, expected an image file: check how it was written or sent")
     _check_bytes(len(data), max_bytes)
     with _whole_files_only:
-        image = _open_checked(data, max_pixels)
+        image, orientation = _open_checked(data, max_pixels)
         try:
             image.load()
-            upright = ImageOps.exif_transpose(image)
         except Exception as error:  # a decoder fails on broken bytes with whatever its parser happens to meet
             raise ImageError(
                 f"the {image.format} image is truncated or broken, expected a whole file: save it again"
             ) from error
-    return to_rgb(upright)
+    rgb = to_rgb(image.transpose(_TURNS[orientation]) if orientation in _TURNS else image)
+    return rgb.copy() if rgb is image else rgb  # what Pillow opened would keep the file and its decoder
 
 
 class _WholeFilesOnly:
@@ -192,34 +203,30 @@ def _grey16_to_rgb(image: Image.Image) -> Image.Image:
 def _readable_formats() -> tuple[str, ...]:
     """Return those of our formats that this machine's Pillow was built with (WebP and AVIF are optional)."""
     Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _open_checked(data: bytes, max_pixels: int) -> Image.Image:
-    """Read the header of a file that costs its decoder no more than a picture of the largest size does."""
+def _open_checked(data: bytes, max_pixels: int) -> tuple[Image.Image, int]:
+    """Read the header of a file that costs its decoder no more than an image of the largest size does; also gives its orientation."""
     try:
-        check_structure(data)
-        image = _open_header(data)
-        _check_size(image.size, max_pixels)
-        if isinstance(image, TiffImagePlugin.TiffImageFile):
-            check_tiff(image, data, max_pixels)
+        bare = bare_image(data, max_pixels)
     except StructureError as error:
         raise ImageError(str(error)) from error
-    return image
+    if bare is None or bare.format not in _readable_formats():
+        raise ImageError(f"the {len(data):,} bytes are not a readable image, expected one of {', '.join(_readable_formats())}")
+    image = _open_header(bare)
+    _check_size(image.size, max_pixels)
+    return image, read_orientation(bare.exif or image.info.get("exif", b""), bare.xmp or image.info.get("xmp", b""))
 
 
-def _open_header(data: bytes) -> Image.Image:
+def _open_header(bare: BareImage) -> Image.Image:
     """Read the header alone; no pixel is decoded yet."""
     try:
-        return Image.open(BytesIO(data), formats=_readable_formats())
+        return Image.open(BytesIO(bare.data), formats=[bare.format])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"the image is too large to decode: {error}; scale it down") from error
-    except UnidentifiedImageError as error:
-        raise ImageError(
-            f"the {len(data):,} bytes are not a readable image, expected one of {', '.join(_readable_formats())}"
-        ) from error
     except Exception as error:  # a broken header fails in whatever way its parser happens to meet it
-        raise ImageError("the image has a broken header, expected a whole file: save it again") from error
+        raise ImageError(f"the {bare.format} image has a broken header, expected a whole file: save it again") from error
 
 
 def _check_bytes(found: int, max_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Files that cost a decoder far more than their pictures are refused at once; what encoders write passes."""
+"""Files that cost a decoder far more than their images are refused at once, and metadata never reaches it; what encoders write passes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import zlib
 from io import BytesIO
 
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, TiffImagePlugin
 
-from llava.image_structure import StructureError, check_structure
-from llava.images import ImageError, decode_image
+from llava.image_structure import _TIFF_TAGS, FORMATS, StructureError, bare_image, image_format
+from llava.images import MAX_PIXELS, ImageError, decode_image
 
+Image.init()  # so that `Image.SAVE` is whole
 NOISE = Image.effect_noise((320, 240), 60).convert("RGB")
 
 
@@ -67,6 +68,63 @@ def gif_with(blocks: bytes) -> bytes:
     return gif[:colours] + blocks + gif[colours:]
 
 
+def directory(entries: list[tuple[int, int, int, int | None]], content: bytes) -> bytes:
+    """A TIFF directory: tag, type, count and value each; a value of `None` is the place behind the directory, where `content` stands."""
+    place = 8 + 2 + 12 * len(entries) + 4
+    table = b"".join(struct.pack("<HHII", tag, kind, count, place if value is None else value) for tag, kind, count, value in entries)
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + table + b"\0\0\0\0" + content
+
+
+def overlapping(count: int, size: int, kind: int = 1) -> bytes:
+    """Exif data of an orientation, and of so many tags that all say that the same bytes are theirs."""
+    unit = {1: 1, 5: 8}[kind]
+    return directory([(274, 3, 1, 6)] + [(20_000 + tag, kind, size // unit, None) for tag in range(count)], b"\x55" * size)
+
+
+def tiff_with(entries: list[tuple[int, int, int, int | None]], content: bytes) -> bytes:
+    """A grey TIFF of 16 x 16 pixels, with further or other tags."""
+    plain = {256: (4, 1, 16), 257: (4, 1, 16), 258: (3, 1, 8), 259: (3, 1, 1), 262: (3, 1, 1), 273: (4, 1, None)}
+    plain |= {277: (3, 1, 1), 278: (4, 1, 16), 279: (4, 1, 256)}
+    tags = plain | {tag: rest for tag, *rest in entries}
+    return directory([(tag, *rest) for tag, rest in sorted(tags.items())], content.ljust(256, b"\x55"))  # type: ignore[misc]
+
+
+def riff(chunks: list[tuple[bytes, bytes]]) -> bytes:
+    body = b"WEBP" + b"".join(kind + struct.pack("<I", len(content)) + content + b"\0" * (len(content) % 2) for kind, content in chunks)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def webp_with(chunks: list[tuple[bytes, bytes]]) -> bytes:
+    """A WebP that says it has Exif data and XMP, and further chunks."""
+    width, height = (struct.pack("<I", side - 1)[:3] for side in NOISE.size)
+    return riff([(b"VP8X", struct.pack("<I", 0x0C) + width + height), (b"VP8L", encode(NOISE, "WEBP", lossless=True)[20:]), *chunks])
+
+
+def avif_with(exif: bytes) -> bytes:
+    """An AVIF whose Exif data an encoder did not write."""
+    told = b"II*\0\x08\0\0\0\0\0".ljust(len(exif), b"\0")
+    avif = encode(NOISE, "AVIF", exif=b"Exif\0\0" + told)
+    place = avif.index(told)
+    return avif[:place] + exif + avif[place + len(exif) :]
+
+
+def jpeg_with(segments: bytes) -> bytes:
+    jpeg = encode(NOISE, "JPEG")
+    return jpeg[:2] + segments + jpeg[2:]
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png_with_chunks(*chunks: bytes) -> bytes:
+    png = encode(NOISE, "PNG")
+    return png[:33] + b"".join(chunks) + png[33:]
+
+
+needs_avif = pytest.mark.skipif("AVIF" not in Image.SAVE, reason="this Pillow writes no AVIF")
+SHARED = overlapping(300, 5_000_000)
+RAW_PROFILE = b"Raw profile type exif\0\0" + zlib.compress(b"\n" * 900_000)
 RUN_LENGTHS = b"BM" + struct.pack("<IIIIiiHHIIiiII", 60, 0, 1078, 40, 8000, 8000, 1, 8, 1, 0, 0, 0, 0, 0) + b"\0" * 1024
 
 
@@ -87,6 +145,16 @@ RUN_LENGTHS = b"BM" + struct.pack("<IIIIiiHHIIiiII", 60, 0, 1078, 40, 8000, 8000
         (b"P6 " + b" " * 100_000 + b"9 9 255\n" + b"a" * 243, "header of more than 1,024 bytes"),
         (b"P3 2500 2500 255 " + b"1 " * 600_000, "bytes of text"),
         (RUN_LENGTHS + b"\0\0" * 600_000, "bytes of run lengths"),
+        (tiff_with([(20_000 + tag, 1, 500_000, None) for tag in range(40_000)], b"a" * 500_000), "has 40,009 tags, expected at most 4,096"),
+        (tiff_with([(258, 3, 1_000_000, None)], b"a" * 2_000_000), "type 3 in tag 258, expected at most 16 of type 1, 3, 4, 16"),
+        (tiff_with([(273, 4, 300_000, None)], b"a" * 1_200_000), "300,000 values of type 4 in tag 273"),
+        (tiff_with([(273, 5, 100_000, None)], b"a" * 800_000), "100,000 values of type 5 in tag 273"),
+        (b"MM\0*" + struct.pack(">I", 8), "broken header"),
+        (jpeg_with(segment(0xDB, (b"\0" + b"\1" * 64) * 1000) * 300), "bytes of tables"),
+        (riff([(b"VP8 ", b"")] + [(b"aaaa", b"")] * 25_000), "more than 20,000 chunks"),
+        (b"\0\0\0\x10ftypavif\0\0\0\0" + b"\0\0\0\x08free" * 5_000, "more than 4,096 boxes"),
+        (b"\0\0\0\x10ftypavif\0\0\0\0" + b"\0\0\0\x04free", "box of 4 bytes where 8 are left"),
+        (b"\0\0\0\x10ftypavif\0\0\0\0" + b"\0\0\1\0free", "box of 256 bytes where 8 are left"),
     ],
 )
 def test_what_no_encoder_writes_is_refused_at_once(data: bytes, sentence: str) -> None:
@@ -94,6 +162,72 @@ def test_what_no_encoder_writes_is_refused_at_once(data: bytes, sentence: str) -
     with pytest.raises(ImageError, match=sentence):
         decode_image(data)
     assert time.process_time() - begun < 1
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(tiff_with([(20_000 + tag, 1, 5_000_000, None) for tag in range(300)], b"a" * 5_000_000), id="TIFF tags that overlap"),
+        pytest.param(tiff_with([(282, 5, 1_000_000, None)], b"a" * 8_000_000), id="TIFF resolutions"),
+        pytest.param(tiff_with([(34_665, 4, 1, 256)], SHARED), id="TIFF with Exif data"),
+        pytest.param(png_with_chunks(png_chunk(b"eXIf", SHARED)), id="PNG tags that overlap"),
+        pytest.param(png_with_chunks(png_chunk(b"eXIf", overlapping(20, 8_000_000, 5))), id="PNG tags of rational numbers"),
+        pytest.param(png_with_chunks(png_chunk(b"iCCP", b"k\0\0" + zlib.compress(b"a" * 1_000_000)) * 10_000), id="PNG profiles"),
+        pytest.param(png_with_chunks(png_chunk(b"zTXt", RAW_PROFILE) * 1_000), id="PNG raw profiles"),
+        pytest.param(jpeg_with(segment(0xE1, b"Exif\0\0" + b"\0" * 1_980) * 9_900), id="JPEG Exif segments"),
+        pytest.param(
+            jpeg_with(b"".join(segment(0xE1, b"Exif\0\0" + SHARED[at : at + 65_000]) for at in range(0, len(SHARED), 65_000))),
+            id="JPEG tags that overlap",
+        ),
+        pytest.param(jpeg_with(segment(0xE2, b"MPF\0" + overlapping(5_000, 5_000))), id="JPEG list of images"),
+        pytest.param(jpeg_with(segment(0xE2, b"ICC_PROFILE\0\1\1" + b"a" * 1_900) * 9_900), id="JPEG profiles"),
+        pytest.param(webp_with([(b"EXIF", SHARED), (b"XMP ", b"tiff:Orientation" * 100_000)]), id="WebP tags that overlap"),
+        pytest.param(avif_with(SHARED) if "AVIF" in Image.SAVE else b"", id="AVIF tags that overlap", marks=needs_avif),
+    ],
+)
+def test_metadata_costs_nothing_and_never_reaches_pillows_reader_of_tags(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, seen = TiffImagePlugin.ImageFileDirectory_v2.load, set[int]()
+
+    def note(self: TiffImagePlugin.ImageFileDirectory_v2, file: object) -> None:
+        load(self, file)  # type: ignore[arg-type]
+        seen.update(self)
+
+    monkeypatch.setattr(TiffImagePlugin.ImageFileDirectory_v2, "load", note)
+    begun = time.process_time()
+    assert decode_image(data).mode == "RGB"
+    assert time.process_time() - begun < 1
+    assert seen <= (set(_TIFF_TAGS) if data.startswith(b"II") else set())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_bytes_say_what_a_file_is(name: str) -> None:
+    if name not in Image.SAVE:
+        pytest.skip(f"this Pillow writes no {name}")
+    data = encode(NOISE.convert("P") if name == "GIF" else NOISE, name)
+    assert image_format(data) == name
+    bare = bare_image(data, MAX_PIXELS)
+    assert bare is not None and Image.open(BytesIO(bare.data)).format == name
+
+
+def test_what_is_no_image_has_no_format() -> None:
+    assert image_format(b"%PDF-1.4") == "" and bare_image(b"%PDF-1.4", MAX_PIXELS) is None
+
+
+def test_what_a_jpegs_numbers_mean_stays_in_it() -> None:
+    for mode, kept in (("RGB", b"JFIF\0"), ("CMYK", b"Adobe")):
+        jpeg = encode(NOISE.convert(mode), "JPEG", comment=b"secret", icc_profile=b"secret", exif=b"Exif\0\0secret")
+        bare = bare_image(jpeg, MAX_PIXELS)
+        assert bare is not None and kept in bare.data and b"secret" not in bare.data and bare.exif == b"secret"
+        assert decode_image(jpeg).tobytes() == Image.open(BytesIO(jpeg)).convert("RGB").tobytes()
+
+
+def test_only_the_first_directory_of_a_tiff_is_left_and_places_stay_true() -> None:
+    tiff = encode(NOISE, "TIFF", save_all=True, append_images=[NOISE], description="secret", compression="tiff_lzw")
+    bare = bare_image(tiff, MAX_PIXELS)
+    assert bare is not None
+    opened = Image.open(BytesIO(bare.data))
+    assert getattr(opened, "n_frames", 0) == 1 and 270 not in opened.tag_v2  # type: ignore[attr-defined]
+    assert opened.convert("RGB").tobytes() == NOISE.tobytes()
 
 
 def test_a_tiff_of_progressive_jpegs_has_their_limit() -> None:
@@ -132,18 +266,21 @@ def test_what_encoders_write_passes(data: bytes) -> None:
     "data", [b"", b"\xff\xd8", b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"GIF89a\0\0\0\0\x80", b"P", b"P6", b"BM", b"\0" * 50]
 )
 def test_stumps_are_left_to_the_decoder(data: bytes) -> None:
-    check_structure(data)
+    bare_image(data, MAX_PIXELS)
 
 
 def test_the_walks_never_raise_anything_else() -> None:
-    files = [progressive_jpeg(64, 3), encode(NOISE, "PNG"), encode(NOISE.convert("P"), "GIF"), encode(NOISE, "PPM"), RUN_LENGTHS]
+    files = [progressive_jpeg(64, 3), encode(NOISE.convert("P"), "GIF"), encode(NOISE, "PPM"), RUN_LENGTHS]
+    options = {"exif": b"Exif\0\0" + overlapping(3, 100), "xmp": b'tiff:Orientation="6"'}
+    files += [encode(NOISE, kind, **options) for kind in ("JPEG", "PNG", "WEBP", "AVIF") if kind in Image.SAVE]
+    files += [encode(NOISE, "TIFF", compression="tiff_lzw"), encode(NOISE, "TIFF", big_tiff=True)]
     for file in files:
         for place in range(0, min(len(file), 600), 3):
             broken = bytearray(file)
             broken[place] ^= 0xFF
             for data in (bytes(broken), file[:place]):
                 try:
-                    check_structure(data)
+                    bare_image(data, MAX_PIXELS)
                 except StructureError:
                     pass
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
+from packaging import version
 from PIL import Image
 
 from llava import fetch as fetch_module
@@ -94,10 +96,16 @@ def test_32_bit_and_float_pixels_are_refused() -> None:
         decode_image(encode(Image.fromarray(np.ones((2, 2), dtype=np.float32)), "TIFF"))
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
-def test_other_modes_become_rgb(mode: str) -> None:
-    image = Image.new("RGB", (20, 10), "white").convert(mode)
-    decoded = decode_image(encode(image, "TIFF"))
+@pytest.mark.parametrize(
+    ("mode", "packing"), [("1", None), ("L", None), ("P", None), ("CMYK", None), ("YCbCr", None), ("YCbCr", "tiff_lzw"), ("RGB", "jpeg")]
+)
+def test_other_modes_become_rgb(mode: str, packing: str | None) -> None:
+    data = encode(Image.new("RGB", (20, 10), "white").convert(mode), "TIFF", compression=packing)
+    if (mode, packing) == ("YCbCr", None) and version.parse(PIL.__version__) < version.parse("13"):
+        with pytest.raises(ImageError, match="truncated or broken"):  # Pillow reads unpacked YCbCr since 13
+            decode_image(data)
+        return
+    decoded = decode_image(data)
     assert (decoded.mode, decoded.size) == ("RGB", (20, 10))
     assert decoded.getpixel((3, 3)) == (255, 255, 255)
 

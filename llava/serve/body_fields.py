@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator
 
 SMALLEST_NUMBER = 2.0**-126
 """The smallest number above 0 that float32 holds in full, which is what probabilities and logits are computed in."""
@@ -27,7 +27,3 @@ class Closed(BaseModel):
 def as_float32(number: float) -> float:
     """The number, or 0 where float32 would hold less than all its digits, or nothing, of it."""
     return number if abs(number) >= SMALLEST_NUMBER else 0.0
-
-
-Nothing = Annotated[list[Any], Field(max_length=0)]
-"""An empty list."""

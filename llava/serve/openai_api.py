@@ -18,9 +18,10 @@ from pydantic import BaseModel, Field, ValidationError
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.messages import Message, normalise_turns, text_of_parts
 from llava.model.routing import RoutingRequest
-from llava.serve.body_fields import Closed, Nothing
+from llava.serve.body_fields import Closed
 from llava.serve.errors import FieldError
 from llava.serve.json_writer import compact_json
+from llava.serve.neutral_fields import OF_CHAT, OF_IMAGE, OF_IMAGE_URL, OF_MESSAGE, OF_STREAM_OPTIONS, OF_TEXT, with_neutral
 from llava.serve.protocol import (
     ErrorKind,
     Finished,
@@ -39,6 +40,7 @@ LOWEST_LOG_PROBABILITY = -9999.0
 """Stands for minus infinity, which JSON cannot say; OpenAI's API uses the same."""
 
 
+@with_neutral(OF_TEXT)
 class TextPart(Closed):
     """Text within a message."""
 
@@ -46,6 +48,7 @@ class TextPart(Closed):
     text: str
 
 
+@with_neutral(OF_IMAGE_URL)
 class ImageUrl(Closed):
     """Where a picture is: a data URL (`data:image/png;base64,...`), or a web address where the server fetches those."""
 
@@ -55,6 +58,7 @@ class ImageUrl(Closed):
     )
 
 
+@with_neutral(OF_IMAGE)
 class ImagePart(Closed):
     """A picture within a user's message."""
 
@@ -65,20 +69,16 @@ class ImagePart(Closed):
 ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
+@with_neutral(OF_MESSAGE)
 class ChatMessage(Closed):
     """One turn, empty ones among them. `developer` means `system`. Pictures go into users' turns."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[ContentPart], Field(max_length=1024, fail_fast=True)] | None
     name: str | None = Field(None, max_length=256, description="Not shown to the model.")
-    # What an answer of other servers holds beside its text, as long as it says nothing: clients send answers back as they came.
-    refusal: None = None
-    tool_calls: Nothing | None = None
-    annotations: Nothing | None = None
-    function_call: None = None
-    audio: None = None
 
 
+@with_neutral(OF_STREAM_OPTIONS)
 class StreamOptions(Closed):
     """What a stream holds besides the answer."""
 
@@ -106,6 +106,7 @@ class RoutingFields(Closed):
     )
 
 
+@with_neutral(OF_CHAT)
 class ChatRequest(SamplingFields, RoutingFields):
     """A conversation to continue."""
 
@@ -121,9 +122,11 @@ class ChatRequest(SamplingFields, RoutingFields):
     top_logprobs: int | None = Field(None, ge=0)
     response_format: ResponseFormat | None = None
     user: str | None = Field(None, max_length=256, description="Written to the log beside the request's id.")
-    tools: Nothing | None = None
-    tool_choice: Literal["none"] | None = None
-    store: Literal[False] | None = None
+    # For the client's own records; nothing here depends on them.
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    session_id: str | None = None
 
 
 class ErrorFields(BaseModel):
@@ -269,27 +272,14 @@ def _what_is_wrong(loc: Sequence[int | str], found: Sequence[Mapping[str, Any]])
     return ", or: ".join(dict.fromkeys(_KIND_CLAUSES.get(each["type"], each["msg"]) for each in found))
 
 
-_NEUTRAL_VALUES = {
-    "tools": "[]",
-    "tool_choice": '"none"',
-    "store": "false",
-    "response_format.type": '"text"',
-    "messages.*.refusal": "null",
-    "messages.*.tool_calls": "[]",
-    "messages.*.annotations": "[]",
-    "messages.*.function_call": "null",
-    "messages.*.audio": "null",
-}
-"""Fields of OpenAI's that nothing here acts on, with the value that asks for nothing; clients send those along. `*` is any place."""
 _GRANULARITY_CLAUSE = "expected 'auto', a whole number, or a list of 1 to 64 whole numbers"
 _FIELD_CLAUSES = {
-    **{name: f"this is not supported here; leave it out, or send {value}" for name, value in _NEUTRAL_VALUES.items()},
     "granularity": _GRANULARITY_CLAUSE,
     "vis_token_granularity": _GRANULARITY_CLAUSE,
     "stop": "expected a text, or a short list of texts",
     "messages.*.content": "expected a text, or a list of up to 1024 parts",
 }
-"""Where pydantic's words would name the branches of a union one by one, or a limit that only says that a field has to be empty."""
+"""Where pydantic's words would name the branches of a union one by one."""
 _KIND_CLAUSES = {
     "extra_forbidden": "this field is not known here",
     "missing": "this field is missing",

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from llava.images import ImageError, decode_image
+from llava.image_structure import image_format
+from llava.images import decode_image
 from llava.serve.chat_client import ChatError, Outcome
 
 THUMBNAIL = 384
@@ -46,21 +47,12 @@ def read_picture(data: bytes) -> Picture:
         ImageError: see `llava.images`.
     """
     image = decode_image(data)
-    media_type = {"MPO": "JPEG"}.get(name := image_format(data), name).lower()
     return Picture(
-        data_url=_data_url(media_type, data),
+        data_url=_data_url(image_format(data).lower(), data),
         thumbnail=_data_url("jpeg", _small_jpeg(image)),
         size=image.size,
         sha256=hashlib.sha256(data).hexdigest(),
     )
-
-
-def image_format(data: bytes) -> str:
-    """Pillow's name of the format of a file that `decode_image` has read."""
-    with Image.open(io.BytesIO(data)) as image:
-        if image.format is None:
-            raise ImageError("the image has no format, expected an image file")
-        return image.format
 
 
 def _small_jpeg(image: Image.Image) -> bytes:

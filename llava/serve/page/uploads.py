@@ -20,8 +20,8 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from llava.image_structure import image_format
 from llava.images import MAX_BYTES, ImageError, decode_image
-from llava.serve.page.conversation import image_format
 
 MAX_FILES = 8
 """Pictures per upload."""
@@ -89,7 +89,7 @@ class Uploads:
         """
         self.expire()
         decode_image(data)
-        suffix = {"mpo": "jpg", "jpeg": "jpg"}.get(name := image_format(data).lower(), name)
+        suffix = {"jpeg": "jpg"}.get(name := image_format(data).lower(), name)
         path = self.folder / f"{hashlib.sha256(data).hexdigest()}.{suffix}"
         temporary = path.with_suffix(f".{os.urandom(8).hex()}")
         with self._changing:
