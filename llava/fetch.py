@@ -64,6 +64,14 @@ class FetchError(ValueError):
     """A web address that may not be fetched, or could not be."""
 
 
+class AddressError(FetchError):
+    """A text that is no web address of the form that is fetched, whatever stands there."""
+
+
+class TooLargeError(FetchError):
+    """A file that is larger than wanted."""
+
+
 def literal_address(host: str) -> Address | None:
     """Return the address that `host` spells out, or None when it is a name.
 
@@ -106,22 +114,22 @@ def split_url(url: str) -> SplitResult:
     """Check the form of a web address before anything is done with it.
 
     Raises:
-        FetchError: another scheme than http(s), no host, credentials, a bad port, or characters that two parsers may
+        AddressError: another scheme than http(s), no host, credentials, a bad port, or characters that two parsers may
             read differently (backslash, space, control characters).
     """
     if re.search(r"[\x00-\x20\x7f\\]", url):
-        raise FetchError(f"the address {url!r} holds a space, a backslash or a control character: percent-encode it")
+        raise AddressError(f"the address {url!r} holds a space, a backslash or a control character: percent-encode it")
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise FetchError(f"the address {url!r} cannot be read ({error}): expected http(s)://host/path") from error
+        raise AddressError(f"the address {url!r} cannot be read ({error}): expected http(s)://host/path") from error
     if parts.scheme not in _DEFAULT_PORTS or not parts.hostname:
-        raise FetchError(f"the address {url!r} is not of the form http(s)://host/path")
+        raise AddressError(f"the address {url!r} is not of the form http(s)://host/path")
     if parts.username is not None or parts.password is not None:
-        raise FetchError(f"the address of host {parts.hostname!r} holds a user name or password: leave it out")
+        raise AddressError(f"the address of host {parts.hostname!r} holds a user name or password: leave it out")
     if port == 0:
-        raise FetchError(f"the address {url!r} names port 0: use a port from 1 to 65535")
+        raise AddressError(f"the address {url!r} names port 0: use a port from 1 to 65535")
     return parts
 
 
@@ -295,12 +303,12 @@ def _headers(parts: SplitResult) -> dict[str, str]:
 def _read_body(response: http.client.HTTPResponse, max_bytes: int, deadline: float, host: str) -> bytes:
     too_large = f"the file of the host {host!r} is larger than {max_bytes:,} bytes: use a smaller one"
     if response.length is not None and response.length > max_bytes:
-        raise FetchError(too_large)
+        raise TooLargeError(too_large)
     body = bytearray()
     while chunk := response.read(_CHUNK):
         body += chunk
         if len(body) > max_bytes:
-            raise FetchError(too_large)
+            raise TooLargeError(too_large)
         _time_left(deadline, host)
     _time_left(deadline, host)  # a talk that was broken off looks like a body that has ended
     if response.length:

@@ -24,6 +24,7 @@ import threading
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -282,20 +283,33 @@ def _fetch_remote(url: str, allow_remote: bool, allow_private: bool, max_bytes: 
 
 
 def _decode_data_url(text: str, max_bytes: int) -> bytes:
+    """The bytes of a data URL (RFC 2397). Its media type is a hint that nothing follows from: what the bytes are decides."""
     header, comma, body = text.partition(",")
-    media_type, *options = header[len("data:") :].lower().split(";")
-    if not comma or not media_type.startswith("image/") or "base64" not in options:
+    if not comma:
         raise ImageError(f"the data URL starts with {header[:60]!r}, expected 'data:image/...;base64,' and the data")
-    return _decode_base64(body, max_bytes)
+    _check_characters(body, max_bytes)
+    data = unquote_to_bytes(body)
+    if "base64" not in (option.strip() for option in header.lower().split(";")):
+        _check_bytes(len(data), max_bytes)
+        return data
+    return _decode_base64(data.decode("ascii", errors="replace"), max_bytes)
 
 
 def _decode_base64(text: str, max_bytes: int) -> bytes:
-    """Decode base64 text; its length is checked before anything is allocated for it."""
-    if len(text) > 2 * max_bytes:  # four characters for three bytes, and room for line breaks
-        raise ImageError(f"the base64 text has {len(text):,} characters, too many for {max_bytes:,} bytes")
+    """Decode base64 text of either alphabet, with line breaks, padded or not; its length is checked before anything is allocated for it."""
+    _check_characters(text, max_bytes)
+    plain = "".join(text.split()).translate(_URL_SAFE).rstrip("=")
     try:
-        data = base64.b64decode("".join(text.split()), validate=True)
+        data = base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise ImageError(f"the image is not valid base64 ({error}): encode the whole file") from error
     _check_bytes(len(data), max_bytes)
     return data
+
+
+_URL_SAFE = str.maketrans("-_", "+/")
+
+
+def _check_characters(text: str, max_bytes: int) -> None:
+    if len(text) > 2 * max_bytes:  # four characters for three bytes, and room for line breaks
+        raise ImageError(f"the encoded image has {len(text):,} characters, too many for {max_bytes:,} bytes")

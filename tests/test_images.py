@@ -239,6 +239,30 @@ def test_base64_and_data_urls() -> None:
     assert load_image(f"DATA:image/png;charset=x;base64,{text}").tobytes() == expected
 
 
+URL_SAFE = base64.urlsafe_b64encode(PNG).decode()
+PERCENT = base64.b64encode(PNG).decode().replace("+", "%2B").replace("/", "%2f").replace("=", "%3D")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            f"data:{kind};base64,{base64.b64encode(PNG).decode()}"
+            for kind in ("", "image", "application/octet-stream", "image/jpeg", "text/html")
+        ),
+        f"data:image/png; base64,{base64.b64encode(PNG).decode()}",
+        f"data:image/png;base64,{PERCENT}",
+        f"data:image/png;base64,{URL_SAFE}",
+        f"data:image/png;base64,{URL_SAFE.rstrip('=')}",
+        f"data:image/png;base64,{base64.encodebytes(PNG).decode()}",
+        f"data:image/png;base64,{base64.encodebytes(PNG).decode()}".replace("\n", "%0D%0A"),
+        "data:image/png," + "".join(f"%{byte:02X}" for byte in PNG),
+    ],
+)
+def test_a_data_url_is_judged_by_its_bytes(url: str) -> None:
+    assert load_image(url, allow_local=False).tobytes() == GRADIENT.tobytes()
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -246,6 +270,9 @@ def test_base64_and_data_urls() -> None:
         "data:image/png;base64",
         "data:text/html;base64,AAAA",
         "data:image/png,AAAA",
+        "data:;base64,AAAA",
+        "data:image/png;base64,AAAAA",
+        "data:image/png;base64,%%%%",
         "data:image/png;base64,A===A",
         "data:image/png;base64,é",
         "data:image/png;base64,",
@@ -260,6 +287,8 @@ def test_bad_data_urls_are_refused(url: str) -> None:
 def test_base64_length_is_checked_before_decoding() -> None:
     with pytest.raises(ImageError, match="too many for 10 bytes"):
         load_image("data:image/png;base64," + "A" * 100, max_bytes=10)
+    with pytest.raises(ImageError, match="too many for 10 bytes"):
+        load_image("data:image/png," + "%41" * 10, max_bytes=10)
 
 
 @pytest.mark.parametrize("url", ["http://example.org/a.png", "HTTPS://example.org/a.png"])

@@ -31,7 +31,7 @@ from llava.model.granularity import Granularity, pool
 from llava.model.merge import MergedLayout, merge_views, merged_layout
 from llava.model.projector import build_projector
 from llava.model.router import GranularityRouter, select_text
-from llava.model.routing import RoutingReport, RoutingRequest, allowed_levels, check_budget, choose_levels
+from llava.model.routing import RoutingReport, RoutingRequest, allowed_levels, check_budget, choose_levels, levels_per_image
 from llava.model.splice import PromptRow, SplicedInputs, SplicedRow, images_of_rows, pad_rows, prompt_rows, splice, splice_rows
 from llava.model.vision_tower import CLIPVisionTower
 
@@ -77,6 +77,14 @@ class RoutingPlan:
     def costs(self, row: int) -> list[list[int]]:
         """Visual tokens of each image of a row at each level."""
         return [[layout.num_tokens for layout in self.layouts[image]] for image in self.owners[row]]
+
+    def levels(self, row: int) -> list[Sequence[int]]:
+        """Level indices that each image of a row may get."""
+        return levels_per_image(self.allowed[row], self.requests[row], len(self.owners[row]))
+
+    def asks_router(self, row: int) -> bool:
+        """Whether there is an image in a row whose level is the router's to choose."""
+        return any(len(levels) > 1 and self.requests[row].detail_of(image) is None for image, levels in enumerate(self.levels(row)))
 
 
 class LlavaMetaModel(nn.Module):
@@ -388,6 +396,7 @@ class LlavaMetaForCausalLM:
         layouts = [self.layouts(views, _size(size), merge_type) for views, size in zip(num_views, sizes, strict=True)]
         plan = RoutingPlan(owners, wishes, allowed, layouts)
         for index, wish in enumerate(wishes):
+            plan.levels(index)
             check_budget(plan.costs(index), allowed[index], wish)
         return plan
 
@@ -430,7 +439,7 @@ class LlavaMetaForCausalLM:
         """The router's (G,) logits by image, for the rows whose granularity is still open."""
         if self.model.router is None:
             return {}
-        asked = [index for index, levels in enumerate(plan.allowed) if plan.owners[index] and (always_route or len(levels) > 1)]
+        asked = [index for index, owned in enumerate(plan.owners) if owned and (always_route or plan.asks_router(index))]
         if not asked:
             return {}
         images = [image for index in asked for image in plan.owners[index]]

@@ -6,10 +6,13 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+Detail = Literal["low", "high"]
 
 
 @dataclass(frozen=True)
@@ -20,11 +23,30 @@ class RoutingRequest:
         number above the finest level means the finest: scripts ask every LLaVA for 576), a list limits the choice.
     max_visual_tokens: a budget for all images of one prompt together.
     bias: added to the router's logits per log2 of an image's tokens over its coarsest level's; negative is cheaper.
+    details: one per image of the prompt, or none at all. Within what `granularity` leaves open, `low` takes the coarsest level and `high`
+        the finest, or where a budget is given the finest that it has room for; `None` is the router's choice.
     """
 
     granularity: int | Sequence[int] | None = None
     max_visual_tokens: int | None = None
     bias: float = 0.0
+    details: tuple[Detail | None, ...] = ()
+
+    def detail_of(self, image: int) -> Detail | None:
+        """The detail of one of the prompt's images."""
+        return self.details[image] if self.details else None
+
+
+class RoutingError(ValueError):
+    """A wish that cannot be met.
+
+    Args:
+        field: of `RoutingRequest`, to which it is owed.
+    """
+
+    def __init__(self, message: str, field: str) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 @dataclass(frozen=True)
@@ -55,14 +77,16 @@ def allowed_levels(levels: Sequence[int], request: RoutingRequest, has_router: b
         has_router: without one, only the finest level is open unless a budget or list says otherwise.
 
     Raises:
-        ValueError: a level the model does not have, an empty list, a budget below 1, or a bias that is not finite or without a router.
+        RoutingError: a level the model does not have, an empty list, a budget below 1, or a bias that is not finite or without a router.
     """
     if request.max_visual_tokens is not None and request.max_visual_tokens < 1:
-        raise ValueError(f"max_visual_tokens is {request.max_visual_tokens}, expected 1 or more.")
+        raise RoutingError(f"max_visual_tokens is {request.max_visual_tokens}, expected 1 or more.", "max_visual_tokens")
     if not math.isfinite(request.bias):
-        raise ValueError(f"granularity_bias is {request.bias}, expected a finite number.")
+        raise RoutingError(f"granularity_bias is {request.bias}, expected a finite number.", "bias")
     if request.bias and not has_router:
-        raise ValueError(f"granularity_bias is {request.bias}, but this model has no router to bias; choose vis_token_granularity instead.")
+        raise RoutingError(
+            f"granularity_bias is {request.bias}, but this model has no router to bias; choose vis_token_granularity instead.", "bias"
+        )
     wanted = request.granularity
     if wanted is None:
         return list(range(len(levels)))
@@ -72,8 +96,26 @@ def allowed_levels(levels: Sequence[int], request: RoutingRequest, has_router: b
     names = [wanted] if isinstance(wanted, int) else list(wanted)
     unknown = [name for name in names if name not in levels]
     if unknown or not names:
-        raise ValueError(f"vis_token_granularity is {wanted}, but this model has {list(levels)} tokens per view; choose from these.")
+        raise RoutingError(
+            f"vis_token_granularity is {wanted}, but this model has {list(levels)} tokens per view; choose from these.", "granularity"
+        )
     return sorted(levels.index(name) for name in set(names))
+
+
+def levels_per_image(allowed: Sequence[int], request: RoutingRequest, num_images: int) -> list[Sequence[int]]:
+    """The levels that each image of a prompt may get, after its own detail.
+
+    Args:
+        allowed: from `allowed_levels`.
+
+    Raises:
+        RoutingError: another number of details than of images.
+    """
+    if request.details and len(request.details) != num_images:
+        raise RoutingError(f"There are {len(request.details)} details, but {num_images} images; give one for each.", "details")
+    finest = allowed[-1:] if request.max_visual_tokens is None else allowed
+    open_to: dict[Detail | None, Sequence[int]] = {"low": allowed[:1], "high": finest, None: allowed}
+    return [open_to[request.detail_of(image)] for image in range(num_images)]
 
 
 def choose_levels(
@@ -81,9 +123,9 @@ def choose_levels(
 ) -> list[int]:
     """Choose a level for every image of one prompt.
 
-    Each image takes its highest biased logit among the allowed levels (the finest where there is no router). While the images
-    together exceed the budget, the step to a cheaper level that loses the least logit is taken; for one image that ends at its
-    best level within the budget.
+    Each image takes its highest biased logit among the levels it may get (the finest where there is no router, or where its detail is
+    `high`). While the images together exceed the budget, the step to a cheaper level that loses the least logit is taken, of images whose
+    detail is `high` only when no other is left; for one image that ends at its best level within the budget.
 
     Args:
         logits: (G,) per image, or `None` without a router.
@@ -93,10 +135,15 @@ def choose_levels(
         A level index per image.
 
     Raises:
-        ValueError: a budget below the coarsest allowed choice, see `check_budget`.
+        RoutingError: a budget below the coarsest allowed choice, see `check_budget`.
     """
-    scores = [_scores(image_logits, image_costs, request.bias) for image_logits, image_costs in zip(logits, costs, strict=True)]
-    choice = [max(allowed, key=lambda level, s=image_scores: s[level]) for image_scores in scores]  # type: ignore[misc]
+    levels = levels_per_image(allowed, request, len(costs))
+    is_high = [request.detail_of(image) == "high" for image in range(len(costs))]
+    scores = [
+        _scores(None if high else image_logits, image_costs, request.bias)
+        for image_logits, image_costs, high in zip(logits, costs, is_high, strict=True)
+    ]
+    choice = [max(own, key=image_scores.__getitem__) for own, image_scores in zip(levels, scores, strict=True)]
     budget = request.max_visual_tokens
     if budget is None:
         return choice
@@ -105,10 +152,10 @@ def choose_levels(
         steps = [
             (image, level)
             for image, chosen in enumerate(choice)
-            for level in allowed
+            for level in levels[image]
             if costs[image][level] < costs[image][chosen]
         ]
-        image, level = max(steps, key=lambda step: scores[step[0]][step[1]] - scores[step[0]][choice[step[0]]])
+        image, level = max(steps, key=lambda step: (not is_high[step[0]], scores[step[0]][step[1]] - scores[step[0]][choice[step[0]]]))
         choice[image] = level
     return choice
 
@@ -120,15 +167,17 @@ def check_budget(costs: Sequence[Sequence[int]], allowed: Sequence[int], request
         costs: visual tokens of each image at each level.
 
     Raises:
-        ValueError: naming the budget and that cost.
+        RoutingError: naming the budget and that cost.
     """
     if request.max_visual_tokens is None:
         return
-    cheapest = sum(min(image_costs[level] for level in allowed) for image_costs in costs)
+    levels = levels_per_image(allowed, request, len(costs))
+    cheapest = sum(min(image_costs[level] for level in own) for image_costs, own in zip(costs, levels, strict=True))
     if cheapest > request.max_visual_tokens:
-        raise ValueError(
+        raise RoutingError(
             f"max_visual_tokens is {request.max_visual_tokens}, but the coarsest granularity allowed costs {cheapest} visual tokens here; "
-            "raise the budget."
+            "raise the budget.",
+            "max_visual_tokens",
         )
 
 

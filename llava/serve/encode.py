@@ -44,7 +44,7 @@ class Encoder:
         try:
             rows = self.model.encode_rows([each.prompt for each in prepared], features, plan, timer)
         except ValueError as error:  # a row that is longer than the context
-            raise too_long(self.longest_row) from error
+            raise too_long(requests[0], self.longest_row) from error
         return [
             self._finished(request, each, [cached[image] for image in images], row, timer.milliseconds)
             for request, each, images, row in zip(requests, prepared, plan.owners, rows, strict=True)
@@ -99,7 +99,7 @@ class Encoder:
     ) -> tuple[Encoded, Unread]:
         row, room = encoded.row, self.longest_row - encoded.row.length
         if room < 1:
-            raise too_long(self.longest_row)
+            raise too_long(request, self.longest_row)
         reports = tuple(
             self._plain(report, have, image.size) for report, have, image in zip(encoded.reports, cached, request.images, strict=True)
         )

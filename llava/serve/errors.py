@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import ClientDisconnect
@@ -19,11 +20,16 @@ class FieldError(ServeError):
     """What is wrong with one field of a request.
 
     Args:
-        param: the field, as a path such as `messages.0.content`.
+        param: the field, as `field_path` writes it.
     """
 
     def __init__(self, detail: str, param: str | None = None, kind: ErrorKind = ErrorKind.INVALID_REQUEST) -> None:
         super().__init__(kind, detail, param)
+
+
+def field_path(parts: Sequence[str | int]) -> str:
+    """A place in a body as OpenAI's errors write it: `messages[0].content[1].image_url.url`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
 
 
 def request_id_of(scope: Scope) -> str:

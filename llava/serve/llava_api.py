@@ -6,14 +6,14 @@ there are those about granularity; the first part tells what the pictures cost, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.model.routing import RoutingRequest
-from llava.serve.errors import FieldError, error_body
+from llava.serve.calls import Call, ImageSource
+from llava.serve.errors import FieldError, error_body, field_path
 from llava.serve.json_writer import compact_json
 from llava.serve.openai_api import (
     Granularity,
@@ -26,7 +26,7 @@ from llava.serve.openai_api import (
     usage_fields,
     validate,
 )
-from llava.serve.protocol import Finished, Limits, ModelCard, Sampling, ServeError, Started
+from llava.serve.protocol import Finished, Limits, ModelCard, Sampling, ServeError, Started, TokenScore
 from llava.serve.sampling_fields import longest_answer, read_stop
 
 GREEDY_BELOW = 0.001
@@ -50,18 +50,7 @@ class WorkerRequest(RoutingFields):
     vis_token_granularity: Granularity | None = Field(None, description="Another name of `granularity`.")
 
 
-@dataclass(frozen=True)
-class WorkerCall:
-    """A worker request that was read and found possible. sources: the pictures, base64 or data URLs."""
-
-    prompt: str
-    sources: tuple[str, ...]
-    sampling: Sampling
-    routing: RoutingRequest
-    echo: bool
-
-
-def read_worker_request(value: Any, card: ModelCard, limits: Limits) -> WorkerCall:
+def read_worker_request(value: Any, card: ModelCard, limits: Limits) -> Call:
     """Read the JSON values of a worker request.
 
     Raises:
@@ -70,15 +59,17 @@ def read_worker_request(value: Any, card: ModelCard, limits: Limits) -> WorkerCa
     request = validate(WorkerRequest, value)
     if request.model:
         check_model(request.model, card)
-    sources = tuple(request.images or ())
+    sources = tuple(
+        ImageSource(text, field_path(("images", place)), plain_base64=True) for place, text in enumerate(request.images or ())
+    )
     check_pictures(len(sources), card, limits, "images")
     check_prompt_length(len(request.prompt), limits, "prompt")
     longest = longest_answer(request.max_new_tokens, limits, "max_new_tokens", NEW_TOKENS)
     places = request.prompt.count(DEFAULT_IMAGE_TOKEN)
     if places != len(sources):
         raise FieldError(f"The prompt has {places} {DEFAULT_IMAGE_TOKEN}, but there are {len(sources)} images; make them agree.", "images")
-    return WorkerCall(
-        prompt=request.prompt,
+    return Call(
+        prompts=(request.prompt,),
         sources=sources,
         sampling=Sampling(
             temperature=request.temperature if request.temperature > GREEDY_BELOW and request.top_p else 0.0,
@@ -88,6 +79,7 @@ def read_worker_request(value: Any, card: ModelCard, limits: Limits) -> WorkerCa
             stop=read_stop(request.stop, limits),
         ),
         routing=read_routing(_one_granularity(request), card),
+        stream=True,
         echo=request.echo,
     )
 
@@ -108,27 +100,31 @@ class WorkerWriter:
     """Writes the parts of one stream.
 
     Args:
-        prompt: what stands before each text.
+        call: of one prompt; says whether that stands before each text.
     """
 
-    def __init__(self, prompt: str) -> None:
-        self.text = prompt
+    media_type = "application/octet-stream"
 
-    def opening(self, event: Started) -> bytes:
+    def __init__(self, call: Call) -> None:
+        self.text = call.prompts[0] if call.echo else ""
+
+    def opening(self, index: int, event: Started) -> bytes:
         """The first part: no text yet, but what the pictures cost."""
         return null_ended({"text": self.text, "error_code": 0, "avg_llava": report_fields(event)})
 
-    def piece(self, text: str) -> bytes:
+    def piece(self, index: int, text: str, scores: Sequence[TokenScore]) -> bytes:
         self.text += text
         return null_ended({"text": self.text, "error_code": 0})
 
-    def ending(self, event: Finished) -> bytes:
+    def ending(self, index: int, event: Finished) -> bytes:
         """The last part."""
         report = {"finish_reason": event.finish_reason, "usage": usage_fields([event]), "avg_llava": report_fields(event)}
         return null_ended({"text": self.text, "error_code": 0, **report})
 
-    @staticmethod
-    def error(error: ServeError, request_id: str) -> bytes:
+    def closing(self, endings: Mapping[int, Finished]) -> bytes:
+        return b""
+
+    def failure(self, error: ServeError, request_id: str) -> bytes:
         return null_ended(error_body(error, request_id, worker_protocol=True))
 
 

@@ -7,29 +7,29 @@ Nothing here opens a connection or decodes a picture.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar
 
-from PIL import Image
 from pydantic import BaseModel, Field, ValidationError
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.messages import Message, normalise_turns, text_of_parts
 from llava.model.routing import RoutingRequest
 from llava.serve.body_fields import Closed
-from llava.serve.errors import FieldError
+from llava.serve.calls import Call, ImageSource, WholeAnswer
+from llava.serve.errors import FieldError, error_fields, field_path
 from llava.serve.json_writer import compact_json
 from llava.serve.neutral_fields import OF_CHAT, OF_IMAGE, OF_IMAGE_URL, OF_MESSAGE, OF_STREAM_OPTIONS, OF_TEXT, with_neutral
 from llava.serve.protocol import (
     ErrorKind,
     Finished,
-    GenerationRequest,
     ImageReport,
     Limits,
     ModelCard,
     Sampling,
+    ServeError,
     Started,
     TokenScore,
     token_bytes,
@@ -209,42 +209,6 @@ class ModelList(BaseModel):
     data: list[ModelFields]
 
 
-@dataclass(frozen=True)
-class ChatCall:
-    """A chat request that was read and found possible.
-
-    turns: with `<image>` where a picture goes. sources: the pictures' addresses, in that order.
-    """
-
-    turns: tuple[Message, ...]
-    sources: tuple[str, ...]
-    sampling: Sampling
-    routing: RoutingRequest
-    n: int
-    stream: bool
-    include_usage: bool
-    user: str | None
-
-    def requests(self, request_id: str, images: Sequence[Image.Image]) -> list[GenerationRequest]:
-        """One generation request per choice; with a seed, each choice draws from its own."""
-        return [
-            GenerationRequest(
-                request_id=request_id if self.n == 1 else f"{request_id}.{index}",
-                messages=self.turns,
-                images=tuple(images),
-                sampling=self._seeded(index),
-                routing=self.routing,
-            )
-            for index in range(self.n)
-        ]
-
-    def _seeded(self, index: int) -> Sampling:
-        seed = self.sampling.seed
-        if seed is None or index == 0:
-            return self.sampling
-        return replace(self.sampling, seed=(seed + index) % 2**63)
-
-
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -266,7 +230,7 @@ def validate(schema: type[M], value: Any) -> M:
 
 def _what_is_wrong(loc: Sequence[int | str], found: Sequence[Mapping[str, Any]]) -> str:
     """A clause for the errors at one place: the field's own, or else that of each kind of error, or else pydantic's."""
-    name = ".".join("*" if part.isdecimal() else part for part in _field_path(loc).split("."))
+    name = _INDEX.sub("[*]", _field_path(loc))
     if name in _FIELD_CLAUSES and found[0]["type"] not in ("extra_forbidden", "missing"):
         return _FIELD_CLAUSES[name]
     return ", or: ".join(dict.fromkeys(_KIND_CLAUSES.get(each["type"], each["msg"]) for each in found))
@@ -277,7 +241,7 @@ _FIELD_CLAUSES = {
     "granularity": _GRANULARITY_CLAUSE,
     "vis_token_granularity": _GRANULARITY_CLAUSE,
     "stop": "expected a text, or a short list of texts",
-    "messages.*.content": "expected a text, or a list of up to 1024 parts",
+    "messages[*].content": "expected a text, or a list of up to 1024 parts",
 }
 """Where pydantic's words would name the branches of a union one by one."""
 _KIND_CLAUSES = {
@@ -295,19 +259,20 @@ _KIND_CLAUSES = {
 
 
 def _field_path(loc: Sequence[int | str]) -> str:
-    """The names and places in pydantic's path, without the branches of unions and the kinds of parts, as in `messages.0.content.1.text`."""
+    """The names and places in pydantic's path, without the branches of unions and the kinds of parts."""
     kinds = {place + 1 for place, part in enumerate(loc) if isinstance(part, int) and "content" in loc[:place]}
-    return ".".join(str(part) for place, part in enumerate(loc) if place not in kinds and _is_field(part))[:200]
+    return field_path([part for place, part in enumerate(loc) if place not in kinds and _is_field(part)])[:200]
 
 
 def _is_field(part: int | str) -> bool:
     return isinstance(part, int) or not (part in _BRANCHES or "[" in part)
 
 
+_INDEX = re.compile(r"\[\d+\]")
 _BRANCHES = frozenset(("str", "int", "float", "bool", "none"))
 
 
-def read_chat(value: Any, card: ModelCard, limits: Limits) -> ChatCall:
+def read_chat(value: Any, card: ModelCard, limits: Limits) -> Call:
     """Read the JSON values of a chat request.
 
     Args:
@@ -324,7 +289,7 @@ def read_chat(value: Any, card: ModelCard, limits: Limits) -> ChatCall:
     n = request.n or 1
     if n > limits.max_n:
         raise FieldError(f"n is {n}, expected at most {limits.max_n}.", "n")
-    return ChatCall(
+    return Call(
         turns=turns,
         sources=sources,
         sampling=_read_sampling(request, limits),
@@ -342,13 +307,15 @@ def check_model(name: str, card: ModelCard) -> None:
         raise FieldError(f"There is no model {name[:100]!r} here, only {card.name!r}.", "model", ErrorKind.MODEL_NOT_FOUND)
 
 
-def _read_messages(messages: Sequence[ChatMessage], card: ModelCard, limits: Limits) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+def _read_messages(
+    messages: Sequence[ChatMessage], card: ModelCard, limits: Limits
+) -> tuple[tuple[Message, ...], tuple[ImageSource, ...]]:
     if len(messages) > limits.max_messages:
         raise FieldError(f"There are {len(messages)} messages, expected at most {limits.max_messages}.", "messages")
     turns, sources = [], []
     for index, message in enumerate(messages):
         role = "system" if message.role == "developer" else message.role
-        text, found = _read_content(message.content, role, f"messages.{index}.content")
+        text, found = _read_content(message.content, role, field_path(("messages", index, "content")))
         turns.append(Message(role, text))
         sources.extend(found)
     check_pictures(len(sources), card, limits, "messages")
@@ -359,10 +326,14 @@ def _read_messages(messages: Sequence[ChatMessage], card: ModelCard, limits: Lim
         raise FieldError(str(error), "messages") from error
 
 
-def _read_content(content: str | list[ContentPart] | None, role: str, param: str) -> tuple[str, list[str]]:
-    """A message's text, with a placeholder for each image, and the images' addresses; both keep the images' own order."""
+def _read_content(content: str | list[ContentPart] | None, role: str, param: str) -> tuple[str, list[ImageSource]]:
+    """A message's text, with a placeholder for each image, and the images; both keep the images' own order."""
     parts = [TextPart(type="text", text=content or "")] if isinstance(content, (str, type(None))) else content
-    sources = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
+    sources = [
+        ImageSource(part.image_url.url, f"{param}[{place}].image_url.url")
+        for place, part in enumerate(parts)
+        if isinstance(part, ImagePart)
+    ]
     texts = [part.text for part in parts if isinstance(part, TextPart)]
     if sources and role != "user":
         raise FieldError(f"A message of role {role} holds a picture; only users' messages may.", param)
@@ -473,26 +444,27 @@ class ChatWriter:
     """Writes the bodies of one call's answer.
 
     Args:
-        request_id: names the completion. model: as served. scored: whether log probabilities were asked for. include_usage: whether a
-            stream ends with a chunk that has `usage`; the other chunks then hold it as null.
+        request_id: names the completion. model: as served. call: says whether there are log probabilities, and whether a stream ends with a
+            chunk that has `usage`; the other chunks then hold it as null.
     """
 
-    def __init__(self, request_id: str, model: str, scored: bool, include_usage: bool = False) -> None:
+    media_type = "text/event-stream"
+
+    def __init__(self, request_id: str, model: str, call: Call) -> None:
         self.head = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": model}
-        self.scored = scored
-        self._no_usage: dict[str, Any] = {"usage": None} if include_usage else {}
+        self.scored, self.include_usage = call.sampling.logprobs is not None, call.include_usage
+        self._no_usage: dict[str, Any] = {"usage": None} if call.include_usage else {}
         self._frames: dict[int, tuple[bytes, bytes]] = {}
 
-    def completion(self, choices: Sequence[tuple[str, Sequence[TokenScore], Finished]]) -> dict[str, Any]:
-        """The whole answer, from each choice's text, scores and ending."""
-        endings = [ending for _, _, ending in choices]
+    def completion(self, answers: Sequence[WholeAnswer]) -> dict[str, Any]:
+        endings = [ending for _, _, ending in answers]
         slowest = max(endings, key=lambda ending: ending.milliseconds.get("total", 0.0))
         return {
             **self.head,
             "object": "chat.completion",
             "choices": [
                 self._choice(index, "message", {"role": "assistant", "content": text}, scores, ending.finish_reason)
-                for index, (text, scores, ending) in enumerate(choices)
+                for index, (text, scores, ending) in enumerate(answers)
             ],
             "usage": usage_fields(endings),
             "avg_llava": report_fields(slowest),
@@ -515,7 +487,13 @@ class ChatWriter:
     def ending(self, index: int, event: Finished) -> bytes:
         return self._chunk(index, {}, (), event.finish_reason, avg_llava=report_fields(event))
 
-    def usage(self, endings: Sequence[Finished]) -> bytes:
+    def closing(self, endings: Mapping[int, Finished]) -> bytes:
+        return (self._usage(list(endings.values())) if self.include_usage else b"") + STREAM_END
+
+    def failure(self, error: ServeError, request_id: str) -> bytes:
+        return server_sent({"error": error_fields(error, request_id)}) + STREAM_END
+
+    def _usage(self, endings: Sequence[Finished]) -> bytes:
         """The chunk without choices that `include_usage` asks for."""
         slowest = max(endings, key=lambda ending: ending.milliseconds.get("total", 0.0))
         body = {"choices": [], "usage": usage_fields(endings), "avg_llava": report_fields(slowest)}

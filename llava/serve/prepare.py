@@ -13,6 +13,7 @@ from llava.images import ImageError
 from llava.inference import Assistant
 from llava.mm_utils import tokenizer_image_token
 from llava.model.llava_arch import RoutingPlan
+from llava.model.routing import RoutingError
 from llava.model.splice import prompt_rows
 from llava.serve.caches import TensorCache, picture_key
 from llava.serve.protocol import ErrorKind, GenerationRequest, Sampling, ServeError
@@ -39,15 +40,17 @@ class Preparer:
             ServeError: the request cannot work, with a sentence that says why.
         """
         if request.images and self.model.get_model().vision_tower is None:
-            raise ServeError(ErrorKind.INVALID_REQUEST, "This model takes no pictures.")
+            raise ServeError(ErrorKind.INVALID_REQUEST, "This model takes no pictures.", "images[0]")
         check_token_ids(request.sampling, self.model.config.vocab_size)
         try:
             prompt = prompt_rows(self._ids(request)[None].to(self.model.device), None, None)[0]
         except ValueError as error:  # the sentence is this package's own and holds counts and roles only
-            raise ServeError(ErrorKind.INVALID_REQUEST, str(error)) from error
+            raise ServeError(ErrorKind.INVALID_REQUEST, str(error), _text_field(request)) from error
         keys = tuple(picture_key(image, self.revision) for image in request.images)
         kept = [self.features.get(key) if key in self.features else None for key in keys]
-        pictures = tuple(known[0] if known else self._views(image) for known, image in zip(kept, request.images, strict=True))
+        pictures = tuple(
+            known[0] if known else self._views(image, place) for place, (known, image) in enumerate(zip(kept, request.images, strict=True))
+        )
         prepared = Prepared(prompt, keys, pictures, tuple(known is not None for known in kept))
         self._check_length(request, prepared)
         return prepared
@@ -60,22 +63,37 @@ class Preparer:
                 raise ValueError("The prompt is empty; give a question.")
             return torch.as_tensor(tokenizer_image_token(request.prompt, self.assistant.tokenizer))
 
-    def _views(self, image: Image.Image) -> Tensor:
+    def _views(self, image: Image.Image, place: int) -> Tensor:
         try:
             return self.model.prepare_views([self.assistant.views(image)])[0]
         except ImageError as error:
-            raise ServeError(ErrorKind.INVALID_IMAGE) from error
+            raise ServeError(ErrorKind.INVALID_IMAGE, param=f"images[{place}]") from error
 
     def _check_length(self, request: GenerationRequest, prepared: Prepared) -> None:
         """Whether the prompt fits at the cheapest of the granularities that it may have."""
         try:
             plan = plan_of(self.assistant, [request], [prepared], [len(picture) for picture in prepared.pictures])
-        except ValueError as error:  # as above: a granularity, a budget or a count of placeholders
-            raise ServeError(ErrorKind.INVALID_REQUEST, str(error)) from error
-        cheapest = sum(min(costs[level] for level in plan.allowed[0]) for costs in plan.costs(0))
+        except RoutingError as error:
+            raise ServeError(ErrorKind.INVALID_REQUEST, str(error), ROUTING_FIELDS[error.field]) from error
+        except ValueError as error:  # as above: a count of placeholders
+            raise ServeError(ErrorKind.INVALID_REQUEST, str(error), _text_field(request)) from error
+        cheapest = sum(min(costs[level] for level in levels) for costs, levels in zip(plan.costs(0), plan.levels(0), strict=True))
         text = len(prepared.prompt.ids) - len(prepared.keys)
         if text + cheapest >= self.longest_row:
-            raise too_long(self.longest_row, by_pictures=text < self.longest_row)
+            raise too_long(request, self.longest_row, by_pictures=text < self.longest_row)
+
+
+ROUTING_FIELDS = {
+    "granularity": "granularity",
+    "max_visual_tokens": "max_visual_tokens",
+    "bias": "granularity_bias",
+    "details": "images",
+}
+"""What clients call the fields of `RoutingRequest`."""
+
+
+def _text_field(request: GenerationRequest) -> str:
+    return "messages" if request.prompt is None else "prompt"
 
 
 def check_token_ids(sampling: Sampling, size: int) -> None:
@@ -103,16 +121,18 @@ def plan_of(
     return assistant.model.plan(rows, num_views, sizes, wishes, assistant.merge_type)
 
 
-def too_long(longest_row: int, by_pictures: bool = True) -> ServeError:
-    """
+def too_long(request: GenerationRequest, longest_row: int, by_pictures: bool = True) -> ServeError:
+    """A prompt that leaves no room for an answer.
+
     Args:
         by_pictures: whether the text alone would have fitted, so that a coarser granularity may help.
     """
     if not by_pictures:
         told = f"The text of the prompt is too long: it leaves no room for an answer within {longest_row} positions; shorten it."
-        return ServeError(ErrorKind.CONTEXT_LENGTH, told)
+        return ServeError(ErrorKind.CONTEXT_LENGTH, told, _text_field(request))
     return ServeError(
         ErrorKind.CONTEXT_LENGTH,
         f"With its pictures the prompt leaves no room for an answer within {longest_row} positions; shorten it or choose a coarser "
         "granularity.",
+        _text_field(request),
     )

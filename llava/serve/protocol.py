@@ -104,7 +104,7 @@ class ServeError(Exception):
         kind: which.
         detail: a sentence that replaces the kind's own. It goes to clients: numbers, names of fields and names of models only, never
             the text of another library's exception.
-        param: the field that is to blame, as a path such as `messages.0.content`.
+        param: the field that is to blame, as a path such as `messages[0].content`.
     """
 
     def __init__(self, kind: ErrorKind, detail: str | None = None, param: str | None = None) -> None:

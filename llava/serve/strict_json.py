@@ -18,6 +18,8 @@ LARGE_BODY = 1_000_000
 MAX_JSON_DIGITS = 24
 """Digits of a whole number, at most."""
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_ESCAPES = re.compile(r"\\(?:u(?i:d[89ab][0-9a-f]{2})\\u(?i:d[c-f][0-9a-f]{2})|(?P<half>u(?i:d[89a-f][0-9a-f]{2}))|.)", re.DOTALL)
+"""One escape after the other: a pair of surrogates, a lone one, or any other."""
 
 
 async def read_json(request: Request) -> Any:
@@ -34,7 +36,9 @@ async def read_json(request: Request) -> Any:
 
 
 def parse_json(body: bytes) -> Any:
-    """Read JSON strictly: UTF-8, finite and sensibly long numbers, each name once, no lone surrogates, bounded in size and depth.
+    """Read JSON strictly: UTF-8, finite and sensibly long numbers, each name once, bounded in size and depth.
+
+    The escape of half a character (a lone surrogate), which programs write that cut a text within an emoji, is read as U+FFFD.
 
     Raises:
         FieldError: whatever is not so; the sentence never quotes the body.
@@ -43,9 +47,9 @@ def parse_json(body: bytes) -> Any:
         raise FieldError(f"The body has more than {MAX_JSON_ITEMS} items.")
     try:
         text = body.decode("utf-8")
-        value = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_refuse_constant, object_pairs_hook=_unique)
         if b"\\u" in body and _SURROGATE.search(text):
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
+            text = _ESCAPES.sub(lambda found: "\\ufffd" if found["half"] else found[0], text)
+        value = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_refuse_constant, object_pairs_hook=_unique)
     except FieldError:
         raise
     except UnicodeError as error:

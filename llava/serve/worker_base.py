@@ -18,17 +18,16 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from llava import __version__
-from llava.serve.errors import error_fields, error_response, request_id_of, typed_error
+from llava.serve.calls import Call, StreamWriter, Writer
+from llava.serve.errors import error_response, request_id_of, typed_error
 from llava.serve.gate import HELD_BODIES, Gate
 from llava.serve.http_guard import guard_app, unless_gone
 from llava.serve.http_server import DRAIN_SECONDS, make_server, run_server
 from llava.serve.joining import JoinedPieces, Numbered, merged
 from llava.serve.json_writer import JsonResponse
-from llava.serve.llava_api import WorkerCall, WorkerRequest, WorkerWriter, read_worker_request
+from llava.serve.llava_api import WorkerRequest, WorkerWriter, read_worker_request
 from llava.serve.metrics import CONTENT_TYPE, Metrics
 from llava.serve.openai_api import (
-    STREAM_END,
-    ChatCall,
     ChatCompletion,
     ChatRequest,
     ChatWriter,
@@ -38,7 +37,6 @@ from llava.serve.openai_api import (
     check_model,
     model_fields,
     read_chat,
-    server_sent,
 )
 from llava.serve.openapi import describe_bodies
 from llava.serve.pictures import PictureLoader
@@ -97,29 +95,44 @@ class Worker:
 
     async def chat(self, request: Request) -> Response:
         """Answer `/v1/chat/completions`."""
-        request_id = request_id_of(request.scope)
         call = read_chat(await read_json(request), self.engine.card, self.limits)
+        return await self._answer(request, call, ChatWriter(request_id_of(request.scope), self.engine.card.name, call))
+
+    async def generate(self, request: Request) -> Response:
+        """Answer `/worker_generate_stream`."""
+        call = read_worker_request(await read_json(request), self.engine.card, self.limits)
+        return await self._stream(request, call, WorkerWriter(call))
+
+    async def _answer(self, request: Request, call: Call, writer: Writer) -> Response:
+        """The response to a call: a stream where one is asked for, else one body."""
+        if call.stream:
+            return await self._stream(request, call, writer)
+        events = self._call_events(call, request_id_of(request.scope))
+        return JsonResponse(writer.completion(await unless_gone(request.receive, _collected(events, call.count))))
+
+    async def _stream(self, request: Request, call: Call, writer: StreamWriter) -> Response:
+        """The response to a call as a stream; what goes wrong before its first event has a status of its own."""
+        request_id = request_id_of(request.scope)
+        events = self._call_events(call, request_id)
+        first = await unless_gone(request.receive, anext(events))
+        return Streamed(self._parts(call, writer, first, events, request_id), writer.media_type, self.limits.send_seconds)
+
+    async def _call_events(self, call: Call, request_id: str) -> AsyncGenerator[Numbered, None]:
         if call.user is not None:
             logger.info("request %s is of user %r", request_id, call.user)
-        writer = ChatWriter(request_id, self.engine.card.name, call.sampling.logprobs is not None, call.include_usage)
-        events = self._chat_events(call, request_id)
-        if not call.stream:
-            return JsonResponse(writer.completion(await unless_gone(request.receive, _collected(events, call.n))))
-        first = await unless_gone(request.receive, anext(events))
-        parts = self._chat_parts(call, writer, first, events, request_id)
-        return Streamed(parts, "text/event-stream", self.limits.send_seconds)
-
-    async def _chat_events(self, call: ChatCall, request_id: str) -> AsyncGenerator[Numbered, None]:
-        with self.gate.more_places(call.n - 1):
+        with self.gate.more_places(call.count - 1):
             async with self.pictures.loaded(call.sources) as images:
-                async with aclosing(self._events(call.requests(request_id, images), call.stream)) as events:
-                    async for event in events:
-                        yield event
+                try:
+                    async with aclosing(self._events(call.requests(request_id, images), call.stream)) as events:
+                        async for event in events:
+                            yield event
+                except ServeError as error:
+                    raise call.named(error) from error
 
-    async def _chat_parts(
-        self, call: ChatCall, writer: ChatWriter, first: Numbered, events: AsyncGenerator[Numbered, None], request_id: str
+    async def _parts(
+        self, call: Call, writer: StreamWriter, first: Numbered, events: AsyncGenerator[Numbered, None], request_id: str
     ) -> AsyncGenerator[bytes, None]:
-        endings: list[Finished] = []
+        endings: dict[int, Finished] = {}
         tail = b""
         async with aclosing(events):
             try:
@@ -129,45 +142,14 @@ class Worker:
                     elif isinstance(event, Piece):
                         yield writer.piece(index, event.text, event.scores)
                     else:
-                        endings.append(event)
+                        endings[index] = event
                         tail = writer.ending(index, event)
-                        if len(endings) < call.n:
+                        if len(endings) < call.count:
                             yield tail
-                tail += writer.usage(endings) if call.include_usage else b""
+                tail += writer.closing(endings)
             except Exception as raised:
-                tail = server_sent({"error": error_fields(self._failed(raised, request_id), request_id)})
-            yield tail + STREAM_END  # in one piece: each costs a call of the system
-
-    async def generate(self, request: Request) -> Response:
-        """Answer `/worker_generate_stream`."""
-        request_id = request_id_of(request.scope)
-        call = read_worker_request(await read_json(request), self.engine.card, self.limits)
-        events = self._worker_events(call, request_id)
-        first = await unless_gone(request.receive, anext(events))
-        return Streamed(self._worker_parts(call, first, events, request_id), "application/octet-stream", self.limits.send_seconds)
-
-    async def _worker_events(self, call: WorkerCall, request_id: str) -> AsyncGenerator[Numbered, None]:
-        async with self.pictures.loaded(call.sources, plain_base64=True) as images:
-            asked = GenerationRequest(request_id, prompt=call.prompt, images=images, sampling=call.sampling, routing=call.routing)
-            async with aclosing(self._events([asked], streamed=True)) as events:
-                async for event in events:
-                    yield event
-
-    async def _worker_parts(
-        self, call: WorkerCall, first: Numbered, events: AsyncGenerator[Numbered, None], request_id: str
-    ) -> AsyncGenerator[bytes, None]:
-        writer = WorkerWriter(call.prompt if call.echo else "")
-        async with aclosing(events):
-            try:
-                async for _, event in _with_first(first, events):
-                    if isinstance(event, Started):
-                        yield writer.opening(event)
-                    elif isinstance(event, Piece):
-                        yield writer.piece(event.text)
-                    else:
-                        yield writer.ending(event)
-            except Exception as raised:
-                yield writer.error(self._failed(raised, request_id), request_id)
+                tail = writer.failure(self._failed(raised, request_id), request_id)
+            yield tail  # in one piece: each costs a call of the system
 
     def _failed(self, raised: Exception, request_id: str) -> ServeError:
         error = typed_error(raised, request_id)

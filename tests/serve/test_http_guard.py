@@ -88,8 +88,33 @@ def test_plain_json_is_read():
     assert parse_json(b'{"a": [1, -2.5, "\\ud83d\\ude00", null, true]}') == {"a": [1, -2.5, "\U0001f600", None, True]}
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("Hello \\ud83d", "Hello \ufffd"),
+        ("\\uDE00 world", "\ufffd world"),
+        ("\\ud83d\\ud83d\\uDe00", "\ufffd\U0001f600"),
+        ("\\uDBFF\\uDFFF", "\U0010ffff"),
+        ("\\\\ud83d", "\\ud83d"),  # an escaped backslash before plain letters
+        ("\\\\\\ud83d", "\\\ufffd"),
+        ("\\ud83d\\n", "\ufffd\n"),
+    ],
+)
+def test_half_a_character_is_read_as_the_sign_for_one_that_is_not_known(written, read):
+    assert parse_json(f'{{"a": ["{written}"]}}'.encode()) == {"a": [read]}
+    assert parse_json(f'{{"{written}": 1}}'.encode()) == {read: 1}
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"\\ud800": 1, "\\ud801": 2}', b'{"a": "\\ud8"}', b'{"a": "\\UD83D"}', b'{"a": \\ud83d}', b'"\xed\xa0\xbd"']
+)
+def test_half_a_character_lets_no_other_mistake_through(body):
+    with pytest.raises(FieldError):
+        parse_json(body)
+
+
 @pytest.mark.parametrize("path", [CHAT, WORKER])
-@pytest.mark.parametrize("body", [b'{"model": NaN}', b"[" * 100_000, b'{"model": "\\ud800"}', b"\xff\xfe", b"null", b""])
+@pytest.mark.parametrize("body", [b'{"model": NaN}', b"[" * 100_000, b"\xff\xfe", b"null", b""])
 def test_a_broken_body_is_the_clients_fault(path, body):
     response = call(create_worker_app(FakeEngine()), "POST", path, content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400 and response.json()["error"]["code"] == "invalid_request"

@@ -11,6 +11,7 @@ import pytest
 
 from llava.inference import Message
 from llava.model.routing import RoutingRequest
+from llava.serve.calls import Call, ImageSource
 from llava.serve.errors import FieldError
 from llava.serve.openai_api import ChatWriter, read_chat, score_fields, server_sent
 from llava.serve.protocol import ErrorKind, Finished, ImageReport, Limits, Sampling, ServeError, Started, TokenScore
@@ -44,7 +45,11 @@ def test_parts_become_text_with_a_placeholder_where_each_picture_stands():
     call = read_chat(body, CARD, LIMITS)
     assert [turn.role for turn in call.turns] == ["system", "user", "assistant", "user"]
     assert call.turns[1].text == "<image>\n<image>\nfirst?\n<image>"
-    assert call.sources == ("data:a", "data:b", "data:c")
+    assert call.sources == (
+        ImageSource("data:a", "messages[1].content[0].image_url.url"),
+        ImageSource("data:b", "messages[1].content[1].image_url.url"),
+        ImageSource("data:c", "messages[1].content[3].image_url.url"),
+    )
 
 
 def test_images_behind_the_words_are_read_as_those_in_front_of_them():
@@ -114,11 +119,11 @@ def test_an_answer_can_be_sent_back_as_it_came():
 def test_an_error_in_a_part_is_named_by_its_path():
     part = {"type": "image_url", "image_url": {"url": "data:a", "detail": "fine"}}
     for wrong, param in (
-        (part, "messages.0.content.0.image_url.detail"),
-        ({"type": "text", "text": 5}, "messages.0.content.0.text"),
-        ({"type": "text"}, "messages.0.content.0.text"),
-        ({"type": "text", "text": "a", "image_url": 5}, "messages.0.content.0.image_url"),
-        ({"type": "film"}, "messages.0.content.0"),
+        (part, "messages[0].content[0].image_url.detail"),
+        ({"type": "text", "text": 5}, "messages[0].content[0].text"),
+        ({"type": "text"}, "messages[0].content[0].text"),
+        ({"type": "text", "text": "a", "image_url": 5}, "messages[0].content[0].image_url"),
+        ({"type": "film"}, "messages[0].content[0]"),
     ):
         with pytest.raises(FieldError) as refused:
             read(messages=[{"role": "user", "content": [wrong]}])
@@ -131,7 +136,7 @@ def part_of_user(part):
 
 UNSUPPORTED = "this is not supported here; leave it out, or send "
 NO_GRANULARITY = "'granularity': expected 'auto', a whole number, or a list of 1 to 64 whole numbers."
-NO_PART = "'messages.0.content.0': expected an object whose type is 'text' or 'image_url'."
+NO_PART = "'messages[0].content[0]': expected an object whose type is 'text' or 'image_url'."
 
 
 @pytest.mark.parametrize(
@@ -146,23 +151,23 @@ NO_PART = "'messages.0.content.0': expected an object whose type is 'text' or 'i
         ({"tools": [{}]}, f"'tools': {UNSUPPORTED}[]."),
         ({"tool_choice": "required"}, f"'tool_choice': {UNSUPPORTED}\"none\" or \"auto\"."),
         ({"store": True}, f"'store': {UNSUPPORTED}false."),
-        ({"messages": [{**USER, "tool_calls": [{}]}]}, f"'messages.0.tool_calls': {UNSUPPORTED}[]."),
-        ({"messages": [{**USER, "audio": {"id": "a"}}]}, f"'messages.0.audio': {UNSUPPORTED}null."),
+        ({"messages": [{**USER, "tool_calls": [{}]}]}, f"'messages[0].tool_calls': {UNSUPPORTED}[]."),
+        ({"messages": [{**USER, "audio": {"id": "a"}}]}, f"'messages[0].audio': {UNSUPPORTED}null."),
         ({"granularity": "16"}, NO_GRANULARITY),
         ({"granularity": []}, NO_GRANULARITY),
         ({"granularity": 1.5}, NO_GRANULARITY),
         ({"granularity": [36] * 65}, NO_GRANULARITY),
         ({"stop": 5}, "'stop': expected a text, or a short list of texts."),
-        ({"messages": [{"role": "user", "content": 5}]}, "'messages.0.content': expected a text, or a list of up to 1024 parts."),
+        ({"messages": [{"role": "user", "content": 5}]}, "'messages[0].content': expected a text, or a list of up to 1024 parts."),
         ({"messages": [{"role": "user", "content": []}]}, "Turn 0 is empty; give a question."),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "There is no turn of the user's; give a question."),
-        ({"messages": [{"role": "user"}]}, "'messages.0.content': this field is missing."),
-        ({"messages": [5]}, "'messages.0': expected an object."),
+        ({"messages": [{"role": "user"}]}, "'messages[0].content': this field is missing."),
+        ({"messages": [5]}, "'messages[0]': expected an object."),
         ({"messages": [USER] * 5000}, "'messages': the list is too long."),
-        (part_of_user({"type": "image_url", "image_url": "x"}), "'messages.0.content.0.image_url': expected an object."),
+        (part_of_user({"type": "image_url", "image_url": "x"}), "'messages[0].content[0].image_url': expected an object."),
         (part_of_user({"type": "secret" * 1000}), NO_PART),
         (part_of_user({}), NO_PART),
-        (part_of_user("x"), "'messages.0.content.0': expected an object."),
+        (part_of_user("x"), "'messages[0].content[0]': expected an object."),
         ({"chat_template": "x"}, f"'chat_template': {UNSUPPORTED}null."),
         ({"chat_templates": "x"}, "'chat_templates': this field is not known here."),
     ],
@@ -209,7 +214,7 @@ def test_choices_draw_from_seeds_of_their_own():
         ({"stop": ["a", "b", "c"]}, "stop"),
         ({"stop": ""}, "stop"),
         ({"stop": "123456"}, "stop"),
-        ({"stop": [1]}, "stop.0"),
+        ({"stop": [1]}, "stop[0]"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"logprobs": 5}, "logprobs"),
@@ -243,8 +248,8 @@ def test_choices_draw_from_seeds_of_their_own():
         ({"model": 5}, "model"),
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
-        ({"messages": [1]}, "messages.0"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [1]}, "messages[0]"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
         ({"messages": [USER, ASSISTANT, USER, ASSISTANT, USER, ASSISTANT, USER]}, "messages"),
         ({"messages": [{"role": "system", "content": "x"}]}, "messages"),
@@ -253,13 +258,13 @@ def test_choices_draw_from_seeds_of_their_own():
         ({"messages": [{"role": "user", "content": []}]}, "messages"),
         ({"messages": [USER, ASSISTANT, {"role": "user", "content": ""}]}, "messages"),
         ({"messages": [{"role": "user", "content": "x" * 201}]}, "messages"),
-        ({"messages": [{"role": "user", "content": "x", "nickname": "b"}]}, "messages.0.nickname"),
-        ({"messages": [{"role": "user", "content": "look: <image>"}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": "look: <image-placeholder>"}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages.0.content.0"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages.0.content.0.text"),
+        ({"messages": [{"role": "user", "content": "x", "nickname": "b"}]}, "messages[0].nickname"),
+        ({"messages": [{"role": "user", "content": "look: <image>"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "look: <image-placeholder>"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages[0].content[0].text"),
         ({"messages": [{"role": "system", "content": [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "text", "text": "x"}]},
-                       {"role": "user", "content": "x"}]}, "messages.0.content"),
+                       {"role": "user", "content": "x"}]}, "messages[0].content"),
         ({"urls": ("data:x",) * 9}, "messages"),
     ],
 )  # fmt: skip
@@ -300,7 +305,7 @@ def test_an_error_never_quotes_what_was_sent():
 def test_usage_adds_up_and_tells_what_was_saved():
     image = ImageReport(36, 48, 600, {36: 48, 576: 600})
     ending = Finished("stop", 60, 5, (image, image), {"total": 3.0})
-    usage = ChatWriter("id", "m", False).completion([("a", [], ending), ("b", [], ending)])["usage"]
+    usage = ChatWriter("id", "m", Call()).completion([("a", [], ending), ("b", [], ending)])["usage"]
     assert usage == {
         "prompt_tokens": 60, "completion_tokens": 10, "total_tokens": 70, "visual_tokens": 96, "full_visual_tokens": 1200,
         "granularities": [36, 36],
@@ -311,10 +316,11 @@ def test_usage_adds_up_and_tells_what_was_saved():
 def test_where_usage_ends_a_stream_the_other_chunks_say_that_theirs_is_to_come(scored):
     ending = Finished("stop", 60, 5, (), {"total": 3.0})
     for include, shown in ((True, [None]), (False, [])):
-        writer = ChatWriter("id", "m", scored, include)
+        writer = ChatWriter("id", "m", Call(sampling=Sampling(logprobs=0 if scored else None), include_usage=include))
         chunks = [writer.opening(0, Started(60, (), {})), writer.piece(0, "a", ()), writer.ending(0, ending)]
         assert [[value for name, value in json.loads(chunk[6:]).items() if name == "usage"] for chunk in chunks] == [shown] * 3
-        assert json.loads(writer.usage([ending])[6:])["usage"]["total_tokens"] == 65
+        *usage, done = writer.closing({0: ending}).decode().split("\n\n")[:-1]
+        assert [json.loads(chunk[6:])["usage"]["total_tokens"] for chunk in usage] == [65] * include and done == "data: [DONE]"
 
 
 def test_scores_are_json_even_where_a_token_is_impossible():
@@ -330,7 +336,7 @@ NASTY += ["\ud83d", "a\udfffb", "é 中 😀", '"content":""', "</s>\u2028"]
 
 @pytest.mark.parametrize("name", ["fake", 'a "content":"" \\ \ud800'])
 def test_a_piece_is_written_as_any_other_chunk(name):
-    writer = ChatWriter("id", name, False)
+    writer = ChatWriter("id", name, Call())
     for index in (0, 1, 0):
         for text in NASTY:
             choice = {"index": index, "delta": {"content": text}, "logprobs": None, "finish_reason": None}

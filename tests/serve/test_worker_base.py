@@ -23,10 +23,12 @@ from fastapi.responses import JSONResponse
 from PIL import Image
 
 from llava import fetch as fetching
+from llava.fetch import AddressError, FetchError, TooLargeError
 from llava.serve import pictures as pictures_page
+from llava.serve.calls import ImageSource
 from llava.serve.gate import Gate
 from llava.serve.http_guard import guard_app
-from llava.serve.pictures import NOT_FETCHED, NOT_READ, PictureLoader
+from llava.serve.pictures import NO_IMAGE_THERE, NOT_FETCHED, NOT_READ, TOLD, HostNotAllowed, PictureLoader
 from llava.serve.protocol import EngineStats, ErrorKind, Limits, ServeError
 from llava.serve.worker_base import Registration, create_worker_app, run_worker
 from tests.serve.bodies import CHAT, WORKER, chat_body, data_url, picture, worker_body
@@ -249,6 +251,7 @@ def test_bad_pictures_have_one_constant_answer(name, no_connections):
     response = ask(engine, "q", (BAD_PICTURES[name],))
     assert response.status_code == 400 and response.json()["error"]["code"] == "invalid_image"
     assert response.json()["error"]["message"] == told_of(BAD_PICTURES[name])
+    assert response.json()["error"]["param"] == "messages[0].content[0].image_url.url"
     assert engine.requests == [] and no_connections == []
 
 
@@ -263,6 +266,7 @@ def told_of(url: str) -> str:
 def test_files_are_not_read_by_llavas_protocol_either(source):
     response = call(create_worker_app(FakeEngine()), "POST", WORKER, json=worker_body("<image> q", images=[source]))
     assert response.status_code == 400 and response.json()["text"].startswith(NOT_READ)
+    assert response.json()["error"]["param"] == "images[0]"
     assert "etc" not in response.text and "nowhere" not in response.text
 
 
@@ -346,8 +350,38 @@ def test_remote_pictures_from_private_addresses_are_refused(monkeypatch, no_conn
     names = {"inside.example": ["10.0.0.5"], "both.example": ["93.184.216.34", "127.0.0.1"], "pictures.example": ["93.184.216.34"]}
     network = Network(monkeypatch, names, {})
     response = network.ask(url)
-    assert response.status_code == 400 and response.json()["error"]["message"] == ErrorKind.INVALID_IMAGE.fault.text
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["code"] == "invalid_image" and error["param"] == "messages[0].content[0].image_url.url"
+    assert error["message"] == TOLD[AddressError if any(mark in url for mark in ("@", "\\", ":0/")) else FetchError]
     assert network.connected == [] and no_connections == []
+
+
+def test_what_lies_behind_the_server_cannot_be_told_from_its_answers(monkeypatch):
+    """Addresses that are refused, that nothing answers at, or something else than a file, are one and the same to a client."""
+    names = {"inside": "10.0.0.5", "down": "93.184.216.1", "error": "93.184.216.2", "cut": "93.184.216.3"}
+    answers = {
+        names["error"]: b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n",
+        names["cut"]: b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc",
+    }
+    network = Network(monkeypatch, {f"{name}.example": [address] for name, address in names.items()}, answers)
+    connect = network.connect
+    monkeypatch.setattr(network, "connect", lambda address, *more: connect(address, *more) if address in answers else unreachable())
+    hosts = ("inside.example", "nobody.example", "127.0.0.1:22", "down.example", "error.example", "cut.example")
+    bodies = [network.ask(f"http://{host}/x").json()["error"] for host in hosts]
+    assert [{**body, "request_id": ""} for body in bodies] == [{**bodies[0], "request_id": ""}] * len(hosts)
+    assert bodies[0]["message"] == TOLD[FetchError] and "10.0" not in str(bodies)
+
+
+def unreachable():
+    raise OSError(111, "refused")
+
+
+def test_a_file_at_a_public_address_that_is_no_image_or_too_large_says_so(monkeypatch):
+    network = Network(monkeypatch, {"a.example": ["93.184.216.1"]}, {"93.184.216.1": http_answer(b"<html>")})
+    assert network.ask("http://a.example/").json()["error"]["message"] == NO_IMAGE_THERE
+    network.answers["93.184.216.1"] = b"HTTP/1.1 200 OK\r\nContent-Length: 1000001\r\n\r\n"
+    assert network.ask("http://a.example/").json()["error"]["message"] == TOLD[TooLargeError]
+    assert network.ask("http://b.example/", ("a.example",)).json()["error"]["message"] == TOLD[HostNotAllowed]
 
 
 def test_each_redirect_passes_the_same_door(monkeypatch):
@@ -372,9 +406,9 @@ def test_hosts_that_are_not_allowed_are_not_even_resolved(monkeypatch):
 def test_pixels_of_all_requests_together_are_bounded():
     async def load():
         loader = PictureLoader(Limits(), max_held_pixels=1000)
-        async with loader.loaded([data_url(picture((30, 20)))]):
+        async with loader.loaded([ImageSource(data_url(picture((30, 20))), "images[0]")]):
             with pytest.raises(ServeError) as refused:
-                async with loader.loaded([data_url(picture((30, 20)))]):
+                async with loader.loaded([ImageSource(data_url(picture((30, 20))), "images[0]")]):
                     pass
             assert refused.value.kind is ErrorKind.OVERLOADED and loader.held_pixels == 600
         assert loader.held_pixels == 0
