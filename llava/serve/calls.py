@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from llava.messages import Message
-from llava.model.routing import RoutingRequest
+from llava.model.routing import Detail, RoutingRequest
 from llava.serve.protocol import Finished, GenerationRequest, Sampling, ServeError, Started, TokenScore
 
 WholeAnswer = tuple[str, Sequence[TokenScore], Finished]
@@ -21,10 +21,12 @@ class ImageSource:
     """An image as a client names it.
 
     text: a data URL or web address, or where `plain_base64` is set, other text that is base64. param: the field it stands in.
+    detail: see `RoutingRequest`.
     """
 
     text: str
     param: str
+    detail: Detail | None = None
     plain_base64: bool = False
 
 

@@ -78,7 +78,7 @@ def read_worker_request(value: Any, card: ModelCard, limits: Limits) -> Call:
             seed=request.seed,
             stop=read_stop(request.stop, limits),
         ),
-        routing=read_routing(_one_granularity(request), card),
+        routing=read_routing(_one_granularity(request), card, sources),
         stream=True,
         echo=request.echo,
     )

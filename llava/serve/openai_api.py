@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.messages import Message, normalise_turns, text_of_parts
-from llava.model.routing import RoutingRequest
+from llava.model.routing import Detail, RoutingRequest
 from llava.serve.body_fields import Closed
 from llava.serve.calls import Call, ImageSource, WholeAnswer
 from llava.serve.errors import FieldError, error_fields, field_path
@@ -48,14 +48,20 @@ class TextPart(Closed):
     text: str
 
 
+ImageDetail = Literal["auto", "low", "high", "original"]
+DETAILS: dict[ImageDetail | None, Detail | None] = {"low": "low", "high": "high", "original": "high"}
+DETAIL_DESCRIPTION = (
+    "How many visual tokens this image gets, within what `granularity` and `max_visual_tokens` leave open: `low` the fewest, `high` and "
+    "`original` the most; null or `auto` lets the model choose."
+)
+
+
 @with_neutral(OF_IMAGE_URL)
 class ImageUrl(Closed):
     """Where a picture is: a data URL (`data:image/png;base64,...`), or a web address where the server fetches those."""
 
     url: str
-    detail: Literal["auto", "low", "high"] | None = Field(
-        None, description="Taken, because clients send it, and without effect: the model chooses by itself, or `granularity` does."
-    )
+    detail: ImageDetail | None = Field(None, description=DETAIL_DESCRIPTION)
 
 
 @with_neutral(OF_IMAGE)
@@ -293,7 +299,7 @@ def read_chat(value: Any, card: ModelCard, limits: Limits) -> Call:
         turns=turns,
         sources=sources,
         sampling=_read_sampling(request, limits),
-        routing=read_routing(request, card),
+        routing=read_routing(request, card, sources),
         n=n,
         stream=bool(request.stream),
         include_usage=bool(request.stream_options and request.stream_options.include_usage),
@@ -330,7 +336,7 @@ def _read_content(content: str | list[ContentPart] | None, role: str, param: str
     """A message's text, with a placeholder for each image, and the images; both keep the images' own order."""
     parts = [TextPart(type="text", text=content or "")] if isinstance(content, (str, type(None))) else content
     sources = [
-        ImageSource(part.image_url.url, f"{param}[{place}].image_url.url")
+        ImageSource(part.image_url.url, f"{param}[{place}].image_url.url", DETAILS.get(part.image_url.detail))
         for place, part in enumerate(parts)
         if isinstance(part, ImagePart)
     ]
@@ -369,8 +375,8 @@ def _read_sampling(request: ChatRequest, limits: Limits) -> Sampling:
     return read_sampling(request, limits, longest, (request.top_logprobs or 0) if request.logprobs else None)
 
 
-def read_routing(fields: RoutingFields, card: ModelCard) -> RoutingRequest:
-    """What is asked about granularity, checked against what the model has."""
+def read_routing(fields: RoutingFields, card: ModelCard, sources: Sequence[ImageSource]) -> RoutingRequest:
+    """What is asked about granularity, of all images and of each, checked against what the model has."""
     wanted = None if isinstance(fields.granularity, str) else fields.granularity
     if not card.granularities and (wanted is not None or fields.max_visual_tokens is not None):
         raise FieldError("This model has no granularities to choose from; leave the field out.", "granularity")
@@ -382,7 +388,8 @@ def read_routing(fields: RoutingFields, card: ModelCard) -> RoutingRequest:
     if not all(known) and not finest_or_more:
         raise FieldError(f"granularity is not among this model's: {list(card.granularities)}.", "granularity")
     granularity = tuple(wanted) if isinstance(wanted, list) else wanted
-    return RoutingRequest(granularity, fields.max_visual_tokens, fields.granularity_bias or 0.0)
+    details = tuple(source.detail for source in sources)
+    return RoutingRequest(granularity, fields.max_visual_tokens, fields.granularity_bias or 0.0, details if any(details) else ())
 
 
 def image_fields(report: ImageReport) -> dict[str, Any]:

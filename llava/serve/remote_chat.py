@@ -18,6 +18,7 @@ from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.messages import Message, normalise_turns
+from llava.model.routing import Detail, RoutingRequest
 from llava.serve.outbound import BrokenOff, Reply, parse_json_object
 from llava.serve.protocol import (
     CHAT_PATH,
@@ -103,7 +104,7 @@ def chat_body(request: GenerationRequest, model: str) -> dict[str, Any]:
     sampling = request.sampling
     body: dict[str, Any] = {
         "model": model,
-        "messages": chat_messages(_turns(request), request.images),
+        "messages": chat_messages(_turns(request), request.images, request.routing),
         "stream": True,
         "stream_options": {"include_usage": True},
         "temperature": sampling.temperature,
@@ -141,11 +142,12 @@ def _turns(request: GenerationRequest) -> Sequence[Message]:
             ErrorKind.INVALID_REQUEST,
             "The server behind this model takes turns, and this finished prompt is written with no known template; send turns to "
             f"{CHAT_PATH}.",
+            "prompt",
         )
     return turns
 
 
-def chat_messages(turns: Sequence[Message], images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+def chat_messages(turns: Sequence[Message], images: Sequence[Image.Image], routing: RoutingRequest) -> list[dict[str, Any]]:
     """Turns as OpenAI's messages, each image where its placeholder stands.
 
     Raises:
@@ -156,21 +158,25 @@ def chat_messages(turns: Sequence[Message], images: Sequence[Image.Image]) -> li
         raise ServeError(
             ErrorKind.INVALID_REQUEST, f"The text holds {marked} <image> placeholders, but {len(images)} pictures came; make them agree."
         )
-    waiting = iter(images)
+    waiting = iter([_image_part(image, routing.detail_of(place)) for place, image in enumerate(images)])
     return [{"role": turn.role, "content": _content(turn.text, waiting)} for turn in turns]
 
 
-def _content(text: str, images: Iterator[Image.Image]) -> str | list[dict[str, Any]]:
+def _content(text: str, images: Iterator[dict[str, Any]]) -> str | list[dict[str, Any]]:
     """A turn's text, cut at its placeholders; the line break that a template puts after a picture goes with it."""
     head, *rest = text.split(DEFAULT_IMAGE_TOKEN)
     if not rest:
         return head
     parts: list[dict[str, Any]] = [{"type": "text", "text": head}] if head else []
     for piece in rest:
-        parts.append({"type": "image_url", "image_url": {"url": _data_url(next(images))}})
+        parts.append(next(images))
         if shown := piece.removeprefix("\n"):
             parts.append({"type": "text", "text": shown})
     return parts
+
+
+def _image_part(image: Image.Image, detail: Detail | None) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": _data_url(image), **({"detail": detail} if detail else {})}}
 
 
 def _data_url(image: Image.Image) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
 
@@ -235,12 +235,13 @@ class RemoteEngine:
 
     def _check(self, request: GenerationRequest) -> None:
         check_sampling(request.sampling, self._model.owner if self._model else "")
-        asked = request.routing != RoutingRequest()
+        asked = replace(request.routing, details=()) != RoutingRequest()
         if asked and not self.card.granularities:
             raise ServeError(
                 ErrorKind.INVALID_REQUEST,
                 "The server behind this model has no granularities to choose from; leave out granularity, max_visual_tokens and "
                 "granularity_bias.",
+                "granularity",
             )
         if len(request.images) > self.backend.max_images:
             raise ServeError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from llava.model.routing import RoutingRequest, allowed_levels, choose_levels
+from llava.model.routing import RoutingError, RoutingRequest, allowed_levels, choose_levels
 
 LEVELS = [36, 72, 144]
 COSTS = [40, 80, 160]
@@ -39,6 +41,44 @@ def test_a_budget_is_shared_by_the_images_of_a_prompt():
     logits = [[0.0, 0.5, 1.0], [0.0, 0.9, 1.0]]  # the second image loses less by stepping down
     assert choose(logits, RoutingRequest(max_visual_tokens=240)) == [2, 1]
     assert choose(logits, RoutingRequest(max_visual_tokens=160)) == [1, 1]
+
+
+def test_details_choose_for_each_image_within_what_the_granularity_leaves_open():
+    logits = [[0.1, 0.9, 0.5]] * 3
+    details = ("low", "high", None)
+    assert choose(logits, RoutingRequest(details=details)) == [0, 2, 1]
+    assert choose(logits, RoutingRequest([72, 144], details=details)) == [1, 2, 1]
+    assert choose(logits, RoutingRequest(72, details=details)) == [1, 1, 1]  # a number leaves nothing open
+    assert choose([None] * 3, RoutingRequest(details=details), has_router=False) == [0, 2, 2]
+
+
+def test_a_budget_holds_whatever_the_details_are():
+    logits = [[0.1, 0.9, 0.8]] * 3
+    details = ("high", None, "low")
+    wish = {budget: choose(logits, RoutingRequest(max_visual_tokens=budget, details=details)) for budget in (280, 240, 160, 120)}
+    assert wish == {280: [2, 1, 0], 240: [2, 0, 0], 160: [1, 0, 0], 120: [0, 0, 0]}  # the image that shall be high gives way last
+    with pytest.raises(RoutingError, match="costs 120"):
+        choose(logits, RoutingRequest(max_visual_tokens=119, details=details))
+
+
+def test_there_is_one_detail_for_each_image_or_none():
+    with pytest.raises(RoutingError, match="There are 1 details, but 2 images") as refused:
+        choose([None] * 2, RoutingRequest(details=("low",)))
+    assert refused.value.field == "details"
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (RoutingRequest(50), "granularity"),
+        (RoutingRequest(max_visual_tokens=39), "max_visual_tokens"),
+        (RoutingRequest(bias=math.inf), "bias"),
+    ],
+)
+def test_refusals_name_the_field(request_, field):
+    with pytest.raises(RoutingError) as refused:
+        choose([[0.0, 0.0, 0.0]], request_)
+    assert refused.value.field == field
 
 
 @pytest.mark.parametrize(

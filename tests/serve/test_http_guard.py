@@ -67,8 +67,6 @@ def raw_exchange(port: int, data: bytes, seconds: float = 60.0) -> bytes:
         b'{"a": 1, "a": 2}',
         b'{"a": "\xff"}',
         b'"\xed\xa0\x80"',
-        b'{"a": "\\ud800"}',
-        b'{"\\udfff": 1}',
         b"[" * 100_000 + b"]" * 100_000,
         b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
         b"[" + b"1," * MAX_JSON_ITEMS + b"1]",

@@ -58,7 +58,7 @@ def test_images_behind_the_words_are_read_as_those_in_front_of_them():
     first = read(messages=[{"role": "user", "content": [*image, *words[:2]]}])
     for parts in ([*words, *image], [words[0], words[1], image[0], words[2], image[1]], [words[3], *image, *words]):
         call = read(messages=[{"role": "user", "content": parts}])
-        assert (call.turns, call.sources) == (first.turns, first.sources)
+        assert call.turns == first.turns and [source.text for source in call.sources] == [source.text for source in first.sources]
     between = read(messages=[{"role": "user", "content": [words[0], image[0], words[1], image[1]]}])
     assert between.turns[0].text == "which\n<image>\none?\n<image>"
 
@@ -183,6 +183,16 @@ def test_a_refusal_says_what_is_taken_here_in_words_of_the_api(fields, told):
 )
 def test_granularity(granularity, read_as):
     assert read(granularity=granularity).routing.granularity == read_as
+
+
+def test_each_image_has_its_own_detail():
+    def details(*given, **fields):
+        parts = [{"type": "image_url", "image_url": {"url": "data:a", "detail": detail}} for detail in given]
+        return read(messages=[{"role": "user", "content": [*parts, {"type": "text", "text": "which?"}]}], **fields).routing
+
+    assert details("low", "high", "original", "auto", None).details == ("low", "high", "high", None, None)
+    assert details("auto", None) == RoutingRequest()
+    assert details("low", granularity=[36, 144], max_visual_tokens=99) == RoutingRequest((36, 144), 99, 0.0, ("low",))
 
 
 def test_choices_draw_from_seeds_of_their_own():

@@ -74,6 +74,35 @@ def test_what_cannot_fit_at_any_granularity_is_refused_before_it_costs_anything(
     assert caught.value.kind is ErrorKind.CONTEXT_LENGTH
 
 
+@pytest.mark.parametrize(
+    ("wanted", "param"),
+    [
+        (replace(about(RED), routing=RoutingRequest(5)), "granularity"),
+        (replace(about(RED), routing=RoutingRequest(max_visual_tokens=1)), "max_visual_tokens"),
+        (replace(about(RED), routing=RoutingRequest(details=("low", "low"))), "images"),
+        (about(RED, Image.new("RGB", (900, 2))), "images[1]"),
+        (about(text="word " * 600), "messages"),
+        (replace(about(text="<image> what?"), messages=(), prompt="<image> what?"), "prompt"),
+        (GenerationRequest("r", prompt="word " * 600), "prompt"),
+    ],
+)
+def test_a_refusal_names_the_part_of_the_request(micro, wanted, param):
+    with pytest.raises(ServeError) as caught:
+        Stages(micro).preparer.prepare(wanted)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("details", "asked"), [(("low", "high"), False), (("low", None), True), ((), True)]
+)
+def test_the_router_is_asked_only_where_an_image_is_left_to_it(micro, details, asked):
+    both = replace(about(RED, BLUE, text="<image> <image> Which is red?"), routing=RoutingRequest([8, 16, 64], details=details))
+    [(encoded, _)] = Stages(micro).encode(both)
+    assert [bool(report.logits) for report in encoded.reports] == [asked] * 2
+    chosen = [report.granularity for report in encoded.reports]
+    assert all(detail is None or level == {"low": 8, "high": 64}[detail] for level, detail in zip(chosen, details, strict=False))
+
+
 def test_pictures_are_blamed_only_where_the_text_alone_would_fit(micro):
     words = "word " * 600
     for wanted in (about(text=words), about(RED, text=words)):

@@ -222,7 +222,19 @@ def test_llavas_single_turn_prompt_goes_to_the_backend_and_an_unknown_one_is_ref
     assert messages[1]["content"][1] == {"type": "text", "text": "What?"}
     with pytest.raises(ServeError, match="known template") as caught:
         chat_body(GenerationRequest("r", prompt="Once upon a time"), "m")
-    assert caught.value.kind is ErrorKind.INVALID_REQUEST
+    assert caught.value.kind is ErrorKind.INVALID_REQUEST and caught.value.param == "prompt"
+
+
+def test_each_image_goes_to_the_backend_with_its_detail() -> None:
+    wish = asking(images=(RED, RED, RED), routing=RoutingRequest(details=("low", None, "high")))
+    parts = [part for message in chat_body(wish, "m")["messages"] for part in message["content"] if part["type"] == "image_url"]
+    assert [part["image_url"].get("detail") for part in parts] == ["low", None, "high"]
+
+    async def answered(engine: RemoteEngine) -> None:
+        await collected(engine, wish)  # also where there are no granularities: servers that know no detail do without
+
+    with FakeBackend(lambda exchange: exchange.chat(["x"])) as fake:
+        with_engine(fake, answered)
 
 
 def test_granularity_goes_only_to_a_backend_that_has_some() -> None:
@@ -231,7 +243,7 @@ def test_granularity_goes_only_to_a_backend_that_has_some() -> None:
     async def refused(engine: RemoteEngine) -> None:
         with pytest.raises(ServeError, match="no granularities") as caught:
             await collected(engine, wish)
-        assert caught.value.kind is ErrorKind.INVALID_REQUEST
+        assert caught.value.kind is ErrorKind.INVALID_REQUEST and caught.value.param == "granularity"
 
     ours = {"data": [{"id": "other", "granularities": [36, 144, 576], "has_router": True, "context_length": 1024}]}
     with FakeBackend(lambda exchange: exchange.chat(["x"])) as fake:

@@ -352,7 +352,8 @@ def test_every_broken_picture_gets_the_same_words(worker: Served) -> None:
     for name, url in BAD_PICTURES.items():
         error = worker.ask("q", (url,)).json()["error"]
         assert error.pop("request_id") and error == {
-            "message": told_of(url), "type": "invalid_request_error", "param": None, "code": "invalid_image",
+            "message": told_of(url), "type": "invalid_request_error", "code": "invalid_image",
+            "param": "messages[0].content[0].image_url.url",
         }, name  # fmt: skip
 
 
