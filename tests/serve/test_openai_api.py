@@ -237,7 +237,7 @@ def test_choices_draw_from_seeds_of_their_own():
         ({"min_p": 1.1}, "min_p"),
         ({"min_p": -0.1}, "min_p"),
         ({"ignore_eos": 1}, "ignore_eos"),
-        ({"stop_token_ids": [-1]}, "stop_token_ids.0"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
         ({"stop_token_ids": 3}, "stop_token_ids"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
         ({"logit_bias": {"1": 100.5}}, "logit_bias.1"),
