@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import filelock
+
 logger = logging.getLogger(__name__)
 
 STAGING_PREFIX = ".unfinished-"
@@ -66,6 +68,29 @@ def _lack_of_room(error: BaseException) -> str | None:
             return found[0]
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+@contextmanager
+def held_alone(lock: Path, what: str) -> Iterator[None]:
+    """Keep other processes from the same work while the block runs. The lock is the living process's: one that died holds nothing.
+
+    Args:
+        lock: the lock's file; its folder is made where there is none.
+        what: what is held, for the sentence.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    held = filelock.FileLock(lock)
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise ValueError(f"another process is at work on {what}; wait for it or stop it, or choose another place.") from error
+    try:
+        yield
+    finally:
+        held.release()
 
 
 # ---- files

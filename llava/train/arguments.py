@@ -153,7 +153,11 @@ class TrainingArguments(LoraFlags, transformers.TrainingArguments):
         default=None, metadata={"help": "Longest row, text and visual tokens together; the checkpoint's context by default."}
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Remove checkpoints of an earlier run from the output folder; refused without it."}
+        default=False, metadata={"help": "Remove an earlier run's checkpoints from the output folder and replace its model."}
+    )
+    accept_lost_state: bool = field(
+        default=False,
+        metadata={"help": "Resume although a checkpoint's optimizer, schedule, random state or checksums are lost: they start anew."},
     )
     evaluation_strategy: str | None = field(default=None, metadata={"help": "Older name of --eval_strategy."})
     warmup_ratio: float | None = field(default=None, metadata={"help": "Share of the steps that warm up."})

@@ -1,10 +1,22 @@
-"""Checkpoints that are complete or absent, and files that hold the projector alone."""
+"""Checkpoints and finished models with checksums of their files, and files that hold the projector alone.
+
+Beside what it holds, a folder that training wrote has a `checkpoint.json`:
+
+    {"stage": "rglf", "step": 400, "sha256": {"config.json": "9f86d0...", "model.safetensors": "60303a...", ...}}
+
+It is written when everything else is on the disk. A finished model is moved into the output folder, which holds other things too, in an
+order that leaves it found or not found at any moment, and that the next run completes where it was broken off (`publish_into`).
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +24,81 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llava.durable import remove_folder, sync, sync_tree
+from llava.durable import remove_folder, sync, sync_tree, write_whole
 from llava.model.adapter import ADAPTER_CONFIG, ADAPTER_FILES, REST_FILES, has_adapter, is_adapter, restore_adapter
 from llava.train.stages import part_of
 
 logger = logging.getLogger(__name__)
 
 PROJECTOR_FILE = "mm_projector.safetensors"
+MANIFEST = "checkpoint.json"
+CONFIG = "config.json"
+FINISHED = "final"
+"""Folder within an output folder where a finished model waits to be moved."""
+
+_HASHING_THREADS = 4
+_HASHED_BYTES = 2**22
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder that training wrote holds.
+
+    Attributes:
+        stage: the stage that was trained.
+        step: steps taken so far.
+        sha256: checksum of every file, by its path within the folder.
+    """
+
+    stage: str
+    step: int
+    sha256: dict[str, str]
+
+
+def write_manifest(folder: Path, stage: str, step: int) -> None:
+    """Write the checksums of all files of a folder into it."""
+    names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
+    write_whole(folder / MANIFEST, json.dumps(asdict(Manifest(stage, step, _checksums(folder, names))), indent=1) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder, `None` where it has none.
+
+    Raises:
+        ValueError: the manifest is damaged.
+    """
+    file = folder / MANIFEST
+    try:
+        found = Manifest(**json.loads(file.read_text(encoding="utf-8")))
+        sound = isinstance(found.step, int) and isinstance(found.stage, str) and isinstance(found.sha256, dict)
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{file} is damaged; go on from another checkpoint, or start anew with --overwrite_output_dir True.")
+    return found
+
+
+def damaged_files(folder: Path, manifest: Manifest, names: Collection[str] | None = None) -> list[str]:
+    """The files that are missing or do not have their checksum, among `names` or all."""
+    wanted = sorted(manifest.sha256 if names is None else set(names) & manifest.sha256.keys())
+    there = [name for name in wanted if (folder / name).is_file()]
+    found = _checksums(folder, there)
+    return [name for name in wanted if found.get(name) != manifest.sha256[name]]
+
+
+def _checksums(folder: Path, names: Collection[str]) -> dict[str, str]:
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # hashing lets the interpreter go, so the disk decides how long it takes
+        return dict(zip(names, pool.map(lambda name: _sha256(folder / name), names), strict=True))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_HASHED_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -109,18 +189,35 @@ def load_projector(model: nn.Module, path: Path, allow_bin: bool = False) -> Non
 
 
 def publish_into(staging: Path, folder: Path) -> None:
-    """Move finished files into a folder that holds other things too; `config.json` goes last and old ones go first.
+    """Move a finished model with its manifest into a folder that holds other things too.
 
-    Without its config.json a folder is no checkpoint, so a reader finds the old model, none, or the new one.
+    Without its config.json a folder is no checkpoint, so a reader finds the old model, none, or the new one: it goes first and comes
+    last. The manifest comes last but one, so what a kill leaves says what belongs to it, and `complete_publication` goes on.
     """
     sync_tree(staging)
+    _move(staging, folder)
+
+
+def complete_publication(folder: Path) -> None:
+    """Go on where a killed run left a finished model half moved."""
+    staging = folder / FINISHED
+    if (staging / CONFIG).is_file() and (read_manifest(staging) or read_manifest(folder)):
+        logger.info("putting the finished model of a killed run in its place, %s", folder)
+        _move(staging, folder)
+    elif staging.is_dir() and not any(staging.iterdir()):
+        staging.rmdir()
+
+
+def _move(staging: Path, folder: Path) -> None:
+    manifest = read_manifest(staging) or read_manifest(folder)
+    assert manifest is not None, f"{staging} has no {MANIFEST}"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").unlink(missing_ok=True)
-    for name in (ADAPTER_CONFIG, *ADAPTER_FILES, *REST_FILES):
+    (folder / CONFIG).unlink(missing_ok=True)
+    of_models = {ADAPTER_CONFIG, *ADAPTER_FILES, *REST_FILES, PROJECTOR_FILE}
+    of_models |= {path.name for path in folder.glob("model*.safetensors*")}
+    for name in sorted(of_models - manifest.sha256.keys()):
         (folder / name).unlink(missing_ok=True)
-    for stale in folder.glob("model*.safetensors*"):
-        stale.unlink()
-    for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+    for path in sorted(staging.iterdir(), key=lambda path: (path.name == CONFIG, path.name == MANIFEST, path.name)):
         os.replace(path, folder / path.name)
     staging.rmdir()
     sync(folder)

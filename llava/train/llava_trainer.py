@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import resource
+import shutil
 import sys
 import time
 from collections import defaultdict
@@ -21,13 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from llava.durable import publish, staging_folder, whole_folder
+from llava.durable import publish, remove_folder, room_for, staging_folder, whole_folder
 from llava.train.arguments import TrainingArguments
-from llava.train.checkpoint import keep_newest, publish_into, restore_weights, save_projector
+from llava.train.checkpoint import FINISHED, checkpoints, keep_newest, publish_into, restore_weights, save_projector, write_manifest
 from llava.train.features import FeatureCache
 from llava.train.objectives import LESSONS, Batch, Lesson, RouterSettings, count_items, image_features
+from llava.train.run_folder import random_state_file
 from llava.train.sampler import GroupedSampler
 from llava.train.stages import part_of
 
@@ -133,11 +135,15 @@ class LlavaTrainer(Trainer):
         router_settings: how stage 4 teaches the router.
         feature_cache: tower features by picture; the tower must be frozen.
         kwargs: the stock Trainer's.
+
+    Attributes:
+        lost_state: files of a checkpoint's state that are missing or damaged; what they held starts anew.
     """
 
     args: TrainingArguments
     model: Any
     train_dataset: Any
+
     def __init__(
         self, *, router_settings: RouterSettings | None = None, feature_cache: FeatureCache | None = None, **kwargs: Any
     ) -> None:
@@ -154,6 +160,7 @@ class LlavaTrainer(Trainer):
         self.steps_skipped = 0
         self._evaluated = [0.0, 0.0]
         self._run_dir: Path | None = None
+        self.lost_state: frozenset[str] = frozenset()
         self._sampler: GroupedSampler | None = None
         self.add_callback(_EpochOfSampler(self))
         self._vision_learns = any(
@@ -340,23 +347,36 @@ class LlavaTrainer(Trainer):
         return str(self._run_dir) if self._run_dir is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint under a hidden name and rename it when every process is done with it."""
-        output = self.args.output_folder
+        """Save a checkpoint under a hidden name and rename it when every process is done with it.
+
+        Raises:
+            NoSpaceError: there is no room; nothing half is left.
+        """
         name = f"checkpoint-{self.state.global_step}"
-        self._run_dir = staging_folder(output / name)
+        staging = staging_folder(self.args.output_folder / name)
+        try:
+            with room_for(self.args.output_folder / name):
+                self._write_checkpoint(model, trial, staging, name)
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any, staging: Path, name: str) -> None:
+        output = self.args.output_folder
+        self._run_dir = staging
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            run_dir, self._run_dir = self._run_dir, None
+            self._run_dir = None
         self.accelerator.wait_for_everyone()
         if self.state.best_model_checkpoint:
             self.state.best_model_checkpoint = str(output / Path(self.state.best_model_checkpoint).name)
         if self.args.should_save:
-            self.state.save_to_json(str(run_dir / name / TRAINER_STATE_NAME))
-            publish(run_dir / name, output / name)
-            run_dir.rmdir()
+            self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+            write_manifest(staging / name, self.args.stage_plan.name, self.state.global_step)
+            publish(staging / name, output / name)
             keep_newest(output, self.args.save_total_limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if state_dict is not None and not state_dict:
@@ -369,14 +389,63 @@ class LlavaTrainer(Trainer):
             save_projector(weights, Path(output_dir or self.args.output_folder))
 
     def save_final(self) -> None:
-        """Put the finished model, its tokenizer and its config into the output folder, complete or not at all."""
+        """Put the finished model, its tokenizer, config and trainer's state into the output folder, complete or not at all.
+
+        Raises:
+            NoSpaceError: there is no room; nothing half is left.
+        """
         output = self.args.output_folder
         self.model.config.use_cache = True  # transformers' trainer switches it off while it trains
-        with whole_folder(output / "final", self.args.should_save) as staging:
+        with whole_folder(output / FINISHED, self.args.should_save) as staging:
             self.save_model(str(staging))
+            if self.args.should_save:
+                self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
+                write_manifest(staging, self.args.stage_plan.name, self.state.global_step)
         if self.args.should_save:
-            publish_into(output / "final", output)
+            publish_into(output / FINISHED, output)
         self.accelerator.wait_for_everyone()
+
+    # ---- going on
+
+    def planned_steps(self) -> int:
+        """Steps that this run takes from its beginning to its end."""
+        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        """An epoch, unless the run was resumed from its last step: the stock loop looks for the end behind a step only."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*arguments, **options)
+
+    def _finalize_training(self, *arguments: Any, **options: Any) -> Any:
+        """The stock end; of checkpoints beside the best one, where one is to be kept, nothing half is left."""
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and best is not None and self.args.save_total_limit == 1:
+            for folder in checkpoints(self.args.output_folder):
+                if str(folder) != best:
+                    remove_folder(folder)
+        return super()._finalize_training(*arguments, **options)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The stock loading, which takes both or none; where one was lost and that was accepted, the other alone."""
+        if checkpoint is None or not {OPTIMIZER_NAME, SCHEDULER_NAME} & self.lost_state or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        for name, target in ((OPTIMIZER_NAME, self.optimizer), (SCHEDULER_NAME, self.lr_scheduler)):
+            if name not in self.lost_state:
+                target.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if SCALER_NAME not in self.lost_state:
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if random_state_file(self.args) not in self.lost_state:
+            super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         restore_weights(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))

@@ -13,20 +13,21 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from transformers import HfArgumentParser, PreTrainedTokenizerBase, set_seed
+from transformers import HfArgumentParser, PreTrainedTokenizerBase, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from llava.conversation import conv_templates
 from llava.crops import get_anyres_image_grid_shape
-from llava.durable import remove_folder, remove_unfinished
+from llava.interrupts import keeping, run_program
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, check_arguments
 from llava.train.build import load_model
-from llava.train.checkpoint import checkpoints
 from llava.train.dataset import Collator, ConversationDataset, RowReader
 from llava.train.distributed import is_lost_process, loaded_whole, lost_process_sentence, meet
 from llava.train.features import FeatureCache
 from llava.train.llava_trainer import LlavaTrainer
 from llava.train.mixture import open_rows
 from llava.train.objectives import RouterSettings, granularities
+from llava.train.run_folder import go_on, held, kept, prepare
 from llava.train.score_granularities import GranularityScores, data_fingerprint, model_fingerprint
 from llava.train.shards import PictureFolder, open_pictures
 from llava.train.stages import apply_stage, log_training_table
@@ -159,46 +160,31 @@ def train(argv: Sequence[str] | None = None) -> LlavaTrainer:
     training_args = arguments[2]
     setup_logging()
     meet(training_args)
-    _prepare_output(training_args)
-    trainer = make_trainer(arguments)
-    trainer.train(resume_from_checkpoint=_resume_point(training_args))
-    trainer.save_final()
-    trainer.save_state()
+    with keeping(lambda: kept(training_args)), held(training_args):
+        with training_args.main_process_first(local=False, desc="looking at the output folder"):
+            start = prepare(training_args)
+        trainer = make_trainer(arguments)
+        if start.finished is not None and start.finished.step >= trainer.planned_steps():
+            logger.info(
+                "%s holds the finished model of this run (%d steps); nothing is left to do. To train it anew: --overwrite_output_dir True "
+                "without --resume_from_checkpoint.", training_args.output_dir, start.finished.step,
+            )  # fmt: skip
+            trainer.state = TrainerState.load_from_json(str(training_args.output_folder / TRAINER_STATE_NAME))
+            return trainer
+        if start.finished is not None:
+            start = go_on(training_args)
+        trainer.lost_state = start.lost_state
+        trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
+        trainer.save_final()
     return trainer
 
 
-def _prepare_output(training_args: TrainingArguments) -> None:
-    """Clear what a broken-off save left behind, and earlier checkpoints where that is asked for.
-
-    Raises:
-        ValueError: checkpoints of an earlier run, which this one neither goes on from nor may remove.
-    """
-    output = training_args.output_folder
-    earlier = checkpoints(output)
-    if earlier and not _resume_point(training_args):
-        if not training_args.overwrite_output_dir:
-            raise ValueError(
-                f"{output} holds {earlier[-1].name} of an earlier run; go on from it with --resume_from_checkpoint True, start anew "
-                "with --overwrite_output_dir True, or choose another --output_dir."
-            )
-        if training_args.should_save:
-            logger.warning("removing %d checkpoints of an earlier run from %s", len(earlier), output)
-            for folder in earlier:
-                remove_folder(folder)
-    if training_args.should_save:
-        remove_unfinished(output)
-
-
-def _resume_point(training_args: TrainingArguments) -> str | bool | None:
-    """The flag takes a folder, or `True` for the newest checkpoint of the output folder."""
-    value = training_args.resume_from_checkpoint
-    if value is not None and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    return value
-
-
 def main() -> None:
-    """The command line: one sentence per error, and a non-zero exit."""
+    """The command line: one sentence per error, one line after Ctrl-C, and a status that tells."""
+    raise SystemExit(run_program(_run))
+
+
+def _run() -> None:
     try:
         train()
     except (ValueError, FloatingPointError, OSError) as error:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from llava.train.train import main
+from llava.interrupts import hush_imports
+
+hush_imports()
+
+from llava.train.train import main  # noqa: E402  (importing takes seconds)
 
 if __name__ == "__main__":
     main()

@@ -11,12 +11,15 @@ import torch
 from llava.durable import publish
 from llava.train.checkpoint import (
     checkpoints,
+    damaged_files,
     keep_newest,
     load_projector,
     projector_weights,
     publish_into,
+    read_manifest,
     restore_weights,
     save_projector,
+    write_manifest,
 )
 
 
@@ -28,9 +31,33 @@ def test_final_model_replaces_the_old_one(tmp_path: Path) -> None:
     staging.mkdir()
     for name in ("config.json", "model.safetensors"):
         (staging / name).write_text("new")
+    write_manifest(staging, "instruct", 3)
     publish_into(staging, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint.json", "config.json", "model.safetensors"]
     assert (tmp_path / "config.json").read_text() == "new"
+
+
+def test_checksums_tell_what_is_missing_and_what_has_flipped(tmp_path: Path) -> None:
+    (tmp_path / "global_step3").mkdir()
+    names = ["global_step3/shard.pt", "model.safetensors", "optimizer.pt"]
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode() * 3_000_000)
+    assert read_manifest(tmp_path) is None
+    write_manifest(tmp_path, "rglf", 3)
+    manifest = read_manifest(tmp_path)
+    assert manifest is not None and (manifest.stage, manifest.step) == ("rglf", 3) and sorted(manifest.sha256) == names
+    assert damaged_files(tmp_path, manifest) == []
+    with (tmp_path / names[0]).open("r+b") as file:
+        file.seek(40_000_000)
+        byte = file.read(1)[0]
+        file.seek(40_000_000)
+        file.write(bytes([byte ^ 1]))
+    (tmp_path / names[2]).unlink()
+    assert damaged_files(tmp_path, manifest) == [names[0], names[2]] and damaged_files(tmp_path, manifest, names[1:]) == names[2:]
+    for text in ("", "[]", "{}", '{"stage": "rglf"}', '{"stage": 3, "step": 3, "sha256": {}}', '{"stage": "a", "step": "3", "sha256": {}}'):
+        (tmp_path / "checkpoint.json").write_text(text)
+        with pytest.raises(ValueError, match="checkpoint.json is damaged; go on from another checkpoint"):
+            read_manifest(tmp_path)
 
 
 def test_old_checkpoints_go(tmp_path: Path) -> None:
@@ -82,5 +109,6 @@ def test_published_files_are_as_readable_as_others(tmp_path: Path) -> None:
         staging = tmp_path / f"staging-{name}"
         staging.mkdir()
         (staging / "model.safetensors").touch(mode=0o600)
+        write_manifest(staging, "align", 1)
         work(staging, tmp_path / name)
         assert (tmp_path / name / "model.safetensors").stat().st_mode == usual.stat().st_mode

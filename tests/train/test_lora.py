@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
-from llava.train.checkpoint import publish_into, restore_weights
+from llava.train.checkpoint import publish_into, restore_weights, write_manifest
 from llava.train.llava_trainer import optimizer_groups
 from llava.train.stages import part_of
 from llava.train.train import make_trainer, parse_arguments, train
@@ -179,7 +179,7 @@ def test_the_next_stage_merges_an_adapter(adapter: tuple[Path, Any], tmp_path: P
     """Without --lora_enable a stage starts from the merged model and leaves a full one, also where an adapter lay before."""
     folder, trained = adapter
     out = shutil.copytree(folder, tmp_path / "out")
-    model = train(run_flags(out, "rglf", folder)).model
+    model = train(run_flags(out, "rglf", folder, overwrite_output_dir=True)).model
     torch.testing.assert_close(_logits(model), _logits(trained), rtol=1e-5, atol=2e-5)
     names = {file.name for file in out.iterdir()}
     assert "model.safetensors" in names and not names & (FILES - {"config.json", "tokenizer.json"})
@@ -192,8 +192,10 @@ def test_an_adapter_replaces_a_full_model(tmp_path: Path) -> None:
     (tmp_path / "staging").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors", "config.json"):
         (tmp_path / "staging" / name).write_text("new")
+    write_manifest(tmp_path / "staging", "instruct", 1)
     publish_into(tmp_path / "staging", tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "config.json"]
+    names = ["adapter_config.json", "adapter_model.safetensors", "checkpoint.json", "config.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
 
 
 @pytest.mark.parametrize(("bits", "quant_type", "double"), [(4, "nf4", True), (4, "fp4", False), (8, "nf4", True)])
