@@ -1,1 +1,10 @@
-"""Evaluation: answering from the command line, and measuring what granularity buys."""
+"""Asking models many questions: answers in LLaVA's format, reports of accuracy against cost, and one question from the shell."""
+
+from __future__ import annotations
+
+import sys
+
+from llava.interrupts import hush_imports
+
+if sys.argv[:1] == ["-m"]:  # Python's own name while it looks for the program of `python -m llava.eval...`; whoever imports us has another
+    hush_imports()

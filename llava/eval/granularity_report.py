@@ -6,11 +6,15 @@
 Every question is answered once per granularity; the rows of the table (fixed granularities, chance at the cost of the router, the
 router alone and under biases and budgets, the cheapest correct) follow from these answers and the router's logits. Times and memory are
 measured by single requests on a sample of the questions.
+
+Answers are written to `OUTPUT/answers.parts` as they come: after a kill, Ctrl-C or a full disk the same command goes on where it was. A
+finished report is replaced with `--overwrite` alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -22,27 +26,40 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
+from llava.durable import room_for, write_whole
+from llava.eval.journal import Journal
 from llava.eval.model_vqa import describe_model
 from llava.eval.report import words
-from llava.eval.report.answers import Crash, Record, ask_all, earlier_answers, write_answers
+from llava.eval.report.answers import Crash, Encoder, Record, answered, ask, ask_all
+from llava.eval.report.answers_file import earlier_answers, key_of, write_answers
+from llava.eval.report.baseline import REPORT, Baseline, compare, read_baseline, read_report
 from llava.eval.report.examples import describe_example, draw_example, pick_examples
 from llava.eval.report.measure import Measurements, balanced_sample, measure, mixed, summarise
 from llava.eval.report.outcomes import Outcomes
 from llava.eval.report.page import write_page
+from llava.eval.report.table import csv_of
 from llava.eval.report.tasks import TASKS, Item, Task, open_task, read_task
 from llava.eval.report.ways import Way, Wishes, check_wishes, ways_of_choosing, wishes_of
 from llava.inference import Assistant, micro_model_path
+from llava.interrupts import keeping, run_program
 from llava.utils import setup_logging
 
 logger = logging.getLogger(__name__)
+
+ANSWERS = "answers.jsonl"
+PARTS = "answers.parts"
+PAGES = ("report.html", "report.md", "report.csv")
+"""What is written beside `REPORT`, which is written last and says that a report is finished."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """What is asked for: the flags, read and checked as far as they can be without the model.
 
-    task: the questions. output: the report's folder. model_path: `None` for the shipped model. answers: an earlier report's.
+    task: the questions. output: the report's folder; overwrite: replace what it holds. model_path: `None` for the shipped model.
+    answers: an earlier report's. baseline: an earlier report to compare with.
     granularities: tokens per view to compare, `None` for all. biases: `None` for the usual ones. The rest is as in the flags.
     """
 
@@ -52,6 +69,8 @@ class Settings:
     model_base: str | None
     device: str | None
     answers: Path | None
+    baseline: Path | None
+    overwrite: bool
     granularities: list[int] | None
     biases: list[float] | None
     budgets: list[int]
@@ -107,10 +126,12 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--task", help=f"questions that need no download: {', '.join(TASKS)}")
     source.add_argument("--questions", type=Path, help="JSON objects with question_id, image, text, answer and optionally family")
     add("--image-folder", "--image_folder", type=Path, help="what image names are relative to; the folder of --questions when missing")
-    add("--output", type=Path, required=True, help="folder for report.json, report.md, report.html and answers.jsonl")
+    add("--output", type=Path, required=True, help="folder for report.json, .md, .html and .csv, and answers.jsonl; a stopped run goes on")
+    add("--overwrite", action="store_true", help="replace the report or the other run that the folder of --output holds")
     add("--limit", type=_positive, help="take the first N questions only")
     answers_help = "answers.jsonl of an earlier report on this model and these questions, as long and as fine: only times are measured anew"
     add("--answers", type=Path, help=answers_help)
+    add("--baseline", type=Path, help="folder of an earlier report on these questions: paired differences to it, with intervals")
     levels_help = "compare these tokens per view only, as in 36,144,576; all of the model when missing"
     add("--granularities", type=_numbers(_positive), help=levels_help)
     add("--biases", type=_numbers(_finite), help="rows of the router with these biases, as in --biases=-0.5,0.5")
@@ -153,19 +174,22 @@ def _positive(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0, or 1 with one sentence on standard error where something failed or crashed."""
+    """Run the command; 0, or 1 with one sentence on standard error where something failed or crashed, or 130 after Ctrl-C."""
     args = build_parser().parse_args(argv)
     setup_logging()
     if args.threads:
         torch.set_num_threads(args.threads)
-    try:
-        failure = run(Settings.of(args))
-    except (ValueError, OSError) as error:
-        failure = str(error)
-    if failure is not None:
-        print(f"error: {failure}", file=sys.stderr)
-        return 1
-    return 0
+
+    def work() -> int:
+        try:
+            failure = run(Settings.of(args))
+        except (ValueError, OSError, ImportError) as error:
+            failure = str(error)
+        if failure is not None:
+            print(f"error: {failure}", file=sys.stderr)
+        return 0 if failure is None else 1
+
+    return run_program(work)
 
 
 def run(settings: Settings) -> str | None:
@@ -175,29 +199,71 @@ def run(settings: Settings) -> str | None:
         What crashed, in one sentence, or `None`.
 
     Raises:
-        ValueError: a model or wish that cannot work, or no answer at all. OSError: a model or a folder that cannot be read.
+        ValueError: a model or wish that cannot work, a finished report in the way, or no answer at all.
+        OSError: a model or a folder that cannot be read, or no room for what is written.
     """
     task, output = settings.task, settings.output
+    journal = Journal(output / PARTS)
+    check_output(settings, journal)
+    baseline = None if settings.baseline is None else read_baseline(settings.baseline, task.items)
     assistant = Assistant.load(settings.model_path, settings.model_base, device=settings.device)
     assistant.model.get_vision_tower()
     names = _levels(assistant, settings.granularities)
     wishes = wishes_of(_has_router(assistant), settings.granularities, settings.biases, settings.budgets)
-    check_wishes(assistant, task, wishes)
-    output.mkdir(parents=True, exist_ok=True)
-    origin = _origin(names, settings)
-    records, crashes, unused = _answers(assistant, names, origin, settings)
-    if not records:
-        raise ValueError(f"Not one of {len(task.items)} questions could be answered; the first: {crashes[0].reason}")
-    write_answers(output / "answers.jsonl", origin, [*records, *unused])
-    failures = Failures(crashes, [])
-    report, chosen = make_report(assistant, records, names, wishes, failures, settings)
-    pictures = [draw_example(assistant, task.folder, record, names, level) for record, level in chosen]
-    (output / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
-    (output / "report.html").write_text(write_page(report, pictures), encoding="utf-8")
-    table = words.markdown(report)
-    (output / "report.md").write_text(table, encoding="utf-8")
-    print(f"{table}\nThe page, this table and all numbers: report.html, report.md and report.json in {output}")
+    check_wishes(assistant, task, names, wishes)
+    with keeping(lambda: f"the answers to {len(answered(journal))} questions are kept in {output}; the same command goes on"):
+        records, crashes = _answers(assistant, names, journal, settings)
+        if not records:
+            raise ValueError(f"Not one of {len(task.items)} questions could be answered; the first: {crashes[0].reason}")
+        failures = Failures(crashes, [])
+        report, chosen = make_report(assistant, records, names, wishes, baseline, failures, settings)
+        pictures = [draw_example(assistant, task.folder, record, names, level) for record, level in chosen]
+        table = write_report(output, report, pictures)
+    if failures.sentence(len(task.items)) is None:
+        journal.discard()
+    print(f"{table}\nThe page, this table and all numbers: report.html, report.md, report.csv and report.json in {output}")
     return failures.sentence(len(task.items))
+
+
+# ---- the folder -------------------------------------------------------------------------------------------------------------------
+
+
+def is_unfinished(output: Path, journal: Journal) -> bool:
+    """Whether a run was stopped here, or left answers or parts out that had failed, so that it may go on."""
+    if not (output / REPORT).exists():
+        return journal.description.exists()
+    report = read_report(output)
+    return journal.description.exists() and report is not None and bool(report["crashes"] or report["left_out"])
+
+
+def check_output(settings: Settings, journal: Journal) -> None:
+    """See that nothing that took its time is lost.
+
+    Raises:
+        ValueError: the folder holds something else than an unfinished run, and `--overwrite` was not given.
+    """
+    output = settings.output
+    held = [name for name in (REPORT, *PAGES, ANSWERS) if (output / name).exists()]
+    if settings.answers is not None and held == [ANSWERS] and settings.answers.resolve() == (output / ANSWERS).resolve():
+        held = []
+    if held and not is_unfinished(output, journal) and not settings.overwrite:
+        raise ValueError(f"{output} holds {held[0]} already; choose another --output, or replace what it holds with --overwrite.")
+
+
+def write_report(output: Path, report: Mapping[str, Any], pictures: Sequence[Image.Image]) -> str:
+    """Write a report's files, the one that says that it is finished last.
+
+    Returns:
+        The table as Markdown.
+
+    Raises:
+        NoSpaceError: there is no room.
+    """
+    table = words.markdown(report)
+    texts = dict(zip(PAGES, (write_page(report, pictures), table, csv_of(report)), strict=True))
+    for name, text in (texts | {REPORT: json.dumps(report, indent=1, ensure_ascii=False)}).items():
+        write_whole(output / name, text.encode("utf-8", "backslashreplace"))
+    return table
 
 
 # ---- answers ----------------------------------------------------------------------------------------------------------------------
@@ -225,27 +291,45 @@ def _origin(names: Sequence[int], settings: Settings) -> dict[str, Any]:
     }
 
 
-def _answers(
-    assistant: Assistant, names: Sequence[int], origin: Mapping[str, Any], settings: Settings
-) -> tuple[list[Record], list[Crash], list[Record]]:
-    """Every question at every granularity: asked, or read from an earlier report, whose other answers come last."""
-    task = settings.task
+def _answers(assistant: Assistant, names: Sequence[int], journal: Journal, settings: Settings) -> tuple[list[Record], list[Crash]]:
+    """Every question at every granularity: asked, or read from an earlier report; written to answers.jsonl with that one's other answers.
 
-    def ask(items: Sequence[Item]) -> tuple[list[Record], list[Crash]]:
-        records, crashes = ask_all(assistant, items, task.folder, names, settings.max_new_tokens, settings.batch_size)
-        return [_limited(assistant, record, names) for record in records], crashes
+    Raises:
+        ValueError: an earlier report's answers that do not fit, or a folder that belongs to another run. NoSpaceError: there is no room.
+    """
+    task, output, origin = settings.task, settings.output, _origin(names, settings)
+    kept: list[Record] = []
+    unused: list[Record] = []
+    left = task.items
+    if settings.answers is not None:
+        encoder = Encoder(assistant, task.folder)
+        kept, left, unused = earlier_answers(
+            settings.answers, task.items, origin, lambda items: ask(assistant, encoder(items), names, settings.max_new_tokens)
+        )
+    _begin(journal, {**origin, "questions": _digest(left), "image folder": str(task.folder.resolve())}, settings)
+    asked, crashes = ask_all(assistant, left, task.folder, names, settings.max_new_tokens, settings.batch_size, journal)
+    found = {key_of(record): record for record in [*kept, *asked]}
+    records = [found[key_of(item)] for item in task.items if key_of(item) in found]
+    if records:
+        write_answers(output / ANSWERS, origin, [*records, *unused])
+    return records, crashes
 
-    if settings.answers is None:
-        return *ask(task.items), []
-    return earlier_answers(settings.answers, task.items, origin, ask)
+
+def _digest(items: Sequence[Item]) -> str:
+    return hashlib.sha256(json.dumps([asdict(item) for item in items]).encode()).hexdigest()
 
 
-def _limited(assistant: Assistant, record: Record, names: Sequence[int]) -> Record:
-    """A record whose logits are those of the compared levels."""
-    if record.logits is None:
-        return record
-    own = [level.tokens for level in assistant.model.levels]
-    return replace(record, logits=[record.logits[own.index(name)] for name in names])
+def _begin(journal: Journal, description: dict[str, Any], settings: Settings) -> None:
+    """Go on with a run, or start one in place of what `--overwrite` gives up; questions that failed are asked again."""
+    output = settings.output
+    with room_for(output):
+        output.mkdir(parents=True, exist_ok=True)
+    if not is_unfinished(output, journal):
+        for name in (REPORT, *PAGES):
+            (output / name).unlink(missing_ok=True)
+        journal.discard()
+    journal.begin(description, "Choose another --output, or start anew there with --overwrite.", replace=settings.overwrite)
+    journal.withdraw(list(journal.records().values()))
 
 
 # ---- the report -------------------------------------------------------------------------------------------------------------------
@@ -256,6 +340,7 @@ def make_report(
     records: Sequence[Record],
     names: Sequence[int],
     wishes: Wishes,
+    baseline: Baseline | None,
     failures: Failures,
     settings: Settings,
 ) -> tuple[dict[str, Any], list[tuple[Record, int]]]:
@@ -263,6 +348,7 @@ def make_report(
     task, outcomes = settings.task, Outcomes(records)
     ways, left_out = ways_of_choosing(outcomes, records, names, wishes)
     failures.parts.extend(left_out)
+    compared = _compared(records, ways, wishes, baseline, failures, settings.seed)
     measured = _measured(assistant, records, ways, failures, settings)
     finest = outcomes.resampled(outcomes.fixed(len(names) - 1), settings.seed)
     rows = [_row(outcomes, way, finest, settings.seed) | {"cost": _cost(way, ways, measured, records)} for way in ways]
@@ -287,12 +373,25 @@ def make_report(
         "seed": settings.seed,
         "rows": rows,
         "oracle_gap": _oracle_gap(rows),
+        "baseline": compared,
         "timing": None if measured is None else _timing(measured, settings.timing_repeats),
         "no_router": None if _has_router(assistant) else words.NO_ROUTER,
         "examples": [describe_example(record, names, level) for record, level in chosen],
     }
     said = {"lead": words.LEAD, "facts": words.facts(report), "cards": words.cards(rows), "notes": words.notes(report)}
     return report | said, chosen
+
+
+def _compared(
+    records: Sequence[Record], ways: Sequence[Way], wishes: Wishes, baseline: Baseline | None, failures: Failures, seed: int
+) -> dict[str, Any] | None:
+    if baseline is None:
+        return None
+    try:
+        return compare(records, ways, wishes, baseline, seed)
+    except ValueError as error:
+        failures.parts.append(f"the baseline was left out: {error}")
+        return None
 
 
 def _row(outcomes: Outcomes, way: Way, finest: np.ndarray, seed: int) -> dict[str, Any]:

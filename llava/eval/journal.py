@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from llava.durable import append_whole, room_for, write_whole
 
 
 class Journal:
@@ -27,38 +29,53 @@ class Journal:
     that no process of the next run takes them for its own. Withdrawing by name needs no order between parts and no waiting.
     """
 
-    def __init__(self, folder: Path, rank: int) -> None:
+    def __init__(self, folder: Path, rank: int = 0) -> None:
         self.folder = folder
         self.part = folder / f"part-{rank:05d}.jsonl"
 
-    def begin(self, description: dict[str, Any]) -> None:
+    @property
+    def description(self) -> Path:
+        """The file that says what run the folder belongs to."""
+        return self.folder / "run.json"
+
+    def begin(self, description: dict[str, Any], cure: str, replace: bool = False) -> None:
         """Start, or go on after a run of the same description; the half line that a killed process left is cut off.
 
         Another run that has come to nothing yet, say because its model could not be loaded, is replaced.
 
+        Args:
+            cure: what to do where the folder belongs to another run, for the end of the sentence.
+            replace: start anew there.
+
         Raises:
             ValueError: the folder belongs to another run; the sentence names what differs.
+            NoSpaceError: there is no room.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / "run.json"
-        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        before = json.loads(self.description.read_text(encoding="utf-8")) if self.description.exists() else {}
         changed = differences(before, description)
         if before and changed and self.records():
-            raise ValueError(
-                f"{self.folder} belongs to another run: {'; '.join(changed)}. Choose another --answers-file, or delete the folder and the "
-                "answers."
-            )
+            if not replace:
+                raise ValueError(f"{self.folder} belongs to another run: {'; '.join(changed)}. {cure}")
+            self.discard()
+        with room_for(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         if changed:
-            write_whole(file, json.dumps(description, indent=1))
+            write_whole(self.description, json.dumps(description, indent=1), shared=True)
         if self.part.exists():
             whole = self.part.read_bytes().rpartition(b"\n")
             os.truncate(self.part, len(whole[0]) + len(whole[1]))
 
+    def discard(self) -> None:
+        """Forget everything."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def add(self, records: Sequence[dict[str, Any]]) -> None:
-        """Append lines in one write, so that only the last of them can be cut short."""
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        with self.part.open("ab", buffering=0) as file:
-            file.write(text.encode())
+        """Append lines: all of them, or none where there is no room; a kill can cut the last of them short.
+
+        Raises:
+            NoSpaceError: there is no room.
+        """
+        append_whole(self.part, json_lines(records))
 
     def withdraw(self, records: Sequence[dict[str, Any]]) -> None:
         """Let errors among these count no more; answers stay."""
@@ -109,8 +126,11 @@ def differences(before: dict[str, Any], now: dict[str, Any], within: str = "") -
     return found
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a file that is either there whole or not at all, whoever else writes the same at this moment."""
-    draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, file)
+def json_lines(records: Iterable[Mapping[str, Any]]) -> bytes:
+    """Records as JSONL in UTF-8. Half a surrogate pair, which UTF-8 cannot hold, stays the escape that JSON has for it.
+
+    Raises:
+        ValueError: a number that JSON has not.
+    """
+    text = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+    return text.encode("utf-8", "backslashreplace")

@@ -21,6 +21,7 @@ import sys
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,15 @@ from tqdm import tqdm
 from transformers.utils import cached_file
 
 from llava.conversation import get_template
-from llava.eval.journal import Journal, write_whole
-from llava.eval.levels import check_routing
+from llava.durable import write_whole
+from llava.eval.checks import check_questions, check_routing
+from llava.eval.journal import Journal, json_lines
 from llava.eval.one_by_one import Failure, attempt
 from llava.eval.questions import Row, other_fields, read_questions
 from llava.flags import add_flag, add_model_and_options, options_of
 from llava.images import load_image
 from llava.inference import Answer, Assistant, Options, Question, micro_model_path
+from llava.interrupts import keeping, run_program
 from llava.mm_utils import get_model_name_from_path
 from llava.utils import pick_device, setup_logging
 
@@ -120,6 +123,16 @@ def describe_model(model: str) -> str:
 # ---- answers
 
 
+def questions_of(rows: Sequence[Row], image_folder: Path) -> list[Question]:
+    """Rows with their images opened, each once.
+
+    Raises:
+        ImageError: an image cannot be read.
+    """
+    images = {name: load_image(image_folder / name) for name in dict.fromkeys(name for row in rows for name in row.images)}
+    return [Question([images[name] for name in row.images], row.text) for row in rows]
+
+
 def answer_rows(assistant: Assistant, rows: Sequence[Row], options: Options, image_folder: Path, model_id: str) -> list[dict[str, Any]]:
     """Answer rows in one batch; where that fails, one by one, so that a failure is its own row's alone.
 
@@ -128,9 +141,7 @@ def answer_rows(assistant: Assistant, rows: Sequence[Row], options: Options, ima
     """
 
     def work(some: Sequence[Row]) -> list[dict[str, Any]]:
-        pictures = {name: load_image(image_folder / name) for name in dict.fromkeys(name for row in some for name in row.images)}
-        questions = [Question([pictures[name] for name in row.images], row.text) for row in some]
-        answers = assistant.answer_batch(questions, options)
+        answers = assistant.answer_batch(questions_of(some, image_folder), options)
         return [_answered(row, answer, model_id, len(some)) for row, answer in zip(some, answers, strict=True)]
 
     records, failures = attempt(work, rows)
@@ -173,7 +184,7 @@ def answer_all(args: argparse.Namespace, rows: Sequence[Row], options: Options, 
     """Load the model and answer this process's share of what is not answered yet.
 
     Raises:
-        ValueError: a model that cannot be asked like this.
+        ValueError: a model that cannot be asked like this. NoSpaceError: there is no room for the answers.
     """
     own = share(rows, place.world_size, place.rank)
     done = journal.records()
@@ -183,6 +194,7 @@ def answer_all(args: argparse.Namespace, rows: Sequence[Row], options: Options, 
     journal.withdraw([done[row.index] for row in left if row.index in done])
     assistant = _load(args, place)
     check_routing(assistant, options.routing)
+    check_questions(assistant, ((row.question_id, partial(_question, row, args.image_folder)) for row in rows), options)
     model_id = get_model_name_from_path(args.model_path)
     name = "questions" if place.world_size == 1 else f"process {place.rank}"
     with tqdm(total=len(own), initial=len(own) - len(left), desc=name, unit="question", position=place.rank) as bar:
@@ -192,6 +204,10 @@ def answer_all(args: argparse.Namespace, rows: Sequence[Row], options: Options, 
             bar.update(len(batch))
 
 
+def _question(row: Row, image_folder: Path) -> Question:
+    return questions_of([row], image_folder)[0]
+
+
 def _load(args: argparse.Namespace, place: Place) -> Assistant:
     device = args.device or pick_device()
     if device == "cuda" and place.world_size > 1:
@@ -199,26 +215,34 @@ def _load(args: argparse.Namespace, place: Place) -> Assistant:
     return Assistant.load(args.model_path, args.model_base, load_8bit=args.load_8bit, load_4bit=args.load_4bit, device=device)
 
 
-def join(rows: Sequence[Row], journal: Journal, answers_file: Path) -> bool | None:
+def join(rows: Sequence[Row], own: Sequence[Row], journal: Journal, answers_file: Path) -> bool | None:
     """Write answers and errors in the order of the questions, once every question has one of the two.
 
     Errors are reported once: afterwards the journal is as if their questions had not been asked.
 
+    Args:
+        own: this process's share, which it has written down.
+
     Returns:
         `None` while other processes are at work, else whether all were answered.
+
+    Raises:
+        OSError: this process's answers are gone, or there is no room for the files.
     """
     records = journal.records()
-    missing = sum(row.index not in records for row in rows)
+    missing = [row for row in rows if row.index not in records]
+    if any(row in own for row in missing):
+        raise OSError(f"{journal.folder} was changed by others while answers were written to it; the same command asks for what it lacks.")
     if missing:
-        logger.info("%d of %d questions are still with other processes; the last of them joins the parts", missing, len(rows))
+        logger.info("%d of %d questions are still with other processes; the last of them joins the parts", len(missing), len(rows))
         return None
     ordered = [records[row.index] for row in rows]
     answers = [record["answer"] for record in ordered if "answer" in record]
     errors = [record["error"] for record in ordered if "answer" not in record]
-    write_whole(answers_file, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+    write_whole(answers_file, json_lines(answers), shared=True)
     errors_file = answers_file.with_name(answers_file.name + ".errors.jsonl")
     if errors:
-        write_whole(errors_file, "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors))
+        write_whole(errors_file, json_lines(errors), shared=True)
     else:
         errors_file.unlink(missing_ok=True)
     journal.withdraw(ordered)
@@ -302,21 +326,30 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.answers_file} exists, and {folder}, which would say what it answers, does not; choose another file.")
     place = Place.here()
     journal = Journal(folder, place.rank)
-    journal.begin(describe_run(args, options))
-    answer_all(args, rows, options, journal, place)
-    # A process that ends with an error makes its launcher kill the others, so failures wait until all are through.
-    return 1 if join(rows, journal, args.answers_file) is False else 0
+    journal.begin(describe_run(args, options), "Choose another --answers-file, or delete the folder and the answers.")
+    with keeping(lambda: f"{_answered_rows(journal)} of {len(rows)} answers are kept in {folder}; the same command goes on"):
+        answer_all(args, rows, options, journal, place)
+        # A process that ends with an error makes its launcher kill the others, so failures wait until all are through.
+        return 1 if join(rows, share(rows, place.world_size, place.rank), journal, args.answers_file) is False else 0
+
+
+def _answered_rows(journal: Journal) -> int:
+    return sum("answer" in record for record in journal.records().values())
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; 0, or 1 with a sentence on standard error."""
+    """Run the command; 0, or 1 with a sentence on standard error, or 130 after Ctrl-C."""
     args = build_parser().parse_args(argv)
     setup_logging()
-    try:
-        return run(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+
+    def work() -> int:
+        try:
+            return run(args)
+        except (ValueError, OSError, ImportError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+    return run_program(work)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def _read_row(index: int, found: JsonRow, extra_fields: ExtraFields) -> tuple[Ro
     if found.problem:
         return None, [found.problem]
     if not isinstance(row, dict):
-        return None, [f"it is a {type(row).__name__}, expected an object with question_id and text"]
+        return None, [f"it is of type {type(row).__name__}, expected an object with question_id and text"]
     problems = []
     images: tuple[str, ...] = ()
     extra: dict[str, Any] = {}

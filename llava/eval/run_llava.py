@@ -11,9 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from llava.durable import whole_file
 from llava.flags import LOADING, add_flag, add_model_and_options, field_of, options_of
 from llava.images import load_images
 from llava.inference import Answer, Assistant, cached_assistant
+from llava.interrupts import run_program
 from llava.model.routing import RoutingReport
 from llava.visualize import draw_granularity
 
@@ -110,14 +112,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; 0, or 1 with one sentence on standard error."""
+    """Run the command; 0, or 1 with one sentence on standard error, or 130 after Ctrl-C."""
     args = build_parser().parse_args(argv)
-    try:
-        _run(args)
-    except (ValueError, FloatingPointError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    def work() -> int:
+        try:
+            _run(args)
+        except (ValueError, FloatingPointError, OSError, ImportError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        return 0
+
+    return run_program(work)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -139,7 +145,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.explain:
         print(explain(answer))
     if args.explain_image:
-        draw_granularity(images, answer.reports, assistant.model.config).save(args.explain_image)
+        with whole_file(Path(args.explain_image)) as draft:
+            draw_granularity(images, answer.reports, assistant.model.config).save(draft)
 
 
 if __name__ == "__main__":

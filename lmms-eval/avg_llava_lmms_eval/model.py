@@ -27,7 +27,7 @@ from avg_llava_lmms_eval.asking import Costs, Failed, Results, Sample, answer_al
 from avg_llava_lmms_eval.generation import read_options
 from avg_llava_lmms_eval.processes import Tally
 from avg_llava_lmms_eval.sample_log import SampleLog, output_folder
-from llava.eval.levels import check_routing
+from llava.eval.checks import check_routing
 from llava.inference import Assistant, Options, Question
 
 SLOWEST_PROCESS = timedelta(hours=24)

@@ -127,7 +127,8 @@ def test_everything_wrong_with_a_file_is_said_at_once(
     assert main(flags(file, tmp_path / "out.jsonl")) == 1
     said = capsys.readouterr().err
     for number, words in (
-        (2, "Expecting property name"), (3, "it is a list"), (4, "question_id is missing"), (6, "expected a question"), (7, "no image"),
+        (2, "Expecting property name"), (3, "it is of type list"), (4, "question_id is missing"), (6, "expected a question"),
+            (7, "no image"),
         (8, "image is 5"), (9, "holds 2 <image>, but the row names 1 image"), (10, "metadata would be overwritten"),
     ):  # fmt: skip
         assert any(line.strip().startswith(f"line {number}: ") and words in line for line in said.splitlines()), (number, said)
@@ -319,7 +320,7 @@ def test_another_runs_answers_are_not_mixed_in(tmp_path: Path, questions: Path, 
 
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     journal = Journal(tmp_path, 0)
-    journal.begin({"a": 1})
+    journal.begin({"a": 1}, "Choose another.")
     journal.part.write_text('{"row": 0, "answer": {}}\n{"row"\n{"row": 2, "answer": {}}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"part-00000.jsonl is damaged in line 2"):
         journal.records()

@@ -110,7 +110,7 @@ def test_what_could_not_be_written_again_is_one_sentence(tmp_path: Path, value: 
     file = write(tmp_path, QUESTIONS[0], f'{{"question_id": 2, "text": "Who?", "weight": {value}}}')
     with pytest.raises(ValueError) as caught:
         read_questions(file, tmp_path)
-    first, *lines = str(caught.value).splitlines()
+    _, *lines = str(caught.value).splitlines()
     assert len(lines) == 1 and lines[0].startswith("  line 2: ") and words in lines[0] and len(lines[0]) < 200
 
 

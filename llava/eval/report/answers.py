@@ -1,13 +1,15 @@
 """Every question at every granularity: a picture is encoded once, a question answered once per granularity.
 
 All rows of a report follow from these answers and the router's logits, because a greedy answer depends on nothing but the granularity.
+Answers are written down as they come, so that a stopped run goes on; what a question is answered together with does not depend on where
+it was stopped, so neither do the numbers.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from llava.eval.journal import write_whole
+from llava.eval.journal import Journal
 from llava.eval.one_by_one import Failure, attempt
 from llava.eval.questions import NO_FAMILY
 from llava.eval.report.tasks import Item
 from llava.images import load_image
 from llava.inference import Assistant, Options
 from llava.model.llava_arch import EncodedRow
-from llava.model.routing import RoutingRequest
+from llava.model.routing import RoutingReport, RoutingRequest
 from llava.model.splice import PromptRow, prompt_rows
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ logger = logging.getLogger(__name__)
 class Record:
     """One question: was it answered rightly at each level, and what did each level cost; coarse to fine.
 
-    logits: the router's, before any bias; `None` for a model without one.
+    logits: the router's at these levels, before any bias; `None` for a model without one.
     """
 
     question_id: int | str
@@ -64,14 +66,18 @@ def is_right(said: str, answer: str) -> bool:
 
 
 def by_picture(items: Sequence[Item]) -> list[Item]:
-    """Questions about one picture behind each other, pictures in the order they first appear."""
+    """Questions about one image behind each other, images in the order they first appear."""
+    return [items[place] for place in _places_by_picture(items)]
+
+
+def _places_by_picture(items: Sequence[Item]) -> list[int]:
     first = {name: index for index, name in reversed(list(enumerate(item.image for item in items)))}
-    return sorted(items, key=lambda item: first[item.image])
+    return sorted(range(len(items)), key=lambda place: first[items[place].image])
 
 
-def batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
-    """Consecutive questions, `size` at a time."""
-    ordered = by_picture(items)
+def batches(items: Sequence[Item], size: int) -> Iterator[list[int]]:
+    """Places of consecutive questions, `size` at a time, ordered as `by_picture` does."""
+    ordered = _places_by_picture(items)
     return (ordered[start : start + size] for start in range(0, len(ordered), size))
 
 
@@ -102,7 +108,8 @@ class Encoder:
         new = [name for name in names if name not in kept]
         pictures = [load_image(self.folder / name) for name in new]
         views = [assistant.views(picture) for picture in pictures]
-        features = assistant.model.encode_views(assistant.model.prepare_views(views))
+        # each image by itself: in a batch its last digits would depend on its neighbours, which a run that goes on may not have
+        features = [assistant.model.encode_views(assistant.model.prepare_views([view]))[0] for view in views]
         for name, picture, view, encoded in zip(new, pictures, views, features, strict=True):
             kept[name] = (encoded, picture.size, view.ndim == 3)
         self._kept = kept
@@ -142,10 +149,15 @@ def ask(assistant: Assistant, batch: EncodedItems, levels: Sequence[int], max_ne
                 said=texts,
                 right=[is_right(text, item.answer) for text in texts],
                 tokens=[report.tokens_per_level[level] for level in levels],
-                logits=None if report.logits is None else report.logits.tolist(),
+                logits=None if report.logits is None else _of_levels(report, levels),
             )
         )  # fmt: skip
     return records
+
+
+def _of_levels(report: RoutingReport, levels: Sequence[int]) -> list[float]:
+    logits = dict(zip(report.tokens_per_level, report.logits.tolist(), strict=True))  # type: ignore[union-attr]
+    return [logits[level] for level in levels]
 
 
 def _generate(assistant: Assistant, rows: Sequence[Any], max_new_tokens: int) -> list[str]:
@@ -154,88 +166,64 @@ def _generate(assistant: Assistant, rows: Sequence[Any], max_new_tokens: int) ->
 
 
 def ask_all(
-    assistant: Assistant, items: Sequence[Item], folder: Path, levels: Sequence[int], max_new_tokens: int, batch_size: int = 80
+    assistant: Assistant,
+    items: Sequence[Item],
+    folder: Path,
+    levels: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int = 80,
+    journal: Journal | None = None,
 ) -> tuple[list[Record], list[Crash]]:
     """Ask every question at every granularity. A batch that fails is asked one by one, so that only its own fault costs a question.
 
     Args:
         batch_size: questions at a time.
+        journal: where answers are written as they come; those that it holds are not asked for again, questions that failed are.
 
     Returns:
         Records in the order of `items`, and the questions that failed.
+
+    Raises:
+        NoSpaceError: there is no room for the journal.
     """
     encoder = Encoder(assistant, folder)
 
     def work(some: Sequence[Item]) -> list[Record]:
         return ask(assistant, encoder(some), levels, max_new_tokens)
 
-    records: list[Record] = []
-    crashes: list[Crash] = []
-    with tqdm(total=len(items), desc="asking", unit="question") as progress:
+    outcomes: dict[int, Record | Crash] = dict(answered(journal)) if journal is not None else {}
+    with tqdm(total=len(items), initial=len(outcomes), desc="asking", unit="question") as progress:
         for batch in batches(items, batch_size):
-            done, failures = attempt(work, batch)
-            records += [record for record in done if record is not None]
-            crashes += [_crash(batch[index], failure) for index, failure in failures.items()]
-            progress.update(len(batch))
-    place = {(item.question_id, item.image): index for index, item in enumerate(items)}
+            # a batch of which one is missing is asked as a whole, as it would have been if nothing had come between
+            missing = [place for place in batch if place not in outcomes]
+            if not missing:
+                continue
+            done, failures = attempt(work, [items[place] for place in batch])
+            told: dict[int, Record | Crash] = {place: record for place, record in zip(batch, done, strict=True) if record is not None}
+            told |= {batch[index]: _crash(items[batch[index]], failure) for index, failure in failures.items()}
+            if journal is not None:
+                journal.add([_line(place, told[place]) for place in missing])
+            outcomes |= {place: told[place] for place in missing}
+            progress.update(len(missing))
+    ordered = [outcomes[place] for place in range(len(items))]
+    return [each for each in ordered if isinstance(each, Record)], [each for each in ordered if isinstance(each, Crash)]
 
-    def in_order(each: Record | Crash) -> int:
-        return place[each.question_id, each.image]
 
-    return sorted(records, key=in_order), sorted(crashes, key=in_order)
+def answered(journal: Journal) -> dict[int, Record]:
+    """The answers that a journal holds, by the place of their questions."""
+    return {place: Record(**line["answer"]) for place, line in journal.records().items() if "answer" in line}
+
+
+def _line(place: int, outcome: Record | Crash) -> dict[str, Any]:
+    """A line of the journal."""
+    if isinstance(outcome, Record):
+        return {"row": place, "answer": asdict(outcome)}
+    return {"row": place, "error": asdict(outcome), "id": uuid.uuid4().hex}
 
 
 def _crash(item: Item, failure: Failure) -> Crash:
     logger.error("question %s failed: %s", item.question_id, failure.reason)
     return Crash(item.question_id, item.image, failure.reason)
-
-
-# ---- answers.jsonl ----------------------------------------------------------------------------------------------------------------
-
-Ask = Callable[[Sequence[Item]], tuple[list[Record], list[Crash]]]
-"""Asks questions now: records and crashes."""
-
-
-def write_answers(path: Path, origin: Mapping[str, Any], records: Sequence[Record]) -> None:
-    """A line that says how the answers were made, so that no copy of the file loses it, then one per question."""
-    lines = [{"made with": origin}, *(asdict(record) for record in records)]
-    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def earlier_answers(
-    path: Path, items: Sequence[Item], origin: Mapping[str, Any], ask: Ask
-) -> tuple[list[Record], list[Crash], list[Record]]:
-    """Records of an earlier report; questions that it lacks are asked now, and its first question again, in case pictures or code differ.
-
-    Returns:
-        Records and crashes of `items`, and the file's records of other questions, say of a longer report.
-
-    Raises:
-        ValueError: no such file, or answers that were made in another way; the sentence names what differs.
-    """
-    if not path.is_file():
-        raise ValueError(f"There is no file {path}; --answers takes the answers.jsonl of an earlier report.")
-    first, *lines = [json.loads(line) for line in path.read_bytes().split(b"\n") if line] or [{}]
-    before = first.get("made with", {})
-    changed = [f"{name} was {before.get(name)!r}, is {now!r}" for name, now in origin.items() if before.get(name) != now]
-    if changed:
-        raise ValueError(f"The answers in {path} were made in another way: {'; '.join(changed)}; ask for the same, or leave --answers out.")
-    found = {(line["question_id"], line["image"], line["text"], line["answer"], line["family"]): Record(**line) for line in lines}
-    keys = [(item.question_id, item.image, item.text, item.answer, item.family) for item in items]
-    known = [item for item, key in zip(items, keys, strict=True) if key in found]
-    kept = [found[key] for key in keys if key in found]
-    again = ask(known[:1])[0]
-    if not again or again[0].said != kept[0].said or not _alike(again[0].logits, kept[0].logits):
-        raise ValueError(f"The answers in {path} are of other questions, pictures or another model; leave --answers out.")
-    records, crashes = ask([item for item, key in zip(items, keys, strict=True) if key not in found])
-    return [*kept, *records], crashes, [record for key, record in found.items() if key not in set(keys)]
-
-
-def _alike(first: Sequence[float] | None, second: Sequence[float] | None) -> bool:
-    """Whether two routers said the same, apart from rounding."""
-    if first is None or second is None:
-        return first is second
-    return bool(np.allclose(first, second, atol=1e-2))
 
 
 # ---- routers ----------------------------------------------------------------------------------------------------------------------
@@ -255,13 +243,13 @@ def router_logits(assistants: Sequence[Assistant], items: Sequence[Item], folder
     encoder = Encoder(assistants[0], folder)
     rows: list[dict[int, Tensor]] = [{} for _ in assistants]
     for batch in tqdm(list(batches(items, batch_size)), desc="routing", unit="batch"):
-        encoded = encoder(batch)
+        encoded = encoder([items[place] for place in batch])
         ids = pad_sequence([row.ids for row in encoded.rows], batch_first=True)
         mask = pad_sequence([torch.ones_like(row.ids) for row in encoded.rows], batch_first=True)
         for own, assistant in zip(rows, assistants, strict=True):
             logits = assistant.model.route_logits(ids, mask, None, encoded.features).float().cpu()
-            own |= {id(item): row for item, row in zip(batch, logits, strict=True)}
-    return [torch.stack([own[id(item)] for item in items]).numpy() for own in rows]
+            own |= dict(zip(batch, logits, strict=True))
+    return [torch.stack([own[place] for place in range(len(items))]).numpy() for own in rows]
 
 
 def _check_router_alone_differs(first: Any, model: Any) -> None:

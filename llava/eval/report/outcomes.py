@@ -141,16 +141,20 @@ class Outcomes:
         return np.array([self.families.index(family) for family in self.family])
 
     def resampled(self, weights: np.ndarray, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
-        """(R,) accuracies when the pictures are drawn anew with replacement.
+        """(R,) accuracies when the images are drawn anew with replacement, see `resampled_means`."""
+        return self.resampled_means(100 * (self.right * weights).sum(1), seed, resamples)
 
-        Pictures are drawn, not questions: questions about one picture are not independent. The same seed draws the same pictures for
-        every way of choosing, so differences of two results are paired. A draw that lacks a family is no estimate of a mean over all
-        families and is left out, so R may be below `resamples`.
+    def resampled_means(self, values: np.ndarray, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
+        """(R,) means over families of per-question values (Q,) when the images are drawn anew with replacement.
+
+        Images are drawn, not questions: questions about one image are not independent. The same seed draws the same images for
+        everything that was asked about the same questions, so differences of two results are paired. A draw that lacks a family is no
+        estimate of a mean over all families and is left out, so R may be below `resamples`.
         """
         pictures = int(self.picture.max()) + 1
         shape = (len(self.families), pictures)
         sums, counts = np.zeros(shape), np.zeros(shape)
-        np.add.at(sums, (self._family_of_question, self.picture), 100 * (self.right * weights).sum(1))
+        np.add.at(sums, (self._family_of_question, self.picture), values)
         np.add.at(counts, (self._family_of_question, self.picture), 1)
         draws = np.random.default_rng(seed).multinomial(pictures, np.full(pictures, 1 / pictures), size=resamples).astype(float)
         asked = draws @ counts.T  # (R, F)

@@ -116,7 +116,8 @@ def write_page(report: Mapping[str, Any], pictures: Sequence[Image.Image]) -> st
     timed = [row for row in rows if row["cost"] is not None]
     if timed:
         parts.append(_section("Where the time of an answer goes", report["timing"]["text"], time_bars(timed)))
-    parts += [_table(report), _families(rows, report["families"]), _examples(report["examples"], pictures), _notes(report["notes"])]
+    parts += [_table(report), _baseline(report), _families(rows, report["families"])]
+    parts += [_examples(report["examples"], pictures), _notes(report["notes"])]
     title = escape(f"{report['task']}: what adaptive granularity buys")
     ramp = _level_style(len(report["granularities"]))
     return (
@@ -230,6 +231,18 @@ def _table(report: Mapping[str, Any]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in (accuracy, "against finest", *others, *COSTS))
     table = f'<div class="scroll"><table><thead><tr><th>choice</th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
     return _section("Every way of choosing", "How each column is measured is said at the end of the page.", table)
+
+
+def _baseline(report: Mapping[str, Any]) -> str:
+    if report.get("baseline") is None:
+        return ""
+    head = "".join(f"<th>{escape(name)}</th>" for name in words.BASELINE_HEADS)
+    lines = [
+        f'<tr class="{escape(row["kind"])}">' + "".join(f"<td>{escape(cell)}</td>" for cell in words.baseline_cells(row)) + "</tr>"
+        for row in report["baseline"]["rows"]
+    ]
+    table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    return _section("Against the baseline", words.baseline_text(report), table)
 
 
 def _families(rows: Sequence[Mapping[str, Any]], families: Sequence[str]) -> str:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import numpy as np
+from PIL import Image
 
-from llava.eval.report.answers import Encoder, Record
+from llava.eval.checks import check_questions
+from llava.eval.report.answers import Record
 from llava.eval.report.outcomes import Outcomes
-from llava.eval.report.tasks import Task
-from llava.inference import Assistant
+from llava.eval.report.tasks import Item, Task
+from llava.images import load_image
+from llava.inference import Assistant, Options, Question
 from llava.model.routing import RoutingRequest
 
 DEFAULT_BIASES = (-1.0, -0.5, 0.5, 1.0)
-FLAGS = {"bias": "--biases", "budget": "--budgets"}
+FLAGS = {"fixed": "--granularities", "bias": "--biases", "budget": "--budgets"}
 """Where a kind of row is asked for."""
 Wishes = dict[str, tuple[str, RoutingRequest]]
 """Rows to be, by name: kind and request."""
@@ -51,21 +55,31 @@ def wishes_of(
     return wishes
 
 
-def check_wishes(assistant: Assistant, task: Task, wishes: Wishes) -> None:
-    """Let a wish that cannot be met fail on the first question that can be prepared, before every question is asked."""
-    encoder = Encoder(assistant, task.folder)
-    for item in task.items:
+def check_wishes(assistant: Assistant, task: Task, names: Sequence[int], wishes: Wishes) -> None:
+    """Let a row that cannot be made fail before anything is asked.
+
+    Args:
+        names: tokens per view of the fixed rows.
+
+    Raises:
+        ValueError: the row, the flag that it comes from, and why.
+    """
+
+    @lru_cache(maxsize=1)
+    def image(name: str) -> Image.Image:
+        return load_image(task.folder / name)
+
+    questions = [(item.question_id, partial(_question, item, image)) for item in task.items]
+    fixed = {f"fixed {name}": ("fixed", RoutingRequest(name)) for name in names}
+    for name, (kind, request) in {**fixed, **wishes}.items():
         try:
-            first = encoder([item])
-        except (ValueError, OSError):
-            continue  # counted as a crash when it is asked
-        views = [len(features) for features in first.features]
-        for name, (kind, request) in wishes.items():
-            try:
-                assistant.model.plan(first.rows, views, first.sizes, request, first.merge_type)
-            except ValueError as error:
-                raise ValueError(f"The row '{name}' of {FLAGS.get(kind, 'the router')} cannot be: {error}") from error
-        return
+            check_questions(assistant, questions, Options(routing=request))
+        except ValueError as error:
+            raise ValueError(f"The row '{name}' of {FLAGS.get(kind, 'the router')} cannot be. {error}") from error
+
+
+def _question(item: Item, image: Callable[[str], Image.Image]) -> Question:
+    return Question([image(item.image)], item.text)
 
 
 def ways_of_choosing(

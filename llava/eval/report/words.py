@@ -59,7 +59,12 @@ def timing_text(questions: int, repeats: int) -> str:
 
 
 def _signed(value: float, interval: Sequence[float] | None) -> str:
-    return f"{value:+.1f}" + ("" if interval is None else f" [{interval[0]:+.1f}, {interval[1]:+.1f}]")
+    return _with_sign(value) + ("" if interval is None else f" [{_with_sign(interval[0])}, {_with_sign(interval[1])}]")
+
+
+def _with_sign(value: float) -> str:
+    """To one decimal; nothing is +0.0, also where rounding errors are all there is."""
+    return f"{round(value, 9) + 0.0:+.1f}"
 
 
 def cards(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -140,10 +145,44 @@ def notes(report: Mapping[str, Any]) -> list[str]:
         "The oracle takes the cheapest granularity that answers rightly, and the coarsest where none does; it knows the answer, so it is a "
         "bound."
     )
+    if report.get("baseline") is not None:
+        said.append(baseline_text(report))
     if report["timing"] is not None:
         said += _timing_notes(report)
     said += [f"Failed: {part}." for part in report["left_out"]]
     return said
+
+
+def baseline_text(report: Mapping[str, Any]) -> str:
+    """What the differences to a baseline are."""
+    baseline = report["baseline"]
+    text = (
+        f"The baseline is {baseline['folder']}, model {baseline['model']}. Differences are this report less the baseline, matched question "
+        "by question"
+    )
+    if not report["rare_families"]:
+        text += (
+            f"; in brackets 95 % intervals of the paired bootstrap: both reports' answers to {RESAMPLES} draws of the same images, seed "
+            f"{report['seed']}. An interval without 0 is a difference that other images of this kind would show too"
+        )
+    text += ". Better and worse count the questions whose answers differ in being right. Times of two runs are not compared."
+    if baseline["missing"]:
+        text += f" Not in the baseline: {'; '.join(baseline['missing'])}."
+    return text
+
+
+BASELINE_HEADS = (
+    "choice", "accuracy, %", "baseline, %", "difference [95 %]", "better", "worse", "visual tokens", "baseline's", "difference [95 %]",
+)  # fmt: skip
+
+
+def baseline_cells(row: Mapping[str, Any]) -> list[str]:
+    """A line of the table of differences, see `BASELINE_HEADS`."""
+    return [
+        row["name"], percent(row["accuracy"]), percent(row["baseline_accuracy"]), _signed(row["difference"], row["difference_interval"]),
+        str(row["better"]), str(row["worse"]), f"{row['tokens']:.0f}", f"{row['baseline_tokens']:.0f}",
+        _signed(row["tokens_difference"], row["tokens_interval"]),
+    ]  # fmt: skip
 
 
 def _interval_note(report: Mapping[str, Any]) -> str:
@@ -216,6 +255,9 @@ def markdown(report: Mapping[str, Any]) -> str:
         text += _aligned([["family", *map(str, report["granularities"])], *shares, ["mean", *everywhere]])
     elif report["no_router"] is not None:
         text += f"\n{report['no_router']}\n"
+    if report.get("baseline") is not None:
+        text += f"\n{baseline_text(report)}\n\n"
+        text += _aligned([list(BASELINE_HEADS), *map(baseline_cells, report["baseline"]["rows"])])
     return text
 
 

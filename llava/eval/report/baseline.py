@@ -1,0 +1,132 @@
+"""An earlier report on the same questions beside this one: differences question by question, and how sure they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava.eval.report.answers import Record
+from llava.eval.report.answers_file import Key, key_of, read_answers
+from llava.eval.report.outcomes import Outcomes
+from llava.eval.report.tasks import Item
+from llava.eval.report.ways import Way, Wishes, ways_of_choosing
+
+REPORT = "report.json"
+CURE = "give both reports the same --task, --questions and --limit"
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """An earlier report: its folder, the model that it is about, tokens per view of its levels, and its answers."""
+
+    folder: Path
+    model: str
+    names: list[int]
+    records: dict[Key, Record]
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """The report.json of a folder, or `None` where there is none that a report wrote."""
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return report if isinstance(report, dict) and {"model", "asked", "answered", "crashes", "left_out"} <= set(report) else None
+
+
+def read_baseline(path: Path, items: Sequence[Item]) -> Baseline:
+    """Read a report to compare with.
+
+    Args:
+        path: its folder, or its report.json. items: the questions of this report.
+
+    Raises:
+        ValueError: no finished report, or one on other questions; the sentence names the first that differs.
+    """
+    folder = path.parent if path.name == REPORT else path
+    report = read_report(folder)
+    if report is None:
+        raise ValueError(f"{folder} holds no report.json of a finished report; --baseline takes the folder of an earlier one.")
+    made_with, records = read_answers(folder / "answers.jsonl")
+    own = {key_of(record): record for record in records[: report["answered"]]}
+    _check_questions([key_of(item) for item in items], list(own), folder)
+    return Baseline(folder, report["model"], made_with["granularities"], own)
+
+
+def _check_questions(here: Sequence[Key], there: Sequence[Key], folder: Path) -> None:
+    """
+    Raises:
+        ValueError: two reports are not on the same questions.
+    """
+    names = ("image", "text", "answer", "family")
+    known = {key[0]: key for key in there}
+    for key in here:
+        other = known.get(key[0])
+        if other is None:
+            raise ValueError(f"The baseline {folder} has no answer to question {key[0]!r}, which is asked here; {CURE}.")
+        if other != key and key not in there:
+            name, before, now = next((name, a, b) for name, a, b in zip(names, other[1:], key[1:], strict=True) if a != b)
+            raise ValueError(f"Question {key[0]!r} is another one in the baseline {folder}: its {name} was {before!r}, is {now!r}; {CURE}.")
+    more = [key for key in there if key not in set(here)]
+    if more:
+        raise ValueError(f"The baseline {folder} is on {len(more)} questions more, {more[0][0]!r} the first of them; {CURE}.")
+
+
+def compare(records: Sequence[Record], ways: Sequence[Way], wishes: Wishes, baseline: Baseline, seed: int) -> dict[str, Any]:
+    """This report less the baseline, for every way of choosing that both have.
+
+    Args:
+        records, ways, wishes: of this report. seed: of the draws.
+
+    Returns:
+        The baseline's `folder` and `model`; `rows` with the accuracies of both in percent, visual tokens of both, the paired differences
+        with their 95 % intervals (`None` where there are too few images), and on how many questions this report is `better` and `worse`;
+        `missing`, the ways that the baseline has not.
+
+    Raises:
+        ValueError: a question has no answer here, so that it cannot be compared.
+    """
+    if len(records) < len(baseline.records):
+        raise ValueError(f"{len(baseline.records) - len(records)} of its questions have no answer here")
+    here = Outcomes(records)
+    matched = [baseline.records[key_of(record)] for record in records]
+    there = Outcomes(matched, here.families)
+    others = {way.name: way for way in ways_of_choosing(there, matched, baseline.names, wishes)[0]}
+    pairs = [(way, others[way.name]) for way in ways if way.name in others]
+    return {
+        "folder": str(baseline.folder),
+        "model": baseline.model,
+        "rows": [_row(here, there, way, other, seed) for way, other in pairs],
+        "missing": [way.name for way in ways if way.name not in others],
+    }
+
+
+def _row(here: Outcomes, there: Outcomes, way: Way, other: Way, seed: int) -> dict[str, Any]:
+    rights = [(each.right * weights).sum(1) for each, weights in ((here, way.weights), (there, other.weights))]  # (Q,) each
+    costs = [(each.tokens * weights).sum(1) for each, weights in ((here, way.weights), (there, other.weights))]
+    accuracy, before = (_mean(here, 100 * values) for values in rights)
+    tokens, tokens_before = (_mean(here, values) for values in costs)
+    return {
+        "name": way.name,
+        "kind": way.kind,
+        "accuracy": accuracy,
+        "baseline_accuracy": before,
+        "difference": accuracy - before,
+        "difference_interval": here.interval(here.resampled_means(100 * (rights[0] - rights[1]), seed)),
+        "better": int((rights[0] > rights[1]).sum()),
+        "worse": int((rights[0] < rights[1]).sum()),
+        "tokens": tokens,
+        "baseline_tokens": tokens_before,
+        "tokens_difference": tokens - tokens_before,
+        "tokens_interval": here.interval(here.resampled_means(costs[0] - costs[1], seed)),
+    }
+
+
+def _mean(outcomes: Outcomes, values: np.ndarray) -> float:
+    """Mean over families of per-question values."""
+    return float(np.mean(list(outcomes.of_families(values).values())))
