@@ -128,7 +128,7 @@ def test_everything_wrong_with_a_file_is_said_at_once(
     said = capsys.readouterr().err
     for number, words in (
         (2, "Expecting property name"), (3, "it is of type list"), (4, "question_id is missing"), (6, "expected a question"),
-            (7, "no image"),
+        (7, "no image"),
         (8, "image is 5"), (9, "holds 2 <image>, but the row names 1 image"), (10, "metadata would be overwritten"),
     ):  # fmt: skip
         assert any(line.strip().startswith(f"line {number}: ") and words in line for line in said.splitlines()), (number, said)
