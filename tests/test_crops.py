@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
+from packaging import version
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessorPil
@@ -84,6 +87,31 @@ def test_pixels(name: str, processor: CLIPImageProcessorPil) -> None:
     image = Image.open(ORACLE / "images" / f"{image_name}.png").convert("RGB")
     ours = crops.process_image_for_mode(image, processor, mode, SMALL)
     torch.testing.assert_close(ours, PIXELS[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_pillow_scales_as_version_13_does(seed: int) -> None:
+    numbers = random.Random(seed)
+    noise = Image.effect_noise((200, 200), 90).convert("RGB")
+    for _ in range(50):
+        width, height, *size = (numbers.randint(1, 200) for _ in range(4))
+        image, target = noise.crop((0, 0, width, height)), (size[0], size[1])
+        by_columns = image.resize((target[0], height)).resize(target)
+        by_rows = image.resize((width, target[1])).resize(target)
+        rows_first = height - target[1] > 0 and height - target[1] > 2 * (width - target[0])  # Pillow 13, Resample.c
+        scaled = crops.resize(image, target).tobytes()
+        assert scaled == (by_rows if rows_first else by_columns).tobytes()
+        if version.parse(PIL.__version__) >= version.parse("13"):
+            assert scaled == image.resize(target).tobytes()
+
+
+@pytest.mark.parametrize("size", [(7, 5), (48, 48), (30, 200), (200, 30), (48, 300)])
+def test_a_plain_image_is_scaled_as_the_processor_would(size: tuple[int, int], processor: CLIPImageProcessorPil) -> None:
+    image = Image.effect_noise(size, 90).convert("RGB")
+    by_columns = image.size[1] <= 2 * image.size[0]  # where no version of Pillow has rows come first
+    if by_columns or version.parse(PIL.__version__) >= version.parse("13"):
+        ours = crops.process_plain_image(image, processor)
+        assert torch.equal(ours, processor.preprocess([image], return_tensors="pt")["pixel_values"][0])
 
 
 def test_the_processor_is_the_pillow_one_with_or_without_torchvision(processor: CLIPImageProcessorPil) -> None:
