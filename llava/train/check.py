@@ -29,6 +29,7 @@ from llava.constants import IGNORE_INDEX
 from llava.conversation import conv_templates
 from llava.durable import whole_file, write_whole
 from llava.images import ImageError
+from llava.interrupts import run_program
 from llava.model.builder import MODEL_CLASSES
 from llava.model.processing import AvgLlavaProcessor
 from llava.train.arguments import DataArguments, ModelArguments
@@ -358,6 +359,10 @@ def _summary(histogram: dict[str, Any]) -> str:
 
 def main() -> None:
     """The command line: the report, and a status that says whether training can start."""
+    raise SystemExit(run_program(_run))
+
+
+def _run() -> None:
     parser = HfArgumentParser((CheckArguments, DataArguments))  # type: ignore[arg-type]
     check_args, data_args = parser.parse_args_into_dataclasses()
     setup_logging()

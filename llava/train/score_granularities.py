@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,8 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from llava.conversation import conv_templates
-from llava.durable import whole_file
+from llava.durable import held_alone, room_for, whole_file
+from llava.interrupts import keeping, run_program
 from llava.train.dataset import Collator, ConversationDataset, row_columns
 from llava.train.features import FeatureCache
 from llava.train.index import Row
@@ -123,14 +124,12 @@ class GranularityScores:
         """Read a score file.
 
         Raises:
-            ValueError: no such file, or the scores of another model, other data or other granularities.
+            ValueError: no such file, a damaged one, or the scores of another model, other data or other granularities.
         """
         if not Path(path).is_file():
             raise ValueError(f"there is no score file {path}; write it with python -m llava.train.score_granularities.")
-        table = pq.read_table(path)
-        stored = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-        wanted = _metadata(model_digest, data_digest, levels)
-        different = [name for name, value in wanted.items() if stored.get(name) != value]
+        table = _read(Path(path))
+        different = _differences(table.schema, _metadata(model_digest, data_digest, levels))
         if different:
             raise ValueError(
                 f"the scores in {path} are of another {' and '.join(different)} than this run's; score again with "
@@ -220,33 +219,41 @@ def score(args: ScoreArguments) -> Path:
         The file written.
 
     Raises:
-        ValueError: a model with one granularity only, or parts of another model or other data in the way.
+        ValueError: a model with one granularity only; another process at the same work; or scores in the way that are damaged or of
+            another model or other data.
+        NoSpaceError: there is no room; finished parts stay.
     """
-    model, dataset, collator = _prepare(args)
-    metadata = _metadata(model_fingerprint(model), data_fingerprint(dataset), granularities(model))
-    output = Path(args.output_file)
-    if _is_done(output, metadata):
-        logger.info("%s already holds these scores", output)
-        return output
-    folder = output.with_name(output.name + ".parts")
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = parts_of_rows(dataset.rows, args.part_rows)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    for number, rows in tqdm(list(_own_parts(parts, rank, world_size)), desc="scoring", unit="part"):
-        file = folder / f"part-{number:05d}-of-{len(parts):05d}.parquet"
-        if _is_done(file, metadata):
-            continue
-        if _is_done(output, metadata):  # another process joined the parts meanwhile
-            break
-        table = score_part(model, dataset, rows, args.batch_size, collator)
-        _write(table.replace_schema_metadata(metadata), file)
-    with filelock.FileLock(output.with_name(f".{output.name}.lock")):
-        _join(folder, len(parts), metadata, output)
+    output = Path(args.output_file)
+    folder = output.with_name(output.name + ".parts")
+    lock = output.with_name(f".{output.name}.rank-{rank}.lock")
+    with keeping(lambda: _kept(folder)), held_alone(lock, f"the scores {output}" + f" as process {rank}" * (world_size > 1)):
+        model, dataset, collator = _prepare(args)
+        metadata = _metadata(model_fingerprint(model), data_fingerprint(dataset), granularities(model))
+        if _is_done(output, metadata):
+            logger.info("%s already holds these scores", output)
+            return output
+        parts = parts_of_rows(dataset.rows, args.part_rows)
+        with room_for(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        files = [folder / f"part-{number:05d}-of-{len(parts):05d}.parquet" for number in range(len(parts))]
+        own = [(file, rows) for file, rows in zip(files, parts, strict=True)][rank::world_size]
+        for file, rows in tqdm(own, desc="scoring", unit="part"):
+            if _is_done(file, metadata):
+                continue
+            if _is_done(output, metadata):  # another process joined the parts meanwhile
+                break
+            table = score_part(model, dataset, rows, args.batch_size, collator)
+            _write(table.replace_schema_metadata(metadata), file)
+        with filelock.FileLock(output.with_name(f".{output.name}.lock")):
+            _join(folder, files, metadata, output)
     return output
 
 
-def _own_parts(parts: Sequence[list[int]], rank: int, world_size: int) -> Iterator[tuple[int, list[int]]]:
-    return ((number, rows) for number, rows in enumerate(parts) if number % world_size == rank)
+def _kept(folder: Path) -> str:
+    """What an interrupted pass leaves, without a full stop."""
+    count = len(list(folder.glob("part-*.parquet")))
+    return f"{count} finished parts are kept in {folder}; the same command goes on after them" if count else "no part was finished yet"
 
 
 def _prepare(args: ScoreArguments) -> tuple[Any, ConversationDataset, Collator]:
@@ -275,36 +282,77 @@ def _prepare(args: ScoreArguments) -> tuple[Any, ConversationDataset, Collator]:
 
 
 def _is_done(file: Path, metadata: dict[str, str]) -> bool:
-    """Whether a file is there and belongs to this model and these rows."""
+    """Whether a file is there and belongs to this model and these rows.
+
+    Raises:
+        ValueError: it is damaged, or belongs to others; neither is replaced unasked.
+    """
     try:
-        stored = pq.read_schema(file).metadata or {}
+        schema = pq.read_schema(file)
     except FileNotFoundError:
         return False
-    return all(stored.get(key.encode()) == value.encode() for key, value in metadata.items())
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged(file, error) from None
+    different = _differences(schema, metadata)
+    if different:
+        raise ValueError(
+            f"{file} holds the scores of another {' and '.join(different)} than this run's; delete it, or choose another --output_file."
+        )
+    return True
+
+
+def _differences(schema: pa.Schema, metadata: dict[str, str]) -> list[str]:
+    stored = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+    return [name for name, value in metadata.items() if stored.get(name) != value]
+
+
+def _read(file: Path) -> pa.Table:
+    """Read a file of `_write`, checking its checksums.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        table = pq.read_table(file, page_checksum_verification=True)
+        if not table.schema.equals(SCHEMA):
+            raise pa.ArrowInvalid("other columns")
+        return table
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged(file, error) from None
+
+
+def _damaged(file: Path, error: Exception) -> Exception:
+    """What to raise for an error of Arrow's while it reads a file: the system's own, such as a lack of permission, as it is."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    return ValueError(f"{file} is damaged, or no file of scores; delete it, then run python -m llava.train.score_granularities again.")
 
 
 def _write(table: pa.Table, file: Path) -> None:
     with whole_file(file) as unfinished:
-        pq.write_table(table, unfinished)
+        pq.write_table(table, unfinished, write_page_checksum=True)
 
 
-def _join(folder: Path, count: int, metadata: dict[str, str], output: Path) -> None:
+def _join(folder: Path, files: Sequence[Path], metadata: dict[str, str], output: Path) -> None:
     """Make one file of the parts, unless some are missing or another process was faster."""
     if not folder.is_dir():
         return
-    files = [folder / f"part-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
-    missing = [file.name for file in files if not _is_done(file, metadata)]
+    missing = sum(not _is_done(file, metadata) for file in files)
     if missing:
-        logger.info("%d of %d parts are still missing; the process that writes the last one joins them", len(missing), count)
+        logger.info("%d of %d parts are still missing; the process that writes the last one joins them", missing, len(files))
         return
-    table = pa.concat_tables([pq.read_table(file) for file in files]).sort_by("row")
+    table = pa.concat_tables([_read(file) for file in files]).sort_by("row")
     _write(table.replace_schema_metadata(metadata), output)
     shutil.rmtree(folder)
     logger.info("wrote the scores of %d rows to %s", table.num_rows, output)
 
 
 def main() -> None:
-    """The command line: one sentence per error, and a non-zero exit."""
+    """The command line: one sentence per error, one line after Ctrl-C, and a status that tells."""
+    raise SystemExit(run_program(_run))
+
+
+def _run() -> None:
     (args,) = HfArgumentParser(ScoreArguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
     setup_logging()
     try:
