@@ -49,7 +49,14 @@ def build_app(args: argparse.Namespace) -> FastAPI:
     limits, keys, names = read_limits(args), read_api_keys(args), read_names(args)
     check_address(args.host, args.port)
     engine = load_engine(args)
-    worker = create_worker_app(engine, limits, api_keys=keys, places=batch_rows(args), stream_interval=args.stream_interval)
+    worker = create_worker_app(
+        engine,
+        limits,
+        api_keys=keys,
+        allowed_origins=args.allowed_origins,
+        places=batch_rows(args),
+        stream_interval=args.stream_interval,
+    )
     page = None if args.no_page else _page(args, keys)
     app = join_apps(worker, page)
     if names is not None:

@@ -22,7 +22,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import anyio
 import httpx
@@ -31,6 +31,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
+from llava import __version__
 from llava.constants import CONTROLLER_HEART_BEAT_EXPIRATION
 from llava.fetch import FetchError, resolve_host
 from llava.serve.addresses import (
@@ -45,12 +46,13 @@ from llava.serve.addresses import (
 )
 from llava.serve.dispatch import DispatchMethod, Worker, WorkerStatus, WorkerTable
 from llava.serve.errors import FieldError, error_response
-from llava.serve.flag_checks import check_at_least
+from llava.serve.flag_checks import add_body_flags, body_limits, check_at_least, check_body_flags
 from llava.serve.gate import HELD_BODIES, Gate
 from llava.serve.http_guard import guard_app
 from llava.serve.http_server import check_address, make_server, run_program, run_server
 from llava.serve.json_writer import JsonResponse
 from llava.serve.keys import KeyRing, read_secrets
+from llava.serve.liveness import watch
 from llava.serve.llava_api import WorkerRequest
 from llava.serve.metrics import CONTENT_TYPE
 from llava.serve.openai_api import ChatRequest, validate
@@ -82,6 +84,7 @@ class ControllerSettings:
 
     rules: which worker addresses are called. worker_tokens: what workers show to register; empty asks for none.
     api_keys: what clients show; empty asks for none. worker_key: what the controller shows to its workers.
+    allowed_origins: of web sites whose pages may ask from a browser.
     method, expiry_seconds: see `WorkerTable`. worker_seconds: how long a worker may be silent.
     max_in_flight: requests passed on at once; the next gets 503. limits: of one request.
     """
@@ -90,6 +93,7 @@ class ControllerSettings:
     worker_tokens: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
     worker_key: str | None = None
+    allowed_origins: tuple[str, ...] = ()
     method: DispatchMethod = DispatchMethod.SHORTEST_QUEUE
     expiry_seconds: float = CONTROLLER_HEART_BEAT_EXPIRATION
     worker_seconds: float = 300.0
@@ -144,6 +148,19 @@ class ModelName(_Open):
     model: Name
 
 
+Message = TypeVar("Message", RegisterRequest, HeartBeat, Leave)
+
+BODIES: dict[str, type[BaseModel]] = {
+    CHAT_PATH: ChatRequest,
+    WORKER_PATH: WorkerRequest,
+    "/register_worker": RegisterRequest,
+    "/receive_heart_beat": HeartBeat,
+    "/unregister_worker": Leave,
+    "/get_worker_address": ModelName,
+}
+"""What is sent to each path."""
+
+
 class ControllerMetrics:
     """Counts of one controller."""
 
@@ -155,6 +172,7 @@ class ControllerMetrics:
         running.set_function(lambda: gate.inside)
         self._errors = Counter("avg_llava_controller_errors", "Failed requests by kind.", ["kind"], registry=self.registry)
         self._retries = Counter("avg_llava_controller_retries", "Workers replaced by another one.", registry=self.registry)
+        self._lost = Counter("avg_llava_controller_lost_workers", "Workers that went silent or were gone.", registry=self.registry)
         for kind in ErrorKind:
             self._errors.labels(kind.value)
 
@@ -163,6 +181,9 @@ class ControllerMetrics:
 
     def retried(self) -> None:
         self._retries.inc()
+
+    def lost(self) -> None:
+        self._lost.inc()
 
     def render(self) -> bytes:
         return generate_latest(self.registry)
@@ -237,7 +258,7 @@ class Controller:
     ) -> None:
         self.settings = settings
         self.outbound = outbound or Outbound()
-        self.table = WorkerTable(settings.method, settings.expiry_seconds, clock)
+        self.table = WorkerTable(settings.method, settings.expiry_seconds, clock, on_lost=self._lost)
         self.gate = Gate(settings.max_in_flight, held_bytes=HELD_BODIES * settings.limits.max_body_bytes)
         self.metrics = ControllerMetrics(self.table, self.gate)
         self.relay = Relay(
@@ -248,6 +269,7 @@ class Controller:
             send_seconds=settings.limits.send_seconds,
             on_retry=self.metrics.retried,
             on_error=self.metrics.failed,
+            schemas=BODIES,
         )
         self.cards = ModelCards(lambda worker: self._ask(worker.endpoint, "GET", "/v1/models"))
         self._tokens = KeyRing(settings.worker_tokens)
@@ -256,23 +278,41 @@ class Controller:
         self._refreshing = asyncio.Lock()
         self._refreshed = -math.inf
 
-    def caller(self, request: Request, token: str | None) -> Caller:
-        """Who sent a registration or heart beat.
-
-        Args:
-            token: the one in its body; one in the Authorization header is as good.
+    async def read_from_worker(self, request: Request, schema: type[Message]) -> tuple[Caller, Message]:
+        """Who sent a registration, heart beat or good-bye, and what it says. The head is judged before the body is read.
 
         Raises:
-            ServeError: a web page speaks, through a browser that may stand anywhere.
+            ServeError: a web page speaks, through a browser that may stand anywhere; the token in the Authorization header is wrong; a
+                machine that may not register at all; or a body that cannot be read.
         """
+        caller = self._caller(request)
         if request.headers.get("origin") is not None:
             raise ServeError(ErrorKind.FORBIDDEN)
-        header = request.headers.get("authorization") if token is None else f"Bearer {token}"
-        has_token = bool(self._tokens) and self._tokens.accepts(header)
+        if self._tokens and request.headers.get("authorization") is not None and not caller.has_token:
+            raise ServeError(ErrorKind.UNAUTHORIZED, _WRONG_TOKEN)
+        if schema is RegisterRequest and not self._tokens:
+            self._check_may_register(caller)
+        asked = validate(schema, await read_json(request))
+        return self._caller(request, asked.token), asked
+
+    def _caller(self, request: Request, token: str | None = None) -> Caller:
+        """Who asks.
+
+        Args:
+            token: the one in the body, as LLaVA's workers may be made to send it; one in the Authorization header is as good.
+        """
+        shown = (request.headers.get("authorization"), None if token is None else f"Bearer {token}")
+        has_token = bool(self._tokens) and any([self._tokens.accepts(each) for each in shown])
         # Behind a proxy everybody seems to be on this machine.
         proxied = any(name in request.headers for name in _PROXY_HEADERS)
         peer = None if request.client is None or (proxied and not has_token) else request.client.host
         return Caller(peer, has_token)
+
+    def _check_may_register(self, caller: Caller) -> None:
+        if not peer_may_register(self.settings.rules, caller):
+            if self.settings.rules.token_required:
+                raise ServeError(ErrorKind.UNAUTHORIZED, _WRONG_TOKEN)
+            raise ServeError(ErrorKind.FORBIDDEN, _REFUSED)
 
     async def register(self, caller: Caller, asked: RegisterRequest) -> None:
         """Take a worker in.
@@ -280,10 +320,7 @@ class Controller:
         Raises:
             ServeError: the caller may not register workers, or not this one; or a field makes no sense.
         """
-        if not peer_may_register(self.settings.rules, caller):
-            if self.settings.rules.token_required:
-                raise ServeError(ErrorKind.UNAUTHORIZED, "The worker token is missing or wrong.")
-            raise ServeError(ErrorKind.FORBIDDEN, _REFUSED)
+        self._check_may_register(caller)
         endpoint = await self._endpoint(caller, asked.worker_name)
         told = asked.worker_status or validate(StatusFields, await self._ask_status(endpoint))
         status = read_status(told)
@@ -350,13 +387,25 @@ class Controller:
         try:
             status = read_status(validate(StatusFields, await self._ask(worker.endpoint, "POST", STATUS_PATH)))
         except Unreachable:
-            logger.warning("worker %s is not there any more", worker.name)
-            self.table.remove(worker.name)
+            self.table.lose(worker)
         except (BrokenOff, ServeError) as error:
             logger.warning("worker %s does not say how it is: %s", worker.name, error)
             self.table.mark_down(worker)
         else:
             self.table.update(worker, status)
+
+    def _lost(self, worker: Worker) -> None:
+        logger.warning("worker %s is lost: it is not there any more, or was silent for too long", worker.name)
+        self.metrics.lost()
+
+    async def answers(self, worker: Worker, seconds: float) -> bool:
+        """Whether a worker answers `/health` within so many seconds, be it to say that it has no such address."""
+        patience = Patience(connect=seconds, head=seconds, piece=seconds, total=seconds)
+        try:
+            async with self.outbound.call("GET", worker.endpoint, "/health", patience=patience, max_bytes=_MAX_ASKED_BYTES):
+                return True
+        except (Unreachable, BrokenOff):
+            return False
 
     async def _ask_status(self, endpoint: Endpoint) -> Any:
         try:
@@ -409,6 +458,7 @@ class Controller:
         raise FieldError(f"There is no model {model[:100]!r} here, only {shown}.", "model", ErrorKind.MODEL_NOT_FOUND)
 
 
+_WRONG_TOKEN = "The worker token is missing or wrong."
 _REFUSED = (
     "This controller does not take this worker: without a token only workers on its own machine that name a loopback address; its operator "
     "allows others with --worker-token or --allow-worker."
@@ -451,33 +501,27 @@ def create_controller_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        watching = asyncio.create_task(watch(controller.table, controller.answers))
         yield
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
         await controller.outbound.close()
 
-    app = FastAPI(title="AVG-LLaVA controller", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="AVG-LLaVA controller", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.controller = controller
     _add_worker_endpoints(app, controller)
     _add_client_endpoints(app, controller)
     _add_operator_endpoints(app, controller)
-    describe_bodies(
-        app,
-        {
-            CHAT_PATH: ChatRequest,
-            WORKER_PATH: WorkerRequest,
-            "/register_worker": RegisterRequest,
-            "/receive_heart_beat": HeartBeat,
-            "/unregister_worker": Leave,
-            "/get_worker_address": ModelName,
-        },
-        guarded=bool(settings.api_keys),
-    )
+    describe_bodies(app, BODIES, guarded=bool(settings.api_keys))
     guard_app(
         app,
         controller.gate,
         settings.limits,
         api_keys=settings.api_keys,
+        allowed_origins=settings.allowed_origins,
         generating_paths=GENERATING_PATHS,
-        # workers show a token of their own, see `Controller.caller`
+        small_paths=_REGISTRATION_PATHS,
+        # workers show a token of their own, see `Controller.read_from_worker`
         open_paths=("/health", "/ready", *_REGISTRATION_PATHS),
         on_error=controller.metrics.failed,
     )
@@ -487,18 +531,18 @@ def create_controller_app(
 def _add_worker_endpoints(app: FastAPI, controller: Controller) -> None:
     @app.post("/register_worker", summary="A worker announces itself")
     async def register_worker(request: Request) -> None:
-        asked = validate(RegisterRequest, await read_json(request))
-        await controller.register(controller.caller(request, asked.token), asked)
+        caller, asked = await controller.read_from_worker(request, RegisterRequest)
+        await controller.register(caller, asked)
 
     @app.post("/receive_heart_beat", summary="A worker is alive")
     async def receive_heart_beat(request: Request) -> dict[str, bool]:
-        asked = validate(HeartBeat, await read_json(request))
-        return {"exist": controller.beat(controller.caller(request, asked.token), asked)}
+        caller, asked = await controller.read_from_worker(request, HeartBeat)
+        return {"exist": controller.beat(caller, asked)}
 
     @app.post("/unregister_worker", summary="A worker takes no more requests")
     async def unregister_worker(request: Request) -> dict[str, bool]:
-        asked = validate(Leave, await read_json(request))
-        return {"exist": controller.leave(controller.caller(request, asked.token), asked)}
+        caller, asked = await controller.read_from_worker(request, Leave)
+        return {"exist": controller.leave(caller, asked)}
 
 
 def _add_client_endpoints(app: FastAPI, controller: Controller) -> None:
@@ -572,6 +616,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--worker-timeout", type=float, default=300.0, metavar="SECONDS", help="how long a worker may be silent")
     parser.add_argument("--max-in-flight", type=int, default=256, help="requests passed on at once")
     parser.add_argument("--max-body-bytes", type=int, default=Limits.max_body_bytes)
+    add_body_flags(parser)
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return parser
 
@@ -583,6 +628,7 @@ def settings_from(args: argparse.Namespace) -> ControllerSettings:
         ValueError: a flag cannot work.
     """
     check_at_least(args, {"heart_beat_expiration": 0.001, "worker_timeout": 0.001, "max_in_flight": 1, "max_body_bytes": 1})
+    check_body_flags(args)
     tokens = read_secrets(args.worker_token, args.worker_token_file)
     worker_keys = read_secrets([args.worker_api_key] if args.worker_api_key else [], args.worker_api_key_file)
     return ControllerSettings(
@@ -590,11 +636,12 @@ def settings_from(args: argparse.Namespace) -> ControllerSettings:
         worker_tokens=tokens,
         api_keys=read_secrets(args.api_key, args.api_key_file),
         worker_key=worker_keys[0] if worker_keys else None,
+        allowed_origins=tuple(args.allowed_origins),
         method=DispatchMethod(args.dispatch_method),
         expiry_seconds=args.heart_beat_expiration,
         worker_seconds=args.worker_timeout,
         max_in_flight=args.max_in_flight,
-        limits=Limits(max_body_bytes=args.max_body_bytes),
+        limits=Limits(max_body_bytes=args.max_body_bytes, **body_limits(args)),
     )
 
 

@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from llava.serve.addresses import Endpoint
@@ -40,7 +40,8 @@ class Worker:
     name: its URL in one spelling. check_heart_beat: whether silence ends its registration. last_beat: when it was last heard of.
     in_flight: requests this controller has sent it. others: what it had besides these when it last told; clients that ask it themselves
     bring such work. handed_out: times its address was given to a client since the last heart beat. registered_from: the peer that
-    registered it. down_until: it is passed over until then. last_chosen: number of the choice that fell on it last.
+    registered it. down_until: it is passed over until then. last_chosen: number of the choice that fell on it last. silent: it has not
+    answered for too long, and nobody gets it until it does again. on_lost: called once when it goes silent or is forgotten for it.
     """
 
     name: str
@@ -54,6 +55,8 @@ class Worker:
     handed_out: int = 0
     down_until: float = 0.0
     last_chosen: int = 0
+    silent: bool = False
+    on_lost: list[Callable[[], None]] = field(default_factory=list)
 
     @property
     def load(self) -> float:
@@ -77,6 +80,7 @@ class WorkerTable:
         expiry_seconds: silence after which a worker is forgotten.
         clock: seconds that only grow.
         draw: source of the lottery's numbers.
+        on_lost: told of each worker that is lost: silent for too long, or not there any more.
     """
 
     def __init__(
@@ -85,11 +89,13 @@ class WorkerTable:
         expiry_seconds: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
         draw: random.Random | None = None,
+        on_lost: Callable[[Worker], None] = lambda worker: None,
     ) -> None:
         self.method = method
         self.expiry_seconds = expiry_seconds
         self._clock = clock
         self._draw = draw or random.Random()
+        self._on_lost = on_lost
         self._workers: dict[str, Worker] = {}
         self._remembered: dict[str, None] = {}
         self._choices = 0
@@ -101,7 +107,12 @@ class WorkerTable:
     def workers(self) -> list[Worker]:
         """The living ones, in the order of their first registration."""
         self.expire()
-        return list(self._workers.values())
+        return [worker for worker in self._workers.values() if not worker.silent]
+
+    @property
+    def unbeating(self) -> list[Worker]:
+        """Those that send no heart beats, and have to be asked whether they are alive; the silent ones too."""
+        return [worker for worker in self._workers.values() if not worker.check_heart_beat]
 
     def register(
         self, endpoint: Endpoint, status: WorkerStatus, check_heart_beat: bool = True, registered_from: str | None = None
@@ -124,14 +135,14 @@ class WorkerTable:
             self._workers[name] = known
         known.endpoint, known.check_heart_beat, known.registered_from = endpoint, check_heart_beat, registered_from
         known.tell(status)
-        self._heard_of(known)
+        self.heard_of(known)
         for model in status.models:
             if len(self._remembered) < MAX_REMEMBERED_MODELS:
                 self._remembered[model] = None
         return known
 
     def find(self, name: str) -> Worker | None:
-        """A living worker by its name."""
+        """A registered worker by its name."""
         self.expire()
         return self._workers.get(name)
 
@@ -141,25 +152,46 @@ class WorkerTable:
         if worker is None:
             return False
         worker.tell(replace(worker.status, queue_length=queue_length))
-        self._heard_of(worker)
+        self.heard_of(worker)
         return True
 
-    def _heard_of(self, worker: Worker) -> None:
-        worker.last_beat, worker.down_until, worker.handed_out = self._clock(), 0.0, 0
+    def heard_of(self, worker: Worker) -> None:
+        """Note a sign of life."""
+        worker.last_beat, worker.down_until, worker.handed_out, worker.silent = self._clock(), 0.0, 0, False
+
+    def not_heard_of(self, worker: Worker) -> None:
+        """Note that a worker that sends no heart beats did not answer; after too long it counts as silent.
+
+        It stays registered: nobody would register it again when it comes back.
+        """
+        if not worker.silent and worker.last_beat < self._clock() - self.expiry_seconds:
+            worker.silent = True
+            self._lose(worker)
+
+    def _lose(self, worker: Worker) -> None:
+        self._on_lost(worker)
+        for call in tuple(worker.on_lost):
+            call()
 
     def update(self, worker: Worker, status: WorkerStatus) -> None:
         """Note what a worker says of itself when it is asked; no heart beat."""
         worker.tell(status)
 
     def remove(self, name: str) -> None:
-        """Forget a worker, if it is known."""
+        """Forget a worker, if it is known; what it is answering goes on."""
         self._workers.pop(name, None)
+
+    def lose(self, worker: Worker) -> None:
+        """Forget a worker that is not there any more."""
+        if self._workers.get(worker.name) is worker:
+            del self._workers[worker.name]
+            self._lose(worker)
 
     def expire(self) -> None:
         """Forget the workers that were silent for too long."""
         oldest = self._clock() - self.expiry_seconds
-        for name in [w.name for w in self._workers.values() if w.check_heart_beat and w.last_beat < oldest]:
-            del self._workers[name]
+        for worker in [w for w in self._workers.values() if w.check_heart_beat and w.last_beat < oldest]:
+            self.lose(worker)
 
     def models(self) -> list[str]:
         """Names of all models that somebody serves, sorted."""
@@ -201,10 +233,12 @@ class WorkerTable:
         worker.down_until = self._clock() + DOWN_SECONDS
 
     @contextmanager
-    def using(self, worker: Worker) -> Iterator[None]:
-        """Count a request as sent to a worker while the block runs."""
+    def using(self, worker: Worker, on_lost: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Count a request as sent to a worker while the block runs; `on_lost` is called if the worker is lost meanwhile."""
         worker.in_flight += 1
+        worker.on_lost.append(on_lost)
         try:
             yield
         finally:
             worker.in_flight -= 1
+            worker.on_lost.remove(on_lost)

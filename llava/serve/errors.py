@@ -65,9 +65,11 @@ def error_response(error: ServeError, scope: Scope, status: int | None = None, h
     fault = error.kind.fault
     extra = dict(headers or {})
     if fault.retry_after is not None:
-        extra["Retry-After"] = str(fault.retry_after)
+        extra.setdefault("Retry-After", str(fault.retry_after))
     if error.kind is ErrorKind.UNAUTHORIZED:
         extra["WWW-Authenticate"] = "Bearer"
+    if error.kind is ErrorKind.ENCODED:
+        extra["Accept-Encoding"] = "identity"
     body = error_body(error, request_id_of(scope), scope["path"] in LLAVA_PATHS)
     return JsonResponse(body, status or fault.status, extra)
 

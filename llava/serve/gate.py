@@ -84,9 +84,16 @@ class Gate:
             if not self.inside:
                 self._idle.set()
 
-    def take_bytes(self, count: int) -> None:
-        """Hold bytes of a body; `OVERLOADED` when all bodies together would exceed the budget."""
-        if self.bytes_inside + count > self.held_bytes:
+    def take_bytes(self, count: int, kept: int = 0) -> None:
+        """Hold bytes of a body.
+
+        Args:
+            kept: bytes of the budget that have to stay free for others.
+
+        Raises:
+            ServeError: `OVERLOADED` when all bodies together would exceed the rest of the budget.
+        """
+        if self.bytes_inside + count > self.held_bytes - kept:
             raise ServeError(ErrorKind.OVERLOADED)
         self.bytes_inside += count
 

@@ -1,8 +1,8 @@
-"""What stands before the endpoints of every service: request ids, errors, keys, admission, and bounds on bodies.
+"""What stands before the endpoints of every service: other sites' pages, request ids, errors, keys, admission, and bounds on bodies.
 
 Pure ASGI, one class per rule, outermost first in `guard_app`: a request gets an id, shows its key, is told if there is no place, and only
-then is its body read. Whatever goes wrong inside becomes one of `llava.serve.protocol.FAULTS`; the details stay in the log, under the
-request's id.
+then is its body read, within the bounds of `llava.serve.bodies`. Whatever goes wrong inside becomes one of
+`llava.serve.protocol.FAULTS`; the details stay in the log, under the request's id.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from contextlib import ExitStack
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-import anyio
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava.fetch import literal_address
+from llava.serve.bodies import BodyBounds, BoundedBodies
 from llava.serve.errors import FieldError, error_response, typed_error
 from llava.serve.gate import Gate
 from llava.serve.keys import KeyRing
 from llava.serve.protocol import ErrorKind, Limits, ServeError
+from llava.serve.scopes import cut_connection, header_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,31 +38,15 @@ T = TypeVar("T")
 MAX_HEADER_BYTES = 16_384
 """Address and headers of a request together."""
 
+SMALL_BODY_BYTES = 65_536
+"""Largest body of a path that only small ones are sent to."""
+SMALL_BODIES = 64
+"""How many of that size are held at once, all clients together."""
+SMALL_UPLOADS = 16
+"""How many of them one client may be sending at once."""
+
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _UNKNOWN_HOST = "This server is not known under the name that the request asks for; its operator adds names with --allow-host."
-
-
-def header_of(scope: Scope, name: bytes) -> str | None:
-    """A header's value; where it comes more than once, the last."""
-    values = [value for key, value in scope["headers"] if key == name]
-    return values[-1].decode("latin-1") if values else None
-
-
-def cut_connection(scope: Scope) -> None:
-    """Drop the connection without flushing what waits to be sent; where the server offers no handle, do nothing."""
-    transport = scope.get("state", {}).get("connection")
-    if transport is not None:
-        transport.abort()
-
-
-def _is_foreign_page(origin: str | None) -> bool:
-    """Whether an Origin header names a site by a name; addresses and this machine's own names cannot be pointed elsewhere."""
-    try:
-        parts = urlsplit(origin or "")
-        host = parts.hostname or ""
-    except ValueError:
-        return True
-    return parts.scheme in ("http", "https") and not _is_fixed(host)
 
 
 def is_own_page(scope: Scope, names: Collection[str]) -> bool:
@@ -220,26 +206,57 @@ _CLOSING = ((b"connection", b"close"),)
 _SAFETY_HEADERS = ((b"x-content-type-options", b"nosniff"),)
 
 
+_FOREIGN_PAGE = (
+    "Pages of other sites may not ask here without an API key; the operator starts the server with one, or adds the site with "
+    "--allowed-origins."
+)
+
+
+def _may_ask(origin: str | None, origins: Collection[str]) -> bool:
+    """Whether a request comes from no page, from one under an address or a name of this machine alone, or from a site on the list.
+
+    Pages without a name (`null`: a sandboxed frame, a file) and extensions are other sites like any.
+    """
+    if origin is None or origin in origins:
+        return True
+    try:
+        parts = urlsplit(origin)
+        return parts.scheme in ("http", "https") and _is_fixed(parts.hostname or "")
+    except ValueError:
+        return False
+
+
 class ApiKeys:
-    """Lets in whoever shows a key, and everyone to the open paths; without keys everyone but the pages of web sites.
+    """Lets in whoever shows a key, and everyone to the open paths; without keys everyone but the pages of other sites.
 
     A site whose name is made to point at this machine (DNS rebinding) speaks through the browser of somebody who may reach this server.
 
     Args:
+        origins: of other sites whose pages may ask without a key.
         open_paths: exact paths. open_prefixes: paths that start with one of these, up to a slash.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyRing, open_paths: Sequence[str] = ("/health",), open_prefixes: Sequence[str] = ()) -> None:
-        self.app, self.keys = app, keys
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: KeyRing,
+        origins: Collection[str] = (),
+        open_paths: Sequence[str] = ("/health",),
+        open_prefixes: Sequence[str] = (),
+    ) -> None:
+        self.app, self.keys, self.origins = app, keys, frozenset(origins)
         self.open_paths = frozenset(open_paths)
         self.open_prefixes = tuple(prefix.rstrip("/") + "/" for prefix in open_prefixes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._is_open(scope["path"]):
-            if self.keys and not self.keys.accepts(header_of(scope, b"authorization")):
-                raise ServeError(ErrorKind.UNAUTHORIZED)
-            if not self.keys and _is_foreign_page(header_of(scope, b"origin")):
-                raise ServeError(ErrorKind.FORBIDDEN, "Pages of web sites may not ask here without an API key; start the server with one.")
+            if self.keys:
+                number = self.keys.find(header_of(scope, b"authorization"))
+                if number is None:
+                    raise ServeError(ErrorKind.UNAUTHORIZED)
+                scope.setdefault("state", {})["api_key"] = number
+            elif not _may_ask(header_of(scope, b"origin"), self.origins):
+                raise ServeError(ErrorKind.FORBIDDEN, _FOREIGN_PAGE)
         await self.app(scope, receive, send)
 
     def _is_open(self, path: str) -> bool:
@@ -278,75 +295,49 @@ class Admission:
             await self.app(scope, arriving, send)
 
 
-class BoundedBodies:
-    """Bounds how large a body may be and how long it may take to arrive, by its header and again while it is read.
-
-    Args:
-        gate: holds the bytes of all bodies together.
-        max_bytes: of one body. seconds: from the request's headers to the body's last byte.
-    """
-
-    def __init__(self, app: ASGIApp, gate: Gate, max_bytes: int, seconds: float) -> None:
-        self.app, self.gate, self.max_bytes, self.seconds = app, gate, max_bytes, seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        declared = header_of(scope, b"content-length")
-        if declared is not None and (not declared.isdecimal() or len(declared) > 18 or int(declared) > self.max_bytes):
-            raise ServeError(ErrorKind.TOO_LARGE)
-        deadline = anyio.current_time() + self.seconds
-        arrived, complete = 0, False
-
-        async def bounded() -> Message:
-            nonlocal arrived, complete
-            if complete:
-                return await receive()
-            message = await self._in_time(receive, deadline)
-            if message["type"] != "http.request":
-                return message
-            count = len(message.get("body", b""))
-            if arrived + count > self.max_bytes:
-                raise ServeError(ErrorKind.TOO_LARGE)
-            self.gate.take_bytes(count)
-            arrived += count
-            complete = not message.get("more_body", False)
-            return message
-
-        try:
-            await self.app(scope, bounded, send)
-        finally:
-            self.gate.give_bytes(arrived)
-
-    @staticmethod
-    async def _in_time(receive: Receive, deadline: float) -> Message:
-        try:
-            with anyio.fail_after(max(0.0, deadline - anyio.current_time())):
-                return await receive()
-        except TimeoutError as error:
-            raise ServeError(ErrorKind.TIMEOUT) from error
-
-
 def guard_app(
     app: FastAPI,
     gate: Gate,
     limits: Limits,
     *,
     api_keys: Sequence[str] = (),
+    allowed_origins: Sequence[str] = (),
     generating_paths: Sequence[str] = (),
+    small_paths: Sequence[str] = (),
     open_paths: Sequence[str] = ("/health",),
     open_prefixes: Sequence[str] = (),
     on_error: Callable[[ErrorKind], None] = lambda kind: None,
 ) -> None:
-    """Put all of this page's rules before an app; `app.state.drain` is for the `DrainingServer` that runs it."""
+    """Put all of this page's rules before an app; `app.state.drain` is for the `DrainingServer` that runs it.
+
+    Args:
+        allowed_origins: of web sites whose pages may read the answers, see `flag_checks.check_origins`.
+        generating_paths: take a place of the gate. small_paths: take small bodies, out of a budget of their own: those that are open.
+    """
     app.state.gate, app.state.drain = gate, gate.finish
     app.router.redirect_slashes = False  # to an address that is written with the Host header's name, whatever that is
+    small = BodyBounds(
+        Gate(0, SMALL_BODIES * SMALL_BODY_BYTES),
+        SMALL_BODY_BYTES,
+        seconds=limits.body_seconds,
+        rate=limits.body_rate,
+        client_bytes=SMALL_UPLOADS * SMALL_BODY_BYTES,
+        client_uploads=SMALL_UPLOADS,
+        free_bytes=0,
+    )
     app.add_middleware(Heads)
-    app.add_middleware(BoundedBodies, gate=gate, max_bytes=limits.max_body_bytes, seconds=limits.body_seconds)
+    app.add_middleware(BoundedBodies, bounds=BodyBounds.of(limits, gate), small=small, small_paths=small_paths)
     app.add_middleware(Admission, gate=gate, paths=generating_paths)
-    app.add_middleware(ApiKeys, keys=KeyRing(api_keys), open_paths=open_paths, open_prefixes=open_prefixes)
+    app.add_middleware(ApiKeys, keys=KeyRing(api_keys), origins=allowed_origins, open_paths=open_paths, open_prefixes=open_prefixes)
     app.add_middleware(RequestIds, on_error=on_error)
+    if allowed_origins:  # outermost: a preflight has no key, and browsers read errors too only where these headers stand
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=allowed_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),  # clients' packages send headers of their own beside Authorization
+            expose_headers=("X-Request-Id", "Retry-After"),
+        )
 
     async def refuse(request: Request, raised: Exception) -> Response:
         assert isinstance(raised, HTTPException)

@@ -21,7 +21,8 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from llava.serve.http_guard import MAX_HEADER_BYTES, cut_connection
+from llava.serve.http_guard import MAX_HEADER_BYTES
+from llava.serve.scopes import cut_connection
 
 logger = logging.getLogger(__name__)
 

@@ -27,12 +27,16 @@ class KeyRing:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def accepts(self, authorization: str | None) -> bool:
-        """Whether a value of the Authorization header carries one of the keys."""
+    def find(self, authorization: str | None) -> int | None:
+        """The number of the key that a value of the Authorization header carries, or `None`."""
         scheme, _, given = (authorization or "").partition(" ")
         digest = _digest(given.strip())
         found = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them, whichever fits
-        return any(found) and scheme.lower() == "bearer"
+        return found.index(True) if any(found) and scheme.lower() == "bearer" else None
+
+    def accepts(self, authorization: str | None) -> bool:
+        """Whether a value of the Authorization header carries one of the keys."""
+        return self.find(authorization) is not None
 
 
 def _digest(key: str) -> bytes:

@@ -130,6 +130,7 @@ def build_app(args: argparse.Namespace) -> FastAPI:
         load_engine(args),
         limits,
         api_keys=keys,
+        allowed_origins=args.allowed_origins,
         registration=registration,
         places=batch_rows(args),
         stream_interval=args.stream_interval,

@@ -53,6 +53,7 @@ class ErrorKind(Enum):
     MODEL_NOT_FOUND = "model_not_found"
     NOT_FOUND = "not_found"
     TOO_LARGE = "request_too_large"
+    ENCODED = "unsupported_encoding"
     TIMEOUT = "timeout"
     OVERLOADED = "overloaded"
     DRAINING = "shutting_down"
@@ -85,6 +86,7 @@ FAULTS: dict[ErrorKind, Fault] = {
     ErrorKind.MODEL_NOT_FOUND: Fault(404, _CLIENT, "There is no model of that name here.", 15),
     ErrorKind.NOT_FOUND: Fault(404, _CLIENT, "There is nothing at this address.", 16),
     ErrorKind.TOO_LARGE: Fault(413, _CLIENT, "The request is too large.", 17),
+    ErrorKind.ENCODED: Fault(415, _CLIENT, "The body is compressed (Content-Encoding); send it as it is.", 19),
     ErrorKind.TIMEOUT: Fault(408, _CLIENT, "The request took too long to arrive.", 18),
     ErrorKind.OVERLOADED: Fault(503, _SERVER, "All places are taken; try again.", 20, retry_after=1),
     ErrorKind.DRAINING: Fault(503, _SERVER, "The server is shutting down; try again.", 21, retry_after=5),
@@ -320,7 +322,9 @@ class Limits:
 
     max_body_bytes: of a request. max_images, max_messages, max_prompt_characters, max_new_tokens, max_stop, max_n: of one request.
     max_stop_characters: of one stop text. max_logprobs: alternatives told per token.
-    max_queue: requests that wait beside those being answered; the next gets 503. body_seconds: in which a body has to arrive.
+    max_queue: requests that wait beside those being answered; the next gets 503.
+    body_seconds: that a body may bring nothing; body_rate: bytes per second that it has to keep up beyond, see `bodies.Allowance`.
+    client_uploads: bodies that one client may be sending at once; client_bodies: what they take together, in bodies of the largest size.
     send_seconds: that a client may take to read one piece of a stream before it is taken for gone.
     allow_remote_images: fetch http(s) pictures; off by default. allowed_hosts: only from these, when given.
     """
@@ -335,7 +339,10 @@ class Limits:
     max_n: int = 8
     max_logprobs: int = 20
     max_queue: int = 64
-    body_seconds: float = 30.0
+    body_seconds: float = 20.0
+    body_rate: float = 20_000.0
+    client_uploads: int = 64
+    client_bodies: int = 3
     send_seconds: float = 60.0
     allow_remote_images: bool = False
     allowed_hosts: tuple[str, ...] = ()

@@ -43,7 +43,9 @@ class Registration:
         """
         known, failures = False, 0
         end = asyncio.ensure_future(leaving)
-        async with httpx.AsyncClient(base_url=self.controller_url, timeout=CALL_SECONDS, trust_env=False) as client:
+        # the token travels in the head: a controller need not take a body to judge it
+        headers = {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
+        async with httpx.AsyncClient(base_url=self.controller_url, timeout=CALL_SECONDS, trust_env=False, headers=headers) as client:
             while not end.done():
                 try:
                     known = await self._beat(client, status()) if known else await self._register(client, status())
@@ -59,21 +61,20 @@ class Registration:
 
     async def _leave(self, client: httpx.AsyncClient) -> None:
         with suppress(httpx.HTTPError):  # a controller that is gone, or too old to know this call, finds out by our silence
-            (await client.post("/unregister_worker", json=self._signed({}))).raise_for_status()
+            (await client.post("/unregister_worker", json=self._named({}))).raise_for_status()
             logger.info("left the controller %s", self.controller_url)
 
     async def _register(self, client: httpx.AsyncClient, status: dict[str, Any]) -> bool:
-        body = self._signed({"check_heart_beat": True, "worker_status": status})
+        body = self._named({"check_heart_beat": True, "worker_status": status})
         (await client.post("/register_worker", json=body)).raise_for_status()
         logger.info("registered at the controller %s as %s", self.controller_url, self.worker_url)
         return True
 
-    def _signed(self, body: dict[str, Any]) -> dict[str, Any]:
-        named = {"worker_name": self.worker_url, **body}
-        return named if self.token is None else {**named, "token": self.token}
+    def _named(self, body: dict[str, Any]) -> dict[str, Any]:
+        return {"worker_name": self.worker_url, **body}
 
     async def _beat(self, client: httpx.AsyncClient, status: dict[str, Any]) -> bool:
-        body = self._signed({"queue_length": status["queue_length"]})
+        body = self._named({"queue_length": status["queue_length"]})
         response = (await client.post("/receive_heart_beat", json=body)).raise_for_status()
         if bool(response.json()["exist"]):
             return True

@@ -1,7 +1,8 @@
 """Passing a request on to one of several workers, and the worker's answer back.
 
-Until the first token has gone out, a worker that cannot be reached, refuses or breaks off is replaced by another one and nobody notices.
-After that the client reads a typed error in its stream. A client that goes away takes the worker's request with it: the answer is made in
+Until the first token has gone out, a worker that cannot be reached, refuses, breaks off or is lost (it hangs, and the table has forgotten
+it) is replaced by another one and nobody notices. After that the client reads a typed error in its stream. Errors reach clients in the
+controller's own words, see `llava.serve.refusals`. A client that goes away takes the worker's request with it: the answer is made in
 one task, whose end closes the connection to the worker.
 """
 
@@ -10,21 +11,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import anyio
+from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from llava.serve.dispatch import Worker, WorkerTable
-from llava.serve.errors import error_body, error_fields, request_id_of
+from llava.serve.errors import error_body, error_fields, error_response, request_id_of
 from llava.serve.http_guard import unless_gone
 from llava.serve.llava_api import null_ended
 from llava.serve.openai_api import STREAM_END, server_sent
 from llava.serve.outbound import BrokenOff, Outbound, Patience, Reply, Unreachable, parse_json_object
 from llava.serve.protocol import ErrorKind, ServeError
+from llava.serve.refusals import own_words, told_kind
 from llava.serve.watchdog import patient
 
 logger = logging.getLogger(__name__)
@@ -51,8 +55,6 @@ _ELSEWHERE = frozenset(
 """Errors of one worker that another one may not have."""
 _ELSEWHERE_CODES = {kind.value for kind in _ELSEWHERE}
 _ELSEWHERE_NUMBERS = {kind.fault.code for kind in _ELSEWHERE}
-_KINDS: dict[Any, ErrorKind] = {kind.value: kind for kind in ErrorKind} | {kind.fault.code: kind for kind in ErrorKind}
-"""By OpenAI's `code` and by LLaVA's `error_code`."""
 _REPORT = re.compile(rb'"error"\s*:|"error_code"\s*:\s*[1-9]')
 """What a frame that reports an error holds. Inside an answer's text JSON would put a backslash before the quotes."""
 _OUR_FAULT = (401, 403)
@@ -152,7 +154,7 @@ class _TryAnother(Exception):
 
     Args:
         error: what the client is told when nobody else helps. broken: whether the worker may have died of this request.
-        answer: the worker's own refusal, told in place of `error`.
+        answer: the worker's refusal, told in place of `error`.
     """
 
     def __init__(self, error: ServeError, broken: bool, answer: Refusal | None = None) -> None:
@@ -160,17 +162,18 @@ class _TryAnother(Exception):
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """A worker's answer other than 200. kind: of its error."""
+class Whole:
+    """An answer in one piece."""
 
-    kind: ErrorKind
-    status: int
     body: bytes
-    retry_after: str | None
 
-    async def send(self, send: Send) -> None:
-        headers = {"Retry-After": self.retry_after} if self.retry_after else {}
-        await _send_whole(send, self.status, self.body, headers)
+
+@dataclass(frozen=True)
+class Refusal:
+    """A worker's refusal, in the controller's words. retry_after: the worker's own seconds, or `None`."""
+
+    error: ServeError
+    retry_after: str | None
 
 
 class Relay:
@@ -181,6 +184,7 @@ class Relay:
             controller goes no further. patience: with a worker's answer. send_seconds: that a client may take to read one piece.
         on_retry: told of each worker that was replaced by another.
         on_error: told of the kind of each error that reaches a client as a worker's refusal or inside a stream; the others are raised.
+        schemas: of the bodies, by their paths; what they describe can be refused with a reason.
     """
 
     def __init__(
@@ -193,7 +197,9 @@ class Relay:
         send_seconds: float = 60.0,
         on_retry: Callable[[], None] = lambda: None,
         on_error: Callable[[ErrorKind], None] = lambda kind: None,
+        schemas: Mapping[str, type[BaseModel]] | None = None,
     ) -> None:
+        self.schemas = schemas or {}
         self.table, self.outbound, self.worker_key = table, outbound, worker_key
         self.patience = patience or Patience()
         self.send_seconds = send_seconds
@@ -215,16 +221,18 @@ class RelayResponse(Response):
     def __init__(self, relay: Relay, job: Job) -> None:
         super().__init__()
         self.relay, self.job = relay, job
+        self.begun = False  # something has gone out, so that no other worker can answer any more
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await unless_gone(receive, self._answer_patiently(scope, send))
+        await unless_gone(receive, self._answer_patiently(scope, receive, send))
 
-    async def _answer_patiently(self, scope: Scope, send: Send) -> None:
+    async def _answer_patiently(self, scope: Scope, receive: Receive, send: Send) -> None:
         with patient(send, self.relay.send_seconds) as sending:
-            await self._answer(scope, sending)
+            await self._answer(scope, receive, sending)
 
-    async def _answer(self, scope: Scope, send: Send) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         relay, tried, broken = self.relay, list[str](), 0
+        request_id = request_id_of(scope)
         failure = _TryAnother(ServeError(ErrorKind.BACKEND_UNREACHABLE), broken=False)
         while len(tried) < MAX_WORKERS_TRIED and broken < MAX_BROKEN:
             worker = relay.table.choose(self.job.model, tried)
@@ -233,47 +241,60 @@ class RelayResponse(Response):
             if tried:
                 relay.on_retry()
             tried.append(worker.name)
-            with relay.table.using(worker):
-                try:
-                    await self._ask(worker, request_id_of(scope), send)
-                    return
-                except _TryAnother as reason:
-                    failure = reason
-                    broken += reason.broken
-                    logger.warning("request %s: worker %s: %s", request_id_of(scope), worker.name, reason.error.kind.value)
-        if failure.answer is not None:
-            await self._send_refusal(failure.answer, send)
+            try:
+                whole = await self._ask(worker, request_id, send)
+            except _TryAnother as reason:
+                failure = reason
+                broken += reason.broken
+                logger.warning("request %s: worker %s: %s", request_id, worker.name, reason.error.kind.value)
+                continue
+            if isinstance(whole, Refusal):
+                await self._send_refusal(whole, scope, receive, send)
+            elif whole is not None:
+                await _send_whole(send, whole)
             return
-        raise failure.error
+        if failure.answer is None:
+            raise failure.error
+        await self._send_refusal(failure.answer, scope, receive, send)
 
-    async def _ask(self, worker: Worker, request_id: str, send: Send) -> None:
+    async def _ask(self, worker: Worker, request_id: str, send: Send) -> Whole | Refusal | None:
+        """A worker's answer; `None` where it was a stream, which has been passed on."""
         relay, job = self.relay, self.job
         try:
-            async with relay.outbound.call(
-                "POST",
-                worker.endpoint,
-                job.path,
-                patience=relay.patience,
-                max_bytes=MAX_ANSWER_BYTES,
-                content=job.body,
-                headers=relay.headers(request_id),
-            ) as reply:
-                if reply.status != 200:
-                    await self._pass_refusal(reply, send)
-                elif job.dialect is None:
-                    await self._pass_body(reply, send)
-                else:
-                    await self._pass_stream(reply, job.dialect, worker, request_id, send)
+            with anyio.CancelScope() as waiting, relay.table.using(worker, waiting.cancel):
+                async with relay.outbound.call(
+                    "POST",
+                    worker.endpoint,
+                    job.path,
+                    patience=relay.patience,
+                    max_bytes=MAX_ANSWER_BYTES,
+                    content=job.body,
+                    headers=relay.headers(request_id),
+                ) as reply:
+                    if reply.status != 200:
+                        return await self._read_refusal(reply, request_id)
+                    if job.dialect is None:
+                        return await self._read_body(reply)
+                    await self._pass_stream(reply, job.dialect, request_id, send)
+                    return None
+            raise BrokenOff("it has not been heard of for too long")
         except Unreachable as error:
             relay.table.mark_down(worker)
             raise _TryAnother(ServeError(ErrorKind.BACKEND_UNREACHABLE), broken=False) from error
         except BrokenOff as error:
             relay.table.mark_down(worker)
             logger.warning("request %s: worker %s: %s", request_id, worker.name, error)
-            raise _TryAnother(ServeError(ErrorKind.BACKEND_FAILED), broken=True) from error
+            if not self.begun or job.dialect is None:
+                raise _TryAnother(ServeError(ErrorKind.BACKEND_FAILED), broken=True) from error
+            await self._end_stream(ErrorKind.BACKEND_FAILED, job.dialect, request_id, send)
+            return None
 
-    async def _pass_refusal(self, reply: Reply, send: Send) -> None:
-        """Give a worker's refusal to the client, or to the next worker to try."""
+    async def _read_refusal(self, reply: Reply, request_id: str) -> Refusal:
+        """A worker's refusal for the client.
+
+        Raises:
+            _TryAnother: another worker may not refuse. BrokenOff: it is no error that can be read.
+        """
         body = await reply.body()
         refused = parse_json_object(body) if len(body) <= MAX_REFUSAL_BYTES else None
         if reply.status in _OUR_FAULT:
@@ -282,52 +303,55 @@ class RelayResponse(Response):
         if refused is None or not isinstance(refused.get("error"), dict) or reply.status < 400:
             raise BrokenOff(f"it answered with status {reply.status} and no error that can be read")
         wait = reply.retry_after if reply.retry_after and reply.retry_after.isdecimal() and len(reply.retry_after) < 5 else None
-        refusal = Refusal(_told_kind(refused), reply.status, body, wait)
-        if refused["error"].get("code") in _ELSEWHERE_CODES:
+        kind = told_kind(refused, reply.status)
+        job = self.job
+        error = await asyncio.to_thread(own_words, kind, refused, self.relay.schemas.get(job.path), job.body)
+        logger.info("request %s is refused by its worker: %s: %r", request_id, kind.value, str(refused["error"].get("message"))[:300])
+        refusal = Refusal(error, wait)
+        if kind in _ELSEWHERE:
             raise _TryAnother(ServeError(ErrorKind.BACKEND_UNREACHABLE), broken=False, answer=refusal)
-        await self._send_refusal(refusal, send)
+        return refusal
 
-    async def _send_refusal(self, refusal: Refusal, send: Send) -> None:
-        self.relay.on_error(refusal.kind)
-        await refusal.send(send)
+    async def _send_refusal(self, refusal: Refusal, scope: Scope, receive: Receive, send: Send) -> None:
+        self.relay.on_error(refusal.error.kind)
+        headers = {"Retry-After": refusal.retry_after} if refusal.retry_after else {}
+        await error_response(refusal.error, scope, headers=headers)(scope, receive, send)
 
-    async def _pass_body(self, reply: Reply, send: Send) -> None:
+    async def _read_body(self, reply: Reply) -> Whole:
         body = await reply.body()
         if await asyncio.to_thread(parse_json_object, body) is None:
             raise BrokenOff("its answer is no JSON object")
-        await _send_whole(send, 200, body, {})
+        return Whole(body)
 
-    async def _pass_stream(self, reply: Reply, dialect: Dialect, worker: Worker, request_id: str, send: Send) -> None:
+    async def _pass_stream(self, reply: Reply, dialect: Dialect, request_id: str, send: Send) -> None:
         held: list[bytes] = []
-        begun = ended = False
-        reported: ErrorKind | None = None
-        try:
-            async for frame in reply.frames(dialect.delimiter):
-                reported = reported or _reported_kind(frame)
-                ended = ended or (dialect.is_end is not None and dialect.is_end(frame))
-                if begun:
-                    await _send_piece(send, frame + dialect.delimiter)
-                    continue
-                said = dialect.said(frame)
-                if said is Said.FAILURE:
-                    raise _TryAnother(ServeError(reported or ErrorKind.BACKEND_FAILED), broken=False)
-                held.append(frame + dialect.delimiter)
-                if said is Said.ANSWER or sum(map(len, held)) > _MAX_HELD_BYTES:
-                    begun = True
-                    await _send_head(send, dialect.media_type)
-                    await _send_piece(send, b"".join(held))
-            if not begun or (dialect.is_end is not None and not ended):
-                raise BrokenOff("its stream ended before the answer did")
-        except BrokenOff as error:
-            if not begun:
-                raise
-            reported = reported or ErrorKind.BACKEND_FAILED
-            self.relay.table.mark_down(worker)
-            logger.warning("request %s: worker %s broke off while streaming: %s", request_id, worker.name, error)
-            await _send_piece(send, dialect.error(ServeError(ErrorKind.BACKEND_FAILED), request_id))
-        finally:
-            if begun and reported is not None:  # also where the client has gone by now
-                self.relay.on_error(reported)
+        ended = False
+        async for frame in reply.frames(dialect.delimiter):
+            ended = ended or (dialect.is_end is not None and dialect.is_end(frame))
+            reported = _reported_kind(frame)
+            said = Said.ANSWER if self.begun else dialect.said(frame)
+            if said is Said.FAILURE:
+                raise _TryAnother(ServeError(reported or ErrorKind.BACKEND_FAILED), broken=False)
+            held.append(frame + dialect.delimiter)
+            if said is Said.NOTHING and sum(map(len, held)) <= _MAX_HELD_BYTES:
+                continue
+            if not self.begun:
+                self.begun = True
+                await _send_head(send, dialect.media_type)
+            if reported is not None:
+                held.pop()  # in the worker's words
+                await self._end_stream(reported, dialect, request_id, send, b"".join(held))
+                return
+            await _send_piece(send, b"".join(held))
+            held.clear()
+        if not self.begun or (dialect.is_end is not None and not ended):
+            raise BrokenOff("its stream ended before the answer did")
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _end_stream(self, kind: ErrorKind, dialect: Dialect, request_id: str, send: Send, held: bytes = b"") -> None:
+        """End a stream that has begun with a typed error."""
+        self.relay.on_error(kind)  # also where the client has gone by now
+        await _send_piece(send, held + dialect.error(ServeError(kind), request_id))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -336,14 +360,7 @@ def _reported_kind(frame: bytes) -> ErrorKind | None:
     if _REPORT.search(frame) is None:
         return None
     told = parse_json_object(_event_data(frame) or frame) or {}
-    return _told_kind(told) if told.get("error") or told.get("error_code") else None
-
-
-def _told_kind(told: dict[str, Any]) -> ErrorKind:
-    """The kind of a worker's error; `BACKEND_FAILED` where it is none of ours."""
-    error = told.get("error")
-    codes = (error.get("code") if isinstance(error, dict) else None, told.get("error_code"))
-    return next((_KINDS[code] for code in codes if isinstance(code, str | int) and code in _KINDS), ErrorKind.BACKEND_FAILED)
+    return told_kind(told) if told.get("error") or told.get("error_code") else None
 
 
 async def _send_head(send: Send, media_type: str) -> None:
@@ -355,8 +372,7 @@ async def _send_piece(send: Send, piece: bytes) -> None:
     await send({"type": "http.response.body", "body": piece, "more_body": True})
 
 
-async def _send_whole(send: Send, status: int, body: bytes, headers: dict[str, str]) -> None:
-    listed = {"content-type": "application/json", "content-length": str(len(body)), **headers}
-    encoded = [(key.lower().encode(), value.encode()) for key, value in listed.items()]
-    await send({"type": "http.response.start", "status": status, "headers": encoded})
-    await send({"type": "http.response.body", "body": body, "more_body": False})
+async def _send_whole(send: Send, whole: Whole) -> None:
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(whole.body)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": whole.body, "more_body": False})

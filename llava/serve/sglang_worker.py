@@ -42,6 +42,7 @@ def create_bridge_app(
     limits: Limits | None = None,
     *,
     api_keys: Sequence[str] = (),
+    allowed_origins: Sequence[str] = (),
     registration: Registration | None = None,
     stream_interval: int = 1,
 ) -> FastAPI:
@@ -51,6 +52,7 @@ def create_bridge_app(
         engine,
         limits,
         api_keys=api_keys,
+        allowed_origins=allowed_origins,
         registration=registration,
         places=backend.concurrency,
         stream_interval=stream_interval,
@@ -157,7 +159,14 @@ def build_app(args: argparse.Namespace) -> FastAPI:
         logger.warning("--multi-modal changes nothing: pictures are passed on to the backend")
     if not backend.model:
         backend = replace(backend, model=asyncio.run(wait_for_model_name(backend)))
-    return create_bridge_app(backend, limits, api_keys=keys, registration=registration, stream_interval=args.stream_interval)
+    return create_bridge_app(
+        backend,
+        limits,
+        api_keys=keys,
+        allowed_origins=args.allowed_origins,
+        registration=registration,
+        stream_interval=args.stream_interval,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

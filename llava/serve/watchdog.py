@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -54,6 +55,8 @@ class Watchdog:
             return await work
         except asyncio.CancelledError:
             if self._barked:
+                if sys.version_info >= (3, 11) and self._waiting is not None:
+                    self._waiting.uncancel()  # it was not asked to end, task groups around it need not wonder
                 raise TimeoutError from None
             raise
         finally:

@@ -228,6 +228,7 @@ def create_worker_app(
     limits: Limits | None = None,
     *,
     api_keys: Sequence[str] = (),
+    allowed_origins: Sequence[str] = (),
     registration: Registration | None = None,
     places: int = DEFAULT_PLACES,
     stream_interval: int = 1,
@@ -241,6 +242,7 @@ def create_worker_app(
         engine: makes the answers; drained and closed when the app ends.
         limits: of one request and of the queue.
         api_keys: one of them must come with every request but `/health`; none given, none asked for.
+        allowed_origins: of web sites whose pages may ask from a browser.
         registration: a controller to register at, or `None`.
         places: requests that the engine answers at once; with `limits.max_queue` more waiting, the next is refused.
         stream_interval: tokens between two parts of a stream, see `JoinedPieces`.
@@ -285,6 +287,7 @@ def create_worker_app(
         gate,
         limits,
         api_keys=api_keys,
+        allowed_origins=allowed_origins,
         generating_paths=(CHAT_PATH, WORKER_PATH),
         open_prefixes=open_prefixes,
         on_error=metrics.failed,

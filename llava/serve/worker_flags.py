@@ -6,7 +6,7 @@ import argparse
 import logging
 
 from llava.fetch import FetchError, split_url
-from llava.serve.flag_checks import check_at_least
+from llava.serve.flag_checks import add_body_flags, body_limits, check_at_least, check_body_flags
 from llava.serve.http_server import shown_url
 from llava.serve.keys import read_secrets
 from llava.serve.protocol import Limits
@@ -46,6 +46,7 @@ def add_guard_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="longest answer (default: %(default)s)")
     group.add_argument("--max-images", type=int, default=defaults.max_images, help="pictures of one request (default: %(default)s)")
     group.add_argument("--max-body-mb", type=float, default=defaults.max_body_bytes / 1e6, help="largest request (default: %(default)g)")
+    add_body_flags(group)
     group.add_argument("--allow-remote-images", action="store_true", help="fetch http(s) pictures from public addresses")
     group.add_argument(
         "--allowed-host", action="append", default=[], metavar="HOST", help="fetch from this host only; may be given more than once"
@@ -65,6 +66,7 @@ def read_limits(args: argparse.Namespace) -> Limits:
         raise ValueError(f"--max-body-mb is {args.max_body_mb:g}, expected 0.001 to 4000.")
     if args.allowed_host and not args.allow_remote_images:
         raise ValueError("--allowed-host is given, but fetching is off; add --allow-remote-images or leave it out.")
+    check_body_flags(args)
     return Limits(
         max_body_bytes=int(1e6 * args.max_body_mb),
         max_images=args.max_images,
@@ -72,6 +74,7 @@ def read_limits(args: argparse.Namespace) -> Limits:
         max_queue=args.max_queue,
         allow_remote_images=args.allow_remote_images,
         allowed_hosts=tuple(args.allowed_host),
+        **body_limits(args),
     )
 
 

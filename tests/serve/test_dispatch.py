@@ -154,3 +154,59 @@ def test_the_table_is_bounded() -> None:
     clock.now += 31
     workers.register(endpoint(60000), WorkerStatus(("a",)))
     assert len(workers) == 1
+
+
+def lost_ones() -> tuple[WorkerTable, Clock, list[str]]:
+    lost: list[str] = []
+    clock = Clock()
+    return WorkerTable(DispatchMethod.SHORTEST_QUEUE, 30.0, clock, on_lost=lambda worker: lost.append(worker.name)), clock, lost
+
+
+def test_whoever_waits_for_a_worker_is_told_once_when_it_is_forgotten() -> None:
+    workers, clock, lost = lost_ones()
+    worker = workers.register(endpoint(1), WorkerStatus(("a",)))
+    told: list[int] = []
+    with workers.using(worker, lambda: told.append(1)), workers.using(worker, lambda: told.append(2)):
+        with workers.using(worker, lambda: told.append(3)):
+            pass
+        clock.now += 30
+        assert workers.choose("a") is worker and told == []
+        clock.now += 0.1
+        workers.expire()
+        workers.expire()
+        assert told == [1, 2] and lost == [worker.name] and workers.choose("a") is None
+    assert workers.register(endpoint(1), WorkerStatus(("a",))) is not worker
+
+
+def test_a_worker_that_leaves_by_its_own_word_finishes_and_one_that_is_gone_does_not() -> None:
+    workers, _, lost = lost_ones()
+    told: list[str] = []
+    leaving, gone = workers.register(endpoint(1), WorkerStatus(("a",))), workers.register(endpoint(2), WorkerStatus(("a",)))
+    with workers.using(leaving, lambda: told.append("leaving")), workers.using(gone, lambda: told.append("gone")):
+        workers.remove(leaving.name)
+        workers.lose(gone)
+        workers.lose(gone)
+    assert told == ["gone"] and lost == [gone.name] and workers.workers == []
+
+
+def test_a_worker_without_heart_beats_falls_silent_and_comes_back() -> None:
+    workers, clock, lost = lost_ones()
+    asked = workers.register(endpoint(1), WorkerStatus(("a",)), check_heart_beat=False)
+    assert workers.unbeating == [asked]
+    told: list[int] = []
+    with workers.using(asked, lambda: told.append(1)):
+        clock.now += 20
+        workers.heard_of(asked)
+        clock.now += 30
+        workers.not_heard_of(asked)
+        assert workers.workers == [asked] and told == []
+        clock.now += 1
+        workers.not_heard_of(asked)
+        workers.not_heard_of(asked)
+    assert told == [1] and lost == [asked.name] and asked.silent
+    assert workers.workers == workers.models() == [] and workers.choose("a") is None and workers.was_known("a")
+    assert workers.unbeating == [asked] and len(workers) == 1
+    workers.heard_of(asked)
+    assert workers.choose("a") is asked
+    clock.now += 31
+    assert workers.workers == [asked]  # nobody has asked it meanwhile

@@ -643,6 +643,7 @@ class Controller:
         self.registered: list[dict] = []
         self.beats: list[dict] = []
         self.left: list[dict] = []
+        self.shown: set[str | None] = set()
         self.refuse = False
         self.app = FastAPI()
         guard_app(self.app, Gate(10, 10**6), Limits())
@@ -655,15 +656,18 @@ class Controller:
             raise ServeError(ErrorKind.FORBIDDEN)
         body = await request.json()
         self.registered.append(body)
+        self.shown.add(request.headers.get("authorization"))
         self.known.add(body["worker_name"])
 
     async def beat(self, request: Request):
         body = await request.json()
         self.beats.append(body)
+        self.shown.add(request.headers.get("authorization"))
         return JSONResponse({"exist": body["worker_name"] in self.known})
 
     async def leave(self, request: Request):
         self.left.append(await request.json())
+        self.shown.add(request.headers.get("authorization"))
         return JSONResponse({"exist": True})
 
 
@@ -678,13 +682,13 @@ def test_a_worker_registers_and_comes_back_when_it_is_forgotten():
                     "worker_name": "http://worker:1",
                     "check_heart_beat": True,
                     "worker_status": {"model_names": ["fake"], "speed": 1, "queue_length": 0},
-                    "token": "token",
                 }
             ]
-            assert controller.beats[0] == {"worker_name": "http://worker:1", "queue_length": 0, "token": "token"}
+            assert controller.beats[0] == {"worker_name": "http://worker:1", "queue_length": 0}
             controller.known.clear()
             wait_until(lambda: len(controller.registered) == 2)
-        assert controller.left == [{"worker_name": "http://worker:1", "token": "token"}]
+        assert controller.left == [{"worker_name": "http://worker:1"}]
+        assert controller.shown == {"Bearer token"}  # in the head, where it is judged before a body is taken
         count = len(controller.beats)
         time.sleep(0.2)
         assert len(controller.beats) == count  # a worker that has ended sends no more

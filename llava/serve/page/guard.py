@@ -18,9 +18,12 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llava.serve.bodies import BodyBounds, BoundedBodies
 from llava.serve.gate import Gate
-from llava.serve.http_guard import BoundedBodies, is_own_page
+from llava.serve.http_guard import is_own_page
 from llava.serve.protocol import Limits, ServeError
+from llava.serve.scopes import cut_connection
+from llava.serve.watchdog import patient
 
 MAX_JSON_BYTES = 1_000_000
 """Largest request besides an upload: a question and settings."""
@@ -54,7 +57,8 @@ class PageGuard:
         events: the page's events, by number and by name, with the number of their inputs.
         embed: let other sites show the page in a frame.
         names: of this server, in lower case; pages under these may post, besides those that `is_own_page` knows.
-        body_seconds: in which a request has to arrive; an upload has more, see `uploads.py`.
+        body_seconds: that a request may bring nothing; an upload has more, see `uploads.py`.
+        send_seconds: that a browser may take to read one piece of an answer before it is taken for gone.
     """
 
     def __init__(
@@ -64,9 +68,11 @@ class PageGuard:
         embed: bool = False,
         names: Collection[str] = (),
         body_seconds: float = Limits.body_seconds,
+        send_seconds: float = Limits.send_seconds,
     ) -> None:
-        self.app, self.events, self.names = app, events, frozenset(names)
-        self._bounded_post = BoundedBodies(self._post, Gate(0, HELD_BODIES * MAX_JSON_BYTES), MAX_JSON_BYTES, body_seconds)
+        self.app, self.events, self.names, self.send_seconds = app, events, frozenset(names), send_seconds
+        bounds = BodyBounds(Gate(0, HELD_BODIES * MAX_JSON_BYTES), MAX_JSON_BYTES, seconds=body_seconds)
+        self._bounded_post = BoundedBodies(self._post, bounds)
         self.headers = {
             "Content-Security-Policy": _POLICY.format(ancestors="*" if embed else "'self'"),
             "X-Content-Type-Options": "nosniff",
@@ -79,7 +85,10 @@ class PageGuard:
             return
         if scope["type"] != "http":
             return  # the page has no websockets; the server closes the connection
-        send = self._with_headers(send)
+        with patient(send, self.send_seconds) as sending:
+            await self._answer(scope, receive, self._with_headers(_cutting(sending, scope)))
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not _is_open(scope):
             await PlainTextResponse("There is nothing at this address.", 404)(scope, receive, send)
         elif scope["method"] == "POST" and not is_own_page(scope, self.names):
@@ -125,6 +134,18 @@ class PageGuard:
             await send(message)
 
         return wrapped
+
+
+def _cutting(sending: Send, scope: Scope) -> Send:
+    """A patient `send` that cuts the connection of a browser that does not read; to Gradio, it has gone."""
+
+    async def cutting(message: Message) -> None:
+        try:
+            await sending(message)
+        except ServeError:
+            cut_connection(scope)
+
+    return cutting
 
 
 def _is_open(scope: Scope) -> bool:
