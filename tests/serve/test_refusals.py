@@ -81,8 +81,8 @@ def test_what_is_wrong_with_a_request_is_found_out_here() -> None:
 def test_fields_are_told_where_the_request_has_them(param: Any, is_told: bool) -> None:
     error = words(ErrorKind.INVALID_REQUEST, param)
     assert error.param == (param if is_told else None)
-    expected = f"The worker refuses {param}; its log has the reason under this request id." if is_told else ErrorKind.INVALID_REQUEST.fault.text
-    assert error.detail == expected
+    told_so = f"The worker refuses {param}; its log has the reason under this request id."
+    assert error.detail == (told_so if is_told else ErrorKind.INVALID_REQUEST.fault.text)
 
 
 def test_of_a_path_without_a_description_only_the_kind_is_told() -> None:
