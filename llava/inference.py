@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
-from llava.conversation import SeparatorStyle, Span, get_template, spans_between
-from llava.messages import Message, normalise_turns
+from llava.conversation import SeparatorStyle, get_template
+from llava.messages import Message, prompt_spans
+from llava.messages import write_prompt as write_prompt  # whoever looks for it looks here
 from llava.mm_utils import process_images, tokenize_spans
 from llava.model.builder import load_pretrained_model
 from llava.model.llava_arch import EncodedRow
@@ -109,47 +109,6 @@ class Answer:
     prompt_tokens: int
     reports: list[RoutingReport]
     milliseconds: dict[str, float]
-
-
-def write_prompt(
-    messages: Sequence[Message], num_images: int, template: str, use_start_end: bool = False, answer: str | None = None
-) -> str:
-    """The text of `prompt_spans`, with the same arguments and errors."""
-    return "".join(span.text for span in prompt_spans(messages, num_images, template, use_start_end, answer))
-
-
-def prompt_spans(
-    messages: Sequence[Message], num_images: int, template: str, use_start_end: bool = False, answer: str | None = None
-) -> list[Span]:
-    """The prompt of a conversation, open for the next answer, or with the beginning of one.
-
-    Args:
-        messages: turns, as `llava.messages.normalise_turns` takes them; a system turn in front replaces the template's own text.
-        num_images: how many images there are.
-        template: a name from `conv_templates`.
-        use_start_end: wrap each placeholder in LLaVA's start and end tokens.
-        answer: the text that the answer begins with; the prompt ends right after it.
-
-    Raises:
-        ValueError: nothing to answer, or placeholders unlike images.
-    """
-    conversation = get_template(template)
-    for turn in normalise_turns(messages, num_images):
-        if turn.role == "system":
-            conversation.set_system_message(turn.text)
-            continue
-        text = turn.text
-        if use_start_end:
-            text = text.replace(DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN)
-        conversation.append_message(conversation.roles[turn.role == "assistant"], text)
-    opened = conversation.copy()
-    opened.append_message(conversation.roles[1], None)
-    if answer is None:
-        return opened.get_spans()
-    conversation.append_message(conversation.roles[1], answer)
-    # The answer's place is found from where the open prompt ends: its text may occur again in the template's own end mark.
-    start = conversation.get_prompt().index(answer, len(opened.get_prompt().rstrip()))
-    return spans_between(conversation.get_spans(), 0, start + len(answer))
 
 
 class _Clock(StoppingCriteria):

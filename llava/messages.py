@@ -1,7 +1,4 @@
-"""The turns of a conversation as people send them and as templates can write them, and where the images of a turn stand.
-
-Nothing here needs torch.
-"""
+"""From the turns of a conversation, as people send them, to a prompt. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -10,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
+from llava.conversation import Conversation, Span, get_template, spans_between
 
 ROLES = ("system", "user", "assistant")
 
@@ -128,3 +126,50 @@ def _check_question(turns: Sequence[Message]) -> None:
     asked_in_vain = users[-1] > last_answer and not any(index > last_answer for index in filled)
     if asked_in_vain or not set(users) & set(filled):
         raise ValueError(f"Turn {users[-1]} is empty; give a question.")
+
+
+def fill_template(messages: Sequence[Message], num_images: int, template: str, use_start_end: bool = False) -> Conversation:
+    """A conversation template with turns in it; arguments and errors as in `prompt_spans`."""
+    conversation = get_template(template)
+    for turn in normalise_turns(messages, num_images):
+        if turn.role == "system":
+            conversation.set_system_message(turn.text)
+            continue
+        text = turn.text
+        if use_start_end:
+            text = text.replace(DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN)
+        conversation.append_message(conversation.roles[turn.role == "assistant"], text)
+    return conversation
+
+
+def write_prompt(
+    messages: Sequence[Message], num_images: int, template: str, use_start_end: bool = False, answer: str | None = None
+) -> str:
+    """The text of `prompt_spans`, with the same arguments and errors."""
+    return "".join(span.text for span in prompt_spans(messages, num_images, template, use_start_end, answer))
+
+
+def prompt_spans(
+    messages: Sequence[Message], num_images: int, template: str, use_start_end: bool = False, answer: str | None = None
+) -> list[Span]:
+    """The prompt of a conversation, open for the next answer, or with the beginning of one.
+
+    Args:
+        messages: turns, as `normalise_turns` takes them; a system turn in front replaces the template's own text.
+        num_images: how many images there are.
+        template: a name from `conv_templates`.
+        use_start_end: wrap each placeholder in LLaVA's start and end tokens.
+        answer: the text that the answer begins with; the prompt ends right after it.
+
+    Raises:
+        ValueError: nothing to answer, or placeholders unlike images.
+    """
+    conversation = fill_template(messages, num_images, template, use_start_end)
+    opened = conversation.copy()
+    opened.append_message(conversation.roles[1], None)
+    if answer is None:
+        return opened.get_spans()
+    conversation.append_message(conversation.roles[1], answer)
+    # The answer's place is found from where the open prompt ends: its text may occur again in the template's own end mark.
+    start = conversation.get_prompt().index(answer, len(opened.get_prompt().rstrip()))
+    return spans_between(conversation.get_spans(), 0, start + len(answer))

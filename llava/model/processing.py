@@ -8,27 +8,35 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
-import torch
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor, BatchFeature, CLIPImageProcessorPil, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import cached_file
 
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN, DEFAULT_IMAGE_TOKEN
-from llava.conversation import get_template
-from llava.images import load_image
-from llava.messages import put_images_first, text_of_parts
-from llava.mm_utils import process_images, tokenizer_image_token
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_PATCH_TOKEN,
+    DEFAULT_IMAGE_TOKEN,
+    IMAGE_TOKEN_INDEX,
+)
+from llava.conversation import Span
+from llava.messages import Message, fill_template, prompt_spans, text_of_parts
+from llava.mm_utils import process_images, tokenize_spans, tokenizer_image_token
 from llava.model.config import LlavaConfig, LlavaMistralConfig, MultimodalFields
+from llava.model.image_inputs import image_of_part, images_of_rows
 from llava.model.loading import read_tower_config, resolve_tower
+from llava.model.text_options import TextOptions, read_options, stack_rows
 from llava.tokenizer import load_tokenizer
-
-Pictures = Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]]
 
 _SETTINGS = ("image_aspect_ratio", "image_grid_pinpoints", "conv_version", "mm_use_im_start_end", "mm_use_im_patch_token")
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _AUTO_OPTIONS = ("_from_auto", "trust_remote_code")
+_IMAGE_PARTS = ("image", "image_url")
+_OTHER_TEMPLATES = ("chat_template", "tools", "documents", "return_assistant_tokens_mask", "load_audio_from_video")
+"""Of transformers' `apply_chat_template`: taken where they ask for nothing."""
 
 
 class AvgLlavaProcessor(ProcessorMixin):
@@ -86,59 +94,43 @@ class AvgLlavaProcessor(ProcessorMixin):
 
     def __call__(  # type: ignore[override]
         self,
-        images: Pictures | None = None,
+        images: Any = None,
         text: str | Sequence[str] | None = None,
         return_tensors: str | None = None,
         padding: bool | str = False,
         padding_side: str | None = None,
+        **options: Any,
     ) -> BatchFeature:
-        """Prepare prompts and their pictures.
+        """Prepare prompts and their images.
 
         Args:
-            images: the pictures in reading order over the batch, or one list of them per prompt.
-            text: a prompt, or B of them, with one `<image>` per picture.
-            return_tensors: "pt", or `None` for lists of ids.
-            padding: `True` or "longest" pads the rows to one length; generation takes either side.
-            padding_side: "left" or "right"; by default the tokenizer's.
+            images: the images in reading order over the batch, or one list of them (or `None`) per prompt; see
+                `llava.model.image_inputs.read_image` for what an image may be.
+            text: a prompt, or B of them, with one `<image>` per image. A prompt is finished: special tokens that it spells are meant as
+                such. Where it holds other people's words, use `apply_chat_template` with `tokenize`.
+            return_tensors, padding, padding_side, options: see `TextOptions`. What transformers' processors take besides is taken where it
+                asks for nothing (`videos=None`), also by group (`text_kwargs={...}`).
 
         Returns:
-            input_ids and attention_mask (B, L), a placeholder where a picture goes, and, with pictures, `images` as `process_images`
-            gives them (a tensor where all have the same number of views, else a list) and `image_sizes`, (width, height) each.
+            input_ids and attention_mask (B, L), a placeholder where an image goes, and, with images, `images` as `process_images` gives
+            them (a tensor where all have the same number of views, else a list) and `image_sizes`, (width, height) each.
 
         Raises:
-            ValueError: no text, pictures unlike placeholders, rows that do not stack, or an unknown option.
+            ValueError: no text, images unlike placeholders, rows that do not stack, or an unknown option.
         """
         if text is None:
             raise ValueError("The processor got no text; give a prompt with one <image> per picture.")
-        if padding not in (True, False, "longest"):
-            raise ValueError(f"padding is {padding!r}, expected True, False or 'longest'.")
-        if return_tensors not in (None, "pt"):
-            raise ValueError(f"return_tensors is {return_tensors!r}, expected None or 'pt'.")
-        prompts = [text] if isinstance(text, str) else list(text)
-        pictures = _pictures_of_rows(images, [prompt.count(DEFAULT_IMAGE_TOKEN) for prompt in prompts])
-        rows = [tokenizer_image_token(prompt, self.tokenizer) for prompt in prompts]
-        data = self._stack(rows, bool(padding), padding_side or self.tokenizer.padding_side, return_tensors)
-        if pictures:
-            data["images"] = process_images(pictures, self.image_processor, self)
-            data["image_sizes"] = [picture.size for picture in pictures]
-        return BatchFeature(data)
+        options |= {"return_tensors": return_tensors, "padding": padding, "padding_side": padding_side}
+        rows = [tokenizer_image_token(prompt, self.tokenizer) for prompt in ([text] if isinstance(text, str) else text)]
+        return self._prepare(rows, images, read_options(options))
 
-    def _stack(self, rows: list[list[int]], padding: bool, side: str, return_tensors: str | None) -> dict[str, Any]:
-        """Ids and mask of the rows, padded if asked, as lists or tensors."""
-        if side not in ("left", "right"):
-            raise ValueError(f"padding_side is {side!r}, expected 'left' or 'right'.")
-        longest = max(len(row) for row in rows)
-        mask = [[1] * len(row) for row in rows]
-        if padding:
-            fill = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id or 0
-            mask = [_pad(row, longest, 0, side) for row in mask]
-            rows = [_pad(row, longest, fill, side) for row in rows]
-        if return_tensors is None:
-            return {"input_ids": rows, "attention_mask": mask}
-        lengths = [len(row) for row in rows]
-        if len(set(lengths)) > 1:
-            raise ValueError(f"The prompts have {lengths} tokens, which do not stack; pass padding=True.")
-        return {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)}
+    def _prepare(self, rows: list[list[int]], images: Any, options: TextOptions) -> BatchFeature:
+        loaded = images_of_rows(images, [row.count(IMAGE_TOKEN_INDEX) for row in rows])
+        data = stack_rows(rows, self.tokenizer, options)
+        if loaded:
+            data["images"] = process_images(loaded, self.image_processor, self)
+            data["image_sizes"] = [image.size for image in loaded]
+        return BatchFeature(data)
 
     def apply_chat_template(  # type: ignore[override]
         self,
@@ -146,51 +138,74 @@ class AvgLlavaProcessor(ProcessorMixin):
         add_generation_prompt: bool = False,
         tokenize: bool = False,
         return_dict: bool = False,
-        **kwargs: Any,
+        continue_final_message: bool = False,
+        **options: Any,
     ) -> Any:
         """Write messages in the conversation template that the model was trained with (`conv_version`).
 
         Args:
-            conversation: messages `{"role": "user" | "assistant", "content": text or parts}`, or a list of such conversations. A part is
-                `{"type": "text", "text": ...}` or `{"type": "image"}`; parts are written one per line, ordered by
-                `llava.messages.images_first`. With `tokenize`, an image part holds a picture under `image`, a file under `path` or a web
-                address under `url`.
+            conversation: messages `{"role": ..., "content": text or parts}`, or a list of such conversations. Any conversation that
+                `llava.messages.normalise_turns` takes; a system turn replaces the template's own text. A part is a text, `{"type": "text",
+                "text": ...}`, `{"type": "image"}` or OpenAI's `{"type": "image_url"}`; parts are written one per line, ordered by
+                `llava.messages.images_first`. With `tokenize`, an image part holds its image under one of `IMAGE_KEYS`.
             add_generation_prompt: open the next answer.
-            tokenize: prepare the prompts and pictures, see `__call__`, which also takes `kwargs`.
+            tokenize: prepare the prompts and images as `__call__` does, which also takes `options`. What the messages say is then text,
+                whatever it spells: special tokens come from the template alone.
             return_dict: with `tokenize`, all that `__call__` gives and not the ids alone.
+            continue_final_message: end with the last message, which is the assistant's, as it stands.
+            options: with `tokenize`; `images` in place of those in the parts.
 
         Returns:
             The prompt, a list of them for a list of conversations, or what `tokenize` and `return_dict` ask for.
 
         Raises:
-            ValueError: roles out of order, an unknown part, or options that have no effect.
+            ValueError: nothing to answer, an unknown role or part, or options that have no effect.
         """
-        if kwargs and not tokenize:
-            raise ValueError(f"{', '.join(sorted(kwargs))} only count with tokenize=True; switch it on or leave them out.")
+        options = {name: value for name, value in options.items() if name not in _OTHER_TEMPLATES or value}
+        if refused := sorted(set(options) & set(_OTHER_TEMPLATES)):
+            raise ValueError(f"{', '.join(refused)}: the template is the one that the model was trained with; leave them out.")
+        if not tokenize and (wanted := sorted(name for name, value in options.items() if value is not None)):
+            raise ValueError(f"{', '.join(wanted)} only count with tokenize=True; switch it on or leave them out.")
         is_batch = bool(conversation) and not isinstance(conversation[0], dict)
         conversations = conversation if is_batch else [conversation]
-        prompts = [self._write(messages, add_generation_prompt) for messages in conversations]
+        ends = {"open": add_generation_prompt, "cut": continue_final_message}
+        prompts = [self._write(messages, **ends) for messages in conversations]
         if not tokenize:
-            return prompts if is_batch else prompts[0]
-        pictures = [_pictures_of_messages(messages) for messages in conversations]
-        prepared = self(images=pictures if any(pictures) else None, text=prompts, **kwargs)
+            texts = ["".join(span.text for span in spans) for spans in prompts]
+            return texts if is_batch else texts[0]
+        images = options.pop("images", None)
+        if images is None:
+            images = [images_of_messages(messages) for messages in conversations]
+        rows = [tokenize_spans(spans, self.tokenizer) for spans in prompts]
+        prepared = self._prepare(rows, images, read_options(options))
         return prepared if return_dict else prepared["input_ids"]
 
-    def _write(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool) -> str:
-        roles = [message["role"] for message in messages]
-        if not roles or roles != [("user", "assistant")[index % 2] for index in range(len(roles))]:
-            raise ValueError(f"The roles are {roles}, expected user and assistant in alternation; the system text is the template's own.")
-        template = get_template(self.conv_version)
-        picture = DEFAULT_IMAGE_TOKEN
-        if self.mm_use_im_start_end:
-            picture = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
-        for index, message in enumerate(messages):
-            parts = [part["text"] if part["type"] == "text" else DEFAULT_IMAGE_TOKEN for part in _parts(message)]
-            text = put_images_first(text_of_parts(parts))  # a text may hold placeholders of its own
-            template.append_message(template.roles[index % 2], text.replace(DEFAULT_IMAGE_TOKEN, picture))
-        if add_generation_prompt:
-            template.append_message(template.roles[1], None)
-        return template.get_prompt()
+    def _write(self, messages: Sequence[dict[str, Any]], open: bool, cut: bool) -> list[Span]:
+        turns = [Message(_role(message), _text(message)) for message in messages]
+        num_images = sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
+        how = num_images, self.conv_version, self.mm_use_im_start_end
+        if cut:
+            if open or not turns or turns[-1].role != "assistant":
+                raise ValueError("continue_final_message needs a last message of the assistant's, and no add_generation_prompt.")
+            return prompt_spans(turns[:-1], *how, answer=turns[-1].text)
+        return prompt_spans(turns, *how) if open else fill_template(turns, *how).get_spans()
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **options: Any) -> Any:  # type: ignore[override]
+        """The text of ids, or of each row of ids, with `<image>` where a placeholder stands; none if special tokens are left out."""
+        ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+        ids = [ids] if isinstance(ids, int) else list(ids)
+        if any(isinstance(each, (list, tuple)) or getattr(each, "ndim", 0) for each in ids):
+            return [self.decode(row, skip_special_tokens, **options) for row in ids]
+        written = []
+        for is_image, group in groupby(map(int, ids), key=lambda token: token == IMAGE_TOKEN_INDEX):
+            tokens = list(group)
+            shown = "" if skip_special_tokens else DEFAULT_IMAGE_TOKEN * len(tokens)
+            written.append(shown if is_image else self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens, **options))
+        return "".join(written)
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **options: Any) -> list[str]:  # type: ignore[override]
+        """`decode` of each row."""
+        return [self.decode(row, skip_special_tokens, **options) for row in sequences]
 
     @property
     def model_input_names(self) -> list[str]:
@@ -223,46 +238,28 @@ def _from_processor_config(path: str, hub: dict[str, Any]) -> tuple[dict[str, An
     return {name: stored[name] for name in _SETTINGS if name in stored}, stored["image_processor"]
 
 
-def _pictures_of_rows(images: Pictures | None, placeholders: list[int]) -> list[Image.Image]:
-    """The pictures as one list in reading order, checked against the placeholders of each prompt."""
-    given: Sequence[Any] = [] if images is None else [images] if isinstance(images, Image.Image) else images
-    nested = any(not isinstance(item, Image.Image) for item in given)
-    pictures = [picture for row in given for picture in row] if nested else list(given)
-    counts = [len(row) for row in given] if nested else [len(pictures)]
-    if counts != (placeholders if nested else [sum(placeholders)]):
-        raise ValueError(
-            f"The prompts hold {placeholders} <image> placeholders, but {counts} pictures were given; write one <image> per picture."
-        )
-    return pictures
-
-
-def _pad(row: list[int], length: int, fill: int, side: str) -> list[int]:
-    padding = [fill] * (length - len(row))
-    return padding + row if side == "left" else row + padding
+def _role(message: dict[str, Any]) -> str:
+    role = str(message["role"])
+    return "system" if role == "developer" else role
 
 
 def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
     """A message's content as parts, each of a known type."""
-    content = message["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-    unknown = [part["type"] for part in parts if part["type"] not in ("text", "image")]
-    if unknown:
-        raise ValueError(f"A message has parts of type {unknown}, expected text or image.")
+    content = message.get("content") or []
+    given = [content] if isinstance(content, str) else content
+    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in given]
+    if unknown := [part.get("type") for part in parts if part.get("type") not in ("text", *_IMAGE_PARTS)]:
+        raise ValueError(f"A message has parts of type {unknown}, expected text, image or image_url.")
     return parts
 
 
-def _pictures_of_messages(messages: Sequence[dict[str, Any]]) -> list[Image.Image]:
-    return [_picture(part) for message in messages for part in _parts(message) if part["type"] == "image"]
+def _text(message: dict[str, Any]) -> str:
+    return text_of_parts([DEFAULT_IMAGE_TOKEN if part["type"] in _IMAGE_PARTS else part["text"] for part in _parts(message)])
 
 
-def _picture(part: dict[str, Any]) -> Image.Image:
-    if isinstance(part.get("image"), Image.Image):
-        return part["image"]
-    if "path" in part:
-        return load_image(part["path"])
-    if "url" in part:
-        return load_image(part["url"], allow_local=False, allow_remote=True)
-    raise ValueError(f"An image part has {sorted(part)}; put a PIL image under 'image', a file under 'path' or a web address under 'url'.")
+def images_of_messages(messages: Sequence[dict[str, Any]]) -> list[Image.Image]:
+    """The images of a conversation's parts, in order."""
+    return [image_of_part(part) for message in messages for part in _parts(message) if part["type"] in _IMAGE_PARTS]
 
 
 for _config_class in (LlavaConfig, LlavaMistralConfig):
