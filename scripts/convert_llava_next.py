@@ -421,6 +421,8 @@ def after_image(tokenizer: PreTrainedTokenizerBase) -> str:
 def jinja_template(template: Conversation, behind_image: str) -> str | None:
     """A chat template that writes what `Conversation.get_prompt` writes; `None` for one without roles.
 
+    Images that stand together behind the words of their turn come first, as in `llava.messages.images_first`.
+
     Args:
         behind_image: text to put behind each `<image>`, see `after_image`.
     """
@@ -429,7 +431,9 @@ def jinja_template(template: Conversation, behind_image: str) -> str | None:
     image = json.dumps(DEFAULT_IMAGE_TOKEN + behind_image)
     content = (
         "{%- macro text(message) -%}{%- if message.content is string -%}{{ message.content }}{%- else -%}"
-        "{%- for part in message.content -%}"
+        "{%- set images = message.content | selectattr('type', 'equalto', 'image') | list -%}"
+        "{%- set words = message.content | rejectattr('type', 'equalto', 'image') | list -%}"
+        "{%- for part in images + words if message.content == words + images else message.content -%}"
         f"{{%- if part.type == 'image' -%}}{{{{ {image} }}}}{{%- else -%}}{{{{ part.text }}}}{{%- endif -%}}"
         "{%- if not loop.last -%}{{ '\\n' }}{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
         "{%- for message in messages -%}{%- if message.role != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}"

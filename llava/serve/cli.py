@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from time import perf_counter
 
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.flags import add_model_and_options, granularity_argument, options_of
-from llava.images import load_images
+from llava.images import ImageError, load_images
 from llava.inference import Answer, Assistant, Options
 from llava.messages import Message
 from llava.model.routing import RoutingRequest, allowed_levels
 from llava.utils import setup_logging
 
 HELP = """\
-/image PATH [PATH ...]     pictures for the next question (files, or http(s) addresses)
+/image PATH [PATH ...]     images for the next question (files, or http(s) addresses);
+                           a question may also begin with the paths of image files
 /granularity auto|N|N,M    let the router choose, fix the tokens per view, or limit the choice
 /budget N|off              visual tokens of all pictures together
 /history                   what was said
@@ -33,6 +37,9 @@ HELP = """\
 Ctrl-C stops an answer; at an empty prompt, a second one leaves."""
 
 PROMPT = "> "
+MAX_PATH = 1000
+"""Characters of a line in which a path is looked for."""
+IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
 
 
 @dataclass
@@ -114,6 +121,9 @@ class Chat:
     def take(self, line: str) -> None:
         """Obey a command, or answer a question; what cannot be done is said, and the chat goes on."""
         try:
+            files, line = leading_files(line) if not self._is_command(line) else ([], line)
+            if files:
+                self.add_images(load_pictures(files))
             if line.startswith("/"):
                 self._command(line[1:])
             elif line:
@@ -121,9 +131,12 @@ class Chat:
         except (ValueError, OSError, FloatingPointError) as error:
             self.failures += 1
             budget = self.options.routing.max_visual_tokens
-            asked = bool(line) and not line.startswith("/")
+            asked = bool(line) and not line.startswith("/") and not isinstance(error, ImageError)
             hint = f" (The budget is {budget}, the granularity {self._wanted()}; /budget and /granularity change them.)"
             self.terminal.complain(f"error: {error}{hint if asked and budget is not None else ''}")
+
+    def _is_command(self, line: str) -> bool:
+        return line.startswith("/") and line[1:].partition(" ")[0] in self.commands
 
     def _interrupted_prompt(self) -> None:
         self.over = self.interrupted
@@ -133,7 +146,7 @@ class Chat:
     def _command(self, text: str) -> None:
         name, _, rest = text.partition(" ")
         if name not in self.commands:
-            raise ValueError(f"There is no command /{printable(name)[:40]}; /help lists them.")
+            raise ValueError(f"There is no command /{printable(name)[:40]}; /help lists them, /image PATH adds an image.")
         self.commands[name](rest.strip())
 
     def _answer(self, question: str) -> None:
@@ -229,6 +242,39 @@ def load_pictures(names: Sequence[str]) -> list[Image.Image]:
         ValueError: a picture that cannot be used.
     """
     return load_images([os.path.expanduser(name) for name in names], allow_remote=True)
+
+
+def leading_files(line: str) -> tuple[list[str], str]:
+    """The image files that a line begins with, and the rest of it: whoever drops files into a terminal gets their paths typed.
+
+    A path may be quoted, or have its spaces escaped, as terminals do it, or stand as it is.
+    """
+    files = []
+    while (found := _leading_file(line)) is not None:
+        files.append(found[0])
+        line = found[1]
+    return files, line
+
+
+def _leading_file(line: str) -> tuple[str, str] | None:
+    """The longest beginning of a line that names an image file, and what stands behind it."""
+    ends = [match.start() for match in re.finditer(r"(?=\s)|$", line[:MAX_PATH])]
+    for end in reversed(ends):
+        if Path(line[:end].rstrip("'\"")).suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        for name in _as_typed(line[:end]):
+            if os.path.isfile(os.path.expanduser(name)):
+                return name, line[end:].strip()
+    return None
+
+
+def _as_typed(text: str) -> list[str]:
+    """What a text may mean as one path: itself, and what a shell would read."""
+    try:
+        words = shlex.split(text)
+    except ValueError:  # an apostrophe that closes nothing
+        return [text]
+    return [text, *words] if len(words) == 1 else [text]
 
 
 def pictures(count: int) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -83,6 +84,37 @@ def test_pictures_and_turns_go_to_the_model(chat, tmp_path):
     images, turns, _ = chat.assistant.calls[1]
     assert len(images) == 1 and [turn.text for turn in turns] == ["<image>\nWhat colour?", "It is red.", "Sure?"]
     assert "[granularity 16: 88 of 336 visual tokens, 74 % saved; 12 ms to the first word" in "".join(chat.written)
+
+
+@pytest.mark.parametrize("written", ["{}", "'{}'", '"{}"', "escaped"])
+def test_a_question_may_begin_with_the_paths_of_images(chat, tmp_path, monkeypatch, written):
+    names = ["plain.png", "my picture.PNG", "what's (it).png"]
+    for width, name in enumerate(names, start=10):
+        Image.new("RGB", (width, 10)).save(tmp_path / name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in names[: 2 if written == "'{}'" else 3]:
+        path = f"{tmp_path}/{name}"
+        typed = re.sub(r"([^\w./-])", r"\\\1", path) if written == "escaped" else written.format(path)
+        say(chat, f"{typed} What's on it?", "/clear")
+        images, turns, _ = chat.assistant.calls[-1]
+        assert [image.width for image in images] == [10 + names.index(name)]
+        assert turns == [Message("user", "<image>\nWhat's on it?")]
+    say(chat, "~/plain.png", f"{tmp_path}/my picture.PNG {tmp_path}/plain.png Which is wider?")
+    images, turns, _ = chat.assistant.calls[-1]
+    assert [image.width for image in images] == [10, 11, 10] and turns[0].text.endswith("\nWhich is wider?")
+    assert chat.complaints == []
+
+
+def test_a_question_with_a_file_in_it_stays_a_question(chat, tmp_path, monkeypatch):
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    (tmp_path / "What").write_text("")
+    (tmp_path / "b.png").write_text("no image")
+    monkeypatch.chdir(tmp_path)
+    say(chat, "What is in a.png?", "Is it in a.png", "nowhere.png What?")
+    assert [call[0] for call in chat.assistant.calls] == [[], [], []] and chat.complaints == []
+    say(chat, "b.png What?", "/help", "/nope.png What?")
+    assert len(chat.assistant.calls) == 3 and len(chat.complaints) == 2
+    assert "There is no command /nope.png; /help lists them, /image PATH adds an image." in chat.complaints[1]
 
 
 def test_commands_change_the_routing(chat):
