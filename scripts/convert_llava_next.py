@@ -433,7 +433,7 @@ def jinja_template(template: Conversation, behind_image: str) -> str | None:
         "{%- macro text(message) -%}{%- if message.content is string -%}{{ message.content }}{%- else -%}"
         "{%- set images = message.content | selectattr('type', 'equalto', 'image') | list -%}"
         "{%- set words = message.content | rejectattr('type', 'equalto', 'image') | list -%}"
-        "{%- for part in images + words if message.content == words + images else message.content -%}"
+        "{%- for part in (images + words if message.content == words + images else message.content) -%}"
         f"{{%- if part.type == 'image' -%}}{{{{ {image} }}}}{{%- else -%}}{{{{ part.text }}}}{{%- endif -%}}"
         "{%- if not loop.last -%}{{ '\\n' }}{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
         "{%- for message in messages -%}{%- if message.role != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}"

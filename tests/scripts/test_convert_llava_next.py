@@ -318,6 +318,16 @@ def test_chat_template_writes_our_prompt(name: str, oracle: Path) -> None:
         assert written == conversation.get_prompt()
 
 
+@pytest.mark.parametrize("order", ["wi", "wii", "iw", "wiw", "iwi", "i", "ww"])
+def test_chat_template_puts_images_where_our_processor_does(order: str, oracle: Path) -> None:
+    ours = AvgLlavaProcessor.from_pretrained(oracle / "checkpoint")
+    parts = [{"type": "image"} if part == "i" else {"type": "text", "text": f"words {place}"} for place, part in enumerate(order)]
+    messages = [{"role": "user", "content": parts}]
+    template = convert.jinja_template(get_template(ours.conv_version), "")
+    written = ours.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+    assert written == ours.apply_chat_template(messages, add_generation_prompt=True)
+
+
 def test_auto_classes_read_the_result(ours: tuple[Any, Any, Any]) -> None:
     """The source named transformers' processor; the result must not."""
     folder = ours[1].config._name_or_path
