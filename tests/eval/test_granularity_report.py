@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,14 @@ import torch
 
 from llava.eval.granularity_report import main
 from llava.eval.report.answers import Encoder, Record, ask_all, is_right, router_logits
-from llava.eval.report.answers_file import earlier_answers, write_answers
+from llava.eval.report.answers_file import earlier_answers, key_of, read_answers, write_answers
+from llava.eval.report.baseline import Baseline, compare, read_baseline
 from llava.eval.report.examples import pick_examples
 from llava.eval.report.measure import PARTS, Cost, balanced_sample, kv_cache_bytes, measure, mixed, peak_bytes, summarise
 from llava.eval.report.outcomes import Outcomes, tail
 from llava.eval.report.page import write_page
 from llava.eval.report.tasks import Item, open_task, read_task
+from llava.eval.report.ways import ways_of_choosing
 from llava.eval.report.words import NO_ROUTER, markdown
 from llava.images import load_image
 from llava.inference import MICRO_MODEL, Assistant, Options
@@ -517,6 +521,230 @@ def test_easy_vqa_asks_in_the_micro_worlds_words() -> None:
     task = open_task("easy_vqa")
     assert len(task.items) == 9673 and set(task.families) == {"shape", "colour", "yes or no"}
     assert all(item.text.startswith("In the poster, ") for item in task.items) and (task.folder / task.items[0].image).is_file()
+
+
+# ---- going on, comparing ------------------------------------------------------------------------------------------------------------
+
+FILES = ("answers.jsonl", "report.csv", "report.html", "report.json", "report.md")
+
+
+def short(output: Path, length: int = 24) -> list[str]:
+    """Flags of a short report on the first questions, in batches of eight."""
+    fixed = ["--task", "playground", "--timing-samples", "0", "--device", "cpu", "--batch-size", "8"]
+    return [*fixed, "--limit", str(length), "--output", str(output)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of twenty-four questions, made without a break."""
+    output = tmp_path_factory.mktemp("whole") / "report"
+    assert main(short(output)) == 0
+    assert sorted(path.name for path in output.iterdir()) == list(FILES)
+    return output
+
+
+@pytest.fixture
+def stop_in_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[int]]:
+    """Presses Ctrl-C in the n-th batch that is asked; returns the sizes of the batches before it."""
+    from llava.eval.report import answers
+
+    real = answers.ask
+
+    def at(number: int | None) -> list[int]:
+        sizes: list[int] = []
+
+        def stopping(assistant: Assistant, batch: Any, *rest: Any) -> Any:
+            if len(sizes) + 1 == number:
+                raise KeyboardInterrupt
+            sizes.append(len(batch.items))
+            return real(assistant, batch, *rest)
+
+        monkeypatch.setattr(answers, "ask", stopping)
+        return sizes
+
+    return at
+
+
+def test_a_stopped_report_goes_on_to_what_it_would_have_been(
+    whole: Path, tmp_path: Path, stop_in_batch: Any, interrupts: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    stop_in_batch(3)
+    assert main(short(output)) == 130
+    assert capsys.readouterr().err.endswith(f"interrupted: the answers to 16 questions are kept in {output}; the same command goes on.\n")
+    part = output / "answers.parts" / "part-00000.jsonl"
+    part.write_bytes(part.read_bytes()[:-10])  # as a kill within the write leaves it: the last whole batch lacks a question
+    sizes = stop_in_batch(None)
+    assert main(short(output)) == 0
+    assert sizes == [8, 8]  # the batch with the lost line as it was, and what had not been asked
+    for name in FILES:
+        assert (output / name).read_bytes() == (whole / name).read_bytes(), name
+    assert not (output / "answers.parts").exists()
+
+
+def test_a_report_on_a_full_disk_says_so_and_goes_on(
+    whole: Path, tmp_path: Path, disk_of: Callable[[int | None], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    disk_of(5400)  # room for some lines of a batch, not for all
+    assert main(short(output)) == 1
+    assert "error: no space for" in capsys.readouterr().err and not (output / "report.json").exists()
+    lines = (output / "answers.parts" / "part-00000.jsonl").read_text().splitlines()
+    assert 8 <= len(lines) < 24 and [json.loads(line)["row"] for line in lines] == list(range(len(lines)))
+    disk_of(None)
+    assert main(short(output)) == 0
+    assert (output / "report.json").read_bytes() == (whole / "report.json").read_bytes()
+
+
+def test_no_room_for_the_pages_leaves_no_half_of_one(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import errno
+
+    from llava.eval import granularity_report
+
+    output, real = tmp_path / "out", Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        if "report.html" in path.name:
+            real(path, data[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        assert main(short(output)) == 1
+    assert "error: no space for" in capsys.readouterr().err
+    assert sorted(path.name for path in output.iterdir()) == ["answers.jsonl", "answers.parts"]
+    monkeypatch.setattr(granularity_report, "ask", lambda *args: pytest.fail("asked again"))
+    assert main(short(output)) == 0
+    assert (output / "report.html").read_bytes() == (whole / "report.html").read_bytes()
+
+
+def test_a_finished_report_is_replaced_on_request_alone(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(whole, output)
+    before = (output / "report.json").read_bytes()
+    assert main(short(output, 8)) == 1
+    assert "holds report.json already; choose another --output, or replace" in capsys.readouterr().err
+    assert (output / "report.json").read_bytes() == before
+    (output / "report.json").unlink()  # what is left of a report is somebody's, too
+    assert main(short(output, 8)) == 1 and "holds report.html already" in capsys.readouterr().err
+    assert main([*short(output, 8), "--overwrite"]) == 0
+    assert json.loads((output / "report.json").read_text())["answered"] == 8
+
+
+def test_a_stopped_run_is_not_taken_for_another(
+    tmp_path: Path, stop_in_batch: Any, interrupts: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    stop_in_batch(2)
+    assert main(short(output)) == 130
+    stop_in_batch(None)
+    assert main([*short(output), "--max-new-tokens", "3"]) == 1
+    said = capsys.readouterr().err
+    assert "belongs to another run: max new tokens was 16, is 3. Choose another --output, or start anew there with --overwrite." in said
+    assert main([*short(output, 8), "--max-new-tokens", "3", "--overwrite"]) == 0
+
+
+def test_questions_that_crashed_are_asked_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = questions(tmp_path, {}, {"image": "b.png"})
+    (tmp_path / "b.png").write_bytes(b"no image")
+    flags = ["--questions", str(path), "--timing-samples", "0", "--device", "cpu", "--output", str(tmp_path / "out")]
+    assert main(flags) == 1 and "1 of 2 questions crashed" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["answered"] == 1
+    shutil.copy(tmp_path / "a.png", tmp_path / "b.png")
+    assert main(flags) == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["answered"] == 2 and not (tmp_path / "out" / "answers.parts").exists()
+
+
+def test_the_csv_is_the_table(whole: Path) -> None:
+    import csv
+
+    report = json.loads((whole / "report.json").read_text())
+    lines = list(csv.DictReader((whole / "report.csv").open(newline="")))
+    assert [line["choice"] for line in lines] == [row["name"] for row in report["rows"]]
+    for line, row in zip(lines, report["rows"], strict=True):
+        assert float(line["accuracy"]) == row["accuracy"] and float(line["visual_tokens"]) == row["tokens"]
+        assert line["ttft_ms"] == line["accuracy_low"] == "" and float(line["accuracy of pole"]) == row["families"]["pole"]
+    assert "difference_to_baseline" not in lines[0]
+
+
+def compared(right: Sequence[bool], before: Sequence[bool], logits: Sequence[float] | None = None) -> dict[str, Any]:
+    """Two reports on as many questions, an image each: at one level, right or not."""
+
+    def records(values: Sequence[bool]) -> list[Record]:
+        own = None if logits is None else list(logits)
+        return [Record(i, f"{i:03}.png", "?", "x", said=["x"], right=[value], tokens=[10], logits=own) for i, value in enumerate(values)]
+
+    here, there = records(right), records(before)
+    baseline = Baseline(Path("old"), "old model", [4], {key_of(record): record for record in reversed(there)})
+    wishes: Any = {} if logits is None else {"adaptive": ("adaptive", RoutingRequest())}
+    return compare(here, ways_of_choosing(Outcomes(here), here, [4], wishes)[0], wishes, baseline, 0)
+
+
+def test_differences_to_a_baseline_are_paired() -> None:
+    """Half of a hundred questions are right in both; this report has ten more. Unpaired, an interval of 60 - 50 % would hold 0."""
+    right = [index < 60 for index in range(100)]
+    row = compared(right, [index < 50 for index in range(100)])["rows"][0]
+    assert (row["name"], row["accuracy"], row["baseline_accuracy"], row["better"], row["worse"]) == ("fixed 4", 60.0, 50.0, 10, 0)
+    low, high = row["difference_interval"]
+    assert row["difference"] == 10.0 and 3.5 < low < 6.0 and 14.0 < high < 17.5  # +-1.98 times sqrt(.1 * .9 / 99) around 10
+    assert row["tokens_difference"] == 0.0 and row["tokens_interval"] == (0.0, 0.0)
+    same = compared(right, right)["rows"][0]
+    assert same["difference"] == 0.0 and same["difference_interval"] == (0.0, 0.0) and same["better"] == same["worse"] == 0
+
+
+def test_few_images_give_no_interval_of_differences() -> None:
+    row = compared([True] * 5, [True] * 4 + [False])["rows"][0]
+    assert row["difference"] == 20.0 and row["difference_interval"] is None and row["tokens_interval"] is None
+
+
+def test_rows_that_the_baseline_has_not_are_named(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    flags = ["--baseline", str(whole / "report.json"), "--budgets", "48", "--biases=-1", "--max-new-tokens", "1"]
+    assert main([*short(output), *flags]) == 0
+    report = json.loads((output / "report.json").read_text())
+    rows = {row["name"]: row for row in report["baseline"]["rows"]}
+    assert report["baseline"]["missing"] == [] and {"fixed 4", "adaptive", "adaptive, at most 48", "oracle"} <= set(rows)
+    assert rows["fixed 64"]["difference"] < 0 < rows["fixed 64"]["worse"]  # answers of one token against whole ones
+    table, page = (output / "report.md").read_text(), (output / "report.html").read_text()
+    assert table in capsys.readouterr().out and "matched question by question" in table and "Against the baseline" in page
+    assert "difference_to_baseline" in (output / "report.csv").read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--limit", "25"], "has no answer to question 2000024, which is asked here; give both reports the same"),
+        (["--limit", "23"], "is on other questions too (1; the first is 2000023)"),
+        (["--baseline", "nowhere"], "nowhere holds no report.json of a finished report"),
+    ],
+)
+def test_a_baseline_on_other_questions_is_refused_before_the_model_is_loaded(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
+) -> None:
+    monkeypatch.setattr(Assistant, "load", lambda *args, **options: pytest.fail("the model was loaded"))
+    assert main([*short(tmp_path / "out"), "--baseline", str(whole), *flags]) == 1
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_question_that_changed_is_named(whole: Path) -> None:
+    items = open_task("playground").items[:24]
+    items[3] = replace(items[3], answer="nobody")
+    with pytest.raises(ValueError, match=f"Question {items[3].question_id} is another one in the baseline .*: its answer was .* 'nobody'"):
+        read_baseline(whole, items)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [('{"question_id": 1}', "Line 3 .* is no answer of a report: expected an object of"), ('{"a', "Line 3 .*: the value ends")],
+)
+def test_a_damaged_answers_file_is_one_sentence(whole: Path, tmp_path: Path, line: str, words: str) -> None:
+    lines = (whole / "answers.jsonl").read_text().splitlines()
+    (tmp_path / "answers.jsonl").write_text("\n".join([*lines[:2], line]))
+    with pytest.raises(ValueError, match=words):
+        read_answers(tmp_path / "answers.jsonl")
 
 
 # ---- the page in a browser --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -324,6 +326,80 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     journal.part.write_text('{"row": 0, "answer": {}}\n{"row"\n{"row": 2, "answer": {}}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"part-00000.jsonl is damaged in line 2"):
         journal.records()
+
+
+@pytest.mark.parametrize("room", [0, 100, 2500])
+def test_a_full_disk_is_said_and_the_same_command_goes_on(
+    tmp_path: Path, questions: Path, asked: list[str], disk_of: Callable[[int | None], None], capsys: pytest.CaptureFixture[str], room: int
+) -> None:
+    """The last write takes a part of a line without an error, as the system does; that part is taken back."""
+    disk_of(room)
+    assert main(flags(questions, tmp_path / "out.jsonl")) == 1
+    said = capsys.readouterr().err
+    assert "error: no space for" in said and "No space left on device" in said and "other processes" not in said
+    part = tmp_path / "out.jsonl.parts" / "part-00000.jsonl"
+    kept = part.read_bytes()
+    assert (kept == b"" or kept.endswith(b"\n")) and len(kept) <= room and not (tmp_path / "out.jsonl").exists()
+    disk_of(None)
+    before = len(asked)
+    assert main(flags(questions, tmp_path / "out.jsonl")) == 0
+    assert len(asked) - before == 12 - kept.count(b"\n") and len(read(tmp_path / "out.jsonl")) == 12
+    assert main(flags(questions, tmp_path / "whole.jsonl")) == 0 and told(tmp_path / "out.jsonl") == told(tmp_path / "whole.jsonl")
+
+
+def test_no_room_for_the_joined_answers_leaves_none_of_them(
+    tmp_path: Path, questions: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        if "out.jsonl" in path.name:
+            real(path, data[:100])
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        return real(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        assert main(flags(questions, tmp_path / "out.jsonl")) == 1
+    assert f"error: no space for {tmp_path / 'out.jsonl'} (" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl.parts", "questions.jsonl"]
+    assert main(flags(questions, tmp_path / "out.jsonl")) == 0 and len(asked) == 12 == len(read(tmp_path / "out.jsonl"))
+
+
+def test_a_journal_that_loses_answers_is_not_other_processes_work(
+    tmp_path: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add = Journal.add
+    monkeypatch.setattr(Journal, "add", lambda self, records: add(self, records[1:]))
+    assert main(flags(questions, tmp_path / "out.jsonl")) == 1
+    assert "was changed by others while answers were written" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_one_line_and_the_same_command_goes_on(
+    tmp_path: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, interrupts: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer_batch = Assistant.answer_batch
+
+    def stopping(self: Assistant, batch: Any, options: Any = None) -> Any:
+        if batch[0].messages == PLAYGROUND[4]["text"]:
+            signal.raise_signal(signal.SIGINT)
+        return answer_batch(self, batch, options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Assistant, "answer_batch", stopping)
+        assert main(flags(questions, tmp_path / "out.jsonl")) == 130
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last == f"interrupted: 4 of 12 answers are kept in {tmp_path / 'out.jsonl.parts'}; the same command goes on."
+    assert main(flags(questions, tmp_path / "out.jsonl")) == 0 and len(read(tmp_path / "out.jsonl")) == 12
+
+
+def test_half_a_character_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    """UTF-8 cannot hold it; JSON's escape can."""
+    file = tmp_path / "half.jsonl"
+    file.write_text(json.dumps({**PLAYGROUND[0], "note": "cut \ud83d", "more": "\U0001f600"}) + "\n", encoding="utf-8")
+    assert main(flags(file, tmp_path / "out.jsonl")) == 0
+    line = read(tmp_path / "out.jsonl")[0]
+    assert (line["note"], line["more"]) == ("cut \ud83d", "\U0001f600")
 
 
 # ---- failures

@@ -74,7 +74,7 @@ def _check_questions(here: Sequence[Key], there: Sequence[Key], folder: Path) ->
             raise ValueError(f"Question {key[0]!r} is another one in the baseline {folder}: its {name} was {before!r}, is {now!r}; {CURE}.")
     more = [key for key in there if key not in set(here)]
     if more:
-        raise ValueError(f"The baseline {folder} is on {len(more)} questions more, {more[0][0]!r} the first of them; {CURE}.")
+        raise ValueError(f"The baseline {folder} is on other questions too ({len(more)}; the first is {more[0][0]!r}); {CURE}.")
 
 
 def compare(records: Sequence[Record], ways: Sequence[Way], wishes: Wishes, baseline: Baseline, seed: int) -> dict[str, Any]:
