@@ -21,6 +21,8 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
+from llava.rules import shown
+
 Size: TypeAlias = "tuple[int, int]"
 """(width, height) in pixels."""
 
@@ -69,7 +71,7 @@ def parse_pinpoints(grid_pinpoints: str | Sequence[Sequence[int]]) -> list[Size]
     is_list = isinstance(pairs, (list, tuple)) and len(pairs) > 0
     if not is_list or not all(_is_size(pair) for pair in pairs):
         raise ValueError(
-            f"image grid pinpoints are {grid_pinpoints!r}, expected a list of (width, height) pairs of positive "
+            f"image grid pinpoints are {shown(grid_pinpoints)}, expected a list of (width, height) pairs of positive "
             "integers such as [[336, 672], [672, 336]]"
         )
     return [(pair[0], pair[1]) for pair in pairs]

@@ -25,8 +25,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
 
+from llava.checkpoint_files import HUB_OPTIONS, one_line
+from llava.tokenizer_files import check_tokenizer_files
+
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space inside a piece
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # Rebuilt from the backend; passing these on would make the new tokenizer load or describe another one.
 _BACKEND_OPTIONS = ("vocab", "merges", "vocab_file", "tokenizer_file", "tokenizer_object", "sp_model_kwargs", "legacy")
 
@@ -44,8 +46,20 @@ def load_tokenizer(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedTok
     Returns:
         For a SentencePiece Llama tokenizer a `PreTrainedTokenizerFast`, which `save_pretrained` and then any
         `from_pretrained` restore as it is; for any other kind what `AutoTokenizer` gives.
+
+    Raises:
+        ValueError: files that are missing, damaged, or that no tokenizer can be made of.
     """
-    tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
+    check_tokenizer_files(path, {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
+    try:
+        # Asked without an answer, transformers waits at the terminal whether to run the code that a hub id names.
+        tokenizer = AutoTokenizer.from_pretrained(path, **{"trust_remote_code": False, **kwargs})
+        if not tokenizer("Which colour?").input_ids:
+            raise ValueError("it gives no ids for a text")
+    except (ImportError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the Rust and C++ libraries under it raise bare exceptions, and panics, which are not even those
+        raise ValueError(f"The tokenizer of {path} cannot be read ({one_line(error)}); copy its files again.") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return tokenizer
     backend = tokenizer.backend_tokenizer
@@ -150,7 +164,7 @@ def _is_legacy(path: str | os.PathLike[str], options: dict[str, Any]) -> bool:
     """Whether a space goes in front of texts after special tokens: the caller's word, the config's, or the files'."""
     if options.get("legacy") is not None:
         return bool(options["legacy"])
-    hub = {key: options[key] for key in _HUB_OPTIONS if key in options}
+    hub = {key: options[key] for key in HUB_OPTIONS if key in options}
     config = get_tokenizer_config(path, **hub)
     if config.get("legacy") is not None:
         return bool(config["legacy"])

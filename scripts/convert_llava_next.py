@@ -48,12 +48,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from llava.checkpoint_files import is_stored_buffer, weight_files
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, SeparatorStyle, get_template
 from llava.durable import whole_folder
 from llava.mm_utils import tokenizer_image_token
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM, LlavaMistralConfig, LlavaMistralForCausalLM
-from llava.model.loading import IGNORED_UNEXPECTED, check_folder, read_tower_config, resolve_tower, weight_files
+from llava.model.loading import check_folder, read_tower_config, resolve_tower
 from llava.tokenizer import load_tokenizer
 
 logger = logging.getLogger("llava.convert_llava_next")
@@ -142,7 +143,7 @@ def stored_tensors(folder: Path, rules: Rules) -> dict[str, Stored]:
     for file in weight_files(folder):
         with safe_open(str(file), "pt") as tensors:
             for key in tensors.keys():
-                if any(re.search(pattern, key) for pattern in IGNORED_UNEXPECTED):
+                if is_stored_buffer(key):
                     continue
                 name = rename(key, rules)
                 if name in found:

@@ -14,15 +14,18 @@ own adapter folders are read too; their pickled files only with the caller's lea
 from __future__ import annotations
 
 import copy
-import json
 import logging
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from llava.checkpoint_files import LIBRARY_ERRORS, one_line, read_headers, read_object, read_weights
+from llava.rules import Either, Flag, Integer, ListOf, Mapped, Number, Rule, Text, faults, optional, refuse, shown
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,29 @@ PEFT_PREFIX = "base_model.model."
 LANGUAGE_LAYERS = "model.layers."
 REST_PREFIXES = ("model.mm_projector.", "model.image_newline", "model.router.")
 TOWER_PREFIX = "model.vision_tower."
+
+
+LAYER_PATTERN = Text(
+    # What backtracks without end repeats a group, or repeats often.
+    r"(?!.*\)[*+{?])(?:[^*+{]*[*+{]){0,3}[^*+{]*",
+    "names of layers, or a pattern with up to three repetitions and none of a group",
+)
+ALPHA, RANK = Number(0, 1e6, above=True), Integer(1, 65536)
+NONE = optional(ListOf(Text(), 0, 0))
+LORA_RULES: dict[str, Rule] = {
+    "r": RANK,
+    "lora_alpha": ALPHA,
+    "lora_dropout": Number(0, 1),
+    "base_model_name_or_path": optional(Either(Text(), ListOf(Text(), 0, 0))),
+    "target_modules": Either(LAYER_PATTERN, ListOf(Text(), 1)),
+    "exclude_modules": optional(Either(LAYER_PATTERN, ListOf(Text()))),
+    "rank_pattern": optional(Mapped(RANK)),
+    "alpha_pattern": optional(Mapped(ALPHA)),
+    "layers_to_transform": optional(Either(Integer(0, 2048), ListOf(Integer(0, 2048)))),
+    **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode", "lora_bias"), optional(Flag())),
+    **dict.fromkeys(("layers_pattern", "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters"), NONE),
+}
+"""Fields of adapter_config.json; LoRA in the language model's linear layers is all that such a folder holds."""
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -54,7 +80,7 @@ def adapter_base(folder: str | Path, model_base: str | None = None) -> str:
     """
     base = model_base
     if base is None:
-        base = json.loads((Path(folder) / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
+        base = _read_adapter_config(folder).get("base_model_name_or_path")
         if not base:
             raise ValueError(f"{folder} does not name the model it belongs to; give it as model_base.")
         near = [Path(base), Path(folder) / base, Path(folder).parent / base]
@@ -86,16 +112,45 @@ def read_lora_config(folder: str | Path) -> Any:
             "scripts/merge_lora_weights.py."
         ) from error
 
-    stored = json.loads((Path(folder) / ADAPTER_CONFIG).read_text())
+    stored = _read_adapter_config(folder)
     if stored.get("peft_type") != "LORA" or stored.get("bias", "none") != "none":
         raise ValueError(
-            f"{folder} holds an adapter of type {stored.get('peft_type')} with bias {stored.get('bias')!r}; expected LORA with bias 'none'."
+            f"{folder} holds an adapter of type {str(stored.get('peft_type'))[:40]} with bias {shown(stored.get('bias'))}; expected LORA "
+            "with bias 'none'."
         )
-    config = LoraConfig.from_pretrained(str(folder))
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except (ValueError, *LIBRARY_ERRORS) as error:
+        raise ValueError(f"The {ADAPTER_CONFIG} of {folder} cannot work: {one_line(error)}.") from error
+    _check_ranks(Path(folder), config)
     if config.exclude_modules is None:
         # LLaVA's adapters name layers by their last word (q_proj ...), which the vision tower has too.
         config.exclude_modules = rf"(?!{LANGUAGE_LAYERS.replace('.', '[.]')}).*"
     return config
+
+
+def _read_adapter_config(folder: str | Path) -> dict[str, Any]:
+    """adapter_config.json, judged."""
+    file = Path(folder) / ADAPTER_CONFIG
+    stored = read_object(file)
+    found = faults(stored, LORA_RULES)
+    if not found:
+        layers = [name for field in ("rank_pattern", "alpha_pattern") for name in stored.get(field) or ()]
+        wrong = [name for name in layers if not re.fullmatch(r"[\w.]+", name)]  # they are patterns too, and tried on every layer
+        found = [f"rank_pattern or alpha_pattern names {shown(name)}, expected letters, digits, _ and dots" for name in wrong]
+    refuse(file, found)
+    return stored
+
+
+def _check_ranks(folder: Path, config: Any) -> None:
+    """Hold the ranks of the matrices' headers against the configuration, before matrices of its ranks are made."""
+    file = folder / ADAPTER_FILES[0]
+    ranks = {config.r, *config.rank_pattern.values()}
+    stored = read_headers([file]) if file.is_file() else {}
+    for name, tensor in stored.items():
+        if ".lora_A." in name and tensor.shape[:1] and tensor.shape[0] not in ranks:
+            rank = tensor.shape[0]
+            raise ValueError(f"{file}: LoRA does not fit its {ADAPTER_CONFIG}: {name[:200]} has rank {rank}, but r is {config.r}.")
 
 
 def attach_adapter(model: Any, config: Any, dtype: torch.dtype = torch.float32) -> None:
@@ -110,7 +165,10 @@ def attach_adapter(model: Any, config: Any, dtype: torch.dtype = torch.float32) 
         ValueError: the configuration names no layer of the language model, or others.
     """
     base = config.base_model_name_or_path
-    model.add_adapter(config)
+    try:
+        model.add_adapter(config)
+    except (ValueError, *LIBRARY_ERRORS) as error:
+        raise ValueError(f"The adapter does not fit the language model under it ({one_line(error)}); check its base.") from error
     config.base_model_name_or_path = base  # transformers has just put its own guess there
     matrices = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
     elsewhere = sorted(name for name in matrices if not name.startswith(LANGUAGE_LAYERS))
@@ -256,7 +314,7 @@ def language_linears(model: nn.Module) -> list[str]:
 def _read(folder: Path, names: tuple[str, str], use_safetensors: bool) -> dict[str, Tensor]:
     safe, pickled = (folder / name for name in names)
     if safe.is_file():
-        return load_file(safe)
+        return read_weights(safe)
     if not pickled.is_file():
         raise ValueError(f"{folder} has an {ADAPTER_CONFIG} but no {names[0]}; copy the adapter again.")
     if use_safetensors:

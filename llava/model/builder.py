@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, CLIPImageProcessorPil, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, CLIPImageProcessorPil, LlamaConfig, MistralConfig, PreTrainedTokenizerBase
 
+from llava.checkpoint_files import read_weights, weight_files
 from llava.model.adapter import (
     adapter_base,
     attach_adapter,
@@ -21,11 +21,12 @@ from llava.model.adapter import (
     read_rest,
     tokenizer_source,
 )
-from llava.model.config import LlavaConfig, LlavaMistralConfig
+from llava.model.config import LlavaConfig, LlavaMistralConfig, check_language_fields
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
-from llava.model.loading import resolve_tower
+from llava.model.loading import check_plain_model, read_stored_config, resolve_tower
 from llava.model.quantization import quantization_config
+from llava.rules import shown
 from llava.tokenizer import load_tokenizer
 from llava.utils import pick_device
 
@@ -36,6 +37,9 @@ MODEL_CLASSES: dict[str, Any] = {
     LlavaMistralConfig.model_type: LlavaMistralForCausalLM,
 }
 """Model type in config.json -> the class that reads it."""
+
+PLAIN_CONFIGS: dict[str, Any] = {LlavaConfig.language_model_type: LlamaConfig, LlavaMistralConfig.language_model_type: MistralConfig}
+"""Model type of a plain language model -> transformers' configuration for it."""
 
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 
@@ -77,20 +81,47 @@ def load_pretrained_model(
     if load_4bit and options["device_map"] == {"": "cpu"}:
         _model_class(model_path)
         check_4bit_on_cpu(model_path)
-    words = model_base or model_path
+    if model_base is not None and _is_whole(model_path):
+        logger.warning("model_base %s is left aside: %s is a whole model, which needs none", model_base, model_path)
+        model_base = None
+    tokenizer = _load_tokenizer(_tokenizer_source(model_path, model_base))
     if is_adapter(model_path):
-        model, base = load_adapter_model(model_path, model_base, options, merge=not (load_8bit or load_4bit))
-        words = tokenizer_source(model_path, base)
+        model, _ = load_adapter_model(model_path, model_base, options, merge=not (load_8bit or load_4bit))
     elif model_base is not None:
         model = _load_with_base(model_path, model_base, options)
     else:
-        model = _model_class(model_path).from_pretrained(model_path, **options)
-    tokenizer = load_tokenizer(words)
+        model = _load_whole(model_path, options)
     _add_image_tokens(tokenizer, model)
+    check_vocabulary(tokenizer, model)
     model.eval()
     tower = getattr(model.model, "vision_tower", None)
     context = getattr(model.config, "context_length", None) or model.config.max_position_embeddings
     return tokenizer, model, None if tower is None else tower.image_processor, context
+
+
+def _is_whole(path: str) -> bool:
+    """Whether a folder has weights of its own and neither an adapter nor a projector to put over other weights."""
+    folder = Path(path)
+    return bool(weight_files(folder)) and not is_adapter(folder) and not any((folder / name).is_file() for name in PROJECTOR_FILES)
+
+
+def _tokenizer_source(model_path: str, model_base: str | None) -> str:
+    if is_adapter(model_path):
+        return tokenizer_source(model_path, adapter_base(model_path, model_base))
+    return model_base or model_path
+
+
+def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model whose config.json, which transformers reads with it, has been judged."""
+    _read_model_config(path)
+    return load_tokenizer(path)
+
+
+def _load_whole(path: str, options: dict[str, Any]) -> Any:
+    model_class, stored = _read_model_config(path)
+    if model_class is AutoModelForCausalLM:
+        check_plain_model(path, stored, PLAIN_CONFIGS[stored["model_type"]], options.get("use_safetensors", True))
+    return model_class.from_pretrained(path, **options)
 
 
 def _loading_options(
@@ -140,7 +171,7 @@ def load_adapter_model(
         raise ValueError(f"{folder} is an adapter of a plain language model; expected a config.json of type {kinds} in it.")
     config = model_class._read_config(folder)
     if options.get("dtype") == "auto":
-        stored = LlavaConfig.get_config_dict(base)[0]
+        stored = _read_model_config(base)[1]
         config.dtype = stored.get("dtype", stored.get("torch_dtype"))
     tower = model_class._complete_tower(config, folder)
     model = model_class.from_base(base, config, tower, held=rest, **options)
@@ -170,7 +201,7 @@ def check_4bit_on_cpu(path: str) -> None:
     Raises:
         ValueError: a width that is no multiple of 64.
     """
-    stored = LlavaConfig.get_config_dict(path)[0]
+    stored = _read_model_config(path)[1]
     odd = {name: stored[name] for name in ("hidden_size", "intermediate_size") if name in stored and stored[name] % 64}
     if odd:
         raise ValueError(f"4-bit on the CPU needs widths that are multiples of 64, but {path} has {odd}; use load_8bit or a GPU.")
@@ -178,20 +209,24 @@ def check_4bit_on_cpu(path: str) -> None:
 
 def _model_class(path: str) -> Any:
     """The class for a checkpoint, from the `model_type` in its config.json."""
-    folder = Path(path)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise ValueError(f"{path} has no config.json, so it is not a checkpoint folder.")
-    try:
-        kind = LlavaConfig.get_config_dict(path)[0].get("model_type")
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"No checkpoint could be read at {path!r} ({type(error).__name__}); give a folder or a hub id that can be reached."
-        ) from error
-    if kind in MODEL_CLASSES:
-        return MODEL_CLASSES[kind]
-    if kind in (LlavaConfig.language_model_type, LlavaMistralConfig.language_model_type):
-        return AutoModelForCausalLM
-    raise ValueError(f"{path} is of model type {kind!r}, expected one of {', '.join(MODEL_CLASSES)}, or a plain llama or mistral.")
+    return _read_model_config(path)[0]
+
+
+def _read_model_config(path: str) -> tuple[Any, dict[str, Any]]:
+    """The class for a checkpoint, from the `model_type` in its config.json, and what stands there, judged.
+
+    Raises:
+        ValueError: no checkpoint, another model type, or values of its language model that cannot work.
+    """
+    stored = read_stored_config(path)
+    kind = stored.get("model_type")
+    if kind not in (*MODEL_CLASSES, *PLAIN_CONFIGS):
+        raise ValueError(f"{path} is of model type {shown(kind)}, expected one of {', '.join(MODEL_CLASSES)}, or a plain llama or mistral.")
+    if kind in PLAIN_CONFIGS:
+        check_language_fields(stored, PLAIN_CONFIGS[kind])
+        return AutoModelForCausalLM, stored
+    MODEL_CLASSES[kind].config_class.from_dict(stored)
+    return MODEL_CLASSES[kind], stored
 
 
 def _load_with_base(model_path: str, model_base: str, options: dict[str, Any]) -> Any:
@@ -199,7 +234,7 @@ def _load_with_base(model_path: str, model_base: str, options: dict[str, Any]) -
     use_safetensors = options.get("use_safetensors", True)
     weights = read_projector(Path(model_path), use_safetensors)
     model_class = _model_class(model_path)
-    config = AutoConfig.from_pretrained(model_path)
+    config = model_class._read_config(model_path)
     tower = model_class._complete_tower(config, model_path)
     if tower is None:
         raise ValueError(
@@ -207,9 +242,14 @@ def _load_with_base(model_path: str, model_base: str, options: dict[str, Any]) -
         )
     model = model_class.from_base(model_base, config, resolve_tower(tower, model_path), **options)
     expected = {key for key in model.state_dict() if key.startswith(("model.mm_projector.", "model.image_newline"))}
-    missing, unknown = expected - set(weights) - {"model.image_newline"}, set(weights) - set(model.state_dict())
-    if missing or unknown:
-        raise ValueError(f"The projector in {model_path} does not fit: missing {sorted(missing)}, unexpected {sorted(unknown)}.")
+    own = model.state_dict()
+    missing = expected - set(weights) - {"model.image_newline"}
+    wrong = {name for name, weight in weights.items() if name not in own or own[name].shape != weight.shape}
+    if missing or wrong:
+        raise ValueError(
+            f"The projector in {model_path} does not fit: missing {sorted(missing)}, unexpected or of another shape {sorted(wrong)}; "
+            "check its base and config.json."
+        )
     model.load_state_dict(weights, strict=False)
     return model
 
@@ -225,7 +265,7 @@ def read_projector(folder: Path, use_safetensors: bool = True) -> dict[str, torc
     """
     safe, pickled = (folder / name for name in PROJECTOR_FILES)
     if safe.is_file():
-        return load_file(safe)
+        return read_weights(safe)
     if pickled.is_file() and not use_safetensors:
         stored = torch.load(pickled, map_location="cpu", weights_only=True)
         return {key.removeprefix("base_model.model."): value for key, value in stored.items()}
@@ -243,3 +283,17 @@ def _add_image_tokens(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
         wanted += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
     if wanted and tokenizer.add_tokens(wanted, special_tokens=True):
         model.resize_token_embeddings(len(tokenizer))
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+    """Refuse a tokenizer that gives ids for which the model has no embedding.
+
+    Raises:
+        ValueError: naming both sizes.
+    """
+    rows, ids = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values()) + 1
+    if ids > rows:
+        raise ValueError(
+            f"The tokenizer has {ids} ids, but the model embeds {rows}: the files belong to different models; use the tokenizer that was "
+            "saved with the weights."
+        )

@@ -3,17 +3,41 @@
 `MultimodalFields` is mixed into the configuration of a language model family (`LlavaConfig` for Llama). The defaults below are
 those of *new* models. A checkpoint written before a field existed gets the value it was trained with, from `RELEASED_VALUES`,
 in `from_dict` and nowhere else, so that no reader ever asks whether a model is old.
+
+Beside each field stands what it may be. A file is judged by these rules before transformers, or anything of ours, reads it: wrong
+values would otherwise end in whatever error the first code to use them raises, after minutes of building or in the middle of an answer.
 """
 
 from __future__ import annotations
 
-import ast
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
-from transformers import LlamaConfig, MistralConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, MistralConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from llava.checkpoint_files import LIBRARY_ERRORS, QUANTISED, one_line
+from llava.crops import parse_pinpoints
 from llava.model.granularity import Granularity, granularity_levels
+from llava.rules import (
+    Anything,
+    Choice,
+    Either,
+    Flag,
+    Integer,
+    ListOf,
+    Mapped,
+    Number,
+    Rule,
+    Text,
+    faults,
+    optional,
+    refuse,
+    shown,
+)
 
 RELEASED_VALUES: dict[str, Any] = {
     "unpad_rule": "pooled_grid",
@@ -29,15 +53,151 @@ RELEASED_VALUES: dict[str, Any] = {
 }
 """What the published code did where a checkpoint does not say."""
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "mm_patch_merge_type": ("flat", "spatial", "spatial_unpad"),
-    "mm_vision_select_feature": ("patch", "cls_patch"),
-    "image_aspect_ratio": ("square", "none", "pad", "anyres"),
-    "unpad_rule": ("picture", "pooled_grid"),
-    "router_attention_axis": ("views", "tokens"),
-    "router_text_fill": ("zeros", "answer"),
-    "tokenizer_padding_side": ("left", "right"),
+MOST_TILES = 256
+"""Tiles of one canvas; the largest of published models has 36."""
+
+WIDTH, HEADS, LAYERS = Integer(1, 2**20), Integer(1, 4096), Integer(1, 2048)
+SIDE = Integer(1, 8192)
+PROBABILITY, POSITIVE = Number(0, 1), Number(0, 1e9, above=True)
+TOKEN_ID = Integer(-1, 2**31 - 1)
+TOKEN_IDS = optional(Either(TOKEN_ID, ListOf(TOKEN_ID, 0, 256)))
+DTYPE = Choice(("float64", "float32", "float16", "bfloat16"))
+ATTENTION = Choice(("eager", "sdpa", "flash_attention_2", "flex_attention"))
+ACTIVATION = Choice(tuple(ACT2FN))
+PROJECTOR = Text(r"linear|identity|mlp[1-9]x_gelu", "linear, mlpNx_gelu (N from 1 to 9) or identity")
+CANVASES = ListOf(ListOf(Integer(1, 2**16), 2, 2), 0, 1024)
+
+LANGUAGE_RULES: dict[str, Rule] = {
+    "model_type": Text(),
+    "vocab_size": Integer(1, 2**24),
+    "hidden_size": WIDTH,
+    "intermediate_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": optional(HEADS),
+    "head_dim": optional(Integer(2, 8192)),
+    "hidden_act": ACTIVATION,
+    "max_position_embeddings": Integer(1, 2**27),
+    "initializer_range": PROBABILITY,
+    "rms_norm_eps": PROBABILITY,
+    "attention_dropout": optional(PROBABILITY),
+    "attention_bias": Flag(),
+    "mlp_bias": Flag(),
+    "tie_word_embeddings": Flag(),
+    "use_cache": Flag(),
+    "sliding_window": optional(Integer(1, 2**27)),
+    "pretraining_tp": optional(Integer(1, 1024)),
+    "pad_token_id": optional(TOKEN_ID),
+    "bos_token_id": optional(TOKEN_ID),
+    "eos_token_id": TOKEN_IDS,
+    "rope_theta": optional(POSITIVE),
+    "rope_parameters": optional(Anything()),
+    "rope_scaling": optional(Anything()),
+    "dtype": optional(DTYPE),
+    "torch_dtype": optional(DTYPE),
+    "attn_implementation": optional(ATTENTION),
+    "_attn_implementation": optional(ATTENTION),
+    "architectures": optional(ListOf(Text(), 0, 16)),
+    "transformers_version": optional(Text()),
+    "quantization_config": optional(Anything()),
+    "output_attentions": optional(Flag()),
+    "output_hidden_states": optional(Flag()),
+    "return_dict": optional(Flag()),
+    "is_encoder_decoder": Flag(),
+    "chunk_size_feed_forward": Integer(0, 0),
+    "num_labels": optional(Integer(0, 65536)),
+    "id2label": optional(Mapped(Text())),
+    "label2id": optional(Mapped(Integer())),
+    "problem_type": optional(Text()),
+    "name_or_path": optional(Either(Text(), Choice(("",)))),
 }
+"""Fields of a Llama or Mistral configuration."""
+
+ROPE_RULES: dict[str, Rule] = {
+    "rope_type": Choice(("default", *ROPE_INIT_FUNCTIONS)),
+    "type": Choice(("default", *ROPE_INIT_FUNCTIONS)),
+    "rope_theta": POSITIVE,
+    "factor": POSITIVE,
+    "low_freq_factor": POSITIVE,
+    "high_freq_factor": POSITIVE,
+    "attention_factor": optional(POSITIVE),
+    "beta_fast": optional(POSITIVE),
+    "beta_slow": optional(POSITIVE),
+    "partial_rotary_factor": Number(0, 1, above=True),
+    "original_max_position_embeddings": Integer(1, 2**27),
+    "short_factor": ListOf(POSITIVE),
+    "long_factor": ListOf(POSITIVE),
+}
+"""Fields of `rope_parameters`, in older files `rope_scaling`."""
+
+VISION_RULES: dict[str, Rule] = {
+    "hidden_size": WIDTH,
+    "intermediate_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_channels": Integer(3, 3),
+    "image_size": SIDE,
+    "patch_size": SIDE,
+    "projection_dim": WIDTH,
+    "hidden_act": ACTIVATION,
+    "layer_norm_eps": PROBABILITY,
+    "attention_dropout": PROBABILITY,
+    "initializer_range": PROBABILITY,
+    "initializer_factor": Number(0, 1e3),
+    "dtype": optional(DTYPE),
+    "torch_dtype": optional(DTYPE),
+    "model_type": Text(),
+}
+"""Fields of `vision_config`, which is a `CLIPVisionConfig`; the size of picture and patch must be there."""
+
+SIZE = Either(SIDE, Mapped(SIDE, 4))
+THREE = Number(-1e3, 1e3)
+IMAGE_PROCESSOR_RULES: dict[str, Rule] = {
+    "size": SIZE,
+    "crop_size": SIZE,
+    "image_mean": ListOf(THREE, 3, 3),
+    "image_std": ListOf(Number(1e-6, 1e3), 3, 3),
+    "rescale_factor": Number(0, 1e3, above=True),
+    "resample": Integer(0, 5),
+    **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), optional(Flag())),
+}
+"""Arguments of the `CLIPImageProcessor`, in `image_processor` and in a tower's preprocessor_config.json."""
+
+GENERATION_RULES: dict[str, Rule] = {
+    "pad_token_id": TOKEN_IDS,
+    "bos_token_id": TOKEN_IDS,
+    "eos_token_id": TOKEN_IDS,
+    "forced_eos_token_id": TOKEN_IDS,
+    "forced_bos_token_id": optional(TOKEN_ID),
+    "decoder_start_token_id": TOKEN_IDS,
+    "suppress_tokens": optional(ListOf(TOKEN_ID, 0, 65536)),
+    "begin_suppress_tokens": optional(ListOf(TOKEN_ID, 0, 65536)),
+    "bad_words_ids": optional(ListOf(ListOf(TOKEN_ID, 1, 256))),
+    "stop_strings": optional(Either(Text(), ListOf(Text(), 0, 64))),
+    **dict.fromkeys(("max_length", "max_new_tokens"), optional(Integer(1, 2**27))),
+    **dict.fromkeys(("min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size", "max_cache_len"), optional(Integer(0, 2**27))),
+    **dict.fromkeys(("num_beams", "num_return_sequences", "num_beam_groups"), optional(Integer(1, 64))),
+    **dict.fromkeys(("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"), optional(PROBABILITY)),
+    **dict.fromkeys(("temperature", "max_time", "penalty_alpha"), optional(Number(0, 1e9))),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), optional(Number(0, 1e3, above=True))),
+    **dict.fromkeys(("length_penalty", "diversity_penalty", "guidance_scale"), optional(Number(-1e3, 1e3))),
+    **dict.fromkeys(
+        ("do_sample", "use_cache", "renormalize_logits", "remove_invalid_values", "token_healing", "low_memory", "disable_compile"),
+        optional(Flag()),
+    ),
+    **dict.fromkeys(
+        ("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate", "_from_model_config"),
+        optional(Flag()),
+    ),
+    "cache_implementation": optional(Text()),
+    "transformers_version": optional(Text()),
+}
+"""Fields of generation_config.json."""
+
+
+def ruled(rule: Rule) -> dict[str, Rule]:
+    """What a configuration field may be, as its metadata."""
+    return {"rule": rule}
 
 
 @dataclass(kw_only=True)
@@ -74,61 +234,86 @@ class MultimodalFields:
         mm_use_im_start_end, mm_use_im_patch_token: LLaVA's extra tokens around a picture.
     """
 
-    mm_vision_tower: str | None = None
-    vision_config: dict[str, Any] | None = None
-    image_processor: dict[str, Any] | None = None
-    mm_hidden_size: int | None = None
-    mm_vision_select_layer: int = -2
-    mm_vision_select_feature: str = "patch"
-    mm_projector_type: str = "mlp2x_gelu"
-    image_aspect_ratio: str = "anyres"
-    image_grid_pinpoints: list[list[int]] | str | None = None
-    mm_patch_merge_type: str = "spatial_unpad"
-    unpad_rule: str = "picture"
-    vis_token_granularity: list[int] | None = None
-    vis_token_grids: list[list[int]] | None = None
-    router_select: bool = False
-    router_attention_axis: str = "views"
-    router_hidden_size: int | None = None
-    router_dropout: float = 0.1
-    router_text_fill: str = "zeros"
-    filtered_text_num: int = 32
-    conv_version: str = "v1"
-    tokenizer_padding_side: str = "right"
-    tokenizer_model_max_length: int | None = None
-    mm_use_im_start_end: bool = False
-    mm_use_im_patch_token: bool = False
+    mm_vision_tower: str | None = field(default=None, metadata=ruled(optional(Text())))
+    vision_config: dict[str, Any] | None = field(default=None, metadata=ruled(optional(Anything())))
+    image_processor: dict[str, Any] | None = field(default=None, metadata=ruled(optional(Anything())))
+    mm_hidden_size: int | None = field(default=None, metadata=ruled(optional(WIDTH)))
+    mm_vision_select_layer: int = field(default=-2, metadata=ruled(Integer(-2049, 2048)))
+    mm_vision_select_feature: str = field(default="patch", metadata=ruled(Choice(("patch", "cls_patch"))))
+    mm_projector_type: str = field(default="mlp2x_gelu", metadata=ruled(PROJECTOR))
+    image_aspect_ratio: str = field(default="anyres", metadata=ruled(Choice(("square", "none", "pad", "anyres"))))
+    image_grid_pinpoints: list[list[int]] | str | None = field(default=None, metadata=ruled(optional(CANVASES)))
+    mm_patch_merge_type: str = field(default="spatial_unpad", metadata=ruled(Choice(("flat", "spatial", "spatial_unpad"))))
+    unpad_rule: str = field(default="picture", metadata=ruled(Choice(("picture", "pooled_grid"))))
+    vis_token_granularity: list[int] | None = field(default=None, metadata=ruled(optional(ListOf(Integer(1, 2**26), 0, 64))))
+    vis_token_grids: list[list[int]] | None = field(default=None, metadata=ruled(optional(ListOf(ListOf(SIDE, 2, 2), 0, 64))))
+    router_select: bool = field(default=False, metadata=ruled(Flag()))
+    router_attention_axis: str = field(default="views", metadata=ruled(Choice(("views", "tokens"))))
+    router_hidden_size: int | None = field(default=None, metadata=ruled(optional(WIDTH)))
+    router_dropout: float = field(default=0.1, metadata=ruled(PROBABILITY))
+    router_text_fill: str = field(default="zeros", metadata=ruled(Choice(("zeros", "answer"))))
+    filtered_text_num: int = field(default=32, metadata=ruled(Integer(0, 65536)))
+    conv_version: str = field(default="v1", metadata=ruled(Text()))
+    tokenizer_padding_side: str = field(default="right", metadata=ruled(Choice(("left", "right"))))
+    tokenizer_model_max_length: int | None = field(default=None, metadata=ruled(optional(Integer(1, 2**31 - 1))))
+    mm_use_im_start_end: bool = field(default=False, metadata=ruled(Flag()))
+    mm_use_im_patch_token: bool = field(default=False, metadata=ruled(Flag()))
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.image_grid_pinpoints, str):
-            self.image_grid_pinpoints = [list(canvas) for canvas in ast.literal_eval(self.image_grid_pinpoints)]
+            self.image_grid_pinpoints = [list(canvas) for canvas in parse_pinpoints(self.image_grid_pinpoints)]
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.check_multimodal_fields()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Read a stored configuration; one of our kind that lacks a field gets the value it was trained with."""
+        """Read a stored configuration; one of our kind that lacks a field gets the value it was trained with.
+
+        Raises:
+            ValueError: values that cannot work, all of them at once.
+        """
         if config_dict.get("model_type") == cls.model_type:  # type: ignore[attr-defined]
             config_dict = {**RELEASED_VALUES, **config_dict}
-        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        check_language_fields(config_dict, cls)
+        try:
+            return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        except (StrictDataclassError, *LIBRARY_ERRORS) as error:
+            raise ValueError(f"The configuration cannot work: {one_line(error)}.") from error
 
     def check_multimodal_fields(self) -> None:
         """Raise one `ValueError` that names every field whose value cannot work."""
-        errors = [
-            f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}"
-            for name, choices in CHOICES.items()
-            if getattr(self, name) not in choices
-        ]
+        rules = _multimodal_rules()
+        wrong = {name for name, rule in rules.items() if not rule.accepts(getattr(self, name))}
+        found = faults({name: getattr(self, name) for name in rules}, rules)
+        if not wrong & {"vision_config", "image_processor"} and self.vision_config is not None:
+            found += _vision_faults(self.vision_config, self.image_processor)
+        found += self._contradictions(wrong, vision_is_sound=not found)
+        refuse("The configuration", found)
+
+    def _contradictions(self, wrong: set[str], vision_is_sound: bool) -> Iterator[str]:
+        """What is wrong with fields beside one another; `wrong` are those that are wrong alone."""
         if self.image_aspect_ratio == "anyres" and self.vision_config is not None and not self.image_grid_pinpoints:
-            errors.append("image_aspect_ratio is 'anyres' but image_grid_pinpoints is empty: give the canvases")
-        if self.router_select and not self.vis_token_granularity:
-            errors.append("router_select is on but vis_token_granularity is empty: give the levels to choose from")
-        if self.filtered_text_num < 0:
-            errors.append(f"filtered_text_num is {self.filtered_text_num}, expected 0 or more")
-        if self.router_hidden_size is not None and self.router_hidden_size % 8:
-            errors.append(f"router_hidden_size is {self.router_hidden_size}, expected a multiple of its 8 attention heads")
-        if errors:
-            raise ValueError("The configuration cannot work: " + "; ".join(errors) + ".")
+            yield "image_aspect_ratio is 'anyres' but image_grid_pinpoints is empty: give the canvases"
+        if self.router_select is True and not self.vis_token_granularity:
+            yield "router_select is on but vis_token_granularity is empty: give the levels to choose from"
+        if "router_hidden_size" not in wrong and (self.router_hidden_size or 0) % 8:
+            yield f"router_hidden_size is {self.router_hidden_size}, expected a multiple of its 8 attention heads"
+        if self.vision_config is None or not vision_is_sound:
+            return
+        layers = vision_fields(self.vision_config)["num_hidden_layers"]
+        if not -layers - 1 <= self.mm_vision_select_layer <= layers:
+            yield (
+                f"mm_vision_select_layer is {self.mm_vision_select_layer}, but the tower has {layers} layers; use -{layers + 1} to {layers}"
+            )
+        try:
+            _ = self.levels
+        except ValueError as error:
+            yield str(error).rstrip(".")
+        side = self.vision_config["image_size"]
+        canvases: Any = self.image_grid_pinpoints if self.image_aspect_ratio == "anyres" else None
+        for width, height in canvases or ():
+            if width % side or height % side or width // side * (height // side) > MOST_TILES:
+                yield f"image_grid_pinpoints has {[width, height]}, expected multiples of {side} with at most {MOST_TILES} tiles"
 
     @property
     def patch_grid(self) -> tuple[int, int]:
@@ -147,6 +332,124 @@ class MultimodalFields:
     def context_length(self) -> int:
         """How many positions, text and visual tokens together, the language model can take."""
         return self.max_position_embeddings  # type: ignore[attr-defined]
+
+
+def vision_fields(vision_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a tower's configuration, with CLIP's defaults for those it does not have."""
+    return {**_defaults(CLIPVisionConfig), **vision_config}
+
+
+def _defaults(config_class: Any) -> dict[str, Any]:
+    return {each.name: each.default for each in fields(config_class) if each.default is not MISSING}
+
+
+def _foreign(stored: Mapping[str, Any], config_class: Any, rules: Mapping[str, Rule], inside: str = "") -> list[str]:
+    """Names in a file that would replace what a configuration class is made of; those that it does not know are kept, unread."""
+    known = {each.name for each in fields(config_class)} | set(rules)
+    prefix = f"{inside}." if inside else ""
+    return [f"{prefix}{shown(name)} is no field of a configuration" for name in stored if name not in known and hasattr(config_class, name)]
+
+
+def check_language_fields(stored: Mapping[str, Any], config_class: Any) -> None:
+    """Refuse a stored configuration whose language model cannot work.
+
+    Args:
+        stored: what config.json holds. config_class: a `LlamaConfig` or `MistralConfig`, whose defaults complete it.
+
+    Raises:
+        ValueError: naming every such field.
+    """
+    found = faults(stored, LANGUAGE_RULES) + _foreign(stored, config_class, LANGUAGE_RULES)
+    for name in ("rope_parameters", "rope_scaling"):
+        if isinstance(stored.get(name), Mapping):
+            found += faults(stored[name], ROPE_RULES, name)
+    found = found or list(_language_contradictions({**_defaults(config_class), **stored}))
+    refuse("The configuration", found)
+
+
+def _language_contradictions(values: Mapping[str, Any]) -> Iterator[str]:
+    heads, width = values["num_attention_heads"], values["hidden_size"]
+    groups = values.get("num_key_value_heads") or heads
+    if values.get("head_dim") is None and width % (2 * heads):
+        yield f"hidden_size is {width}, expected an even multiple of the {heads} attention heads"
+    if (values.get("head_dim") or 0) % 2:
+        yield f"head_dim is {values['head_dim']}, expected an even number"
+    if heads % groups:
+        yield f"num_key_value_heads is {groups}, expected a divisor of the {heads} attention heads"
+    yield from token_faults(values, values["vocab_size"])
+    method = (values.get("quantization_config") or {}).get("quant_method")
+    if values.get("quantization_config") is not None and method not in tuple(QUANTISED):
+        yield f"quantization_config.quant_method is {shown(method)}, expected {', '.join(QUANTISED)}"
+
+
+def token_faults(values: Mapping[str, Any], vocab_size: int) -> Iterator[str]:
+    """The special tokens of a configuration that no vocabulary of this size has; -1 stands for none in older files."""
+    for name, value in values.items():
+        if name.endswith("_token_id") and any(token >= vocab_size for token in (value if isinstance(value, list) else [value or 0])):
+            yield f"{name} is {shown(value)}, expected less than vocab_size, {vocab_size}"
+
+
+def check_generation_fields(stored: Mapping[str, Any], vocab_size: int, source: Any) -> None:
+    """Refuse a stored generation configuration that cannot work.
+
+    Raises:
+        ValueError: naming every such field.
+    """
+    found = faults(stored, GENERATION_RULES)
+    found += [f"{shown(name)} is no field of it" for name in stored if callable(getattr(GenerationConfig, name, None))]
+    refuse(source, found or list(token_faults(stored, vocab_size)))
+    try:
+        GenerationConfig.from_dict(dict(stored))
+    except (ValueError, *LIBRARY_ERRORS) as error:
+        raise ValueError(f"{source} cannot work: {one_line(error)}.") from error
+
+
+def _multimodal_rules() -> dict[str, Rule]:
+    return {each.name: each.metadata["rule"] for each in fields(MultimodalFields)}
+
+
+def check_processor_fields(stored: Mapping[str, Any], source: Any) -> int:
+    """Refuse a processor, stored without its model, that cannot work.
+
+    Returns:
+        The side of its views in pixels.
+
+    Raises:
+        ValueError: naming every such field.
+    """
+    refuse(source, faults(stored, _multimodal_rules()))
+    processor = stored["image_processor"] or {}
+    crop = processor.get("crop_size")
+    found = faults(processor, IMAGE_PROCESSOR_RULES, "image_processor")
+    sides = set(crop.values() if isinstance(crop, Mapping) else [crop])
+    if not found and (len(sides) != 1 or None in sides):
+        found.append(f"image_processor.crop_size is {shown(crop)}, expected a square")
+    refuse(source, found)
+    return int(sides.pop())
+
+
+def _vision_faults(vision: Mapping[str, Any], processor: Mapping[str, Any] | None) -> list[str]:
+    """What is wrong with the vision tower's configuration and its image processor's."""
+    missing = [f"vision_config has no {name}" for name in ("image_size", "patch_size") if name not in vision]
+    found = missing + faults(vision, VISION_RULES, "vision_config") + _foreign(vision, CLIPVisionConfig, VISION_RULES, "vision_config")
+    found += faults(processor or {}, IMAGE_PROCESSOR_RULES, "image_processor")
+    if found:
+        return found
+    values = vision_fields(vision)
+    if values["hidden_size"] % values["num_attention_heads"]:
+        width, heads = values["hidden_size"], values["num_attention_heads"]
+        found.append(f"vision_config.hidden_size is {width}, expected a multiple of the {heads} attention heads")
+    side = values["image_size"]
+    if values["patch_size"] > side:
+        found.append(f"vision_config.patch_size is {values['patch_size']}, expected at most image_size, {side}")
+    crop = (processor or {}).get("crop_size", side)
+    if set(crop.values() if isinstance(crop, Mapping) else [crop]) != {side}:
+        found.append(f"image_processor.crop_size is {shown(crop)}, expected the tower's image_size, {side}")
+    try:
+        CLIPVisionConfig(**{name: value for name, value in vision.items() if name != "model_type"})
+    except (ValueError, StrictDataclassError, *LIBRARY_ERRORS) as error:
+        found.append(f"vision_config is none ({one_line(error)})")
+    return found
 
 
 class LlavaConfig(MultimodalFields, LlamaConfig):

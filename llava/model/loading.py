@@ -6,23 +6,33 @@ Only safetensors are read. Pickled weights (`.bin`) are read when the caller pas
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
+from llava.checkpoint_files import (
+    HUB_OPTIONS,
+    LIBRARY_ERRORS,
+    STORED_BUFFERS,
+    check_dtypes,
+    one_line,
+    read_headers,
+    read_object,
+    stored_file,
+    weight_files,
+)
 from llava.model.adapter import TOWER_PREFIX, has_adapter, is_adapter, save_adapter
-from llava.model.config import LlavaConfig
+from llava.model.config import LlavaConfig, check_generation_fields, check_language_fields
+from llava.model.shapes import check_shapes
+from llava.rules import shown
 
 logger = logging.getLogger(__name__)
 
 MULTIMODAL_PREFIXES = (TOWER_PREFIX, "model.mm_projector.", "model.image_newline", "model.router.")
-IGNORED_UNEXPECTED = (r"rotary_emb\.inv_freq$", r"embeddings\.position_ids$")
-"""Buffers that older libraries stored and today's compute."""
-
 
 def resolve_tower(name: str, checkpoint: str | Path | None = None) -> str:
     """Where a tower named in a configuration is: a folder as given, beside or in the checkpoint, or else a hub id, unchanged."""
@@ -39,9 +49,12 @@ def read_tower_config(tower: str) -> tuple[dict[str, Any], dict[str, Any]]:
         ValueError: nothing of the kind is there.
     """
     try:
+        for name in ("config.json", "preprocessor_config.json"):
+            if (file := stored_file(tower, name)) is not None:
+                read_object(file)
         vision = CLIPVisionConfig.from_pretrained(tower).to_diff_dict()
         processor = CLIPImageProcessorPil.from_pretrained(tower).to_dict()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError, *LIBRARY_ERRORS) as error:
         raise ValueError(
             f"The vision tower {tower!r} could not be read ({type(error).__name__}); give mm_vision_tower a local CLIP folder with "
             "config.json and preprocessor_config.json, or a hub id that can be reached."
@@ -57,13 +70,56 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in dropped}
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder: those of its index, or the single one."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    single = folder / "model.safetensors"
-    return [single] if single.is_file() else []
+def read_stored_config(path: str | Path, hub: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What the config.json of a folder or hub id holds, its `model_type` a text.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        raise ValueError(f"{path} has no config.json, so it is not a checkpoint folder.")
+    try:
+        file = stored_file(path, "config.json", hub)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"No checkpoint could be read at {str(path)!r} ({type(error).__name__}); give a folder or a hub id that can be reached."
+        ) from error
+    if file is None:
+        raise ValueError(f"{path} has no config.json, so it is not a checkpoint.")
+    stored = read_object(file)
+    if not isinstance(stored.get("model_type", ""), str):
+        raise ValueError(f"model_type is {shown(stored['model_type'])} in {file}, expected the name of one.")
+    return stored
+
+
+def check_stored(path: str | Path, config: Any, hub: Mapping[str, Any] | None = None) -> None:
+    """Hold the weights' headers and the generation configuration against a model's configuration, before it is built.
+
+    Raises:
+        ValueError: weights of other sizes or of no floating-point dtype, damaged files, an index that leaves its folder, or generation
+            settings that cannot work.
+    """
+    settings = stored_file(path, "generation_config.json", hub)
+    if settings is not None:
+        check_generation_fields(read_object(settings), config.vocab_size, settings)
+    stored = read_headers(weight_files(path, hub))
+    check_dtypes(stored, path, (getattr(config, "quantization_config", None) or {}).get("quant_method"))
+    check_shapes(config, stored, path)
+
+
+def check_plain_model(path: str | Path, stored: Mapping[str, Any], config_class: Any, safetensors_only: bool = True) -> None:
+    """The same for a language model without multimodal parts, which transformers' own class reads.
+
+    Args:
+        stored: its config.json. config_class: transformers' configuration for that model type.
+    """
+    check_folder(path, safetensors_only)
+    check_language_fields(stored, config_class)
+    try:
+        config = config_class.from_dict(dict(stored))
+    except (StrictDataclassError, *LIBRARY_ERRORS) as error:
+        raise ValueError(f"The configuration of {path} cannot work: {one_line(error)}.") from error
+    check_stored(path, config)
 
 
 def check_folder(path: str | Path, safetensors_only: bool) -> bool:
@@ -100,7 +156,7 @@ def check_folder(path: str | Path, safetensors_only: bool) -> bool:
 class CheckpointLoading:
     """`from_pretrained` that finds the vision tower and refuses incomplete checkpoints; `save_pretrained` that knows adapters."""
 
-    _keys_to_ignore_on_load_unexpected = list(IGNORED_UNEXPECTED)
+    _keys_to_ignore_on_load_unexpected = list(STORED_BUFFERS)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -114,10 +170,12 @@ class CheckpointLoading:
         Raises:
             ValueError: a folder without weights, another model type, or keys that are missing or unexpected.
         """
+        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         kwargs["use_safetensors"] = check_folder(pretrained_model_name_or_path, kwargs.get("use_safetensors", True))
         output_loading_info = kwargs.pop("output_loading_info", False)
-        config = kwargs.pop("config", None) or cls._read_config(pretrained_model_name_or_path)
+        config = kwargs.pop("config", None) or cls._read_config(pretrained_model_name_or_path, hub)
         tower = cls._complete_tower(config, pretrained_model_name_or_path)
+        check_stored(pretrained_model_name_or_path, config, hub)
         model, info = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
         )
@@ -145,6 +203,7 @@ class CheckpointLoading:
             ValueError: weights that do not fit the configuration, or parts that nobody brings.
         """
         kwargs["use_safetensors"] = check_folder(base, kwargs.get("use_safetensors", True))
+        check_stored(base, config, {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs})
         model, info = super().from_pretrained(base, config=config, output_loading_info=True, **kwargs)  # type: ignore[misc]
         missing = {key for key in info["missing_keys"] if not key.startswith(TOWER_PREFIX)}
         fresh = {key for key in missing if key.startswith(MULTIMODAL_PREFIXES)}
@@ -171,9 +230,9 @@ class CheckpointLoading:
             save_adapter(self, Path(save_directory), state_dict)
 
     @classmethod
-    def _read_config(cls, path: Any) -> Any:
+    def _read_config(cls, path: Any, hub: Mapping[str, Any] | None = None) -> Any:
         config_class = cls.config_class  # type: ignore[attr-defined]
-        stored, _ = config_class.get_config_dict(path)
+        stored = read_stored_config(path, hub)
         kinds = (config_class.model_type, config_class.language_model_type)
         if stored.get("model_type") not in kinds:
             raise ValueError(f"{path} is of model type {stored.get('model_type')!r}, but {cls.__name__} reads {' or '.join(kinds)}.")
@@ -187,14 +246,19 @@ class CheckpointLoading:
         tower = resolve_tower(config.mm_vision_tower, path)
         if config.vision_config is None:
             config.vision_config, config.image_processor = read_tower_config(tower)
+            config.check_multimodal_fields()
         return tower
 
 
 def load_tower_weights(model: Any, tower: str) -> None:
     """Fill the model's vision tower from a CLIP folder or hub id."""
     module = model.get_vision_tower().vision_tower.vision_model
-    weights = CLIPVisionModel.from_pretrained(tower, dtype=module.dtype).state_dict()
-    module.load_state_dict(weights)
+    try:
+        check_dtypes(read_headers(weight_files(tower)), tower)
+        weights = CLIPVisionModel.from_pretrained(tower, dtype=module.dtype).state_dict()
+        module.load_state_dict(weights)
+    except (StrictDataclassError, *LIBRARY_ERRORS) as error:
+        raise ValueError(f"The weights of the vision tower {tower!r} do not fit its configuration ({one_line(error)}).") from error
     logger.info("Vision tower weights read from %s", tower)
 
 

@@ -12,9 +12,9 @@ from itertools import groupby
 from typing import Any
 
 from PIL import Image
-from transformers import AutoConfig, AutoProcessor, BatchFeature, CLIPImageProcessorPil, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.utils import cached_file
+from transformers import AutoProcessor, BatchFeature, CLIPImageProcessorPil, PreTrainedTokenizerBase, ProcessorMixin
 
+from llava.checkpoint_files import HUB_OPTIONS, read_object, stored_file
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
@@ -25,14 +25,16 @@ from llava.constants import (
 from llava.conversation import Span
 from llava.messages import Message, fill_template, prompt_spans, text_of_parts
 from llava.mm_utils import process_images, tokenize_spans, tokenizer_image_token
-from llava.model.config import LlavaConfig, LlavaMistralConfig, MultimodalFields
+from llava.model.config import LlavaConfig, LlavaMistralConfig, check_processor_fields
 from llava.model.image_inputs import image_of_part, images_of_rows
-from llava.model.loading import read_tower_config, resolve_tower
+from llava.model.loading import read_stored_config, read_tower_config, resolve_tower
 from llava.model.text_options import TextOptions, read_options, stack_rows
+from llava.model.vision_tower import make_image_processor
+from llava.rules import shown
 from llava.tokenizer import load_tokenizer
 
 _SETTINGS = ("image_aspect_ratio", "image_grid_pinpoints", "conv_version", "mm_use_im_start_end", "mm_use_im_patch_token")
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_CONFIG_CLASSES: dict[str, Any] = {each.model_type: each for each in (LlavaConfig, LlavaMistralConfig)}
 _AUTO_OPTIONS = ("_from_auto", "trust_remote_code")
 _IMAGE_PARTS = ("image", "image_url")
 _OTHER_TEMPLATES = ("chat_template", "tools", "documents", "return_assistant_tokens_mask", "load_audio_from_video")
@@ -84,13 +86,13 @@ class AvgLlavaProcessor(ProcessorMixin):
         """
         path = os.fspath(pretrained_model_name_or_path)
         options = {key: value for key, value in kwargs.items() if key not in _AUTO_OPTIONS}
-        hub = {key: options[key] for key in _HUB_OPTIONS if key in options}
+        hub = {key: options[key] for key in HUB_OPTIONS if key in options}
         settings = {key: options.pop(key) for key in _SETTINGS if key in options}
-        if cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False, **hub) is not None:
+        if stored_file(path, "config.json", hub) is not None:
             stored, processor = _from_model_config(path, hub)
         else:
             stored, processor = _from_processor_config(path, hub)
-        return cls(CLIPImageProcessorPil(**processor), load_tokenizer(path, **options), **{**stored, **settings})
+        return cls(processor, load_tokenizer(path, **options), **{**stored, **settings})
 
     def __call__(  # type: ignore[override]
         self,
@@ -213,29 +215,30 @@ class AvgLlavaProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", "images", "image_sizes"]
 
 
-def _from_model_config(path: str, hub: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings and image processor arguments of a checkpoint."""
-    config = AutoConfig.from_pretrained(path, **hub)
-    if not isinstance(config, MultimodalFields):
-        raise ValueError(
-            f"{path} is of model type {config.model_type!r}, expected {LlavaConfig.model_type} or {LlavaMistralConfig.model_type}."
-        )
-    processor, vision = config.image_processor, config.vision_config
-    if vision is None:
+def _from_model_config(path: str, hub: dict[str, Any]) -> tuple[dict[str, Any], CLIPImageProcessorPil]:
+    """Settings and image processor of a checkpoint."""
+    stored = read_stored_config(path, hub)
+    kind = stored.get("model_type")
+    if kind not in _CONFIG_CLASSES:
+        raise ValueError(f"{path} is of model type {shown(kind)}, expected {' or '.join(_CONFIG_CLASSES)}.")
+    config = _CONFIG_CLASSES[kind].from_dict(stored)
+    if config.vision_config is None:
         if config.mm_vision_tower is None:
             raise ValueError(f"{path} is a plain language model without a vision tower; use its tokenizer.")
-        vision, processor = read_tower_config(resolve_tower(config.mm_vision_tower, path))
-    side = vision["image_size"]
+        config.vision_config, config.image_processor = read_tower_config(resolve_tower(config.mm_vision_tower, path))
+        config.check_multimodal_fields()
     settings = {name: getattr(config, name) for name in _SETTINGS}
-    return settings, processor or {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    return settings, make_image_processor(config.image_processor, config.vision_config["image_size"])
 
 
-def _from_processor_config(path: str, hub: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _from_processor_config(path: str, hub: dict[str, Any]) -> tuple[dict[str, Any], CLIPImageProcessorPil]:
     """The same from a processor saved alone."""
-    stored, _ = AvgLlavaProcessor.get_processor_dict(path, **hub)
-    if "image_processor" not in stored:
+    file = stored_file(path, "processor_config.json", hub)
+    stored = {} if file is None else read_object(file)
+    if file is None or "image_processor" not in stored:
         raise ValueError(f"{path} has neither config.json nor a processor_config.json with an image_processor; give a checkpoint.")
-    return {name: stored[name] for name in _SETTINGS if name in stored}, stored["image_processor"]
+    side = check_processor_fields(stored, file)
+    return {name: stored[name] for name in _SETTINGS if name in stored}, make_image_processor(stored["image_processor"], side)
 
 
 def _role(message: dict[str, Any]) -> str:
@@ -262,6 +265,6 @@ def images_of_messages(messages: Sequence[dict[str, Any]]) -> list[Image.Image]:
     return [image_of_part(part) for message in messages for part in _parts(message) if part["type"] in _IMAGE_PARTS]
 
 
-for _config_class in (LlavaConfig, LlavaMistralConfig):
+for _config_class in _CONFIG_CLASSES.values():
     # transformers compares class names only and has a LlavaConfig of its own; the entry itself is kept by class.
     AutoProcessor.register(_config_class, AvgLlavaProcessor, exist_ok=True)

@@ -4,9 +4,36 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+
+from llava.checkpoint_files import LIBRARY_ERRORS, one_line
+
+
+def make_image_processor(arguments: dict[str, Any] | None, side: int) -> CLIPImageProcessorPil:
+    """The image processor of a tower that takes views of `side` pixels.
+
+    Args:
+        arguments: of `CLIPImageProcessor`; `None` gives CLIP's own at that size.
+
+    Raises:
+        ValueError: it does not make views (3, side, side) of finite numbers.
+    """
+    arguments = arguments or {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    try:
+        processor = CLIPImageProcessorPil(**arguments)
+        view = processor.preprocess([Image.new("RGB", (side, side))], return_tensors="np")["pixel_values"]
+    except (ValueError, *LIBRARY_ERRORS) as error:
+        raise ValueError(f"The image processor cannot work ({one_line(error)}); use the image_processor saved with the model.") from error
+    if view.shape != (1, 3, side, side) or not np.isfinite(view).all():
+        raise ValueError(
+            f"The image processor makes views of shape {list(view.shape[1:])}, expected [3, {side}, {side}] of finite numbers; use the "
+            "image_processor saved with the model."
+        )
+    return processor
 
 
 class _NamedEncoder(nn.Module):
@@ -39,10 +66,7 @@ class CLIPVisionTower(nn.Module):
         self.select_feature = select_feature
         self.choose_layer(select_layer)
         self.vision_tower = _NamedEncoder(CLIPVisionModel._from_config(self.config))
-        size = self.config.image_size
-        self.image_processor = CLIPImageProcessorPil(
-            **(image_processor or {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}})
-        )
+        self.image_processor = make_image_processor(image_processor, self.config.image_size)  # type: ignore[arg-type]
 
     def choose_layer(self, select_layer: int) -> None:
         """Take the features from another hidden state.

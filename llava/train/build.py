@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.conversation import conv_templates
 from llava.model.adapter import adapter_base, is_adapter, tokenizer_source
-from llava.model.builder import MODEL_CLASSES, load_adapter_model
-from llava.model.loading import load_tower_weights, read_tower_config, resolve_tower
+from llava.model.builder import MODEL_CLASSES, PLAIN_CONFIGS, check_vocabulary, load_adapter_model
+from llava.model.config import check_language_fields
+from llava.model.loading import load_tower_weights, read_stored_config, read_tower_config, resolve_tower
 from llava.tokenizer import load_tokenizer
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.checkpoint import load_projector
@@ -70,7 +71,7 @@ def load_model(
     path = model_args.model_name_or_path
     adapter = training_args.lora_weight_path or (path if is_adapter(path) else None)
     base = adapter_base(adapter, None if adapter == path else path) if adapter else path
-    kind = PretrainedConfig.get_config_dict(path)[0].get("model_type")
+    kind = read_stored_config(path).get("model_type", "")
     overrides = config_overrides(model_args, data_args, training_args)
     options: dict[str, Any] = {"dtype": _weights_dtype(training_args), **quantization_options(training_args, path)}
     if adapter and model_args.allow_bin_weights:
@@ -107,7 +108,7 @@ def _weights_dtype(training_args: TrainingArguments) -> torch.dtype:
 
 
 def _from_language_model(
-    path: str, kind: str | None, overrides: dict[str, Any], model_args: ModelArguments, options: dict[str, Any]
+    path: str, kind: str, overrides: dict[str, Any], model_args: ModelArguments, options: dict[str, Any]
 ) -> Any:
     families = {family.config_class.language_model_type: family for family in MODEL_CLASSES.values()}
     if kind not in families:
@@ -121,7 +122,8 @@ def _from_language_model(
     assert model_args.vision_tower is not None
     tower = resolve_tower(model_args.vision_tower, path)
     vision_config, image_processor = read_tower_config(tower)
-    stored = PretrainedConfig.get_config_dict(path)[0]
+    stored = read_stored_config(path)
+    check_language_fields(stored, PLAIN_CONFIGS[kind])
     language_fields = {name: value for name, value in stored.items() if name not in ("model_type", "architectures")}
     config = family.config_class(
         **language_fields,
@@ -197,6 +199,7 @@ def _load_tokenizer(
     if training_args.stage_plan.name != "align":
         config.conv_version = version
     _add_image_tokens(model, tokenizer, training_args)
+    check_vocabulary(tokenizer, model)
     return tokenizer
 
 

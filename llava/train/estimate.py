@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, HfArgumentParser, PretrainedConfig
+from transformers import CLIPVisionConfig, HfArgumentParser
 
 from llava.crops import get_anyres_image_grid_shape
 from llava.model.builder import MODEL_CLASSES
-from llava.model.loading import read_tower_config, resolve_tower
+from llava.model.loading import read_stored_config, read_tower_config, resolve_tower
 from llava.train.stages import PARTS, STAGES, Stage, apply_stage, get_stage, part_of
 from llava.utils import setup_logging
 
@@ -204,7 +204,7 @@ def read_config(name_or_path: str | None, preset: str | None) -> Any:
             **{name: value for name, value in stored.items() if name != "model_type"}
         )
     assert name_or_path is not None
-    stored = PretrainedConfig.get_config_dict(name_or_path)[0]
+    stored = read_stored_config(name_or_path)
     if stored.get("model_type") not in MODEL_CLASSES:
         raise ValueError(
             f"{name_or_path} is of model type {stored.get('model_type')!r}, expected one of {', '.join(MODEL_CLASSES)}; "

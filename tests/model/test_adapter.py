@@ -134,7 +134,8 @@ def _weights(folder: Path, change: Any, name: str = "adapter_model.safetensors")
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "but no adapter_model.safetensors"),
         (lambda folder: (folder / "non_lora_trainables.safetensors").unlink(), "but no non_lora_trainables.safetensors"),
         (lambda folder: _weights(folder, lambda w: dict(list(w.items())[1:])), "LoRA does not fit the model: 1 missing"),
-        (lambda folder: _weights(folder, lambda w: {k: v[:1].contiguous() for k, v in w.items()}), "or of another shape"),
+        (lambda folder: _weights(folder, lambda w: {k: v[:1].contiguous() for k, v in w.items()}), "has rank 1, but r is 4"),
+        (lambda folder: _weights(folder, lambda w: {k: v[:, :2].contiguous() for k, v in w.items()}), "or of another shape"),
         (
             lambda folder: _weights(folder, lambda w: {**w, "model.extra": torch.ones(1)}, "non_lora_trainables.safetensors"),
             r"does not fit the model: 1 missing, unexpected or of another shape \(model.extra\)",
@@ -151,6 +152,8 @@ def test_parts_that_nobody_brings_are_refused(folder: Path, oracle: Path) -> Non
     """A plain base has no projector; a file without it cannot make the model whole."""
     base = folder.parent / "plain"
     LlamaForCausalLM(PLAIN).save_pretrained(base)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(oracle / "checkpoint" / name, base)
     _weights(folder, lambda w: {k: v for k, v in w.items() if "mm_projector" not in k}, "non_lora_trainables.safetensors")
     with pytest.raises(ValueError, match="missing 4 .*mm_projector"):
         load_pretrained_model(str(folder), str(base), device="cpu")

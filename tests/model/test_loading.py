@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,7 +127,7 @@ def test_a_projector_only_folder_goes_over_its_language_model(released, checkpoi
 def test_quantisation_leaves_tower_projector_and_router_whole(oracle, new_config, tmp_path, option):
     pytest.importorskip("bitsandbytes")
     new_config.hidden_size, new_config.intermediate_size = 64, 128
-    new_config.head_dim = 16
+    new_config.head_dim, new_config.vocab_size = 16, 420
     LlavaLlamaForCausalLM(new_config).save_pretrained(tmp_path)
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(oracle / "checkpoint" / name, tmp_path)
@@ -159,6 +161,14 @@ def _rewrite(change):
     return rewritten
 
 
+def _index(change):
+    def rewritten(folder):
+        file = folder / "model.safetensors.index.json"
+        file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+    return rewritten
+
+
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
@@ -177,6 +187,19 @@ SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
             _rewrite(lambda weights: {k: v for k, v in weights.items() if "vision_model.encoder.layers.1" not in k and "voter" not in k}),
             "missing 1",
         ),
+        (_rewrite(lambda weights: {k: v.to(torch.int8) for k, v in weights.items()}), "are no floating-point weights .* is I8"),
+        (_rewrite(lambda weights: {**weights, "lm_head.weight": weights["lm_head.weight"][:7].contiguous()}), r"lm_head.weight has shape \[7, 32\]"),
+        (lambda folder: (folder / SHARDS[0]).write_bytes(b"\x08\0\0\0\0\0\0\0{}      "), "do not fit its configuration: missing"),
+        (lambda folder: (folder / SHARDS[0]).write_bytes((folder / SHARDS[0]).read_bytes()[:-4]), "is no whole safetensors file"),
+        (_index(lambda stored: {}), "has no weight_map"),
+        (_index(lambda stored: {"weight_map": dict.fromkeys(stored["weight_map"], "../base.safetensors")}), "names '../base.safetensors'"),
+        (_index(lambda stored: {"weight_map": dict.fromkeys(stored["weight_map"], "/etc/passwd")}), "names '/etc/passwd'"),
+        (_index(lambda stored: {"weight_map": dict.fromkeys(stored["weight_map"], "pytorch_model.bin")}), "expected names of .safetensors files"),
+        (lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": 420}'), "eos_token_id is 420, expected less than"),
+        (lambda folder: (folder / "tokenizer_config.json").write_text('{"padding_side": 3}'), "padding_side is 3, expected one of left, right"),
+        (lambda folder: (folder / "tokenizer.model").write_bytes(b"no model"), "The tokenizer of .* cannot be read"),
+        (lambda folder: edit_config(folder, vocab_size=300), r"shape \[420, 32\], but the configuration makes it \[300, 32\]"),
+        (lambda folder: edit_config(folder, quantization_config={"quant_method": "gptq"}), "quant_method is 'gptq', expected bitsandbytes"),
         (lambda folder: edit_config(folder, model_type="bert"), "model type 'bert', expected one of llava_llama"),
         (lambda folder: edit_config(folder, mm_vision_tower="nowhere/tower"), "vision tower 'nowhere/tower' could not be read"),
     ],
@@ -184,6 +207,43 @@ SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 def test_a_broken_folder_gets_one_clear_error(checkpoint, break_it, message):
     break_it(checkpoint)
     with pytest.raises(ValueError, match=message):
+        load_pretrained_model(str(checkpoint), device="cpu")
+
+
+def test_a_hubs_cache_of_links_loads_by_its_id(checkpoint, tmp_path):
+    """The hub's cache holds links to files named by their hash, in a folder outside the model's."""
+    edit_config(checkpoint, mm_vision_tower=str(tmp_path / "tiny-clip"))
+    stored = tmp_path / "cache" / "models--someone--tiny"
+    (stored / "refs").mkdir(parents=True)
+    (stored / "refs" / "main").write_text("a" * 40)
+    snapshot = stored / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (stored / "blobs").mkdir()
+    for number, file in enumerate(checkpoint.iterdir()):
+        file.rename(stored / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(Path("../../blobs") / str(number))
+    _, model, _, _ = load_pretrained_model(str(snapshot), device="cpu")
+    assert model.config.vocab_size == 420
+    hub = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    assert LlavaLlamaForCausalLM.from_pretrained("someone/tiny", **hub).config.vocab_size == 420
+    (snapshot / "model.safetensors.index.json").unlink()
+    (snapshot / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "../../blobs/1"}}')
+    with pytest.raises(ValueError, match="names '../../blobs/1'"):
+        LlavaLlamaForCausalLM.from_pretrained("someone/tiny", **hub)
+
+
+def test_a_base_beside_a_whole_model_is_left_aside_and_that_is_said(checkpoint, oracle, caplog):
+    with caplog.at_level(logging.WARNING):
+        model = load_pretrained_model(str(checkpoint), str(oracle / "tiny-clip"), device="cpu")[1]
+    assert model.config.vocab_size == 420 and "is left aside" in caplog.text and "is a whole model" in caplog.text
+
+
+def test_a_tokenizer_of_another_model_is_refused(checkpoint, new_config):
+    """Its ids would be rows that the model does not have."""
+    new_config.vocab_size = 419
+    _remove(*SHARDS, "model.safetensors.index.json", "generation_config.json")(checkpoint)
+    LlavaLlamaForCausalLM(new_config).save_pretrained(checkpoint)
+    with pytest.raises(ValueError, match="The tokenizer has 420 ids, but the model embeds 419"):
         load_pretrained_model(str(checkpoint), device="cpu")
 
 

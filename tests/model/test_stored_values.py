@@ -1,0 +1,168 @@
+"""Whatever stands in a checkpoint's files, loading it works or ends in one sentence, at once."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from llava.checkpoint_files import read_headers, read_object, weight_files
+from llava.inference import MICRO_MODEL
+from llava.model import AvgLlavaProcessor, LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.builder import load_pretrained_model
+from llava.model.config import check_generation_fields, check_language_fields
+from llava.model.shapes import check_shapes
+from llava.model.vision_tower import make_image_processor
+from llava.tokenizer import load_tokenizer
+
+STORED = json.loads((MICRO_MODEL / "config.json").read_text())
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for level in range(depth):
+        value = [value] if level % 2 else {"a": value}
+    return value
+
+
+WRONG: list[Any] = [
+    None, True, 0, 1, -1, 7, 2**31, 2**63, 10**9, 10**400, 0.0, 0.5, -0.5, 1e-320, 1e308, math.nan, math.inf, -math.inf, "", "a", "1", "\0",
+    "é" * 5000, [], [0], [-1], [[]], ["a"], [[1, 1]], [[10**9, 10**9]], [None], list(range(5000)), {}, {"a": 1}, {"": []}, nested(30),
+]  # fmt: skip
+"""Of every type, at the edges of every range."""
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where something stands in a JSON value: every field, and the first item of every list."""
+    if path:
+        yield path
+    inner = value.items() if isinstance(value, dict) else [(0, value[0])] if isinstance(value, list) and value else []
+    for name, item in inner:
+        yield from places(item, (*path, name))
+
+
+def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    if not path:
+        return new
+    copied = list(value) if isinstance(value, list) else dict(value)
+    copied[path[0]] = replaced(value[path[0]], path[1:], new)
+    return copied
+
+
+def ends_well(judge: Callable[[], Any]) -> Any:
+    """What `judge` gives; `None` where it refuses in one sentence; anything else fails the test."""
+    start = perf_counter()
+    try:
+        return judge()
+    except (ValueError, OSError) as error:
+        text = str(error)
+        assert text and "\n" not in text and len(text) < 4000, text
+    finally:
+        assert perf_counter() - start < 2
+    return None
+
+
+@pytest.fixture(scope="module")
+def headers() -> dict[str, Any]:
+    return read_headers(weight_files(MICRO_MODEL))
+
+
+def judge_config(stored: dict[str, Any], headers: dict[str, Any]) -> LlavaConfig:
+    config = LlavaConfig.from_dict(stored)
+    check_shapes(config, headers, "the micro model")
+    if config.vision_config is not None:
+        make_image_processor(config.image_processor, config.vision_config["image_size"])
+    return config
+
+
+@pytest.mark.parametrize("path", list(places(STORED)), ids=lambda path: ".".join(map(str, path)))
+def test_every_value_of_config_json(path: tuple[Any, ...], headers: dict[str, Any]) -> None:
+    for value in WRONG:
+        stored = replaced(STORED, path, value)
+        config = ends_well(lambda stored=stored: judge_config(stored, headers))
+        if config is not None:
+            with torch.device("meta"):
+                LlavaLlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("value", WRONG, ids=lambda value: repr(value)[:20])
+def test_every_name_and_the_whole_of_config_json(value: Any, headers: dict[str, Any], tmp_path: Path) -> None:
+    """A missing field, an unknown one, one that a class has as a method, and a file that holds something else."""
+    for name in STORED:
+        ends_well(lambda name=name: judge_config({key: value for key, value in STORED.items() if key != name}, headers))
+    for name in ("__class__", "to_dict", "levels", "sub_configs", "per_layer_config", "auto_map", "num_labels", "torch_dtype", "unheard_of"):
+        ends_well(lambda name=name: judge_config({**STORED, name: value}, headers))
+        ends_well(lambda name=name: judge_config({**STORED, "vision_config": {**STORED["vision_config"], name: value}}, headers))
+        ends_well(lambda name=name: judge_config({**STORED, "image_processor": {**STORED["image_processor"], name: value}}, headers))
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(value) if value != 10**400 else "1" * 5000)
+    ends_well(lambda: read_object(file))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"a":' * 40 + "1" + "}" * 40, "\x00\xff", "[]", '{"a": ' + "1" * 5000 + "}", "null"])
+def test_a_file_that_is_no_object(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_bytes(text.encode("latin-1"))
+    assert ends_well(lambda: read_object(file)) is None
+    file.write_bytes(b"{}" + b" " * 2**25)
+    with pytest.raises(ValueError, match="at most"):
+        read_object(file)
+
+
+GENERATION = {
+    **json.loads((MICRO_MODEL / "generation_config.json").read_text()),
+    "temperature": 0.5, "top_p": 0.9, "top_k": 5, "num_beams": 1, "max_length": 20, "stop_strings": ["a"], "suppress_tokens": [1],
+    "watermarking_config": {"bias": 1.0}, "to_dict": None, "compile_config": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", list(places(GENERATION)), ids=lambda path: ".".join(map(str, path)))
+def test_every_value_of_generation_config_json(path: tuple[Any, ...]) -> None:
+    for value in WRONG:
+        ends_well(lambda value=value: check_generation_fields(replaced(GENERATION, path, value), 640, "generation_config.json"))
+
+
+PLAIN = {"model_type": "llama", **LlamaConfig(hidden_size=8, num_attention_heads=2, vocab_size=9).to_dict()}
+
+
+@pytest.mark.parametrize("path", list(places(PLAIN)), ids=lambda path: ".".join(map(str, path)))
+def test_every_value_of_a_plain_models_config_json(path: tuple[Any, ...]) -> None:
+    for value in WRONG:
+        ends_well(lambda value=value: check_language_fields(replaced(PLAIN, path, value), LlamaConfig))
+
+
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+BACKEND = json.loads((MICRO_MODEL / "tokenizer.json").read_text())
+SMALL: dict[str, Any] = {
+    "tokenizer_config.json": json.loads((MICRO_MODEL / "tokenizer_config.json").read_text()),
+    "tokenizer.json": {**BACKEND, "model": {**BACKEND["model"], "vocab": {"a": 0}, "merges": BACKEND["model"]["merges"][:1]}},
+}
+TOKENIZER_CASES = [(name, path) for name in TOKENIZER_FILES for path in places(SMALL[name])]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    for name in ("config.json", *TOKENIZER_FILES):
+        shutil.copy(MICRO_MODEL / name, folder)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "path"), TOKENIZER_CASES, ids=lambda value: value if isinstance(value, str) else ".".join(map(str, value)))
+def test_every_value_of_the_tokenizers_files(name: str, path: tuple[Any, ...], tokenizer_folder: Path) -> None:
+    whole = json.loads((MICRO_MODEL / name).read_text())
+    for value in WRONG:
+        if value == 10**400:
+            continue
+        (tokenizer_folder / name).write_text(json.dumps(replaced(SMALL[name] if path[:2] == ("model", "vocab") else whole, path, value)))
+        tokenizer = ends_well(lambda: load_tokenizer(tokenizer_folder))
+        assert tokenizer is None or tokenizer("Which colour?").input_ids
+    shutil.copy(MICRO_MODEL / name, tokenizer_folder)
