@@ -145,7 +145,7 @@ def _read_adapter_config(folder: str | Path) -> dict[str, Any]:
 def _check_ranks(folder: Path, config: Any) -> None:
     """Hold the ranks of the matrices' headers against the configuration, before matrices of its ranks are made."""
     file = folder / ADAPTER_FILES[0]
-    ranks = {config.r, *config.rank_pattern.values()}
+    ranks = {config.r, *(config.rank_pattern or {}).values()}
     stored = read_headers([file]) if file.is_file() else {}
     for name, tensor in stored.items():
         if ".lora_A." in name and tensor.shape[:1] and tensor.shape[0] not in ranks:

@@ -14,10 +14,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, MistralConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llava.checkpoint_files import LIBRARY_ERRORS, QUANTISED, one_line
 from llava.crops import parse_pinpoints
@@ -276,9 +278,11 @@ class MultimodalFields:
             config_dict = {**RELEASED_VALUES, **config_dict}
         check_language_fields(config_dict, cls)
         try:
-            return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+            config = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
         except (StrictDataclassError, *LIBRARY_ERRORS) as error:
             raise ValueError(f"The configuration cannot work: {one_line(error)}.") from error
+        check_positions(config[0] if isinstance(config, tuple) else config)
+        return config
 
     def check_multimodal_fields(self) -> None:
         """Raise one `ValueError` that names every field whose value cannot work."""
@@ -367,6 +371,20 @@ def check_language_fields(stored: Mapping[str, Any], config_class: Any) -> None:
     refuse("The configuration", found)
 
 
+def check_positions(config: Any) -> None:
+    """Refuse a configuration whose rotary positions cannot be computed, by computing them: each kind has its own needs.
+
+    Raises:
+        ValueError: fields of `rope_parameters` that are missing, or contradict one another.
+    """
+    try:
+        frequencies = LlamaRotaryEmbedding(config).inv_freq
+    except (ValueError, *LIBRARY_ERRORS) as error:
+        raise ValueError(f"The configuration cannot work: rope_parameters makes no positions ({one_line(error)}).") from error
+    if not torch.isfinite(frequencies).all():
+        raise ValueError("The configuration cannot work: rope_parameters makes positions that are no finite numbers.")
+
+
 def _language_contradictions(values: Mapping[str, Any]) -> Iterator[str]:
     heads, width = values["num_attention_heads"], values["hidden_size"]
     groups = values.get("num_key_value_heads") or heads
@@ -419,13 +437,15 @@ def check_processor_fields(stored: Mapping[str, Any], source: Any) -> int:
     """
     refuse(source, faults(stored, _multimodal_rules()))
     processor = stored["image_processor"] or {}
-    crop = processor.get("crop_size")
-    found = faults(processor, IMAGE_PROCESSOR_RULES, "image_processor")
-    sides = set(crop.values() if isinstance(crop, Mapping) else [crop])
-    if not found and (len(sides) != 1 or None in sides):
-        found.append(f"image_processor.crop_size is {shown(crop)}, expected a square")
+    found = faults({"crop_size": None, **processor}, IMAGE_PROCESSOR_RULES, "image_processor")
     refuse(source, found)
-    return int(sides.pop())
+    sides = _sides(processor["crop_size"])
+    refuse(source, [] if len(sides) == 1 else [f"image_processor.crop_size is {shown(processor['crop_size'])}, expected a square"])
+    return sides.pop()
+
+
+def _sides(crop_size: Any) -> set[int]:
+    return set(crop_size.values() if isinstance(crop_size, Mapping) else [crop_size])
 
 
 def _vision_faults(vision: Mapping[str, Any], processor: Mapping[str, Any] | None) -> list[str]:
@@ -443,7 +463,7 @@ def _vision_faults(vision: Mapping[str, Any], processor: Mapping[str, Any] | Non
     if values["patch_size"] > side:
         found.append(f"vision_config.patch_size is {values['patch_size']}, expected at most image_size, {side}")
     crop = (processor or {}).get("crop_size", side)
-    if set(crop.values() if isinstance(crop, Mapping) else [crop]) != {side}:
+    if _sides(crop) != {side}:
         found.append(f"image_processor.crop_size is {shown(crop)}, expected the tower's image_size, {side}")
     try:
         CLIPVisionConfig(**{name: value for name, value in vision.items() if name != "model_type"})

@@ -26,7 +26,7 @@ from llava.checkpoint_files import (
     weight_files,
 )
 from llava.model.adapter import TOWER_PREFIX, has_adapter, is_adapter, save_adapter
-from llava.model.config import LlavaConfig, check_generation_fields, check_language_fields
+from llava.model.config import LlavaConfig, check_generation_fields, check_language_fields, check_positions
 from llava.model.shapes import check_shapes
 from llava.rules import shown
 
@@ -119,6 +119,7 @@ def check_plain_model(path: str | Path, stored: Mapping[str, Any], config_class:
         config = config_class.from_dict(dict(stored))
     except (StrictDataclassError, *LIBRARY_ERRORS) as error:
         raise ValueError(f"The configuration of {path} cannot work: {one_line(error)}.") from error
+    check_positions(config)
     check_stored(path, config)
 
 

@@ -169,6 +169,10 @@ def _index(change):
     return rewritten
 
 
+def _all_in(stored, file):
+    return {"weight_map": dict.fromkeys(stored["weight_map"], file)}
+
+
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
@@ -188,15 +192,15 @@ SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
             "missing 1",
         ),
         (_rewrite(lambda weights: {k: v.to(torch.int8) for k, v in weights.items()}), "are no floating-point weights .* is I8"),
-        (_rewrite(lambda weights: {**weights, "lm_head.weight": weights["lm_head.weight"][:7].contiguous()}), r"lm_head.weight has shape \[7, 32\]"),
+        (_rewrite(lambda w: {**w, "lm_head.weight": w["lm_head.weight"][:7].contiguous()}), r"lm_head.weight has shape \[7, 32\]"),
         (lambda folder: (folder / SHARDS[0]).write_bytes(b"\x08\0\0\0\0\0\0\0{}      "), "do not fit its configuration: missing"),
         (lambda folder: (folder / SHARDS[0]).write_bytes((folder / SHARDS[0]).read_bytes()[:-4]), "is no whole safetensors file"),
         (_index(lambda stored: {}), "has no weight_map"),
-        (_index(lambda stored: {"weight_map": dict.fromkeys(stored["weight_map"], "../base.safetensors")}), "names '../base.safetensors'"),
-        (_index(lambda stored: {"weight_map": dict.fromkeys(stored["weight_map"], "/etc/passwd")}), "names '/etc/passwd'"),
-        (_index(lambda stored: {"weight_map": dict.fromkeys(stored["weight_map"], "pytorch_model.bin")}), "expected names of .safetensors files"),
+        (_index(lambda stored: _all_in(stored, "../base.safetensors")), "names '../base.safetensors'"),
+        (_index(lambda stored: _all_in(stored, "/etc/passwd")), "names '/etc/passwd'"),
+        (_index(lambda stored: _all_in(stored, "pytorch_model.bin")), "expected names of .safetensors files"),
         (lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": 420}'), "eos_token_id is 420, expected less than"),
-        (lambda folder: (folder / "tokenizer_config.json").write_text('{"padding_side": 3}'), "padding_side is 3, expected one of left, right"),
+        (lambda folder: (folder / "tokenizer_config.json").write_text('{"padding_side": 3}'), "padding_side is 3, expected one of left"),
         (lambda folder: (folder / "tokenizer.model").write_bytes(b"no model"), "The tokenizer of .* cannot be read"),
         (lambda folder: edit_config(folder, vocab_size=300), r"shape \[420, 32\], but the configuration makes it \[300, 32\]"),
         (lambda folder: edit_config(folder, quantization_config={"quant_method": "gptq"}), "quant_method is 'gptq', expected bitsandbytes"),

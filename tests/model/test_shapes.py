@@ -19,6 +19,7 @@ VISION = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 4,
 }  # fmt: skip
 MULTIMODAL = {**LANGUAGE, "vision_config": VISION, "image_grid_pinpoints": [[64, 32]], "vis_token_granularity": [16, 64]}
+UNPROJECTED = {"mm_projector_type": "identity", "mm_patch_merge_type": "flat"}
 
 
 def built(model_class: Any, config: Any) -> dict[str, tuple[int, ...]]:
@@ -37,12 +38,9 @@ def built(model_class: Any, config: Any) -> dict[str, tuple[int, ...]]:
         (LlavaLlamaForCausalLM, LlavaConfig(**MULTIMODAL, router_select=True, filtered_text_num=5)),
         (LlavaLlamaForCausalLM, LlavaConfig(**MULTIMODAL, router_select=True, router_hidden_size=16, mm_projector_type="mlp3x_gelu")),
         (LlavaMistralForCausalLM, LlavaMistralConfig(**MULTIMODAL, num_key_value_heads=2, mm_projector_type="linear")),
-        (
-            LlavaLlamaForCausalLM,
-            LlavaConfig(**{**MULTIMODAL, "vision_config": {**VISION, "hidden_size": 32}}, mm_projector_type="identity", mm_patch_merge_type="flat"),
-        ),
+        (LlavaLlamaForCausalLM, LlavaConfig(**{**MULTIMODAL, "vision_config": {**VISION, "hidden_size": 32}}, **UNPROJECTED)),
     ],
-)  # fmt: skip
+)
 def test_declared_shapes_are_those_of_the_built_model(model_class: Any, config: Any) -> None:
     assert declared_shapes(config) == built(model_class, config)
 

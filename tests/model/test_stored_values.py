@@ -17,8 +17,10 @@ from transformers import LlamaConfig
 from llava.checkpoint_files import read_headers, read_object, weight_files
 from llava.inference import MICRO_MODEL
 from llava.model import AvgLlavaProcessor, LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.adapter import attach_adapter, load_lora, read_lora_config
 from llava.model.builder import load_pretrained_model
 from llava.model.config import check_generation_fields, check_language_fields
+from llava.model.loading import read_tower_config
 from llava.model.shapes import check_shapes
 from llava.model.vision_tower import make_image_processor
 from llava.tokenizer import load_tokenizer
@@ -98,7 +100,7 @@ def test_every_name_and_the_whole_of_config_json(value: Any, headers: dict[str, 
     """A missing field, an unknown one, one that a class has as a method, and a file that holds something else."""
     for name in STORED:
         ends_well(lambda name=name: judge_config({key: value for key, value in STORED.items() if key != name}, headers))
-    for name in ("__class__", "to_dict", "levels", "sub_configs", "per_layer_config", "auto_map", "num_labels", "torch_dtype", "unheard_of"):
+    for name in ("__class__", "to_dict", "levels", "sub_configs", "per_layer_config", "auto_map", "num_labels", "torch_dtype", "unknown"):
         ends_well(lambda name=name: judge_config({**STORED, name: value}, headers))
         ends_well(lambda name=name: judge_config({**STORED, "vision_config": {**STORED["vision_config"], name: value}}, headers))
         ends_well(lambda name=name: judge_config({**STORED, "image_processor": {**STORED["image_processor"], name: value}}, headers))
@@ -107,7 +109,10 @@ def test_every_name_and_the_whole_of_config_json(value: Any, headers: dict[str, 
     ends_well(lambda: read_object(file))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"a":' * 40 + "1" + "}" * 40, "\x00\xff", "[]", '{"a": ' + "1" * 5000 + "}", "null"])
+NO_OBJECTS = ["", "{", "[" * 100_000, '{"a":' * 40 + "1" + "}" * 40, "\x00\xff", "[]", '{"a": ' + "1" * 5000 + "}", "null"]
+
+
+@pytest.mark.parametrize("text", NO_OBJECTS, ids=lambda text: text[:10])
 def test_a_file_that_is_no_object(text: str, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_bytes(text.encode("latin-1"))
@@ -156,7 +161,11 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("name", "path"), TOKENIZER_CASES, ids=lambda value: value if isinstance(value, str) else ".".join(map(str, value)))
+def named(value: Any) -> str:
+    return value if isinstance(value, str) else ".".join(map(str, value))
+
+
+@pytest.mark.parametrize(("name", "path"), TOKENIZER_CASES, ids=named)
 def test_every_value_of_the_tokenizers_files(name: str, path: tuple[Any, ...], tokenizer_folder: Path) -> None:
     whole = json.loads((MICRO_MODEL / name).read_text())
     for value in WRONG:
@@ -166,3 +175,81 @@ def test_every_value_of_the_tokenizers_files(name: str, path: tuple[Any, ...], t
         tokenizer = ends_well(lambda: load_tokenizer(tokenizer_folder))
         assert tokenizer is None or tokenizer("Which colour?").input_ids
     shutil.copy(MICRO_MODEL / name, tokenizer_folder)
+
+
+def altered(folder: Path, name: str) -> Iterator[tuple[str, Any]]:
+    """Every wrong value in every place of a file, which lies in the folder while the caller looks; afterwards it is whole again."""
+    whole = json.loads((folder / name).read_text())
+    for path in places(whole):
+        for value in WRONG:
+            if value != 10**400:
+                (folder / name).write_text(json.dumps(replaced(whole, path, value)))
+                yield named(path), value
+    (folder / name).write_text(json.dumps(whole))
+
+
+def test_every_value_of_a_towers_preprocessor_config_json(oracle: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(oracle / "tiny-clip", tmp_path / "tower")
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": stored["vision_config"]}))
+    for name in ("preprocessor_config.json", "config.json"):
+        for _ in altered(folder, name):
+            read = ends_well(lambda: read_tower_config(str(folder)))
+            if read is not None:
+                ends_well(lambda read=read: LlavaConfig(vision_config=read[0], image_processor=read[1], image_aspect_ratio="pad"))
+
+
+def test_every_value_of_a_processor_saved_alone(tmp_path: Path) -> None:
+    AvgLlavaProcessor.from_pretrained(MICRO_MODEL).save_pretrained(tmp_path)
+    for place, value in altered(tmp_path, "processor_config.json"):
+        processor = ends_well(lambda: AvgLlavaProcessor.from_pretrained(tmp_path))
+        assert processor is None or processor.image_processor.crop_size, (place, value)
+
+
+LAYERS = r"model[.]layers[.][0-9]+[.].*[.](q_proj)"
+
+
+@pytest.fixture(scope="module")
+def adapted() -> LlavaLlamaForCausalLM:
+    return LlavaLlamaForCausalLM.from_pretrained(MICRO_MODEL, dtype=torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_value_of_adapter_config_json(adapted: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, lora_alpha=4, lora_dropout=0.1, target_modules=LAYERS, base_model_name_or_path=str(MICRO_MODEL))
+    attach_adapter(adapted, config)
+    adapted.save_pretrained(tmp_path)
+    adapted.delete_adapter("default")
+
+    def judge() -> None:
+        config = read_lora_config(tmp_path)
+        attach_adapter(adapted, config)
+        load_lora(adapted, tmp_path)
+
+    for _ in altered(tmp_path, "adapter_config.json"):
+        ends_well(judge)
+        if getattr(adapted, "peft_config", None):
+            adapted.delete_adapter("default")
+
+
+HOSTILE: list[tuple[str, Any]] = [
+    ("config.json", {"num_hidden_layers": 10**7}),
+    ("config.json", {"filtered_text_num": 10**9}),
+    ("config.json", {"rope_parameters": {"rope_type": "yarn"}}),
+    ("config.json", {"image_grid_pinpoints": [[64 * 99, 64 * 99]]}),
+    ("config.json", {"a": nested(40)}),
+    ("generation_config.json", {"num_beams": 10**9}),
+    ("tokenizer_config.json", {"bos_token": ["<s>"]}),
+    ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": 2**40}, "merges": []}}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), HOSTILE, ids=lambda value: value if isinstance(value, str) else next(iter(value)))
+def test_a_hostile_folder_is_refused_by_the_door(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    for file in MICRO_MODEL.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    stored = json.loads((MICRO_MODEL / name).read_text())
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_text(json.dumps({**stored, **changes}))
+    assert ends_well(lambda: load_pretrained_model(str(tmp_path), device="cpu")) is None

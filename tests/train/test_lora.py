@@ -175,6 +175,21 @@ def test_training_on(adapter: tuple[Path, Any], tmp_path: Path, run_flags: Flags
             make_trainer(parse_arguments(run_flags(tmp_path, "instruct", folder, lora_enable=True, **{name: 3})))
 
 
+@pytest.mark.parametrize("given", [None, 0.25, 0.0])
+def test_dropout_is_the_stored_one_unless_the_flag_says_another(
+    given: float | None, adapter: tuple[Path, Any], tmp_path: Path, run_flags: Flags
+) -> None:
+    """Rank and scale belong to the matrices; dropout to the run, so that a stored adapter takes another, 0 as well, into its layers."""
+    stored = json.loads((adapter[0] / "adapter_config.json").read_text())["lora_dropout"]
+    assert stored not in (0.25, 0.0)
+    flags = {"lora_enable": True} if given is None else {"lora_enable": True, "lora_dropout": given}
+    model = make_trainer(parse_arguments(run_flags(tmp_path, "instruct", adapter[0], **flags))).model
+    expected = stored if given is None else given
+    assert model.peft_config["default"].lora_dropout == expected
+    layers = [module for name, module in model.named_modules() if name.endswith("lora_dropout.default")]
+    assert layers and {getattr(layer, "p", 0.0) for layer in layers} == {expected}
+
+
 def test_the_next_stage_merges_an_adapter(adapter: tuple[Path, Any], tmp_path: Path, run_flags: Flags) -> None:
     """Without --lora_enable a stage starts from the merged model and leaves a full one, also where an adapter lay before."""
     folder, trained = adapter
