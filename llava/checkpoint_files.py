@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -34,7 +35,10 @@ QUANTISED = {"bitsandbytes": ("U8", "I8")}
 STORED_BUFFERS = (r"rotary_emb\.inv_freq$", r"embeddings\.position_ids$")
 """Buffers that older libraries stored and today's compute: never read, whatever they hold."""
 
-LIBRARY_ERRORS = (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError, MemoryError, SafetensorError)
+LIBRARY_ERRORS = (
+    *(TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError, MemoryError),
+    *(SafetensorError, StrictDataclassError),
+)
 """What other libraries raise where they stumble over a value that no rule of ours is about (`RecursionError` is a `RuntimeError`)."""
 
 

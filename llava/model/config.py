@@ -15,7 +15,6 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, MistralConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -279,7 +278,7 @@ class MultimodalFields:
         check_language_fields(config_dict, cls)
         try:
             config = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
-        except (StrictDataclassError, *LIBRARY_ERRORS) as error:
+        except LIBRARY_ERRORS as error:
             raise ValueError(f"The configuration cannot work: {one_line(error)}.") from error
         check_positions(config[0] if isinstance(config, tuple) else config)
         return config
@@ -467,7 +466,7 @@ def _vision_faults(vision: Mapping[str, Any], processor: Mapping[str, Any] | Non
         found.append(f"image_processor.crop_size is {shown(crop)}, expected the tower's image_size, {side}")
     try:
         CLIPVisionConfig(**{name: value for name, value in vision.items() if name != "model_type"})
-    except (ValueError, StrictDataclassError, *LIBRARY_ERRORS) as error:
+    except (ValueError, *LIBRARY_ERRORS) as error:
         found.append(f"vision_config is none ({one_line(error)})")
     return found
 

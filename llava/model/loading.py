@@ -11,7 +11,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from llava.checkpoint_files import (
@@ -54,7 +53,7 @@ def read_tower_config(tower: str) -> tuple[dict[str, Any], dict[str, Any]]:
                 read_object(file)
         vision = CLIPVisionConfig.from_pretrained(tower).to_diff_dict()
         processor = CLIPImageProcessorPil.from_pretrained(tower).to_dict()
-    except (OSError, ValueError, StrictDataclassError, *LIBRARY_ERRORS) as error:
+    except (OSError, ValueError, *LIBRARY_ERRORS) as error:
         raise ValueError(
             f"The vision tower {tower!r} could not be read ({type(error).__name__}); give mm_vision_tower a local CLIP folder with "
             "config.json and preprocessor_config.json, or a hub id that can be reached."
@@ -117,7 +116,7 @@ def check_plain_model(path: str | Path, stored: Mapping[str, Any], config_class:
     check_language_fields(stored, config_class)
     try:
         config = config_class.from_dict(dict(stored))
-    except (StrictDataclassError, *LIBRARY_ERRORS) as error:
+    except LIBRARY_ERRORS as error:
         raise ValueError(f"The configuration of {path} cannot work: {one_line(error)}.") from error
     check_positions(config)
     check_stored(path, config)
@@ -258,7 +257,7 @@ def load_tower_weights(model: Any, tower: str) -> None:
         check_dtypes(read_headers(weight_files(tower)), tower)
         weights = CLIPVisionModel.from_pretrained(tower, dtype=module.dtype).state_dict()
         module.load_state_dict(weights)
-    except (StrictDataclassError, *LIBRARY_ERRORS) as error:
+    except LIBRARY_ERRORS as error:
         raise ValueError(f"The weights of the vision tower {tower!r} do not fit its configuration ({one_line(error)}).") from error
     logger.info("Vision tower weights read from %s", tower)
 
