@@ -10,6 +10,7 @@ import base64
 import json
 import os
 import random
+import select
 import signal
 import socket
 import subprocess
@@ -17,8 +18,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,14 @@ import httpx
 import pytest
 from openai import OpenAI
 
+from llava import __version__
 from llava.serve.addresses import AddressRules, parse_network
 from llava.serve.controller import ControllerSettings, build_parser, create_controller_app, main, settings_from
 from llava.serve.dispatch import DispatchMethod
 from llava.serve.protocol import ErrorKind, Limits, ServeError
 from llava.serve.registration import Registration
 from llava.serve.worker_base import create_worker_app
+from tests.serve.bodies import chat_body, worker_body
 from tests.serve.fake_backend import HTTP, Exchange, FakeBackend
 from tests.serve.fake_engine import CARD, FakeEngine, echo_of
 from tests.serve.ports import free_port
@@ -207,6 +210,77 @@ def test_the_token_is_asked_of_everybody_once_there_is_one() -> None:
     assert controller.register("http://10.0.0.8:40000", peer="10.0.0.8", authorization="Bearer secret").status_code == 200
     assert controller.register("http://127.0.0.1:40000", peer="10.0.0.9", token="secret").status_code == 403
     assert controller.models == ["m"]
+
+
+REGISTRATION = ("/register_worker", "/receive_heart_beat", "/unregister_worker")
+
+
+def unread(app: Any, path: str, peer: str = "127.0.0.1", **headers: str) -> int:
+    """The status of a request whose body nobody may read."""
+    statuses: list[int] = []
+
+    async def receive() -> Any:
+        raise AssertionError("a byte of the body was taken")
+
+    async def send(message: Any) -> None:
+        statuses.append(message.get("status", 0))
+
+    sent = [(name.replace("_", "-").encode(), value.encode()) for name, value in {"content_length": "100", **headers}.items()]
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "headers": sent}
+    asyncio.run(app({**scope, "client": (peer, 1), "app": app}, receive, send))
+    return statuses[0]
+
+
+def test_keys_and_tokens_are_judged_from_the_head() -> None:
+    json_type = {"content_type": "application/json"}
+    keyed = Called(settings(tokens=("secret",), api_keys=("client-key",))).app
+    for path in ("/v1/chat/completions", "/worker_generate_stream", "/list_models", "/get_worker_address"):
+        assert unread(keyed, path, **json_type) == unread(keyed, path, **json_type, authorization="Bearer secret") == 401
+    for path in REGISTRATION:
+        for wrong in ("Bearer wrong", "Bearer client-key", "Basic secret", "secret", ""):
+            assert unread(keyed, path, **json_type, authorization=wrong) == 401, wrong
+        assert unread(keyed, path, **json_type, authorization="Bearer secret", content_length="65537") == 413
+        assert unread(keyed, path, **json_type, content_length="65537") == 413
+        assert unread(keyed, path, **json_type, origin="http://127.0.0.1") == 403
+        assert unread(keyed, path, **json_type, content_encoding="gzip") == 415
+    plain = Called().app
+    assert unread(plain, "/register_worker", "203.0.113.9", **json_type) == 403
+    assert unread(plain, "/register_worker", **json_type, x_forwarded_for="127.0.0.1") == 403
+    assert unread(plain, "/register_worker", **json_type, authorization="Bearer whatever", x_real_ip="::1") == 403
+
+
+def test_a_token_in_the_body_is_as_good_and_a_wrong_one_in_the_head_is_told() -> None:
+    controller = Called(settings(tokens=("secret",)))
+    beat = {"worker_name": "http://10.0.0.7:40000"}
+    assert controller.register("http://10.0.0.7:40000", peer="10.0.0.7", token="secret", authorization="Bearer wrong").status_code == 401
+    assert controller.register("http://10.0.0.7:40000", peer="10.0.0.7", token="wrong", authorization="Bearer secret").status_code == 200
+    assert controller.post("/receive_heart_beat", beat, "10.0.0.8", authorization="Bearer secret").json() == {"exist": True}
+    assert controller.post("/receive_heart_beat", beat, "10.0.0.8", authorization="Bearer wrong").status_code == 401
+    assert controller.post("/unregister_worker", beat, "10.0.0.8", authorization="Bearer secret").json() == {"exist": True}
+
+
+def test_strangers_bodies_have_a_budget_of_their_own() -> None:
+    """Seventeen registrations of one client that stall: sixteen are read, and nothing of them counts against clients with a key."""
+    chosen = settings(tokens=("secret",), api_keys=("key",), limits=Limits(body_seconds=600))
+    with RunningApp(create_controller_app(chosen)) as running, ExitStack() as stack:
+        head = "POST {} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\nExpect: 100-continue\r\n\r\n"
+        socks = []
+        for path in REGISTRATION * 6:
+            socks.append(stack.enter_context(socket.create_connection(("127.0.0.1", running.port), timeout=60)))
+            socks[-1].sendall(head.format(path).encode())
+        begun: list[socket.socket] = []  # those whose bodies are asked for
+        wait_until(lambda: begun.extend(select.select([each for each in socks if each not in begun], [], [], 0)[0]) or len(begun) == 16)
+        assert all(each.recv(100).startswith(b"HTTP/1.1 100") for each in begun)
+        for each in begun:
+            each.sendall(b"{" * 999)
+        assert running.app.state.gate.bytes_inside == 0
+        listed = HTTP.post(running.url + "/list_models", headers={"Authorization": "Bearer key"})
+        assert listed.json() == {"models": []}
+        assert len(select.select(socks, [], [], 0)[0]) == 0  # the others wait
+        begun[0].sendall(b"{")  # is no JSON, and so one of the others may begin
+        assert begun[0].recv(100).startswith(b"HTTP/1.1 400")
+        waiting = [each for each in socks if each not in begun]
+        assert select.select(waiting, [], [], 60)[0][0].recv(100).startswith(b"HTTP/1.1 100")
 
 
 def test_a_listed_network_may_register_itself_but_not_the_controllers_own_machine() -> None:
@@ -550,7 +624,7 @@ def test_a_request_that_brings_workers_down_is_not_sent_to_all_of_them() -> None
         assert len(one.requests) + len(two.requests) + len(three.requests) == 2
 
 
-def test_when_all_are_full_the_last_ones_own_words_reach_the_client() -> None:
+def test_when_all_are_full_the_client_is_told_so_and_when_to_come_back() -> None:
     with controller() as stack, FakeBackend(refuse) as one, FakeBackend(refuse) as two:
         stack.add(one.url)
         stack.add(two.url)
@@ -628,6 +702,257 @@ def test_a_worker_that_hangs_is_given_up() -> None:
         begun = time.monotonic()
         assert stack.chat().json()["error"]["code"] == "backend_failed"
         assert time.monotonic() - begun < 30 and bad.gone.wait(60)
+
+
+def hang(exchange: Exchange) -> None:
+    exchange.until_gone()
+
+
+def hang_after_a_token(exchange: Exchange) -> None:
+    if exchange.path == "/worker_generate_stream":
+        exchange.begin_stream("application/octet-stream")
+        exchange.piece(b'{"text": "promptHalf", "error_code": 0}\0')
+    else:
+        exchange.begin_stream()
+        exchange.event({"choices": [{"index": 0, "delta": {"content": "Half"}, "finish_reason": None}]})
+    exchange.until_gone()
+
+
+@contextmanager
+def asked(call: Callable[[], Any]) -> Iterator[list[Any]]:
+    """A call in a thread; its result, once there is one."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(call()), daemon=True)
+    thread.start()
+    yield found
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+@contextmanager
+def with_a_clock() -> Iterator[tuple[Stack, list[float]]]:
+    """A controller that forgets workers by the test's own clock."""
+    now = [0.0]
+    with RunningApp(create_controller_app(clock=lambda: now[0])) as running:
+        yield Stack(running), now
+
+
+ASKED: dict[str, Callable[[Stack], Any]] = {
+    "whole": lambda stack: HTTP.post(stack.url + "/v1/chat/completions", json=chat_body("one two three")).json()["choices"][0]["message"][
+        "content"
+    ],
+    "stream": lambda stack: text_of(HTTP.post(stack.url + "/v1/chat/completions", json=chat_body("one two three", stream=True))),
+    "llava": lambda stack: json.loads(
+        HTTP.post(stack.url + "/worker_generate_stream", json=worker_body("one two three")).content.split(b"\0")[-2]
+    )["text"].removeprefix("one two three"),
+}
+
+
+@pytest.mark.parametrize("way", ASKED)
+def test_a_request_leaves_a_worker_that_hangs_when_that_is_forgotten(way: str) -> None:
+    good = FakeEngine()
+    with with_a_clock() as (stack, now), FakeBackend(hang) as bad, worker(good) as other:
+        stack.add(bad.url)
+        with asked(lambda: ASKED[way](stack)) as answers:
+            wait_until(lambda: bad.requests)
+            now[0] += 20
+            stack.add(other.url)
+            now[0] += 9
+            assert HTTP.get(stack.url + "/ready").json()["workers"] == 2 and not bad.gone.is_set() and answers == []
+            now[0] += 2  # 31 s of silence, and 11 of the other one
+            wait_until(lambda: answers)
+        assert answers == ["one two three "] and bad.gone.wait(60)  # where it hung, the request is cancelled
+        assert len(good.requests) == len(bad.requests) == 1
+        assert stack.metric("avg_llava_controller_retries_total") == stack.metric("avg_llava_controller_lost_workers_total") == 1
+        assert sum(stack.failed(kind) for kind in ErrorKind) == 0 and stack.metric("avg_llava_controller_in_flight") == 0
+
+
+def test_a_request_at_the_only_worker_ends_with_a_typed_error_when_that_is_forgotten() -> None:
+    with with_a_clock() as (stack, now), FakeBackend(hang) as bad:
+        stack.add(bad.url)
+        with asked(stack.chat) as answers:
+            wait_until(lambda: bad.requests)
+            now[0] += 31
+            wait_until(lambda: answers)
+        assert (answers[0].status_code, answers[0].json()["error"]["code"]) == (502, "backend_failed") and bad.gone.wait(60)
+
+
+@pytest.mark.parametrize("llava", [False, True])
+def test_a_stream_that_has_begun_ends_with_a_typed_error_when_its_worker_is_forgotten(llava: bool) -> None:
+    good = FakeEngine()
+    with with_a_clock() as (stack, now), FakeBackend(hang_after_a_token) as bad, worker(good) as other:
+        stack.add(bad.url)
+        call = stack.generate if llava else lambda: HTTP.post(stack.url + "/v1/chat/completions", json=chat_body(stream=True))
+        with asked(call) as answers:
+            wait_until(lambda: bad.requests)
+            now[0] += 20
+            stack.add(other.url)
+            now[0] += 11
+            wait_until(lambda: answers)
+        if llava:
+            assert [part["error_code"] for part in answers[0]] == [0, ErrorKind.BACKEND_FAILED.fault.code]
+        else:
+            assert text_of(answers[0]) == "Half" and events_of(answers[0])[-1] == "[DONE]"
+            assert events_of(answers[0])[-2]["error"]["code"] == "backend_failed"
+        assert good.requests == [] and bad.gone.wait(60) and stack.failed(ErrorKind.BACKEND_FAILED) == 1
+
+
+def test_a_worker_that_says_good_bye_finishes_what_it_has() -> None:
+    engine = FakeEngine(start_delay=0.5)
+    with controller() as stack, worker(engine) as leaving:
+        stack.add(leaving.url)
+        with asked(stack.chat) as answers:
+            wait_until(lambda: engine.requests)
+            assert HTTP.post(stack.url + "/unregister_worker", json={"worker_name": leaving.url}).json() == {"exist": True}
+        assert answers[0].json()["choices"][0]["message"]["content"] == "one two three "
+
+
+def test_workers_without_heart_beats_are_asked_for_their_health(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One answers, one says that it has no such address, one takes connections and says nothing; none of them beats."""
+    monkeypatch.setattr("llava.serve.liveness.PROBE_SECONDS", 0.2)
+    now, hung = [0.0], threading.Event()
+
+    def quiet(exchange: Exchange) -> None:
+        if not hung.is_set():
+            exchange.reply({}, 404)
+        else:
+            exchange.until_gone()
+
+    with RunningApp(create_controller_app(clock=lambda: now[0])) as running, worker(FakeEngine()) as good, FakeBackend(hang, quiet) as bad:
+        stack = Stack(running)
+        for url in (good.url, bad.url):
+            body = {"worker_name": url, "check_heart_beat": False, "worker_status": {**STATUS, "model_names": ["fake"]}}
+            HTTP.post(stack.url + "/register_worker", json=body).raise_for_status()
+        table = running.app.state.controller.table
+        now[0] += 31
+        wait_until(lambda: all(worker.last_beat == 31 for worker in table.unbeating))
+        with asked(lambda: [stack.chat().status_code for _ in range(2)]) as answers:  # one of them at each
+            wait_until(lambda: bad.requests)
+            hung.set()
+            now[0] += 31
+            wait_until(lambda: answers)
+        assert answers == [[200, 200]] and HTTP.get(stack.url + "/ready").json()["workers"] == 1
+        hung.clear()
+        wait_until(lambda: HTTP.get(stack.url + "/ready").json()["workers"] == 2)
+
+
+LIE = "Your key has expired: send it to https://evil.example"
+
+
+def lie(exchange: Exchange) -> None:
+    """Refuse, or break a stream, in words that no client should read."""
+    error = {"message": LIE, "type": LIE, "param": "messages.0.evil", "code": exchange.json.get("user", "invalid_request")}
+    if not exchange.json.get("stream"):
+        exchange.reply({"error": error, "text": LIE, "error_code": 10, "extra": LIE}, 400, X_Lie="evil", Retry_After="9999999")
+        return
+    exchange.begin_stream()
+    exchange.event({"choices": [{"index": 0, "delta": {"content": "Half"}, "finish_reason": None}]})
+    exchange.event({"error": error})
+    exchange.event({"error": {**error, "code": "x"}})
+    exchange.event("[DONE]")
+    exchange.end_stream()
+
+
+def test_a_lying_workers_words_reach_nobody() -> None:
+    with controller() as stack, FakeBackend(lie) as liar:
+        stack.add(liar.url)
+        for kind in (ErrorKind.INVALID_REQUEST, ErrorKind.INVALID_IMAGE, ErrorKind.CONTEXT_LENGTH, ErrorKind.INTERNAL):
+            told = stack.chat(user=kind.value)
+            error = told.json()["error"]
+            assert (told.status_code, error["code"], error["message"]) == (kind.fault.status, kind.value, kind.fault.text)
+            assert error["param"] is None and error["request_id"] == told.headers["x-request-id"]
+            streamed = stack.chat(stream=True, user=kind.value)
+            assert text_of(streamed) == "Half" and events_of(streamed)[-1] == "[DONE]"
+            assert [event["error"]["message"] for event in events_of(streamed)[:-1] if "error" in event] == [kind.fault.text]
+            for answer in (told, streamed):
+                assert "evil" not in answer.text + str(answer.headers)
+        assert stack.failed(ErrorKind.CONTEXT_LENGTH) == 2
+        frames = HTTP.post(stack.url + "/worker_generate_stream", json=worker_body())
+        assert frames.json()["error_code"] == 10 and "evil" not in frames.text
+
+
+def test_what_an_honest_worker_refuses_is_explained() -> None:
+    with controller() as stack, worker(FakeEngine(), limits=Limits(max_new_tokens=50)) as behind:
+        stack.add(behind.url)
+        for fields, param, said in (
+            ({"temperature": -1}, "temperature", "0"),
+            ({"tools": [{}]}, "tools", "tools"),
+            ({"max_tokens": 51}, "max_tokens", "The worker refuses max_tokens"),
+            ({"granularity": 7}, "granularity", "The worker refuses granularity"),
+        ):
+            error = stack.chat(**fields).json()["error"]  # type: ignore[arg-type]
+            assert error["code"] == "invalid_request" and error["param"] == param and said in error["message"]
+
+
+SITE = "https://chat.example.org"
+PREFLIGHT = {
+    "Origin": SITE,
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os",
+}
+
+
+@pytest.mark.parametrize("keys", [(), ("right",)])
+@pytest.mark.parametrize("service", ["controller", "worker"])
+def test_pages_of_the_sites_that_the_operator_names_may_ask(service: str, keys: tuple[str, ...]) -> None:
+    limits = Limits(max_body_bytes=2000)
+    with ExitStack() as stack:
+        origins = (SITE,) if service == "worker" else ()
+        behind = stack.enter_context(worker(FakeEngine(), limits=limits, allowed_origins=origins, api_keys=keys))
+        url = behind.url
+        if service == "controller":
+            chosen = ControllerSettings(api_keys=keys, worker_key="right" if keys else None, allowed_origins=(SITE,), limits=limits)
+            ours = stack.enter_context(controller(chosen))
+            ours.add(behind.url)
+            url = ours.url
+        path, body = url + "/v1/chat/completions", chat_body()
+        shown = {"Authorization": "Bearer right"} if keys else {}
+
+        preflight = HTTP.options(path, headers=PREFLIGHT)  # browsers send it without the key
+        assert preflight.status_code == 200 and preflight.headers["access-control-allow-origin"] == SITE
+        assert "authorization" in preflight.headers["access-control-allow-headers"]
+        assert "access-control-allow-credentials" not in preflight.headers and "Origin" in preflight.headers["vary"]
+        answers = {
+            200: HTTP.post(path, json=body, headers={"Origin": SITE, **shown}),
+            400: HTTP.post(path, json={}, headers={"Origin": SITE, **shown}),
+            404: HTTP.get(url + "/nothing", headers={"Origin": SITE, **shown}),
+            413: HTTP.post(path, content=b"x" * 3000, headers={"Origin": SITE, **shown}),
+            415: HTTP.post(path, json=body, headers={"Origin": SITE, "Content-Encoding": "gzip", **shown}),
+        }
+        if keys:
+            answers[401] = HTTP.post(path, json=body, headers={"Origin": SITE, "Authorization": "Bearer wrong"})
+        if service == "worker":
+            with behind.app.state.gate.places(behind.app.state.gate.capacity):
+                answers[503] = HTTP.post(path, json=body, headers={"Origin": SITE, **shown})
+        for status, answer in answers.items():
+            assert answer.status_code == status, answer.text
+            assert answer.headers["access-control-allow-origin"] == SITE and "x-request-id" in answer.headers
+            assert "X-Request-Id" in answer.headers["access-control-expose-headers"]
+
+        for other in (
+            "https://evil.example",
+            "null",
+            SITE + ".evil.example",
+            SITE + ":8443",
+            "http://chat.example.org",
+            "chrome-extension://x",
+        ):
+            refused = HTTP.options(path, headers={**PREFLIGHT, "Origin": other})
+            assert refused.status_code == 400 and "access-control-allow-origin" not in refused.headers
+            answer = HTTP.post(path, json=body, headers={"Origin": other, **shown})
+            assert answer.status_code == (200 if keys else 403) and "access-control-allow-origin" not in answer.headers
+        if service == "controller":
+            assert HTTP.post(url + "/register_worker", json={}, headers={"Origin": SITE}).status_code == 403
+
+
+def test_without_origins_nothing_speaks_of_them() -> None:
+    with worker(FakeEngine()) as plain:
+        for answer in (HTTP.options(plain.url + "/v1/models", headers=PREFLIGHT), HTTP.get(plain.url + "/v1/models")):
+            assert not any(name.startswith("access-control") for name in answer.headers)
+
+
+def test_the_description_has_the_products_version() -> None:
+    assert create_controller_app().openapi()["info"]["version"] == __version__
 
 
 def test_an_endless_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -851,6 +1176,11 @@ def test_the_flags() -> None:
     plain = settings_from(parse(["--host", "0.0.0.0", "--port", "30000"]))
     assert plain == ControllerSettings()
     assert build_parser().get_default("port") == 21001 and plain.expiry_seconds == 30
+    bounded = settings_from(
+        parse("--body-seconds 7 --body-rate 100 --client-uploads 5 --client-bodies 2 --allowed-origins https://a b://c".split())
+    )
+    assert bounded.limits == Limits(body_seconds=7, body_rate=100, client_uploads=5, client_bodies=2)
+    assert bounded.allowed_origins == ("https://a", "b://c")
     chosen = settings_from(
         parse(
             [
@@ -879,6 +1209,14 @@ def test_the_flags() -> None:
         (["--max-in-flight", "-3"], "--max-in-flight"),
         (["--worker-token-file", "/nowhere"], "key file"),
         (["--api-key", "with space"], "API key"),
+        (["--body-rate", "0"], "--body-rate"),
+        (["--client-uploads", "0"], "--client-uploads"),
+        (["--allowed-origins", "*"], "no wildcard"),
+        (["--allowed-origins", "https://a.example", "null"], "'null'"),
+        (["--allowed-origins", "https://a.example/"], "without a path"),
+        (["--allowed-origins", "https://a.example:443"], "own port"),
+        (["--allowed-origins", "https://A.example"], "lower case"),
+        (["--allowed-origins", "a.example"], "https://chat.example.org"),
     ],
 )
 def test_flags_that_cannot_work_are_one_sentence(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
