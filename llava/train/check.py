@@ -33,7 +33,7 @@ from llava.interrupts import run_program
 from llava.model.builder import MODEL_CLASSES
 from llava.model.processing import AvgLlavaProcessor
 from llava.train.arguments import DataArguments, ModelArguments
-from llava.train.dataset import BadSampleError, ConversationDataset, RowTooLongError, image_names
+from llava.train.dataset import BadSampleError, ConversationDataset, RowTooLongError, UnreadKeyError, image_names
 from llava.train.mixture import Mixture, open_rows
 from llava.train.shards import MissingPictureError
 from llava.utils import setup_logging
@@ -41,8 +41,9 @@ from llava.utils import setup_logging
 logger = logging.getLogger(__name__)
 
 MISSING, BROKEN, TOO_LONG, BAD_ROW, NO_LABELS = "missing picture", "broken picture", "too long", "broken row", "no labels"
-KINDS = (MISSING, BROKEN, TOO_LONG, BAD_ROW, NO_LABELS)
-"""What can be wrong with a row. Rows without labels are read by training; they count as broken above `--max_bad_share`."""
+UNREAD = "unread key "
+"""What can be wrong with a row; a key's name follows the last. Rows without labels are read by training; here they count as broken above
+`--max_bad_share`."""
 
 _KIND_OF_ERROR = ((MissingPictureError, MISSING), (ImageError, BROKEN), (RowTooLongError, TOO_LONG))
 _BATCH_ROWS = 16
@@ -67,7 +68,7 @@ class Finding:
     """Something wrong with a row.
 
     Attributes:
-        kind: one of `KINDS`.
+        kind: what is wrong, `MISSING` to `NO_LABELS`, or `UNREAD` and a key.
         source: name of the row's source; `file` and `row`: the file and the row's number in it; `id`: the row's own.
         message: what is wrong, with the row named.
     """
@@ -123,6 +124,8 @@ class RowInspector(Dataset[RowFacts]):
         except BadSampleError as error:
             cause = error.__cause__
             kind = next((kind for wanted, kind in _KIND_OF_ERROR if isinstance(cause, wanted)), BAD_ROW)
+            if isinstance(cause, UnreadKeyError):
+                kind = UNREAD + cause.key
             length = cause.length if isinstance(cause, RowTooLongError) else None
             return RowFacts(source.name, length, [], self._named(index), self._finding(index, kind, str(error)))
         costs = [visual_token_costs(self.model, size) for size in item["image_sizes"]]
@@ -186,7 +189,7 @@ class Report:
     def is_broken(self, max_bad_share: float) -> bool:
         """Whether training would stop at a row, or more rows than this share have no labels."""
         totals = self.totals
-        return any(totals[kind] for kind in KINDS[:-1]) or totals[NO_LABELS] > max_bad_share * totals["rows read"]
+        return len(self.findings) > totals[NO_LABELS] or totals[NO_LABELS] > max_bad_share * totals["rows read"]
 
     def histograms(self) -> dict[str, Any]:
         """Tokens per row, and visual tokens per row with pictures at every granularity."""

@@ -26,13 +26,15 @@ from llava.constants import IGNORE_INDEX
 from llava.conversation import Conversation
 from llava.mm_utils import process_images
 from llava.train.features import FeatureCache
-from llava.train.index import Row, measure, picture_groups
+from llava.train.index import UNREAD_KEYS, Row, measure, picture_groups, unread_key
 from llava.train.mixture import Mixture
 from llava.train.shards import PictureFolder, Pictures
 from llava.train.targets import Targets, build_targets, place_images
 
 logger = logging.getLogger(__name__)
 
+MOST_UNANSWERED = 0.5
+"""Largest share of rows without an answer; above it the answers rather stand where they are not looked for."""
 IMAGE_WORDS = 128
 """How many words a picture counts for when rows are grouped by length, as in LLaVA."""
 
@@ -54,6 +56,21 @@ class RowTooLongError(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RowTooLongError, (self.args[0], self.length)
+
+
+class UnreadKeyError(ValueError):
+    """A row that says under a key that is not read what it is about.
+
+    Attributes:
+        key: one of `UNREAD_KEYS`.
+    """
+
+    def __init__(self, message: str, key: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return UnreadKeyError, (self.args[0], self.key)
 
 
 def image_names(row: Row) -> list[str]:
@@ -121,6 +138,9 @@ class RowReader:
         """
         turns = turns_of(row)
         names = image_names(row)
+        key = unread_key(row)
+        if key is not None:
+            raise UnreadKeyError(f"the row's key {key!r} is not read, and it would be learnt blind: {UNREAD_KEYS[key]}.", key)
         if names and not self.is_multimodal:
             raise ValueError(f"the row has picture {names[0]!r}, but --is_multimodal is False.")
         placed = place_images(turns, len(names), self.template.version, self.model_config.mm_use_im_start_end)
@@ -272,10 +292,18 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
         return self._guarded(index, work)
 
+    def targets(self, index: int) -> Targets:
+        """Ids and labels of a row.
+
+        Raises:
+            BadSampleError: the row is broken; the reason is its cause.
+        """
+        return self._guarded(index, lambda: self.reader.targets(self.rows[index]))
+
     def _prepared(self, index: int) -> Targets | None:
         """Ids and labels of a row; `None` for a broken one that is skipped when its turn comes."""
         try:
-            return self._guarded(index, lambda: self.reader.targets(self.rows[index]))
+            return self.targets(index)
         except BadSampleError as error:
             if self.on_bad_sample == "raise":
                 raise
@@ -308,11 +336,15 @@ class RowColumns:
         words: (R,) words of the turns.
         pictured: (R,) whether there are pictures.
         picture_groups: (R,) the same number for rows about the same pictures, -1 without one.
+        answered: (R,) whether there is an answer to learn.
+        unread: (R,) the place in `UNREAD_KEYS` of a key that is not read, -1 without one.
     """
 
     words: np.ndarray
     pictured: np.ndarray
     picture_groups: np.ndarray
+    answered: np.ndarray
+    unread: np.ndarray
 
 
 def row_columns(rows: Sequence[Row]) -> Mixture | RowColumns:
@@ -320,8 +352,52 @@ def row_columns(rows: Sequence[Row]) -> Mixture | RowColumns:
     if isinstance(rows, Mixture):
         return rows
     measured = [measure(row) for row in rows]
-    groups = picture_groups(pa.array([image for image, _ in measured], pa.string()))
-    return RowColumns(np.array([words for _, words in measured], dtype=np.int64), groups >= 0, groups)
+    groups = picture_groups(pa.array([each.image for each in measured], pa.string()))
+    words, answered, unread = (np.array([getattr(each, name) for each in measured]) for name in ("words", "answered", "unread"))
+    return RowColumns(words, groups >= 0, groups, answered, unread)
+
+
+def check_rows(dataset: ConversationDataset, what: str, needs_images: bool = False) -> None:
+    """Look at all rows at once, without reading one, before anything is learnt: rows that teach nothing are counted and said once.
+
+    Args:
+        what: which rows these are, in sentences.
+        needs_images: whether a row without an image teaches nothing either.
+
+    Raises:
+        ValueError: no row teaches anything, more than `MOST_UNANSWERED` of them have no answer, or, where broken rows are not skipped,
+            rows have a key that is not read.
+    """
+    columns = row_columns(dataset.rows)
+    count = len(dataset.rows)
+    for key, (unread, first) in _unread_keys(columns.unread).items():
+        finding = (
+            f"{unread:,} of {count:,} {what} have the key {key!r}, which is not read: {UNREAD_KEYS[key]}; the first is "
+            f"{dataset.describe(first)}."
+        )
+        if dataset.on_bad_sample == "raise":
+            raise ValueError(f"{finding} With --on_bad_sample skip they are left out.")
+        logger.warning(finding)
+    silent = np.flatnonzero(~columns.answered)
+    if len(silent) > MOST_UNANSWERED * count:
+        dataset.targets(int(silent[0]))  # may know better what is wrong with it
+        raise ValueError(
+            f"{len(silent):,} of {count:,} {what} have no answer, so nothing is learnt from them: give each a turn of 'gpt' that is not "
+            f"empty; the first is {dataset.describe(int(silent[0]))}."
+        )
+    if needs_images and not (columns.answered & columns.pictured).any():
+        raise ValueError(f"none of the {count:,} {what} has both an image and an answer, so the router learns nothing from them.")
+    if len(silent):
+        logger.warning(
+            "%d of %d %s have no answer and teach nothing; the first is %s", len(silent), count, what, dataset.describe(int(silent[0]))
+        )
+
+
+def _unread_keys(unread: np.ndarray) -> dict[str, tuple[int, int]]:
+    """How many rows have each key that is not read, and the number of the first."""
+    places, firsts, counts = np.unique(unread, return_index=True, return_counts=True)
+    keys = list(UNREAD_KEYS)
+    return {keys[place]: (int(count), int(first)) for place, first, count in zip(places, firsts, counts, strict=True) if place >= 0}
 
 
 @dataclass(frozen=True)

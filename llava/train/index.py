@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import filelock
 import numpy as np
@@ -26,13 +26,13 @@ import pyarrow.compute as pc
 
 from llava.durable import whole_file
 from llava.json_rows import JsonRow, iter_rows, parse_row
-from llava.train.targets import count_words
+from llava.train.targets import count_words, has_answer
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
-FORMAT = "2"
+FORMAT = "3"
 """Raised when what an index holds changes; older ones are then built anew."""
 HIDDEN_FOLDER = ".avg-llava-index"
 LOCK_SECONDS = 3600.0
@@ -43,10 +43,21 @@ SCHEMA = pa.schema(
         pa.field("row", pa.string(), nullable=False),
         pa.field("image", pa.string(), nullable=False),
         pa.field("words", pa.int32(), nullable=False),
+        pa.field("answered", pa.bool_(), nullable=False),
+        pa.field("unread", pa.int8(), nullable=False),
         pa.field("line", pa.int64(), nullable=False),
     ]
 )
-"""A row's JSON text; its picture names as a JSON list, empty without any; words of its turns; the line of the source it starts in."""
+"""A row's JSON text; its picture names as a JSON list, empty without any; words of its turns; whether it has an answer to learn; the place
+in `UNREAD_KEYS` of a key that is not read, -1 without one; the line of the source that it starts in."""
+
+_RENAME = "name images under 'image', one name or a list of them"
+_DROP = "only images are read, so drop such rows, or give single frames as images"
+UNREAD_KEYS: dict[str, str] = {
+    "images": _RENAME, "image_path": _RENAME, "image_paths": _RENAME, "image_file": _RENAME, "img": _RENAME,
+    "video": _DROP, "videos": _DROP, "audio": _DROP, "audios": _DROP,
+}  # fmt: skip
+"""Keys under which other trainers' rows hold what a row is about, and what to do: without it the row would be learnt blind."""
 
 _READS_BETWEEN_RELEASES = 32
 _BATCH_ROWS = 2**16
@@ -70,7 +81,7 @@ class RowIndex(Sequence[Row]):
         self._map, table, facts = read_arrow(path)
         self.sha256: str = facts["sha256"]
         self._reads = 0
-        self._rows, self._images, self._words, self._lines = (table.column(name) for name in SCHEMA.names)
+        self._rows, self._images, self._words, self._answered, self._unread, self._lines = (table.column(name) for name in SCHEMA.names)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RowIndex, (self.path, self.source)
@@ -115,6 +126,16 @@ class RowIndex(Sequence[Row]):
         """(R,) the same number for rows about the same pictures, in the order of their names; -1 without a picture."""
         return picture_groups(self._images)
 
+    @property
+    def answered(self) -> np.ndarray:
+        """(R,) whether a row has an answer to learn."""
+        return self._answered.to_numpy()
+
+    @property
+    def unread(self) -> np.ndarray:
+        """(R,) the place in `UNREAD_KEYS` of a key that is not read, -1 without one."""
+        return self._unread.to_numpy()
+
 
 def picture_groups(images: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """(R,) a number per distinct text of the `image` column in alphabetical order, -1 for the empty one."""
@@ -122,15 +143,36 @@ def picture_groups(images: pa.ChunkedArray | pa.Array) -> np.ndarray:
     return np.where(pc.equal(images, "").to_numpy(zero_copy_only=False), -1, ranks)
 
 
-def measure(row: Any) -> tuple[str, int]:
-    """The `image` and `words` columns of a row. A broken row counts no words; what is wrong is said when it is read."""
+class RowMeasures(NamedTuple):
+    """What is known of a row without its pictures: the columns of these names in `SCHEMA`."""
+
+    image: str
+    words: int
+    answered: bool
+    unread: int
+
+
+def measure(row: Any) -> RowMeasures:
+    """The measured columns of a row. A broken row has no words and no answer; what is wrong is said when it is read."""
     image = row.get("image") if isinstance(row, dict) else None
     names = image if isinstance(image, list) else [] if image is None else [image]
     try:
-        words = count_words(row["conversations"])
+        words, answered = count_words(row["conversations"]), has_answer(row["conversations"])
     except (TypeError, KeyError, AttributeError):
-        words = 0
-    return json.dumps(names) if names else "", words
+        words, answered = 0, False
+    key = unread_key(row) if isinstance(row, dict) else None
+    return RowMeasures(json.dumps(names) if names else "", words, answered, -1 if key is None else _UNREAD_PLACES[key])
+
+
+_UNREAD_PLACES = {key: place for place, key in enumerate(UNREAD_KEYS)}
+
+
+def unread_key(row: Row) -> str | None:
+    """A key that says what the row is about, has a value, and is not read; one for images counts only where `image` is missing."""
+    for key in UNREAD_KEYS.keys() & row.keys():
+        if row[key] and not (UNREAD_KEYS[key] is _RENAME and row.get("image")):
+            return key
+    return None
 
 
 def open_index(source: str | Path, cache: str | Path | None = None, wait_seconds: float = LOCK_SECONDS) -> RowIndex:
@@ -274,7 +316,7 @@ def build_index(source: Path, target: Path) -> None:
 
 def _batches(rows: Iterator[JsonRow], source: Path) -> Iterator[pa.RecordBatch]:
     """Record batches of rows; the first row decides whether the file is one of conversations."""
-    columns: tuple[list[Any], ...] = ([], [], [], [])
+    columns: tuple[list[Any], ...] = tuple([] for _ in SCHEMA)
     characters = count = 0
     for count, row in enumerate(rows, start=1):
         if count == 1 and not isinstance(row.value, dict):
@@ -288,7 +330,7 @@ def _batches(rows: Iterator[JsonRow], source: Path) -> Iterator[pa.RecordBatch]:
         characters += len(row.text)
         if len(columns[0]) >= _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
             yield pa.record_batch(list(columns), schema=SCHEMA)
-            columns, characters = ([], [], [], []), 0
+            columns, characters = tuple([] for _ in SCHEMA), 0
     if not count:
         raise ValueError(f"{source} holds no rows; expected a list of conversations.")
     yield pa.record_batch(list(columns), schema=SCHEMA)

@@ -137,6 +137,7 @@ class LlavaTrainer(Trainer):
         kwargs: the stock Trainer's.
 
     Attributes:
+        steps_without_items: steps of this run that taught nothing.
         lost_state: files of a checkpoint's state that are missing or damaged; what they held starts anew.
     """
 
@@ -158,6 +159,7 @@ class LlavaTrainer(Trainer):
         self._loss_is_finite = True
         self._step_is_broken = False
         self.steps_skipped = 0
+        self.steps_without_items = 0
         self._evaluated = [0.0, 0.0]
         self._run_dir: Path | None = None
         self.lost_state: frozenset[str] = frozenset()
@@ -207,7 +209,16 @@ class LlavaTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         """What the loss of a step is a mean over: the items of all accumulated batches of all processes."""
         own = sum(count_items(batch, self.args.stage_plan.loss) for batch in batch_samples)
-        return self.accelerator.reduce(torch.tensor(float(own), device=device), reduction="sum")
+        items = self.accelerator.reduce(torch.tensor(float(own), device=device), reduction="sum")
+        if not items:
+            self.steps_without_items += 1
+            if self.steps_without_items == 1:
+                logger.warning(
+                    "step %d teaches nothing and its loss of 0 measures nothing, as rows %s hold nothing to learn in stage %s; later ones "
+                    "are counted",
+                    self.state.global_step + 1, [name for batch in batch_samples for name in batch["ids"]], self.args.stage,
+                )  # fmt: skip
+        return items
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -425,6 +436,8 @@ class LlavaTrainer(Trainer):
             for folder in checkpoints(self.args.output_folder):
                 if str(folder) != best:
                     remove_folder(folder)
+        if self.steps_without_items:
+            logger.warning("%d steps taught nothing; look at the rows, or group them with larger batches", self.steps_without_items)
         return super()._finalize_training(*arguments, **options)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

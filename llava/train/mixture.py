@@ -130,6 +130,16 @@ class Mixture(Sequence[Row]):
         return np.concatenate(groups)
 
     @property
+    def answered(self) -> np.ndarray:
+        """(R,) whether a row has an answer to learn."""
+        return np.concatenate([source.pick(source.rows.answered) for source in self.sources])
+
+    @property
+    def unread(self) -> np.ndarray:
+        """(R,) the place in `UNREAD_KEYS` of a key that is not read, -1 without one."""
+        return np.concatenate([source.pick(source.rows.unread) for source in self.sources])
+
+    @property
     def fingerprint(self) -> str:
         """A digest of what is read, in order; no file is read for it."""
         digest = hashlib.sha256()

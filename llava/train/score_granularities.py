@@ -33,7 +33,7 @@ from transformers import HfArgumentParser
 from llava.conversation import conv_templates
 from llava.durable import held_alone, room_for, whole_file
 from llava.interrupts import keeping, run_program
-from llava.train.dataset import Collator, ConversationDataset, row_columns
+from llava.train.dataset import Collator, ConversationDataset, check_rows, row_columns
 from llava.train.features import FeatureCache
 from llava.train.index import Row
 from llava.train.mixture import Mixture
@@ -278,6 +278,7 @@ def _prepare(args: ScoreArguments) -> tuple[Any, ConversationDataset, Collator]:
     model.config.tokenizer_model_max_length = model.config.tokenizer_model_max_length or model.config.context_length
     data_args = DataArguments(args.data_path, image_folder=args.image_folder, index_cache=args.index_cache)
     dataset = make_dataset(args.data_path, model, tokenizer, version, data_args)
+    check_rows(dataset, "rows")
     return model, dataset, Collator(tokenizer.pad_token_id or 0)
 
 

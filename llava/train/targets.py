@@ -78,11 +78,13 @@ def place_images(
         use_start_end: surround each placeholder with start and end tokens.
 
     Raises:
-        ValueError: placeholders and pictures differ in number.
+        ValueError: placeholders and pictures differ in number, or one stands in an answer.
     """
     placed = []
-    for turn in turns:
+    for number, turn in enumerate(turns):
         text = turn["value"]
+        if DEFAULT_IMAGE_TOKEN in text and turn.get("from") == SPEAKERS[1]:
+            raise ValueError(f"turn {number} is an answer (gpt) with {DEFAULT_IMAGE_TOKEN} in it; images belong to questions, so move it.")
         if DEFAULT_IMAGE_TOKEN in text and num_images == 1:
             text = f"{DEFAULT_IMAGE_TOKEN}\n{text.replace(DEFAULT_IMAGE_TOKEN, '').strip()}".strip()
         placed.append({**turn, "value": put_images_first(text)})
@@ -215,3 +217,10 @@ def _shortened(value: object, limit: int = 80) -> str:
 def count_words(turns: Iterable[dict[str, str]]) -> int:
     """Words of a conversation: LLaVA's measure of a row's length, cheap because nothing is tokenised."""
     return sum(len(turn["value"].split()) for turn in turns)
+
+
+def has_answer(turns: Sequence[dict[str, str]]) -> bool:
+    """Whether `segments_of` finds anything to learn: a text of `gpt` behind the first question."""
+    speakers = [turn["from"] for turn in turns]
+    first = speakers.index(SPEAKERS[0]) if SPEAKERS[0] in speakers else len(speakers)
+    return any(turn["from"] == SPEAKERS[1] and turn["value"] for turn in turns[first:])

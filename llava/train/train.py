@@ -21,7 +21,7 @@ from llava.crops import get_anyres_image_grid_shape
 from llava.interrupts import keeping, run_program
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, check_arguments
 from llava.train.build import load_model
-from llava.train.dataset import Collator, ConversationDataset, RowReader
+from llava.train.dataset import Collator, ConversationDataset, RowReader, check_rows
 from llava.train.distributed import is_lost_process, loaded_whole, lost_process_sentence, meet
 from llava.train.features import FeatureCache
 from llava.train.llava_trainer import LlavaTrainer
@@ -105,9 +105,11 @@ def make_trainer(arguments: Arguments) -> LlavaTrainer:
     if data_args.cache_image_features_gb:
         cache = FeatureCache(int(data_args.cache_image_features_gb * 2**30))
     dataset = make_dataset(data_args.data_path, model, tokenizer, version, data_args, cache)
+    check_rows(dataset, "rows", needs_images=stage.loss == "rglf")
     evaluation = None
     if data_args.eval_data_path:
         evaluation = make_dataset(data_args.eval_data_path, model, tokenizer, version, data_args, cache)
+        check_rows(evaluation, "rows for evaluation", needs_images=stage.loss == "rglf")
     return LlavaTrainer(
         model=model,
         args=training_args,

@@ -76,6 +76,18 @@ def test_every_kind_of_finding(num_workers: int, broken: Path) -> None:
     assert shown.count("(id ") == 2 and "... and 4 more" in shown and "the context is 2048" in shown
 
 
+def test_rows_that_would_be_learnt_blind(tmp_path: Path) -> None:
+    """Counts by key, and an example of each; a placeholder in the answer is named too."""
+    rows = [row("What colour?", id=f"blind-{number}", images=["scene_pink.png"]) for number in range(3)]
+    rows += [row("What happens?", id="film", video="film.mp4"), row("What?", "<image> Red.", id="answer", image="scene_pink.png")]
+    (tmp_path / "ROWS.JSON").write_text(json.dumps(rows))
+    report = check(CheckArguments(str(MICRO), check=True), DataArguments(str(tmp_path / "ROWS.JSON"), image_folder=str(IMAGES)))
+    assert report.is_broken(1.0) and report.totals["unread key images"] == 3 and report.totals["unread key video"] == 1
+    shown = report.text(show=10)
+    assert "3 unread key images, 1 unread key video, 1 broken row" in shown and "turn 1 is an answer (gpt) with <image> in it" in shown
+    assert "unread key video: row 3 of" in shown and "the row's key 'video' is not read" in shown
+
+
 def test_the_recorded_rows_have_the_recorded_lengths(tmp_path: Path) -> None:
     """What the check calls a row's length is what training sees: ids less placeholders, plus visual tokens."""
     args = CheckArguments(str(ORACLE / "checkpoint"), check=True, version="v1")

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from llava.constants import IGNORE_INDEX
 from llava.conversation import conv_templates
-from llava.train.dataset import BadSampleError, Collator, ConversationDataset, RowReader
+from llava.train.dataset import BadSampleError, Collator, ConversationDataset, RowReader, check_rows
 from llava.train.mixture import open_rows
 from llava.train.shards import PictureFolder
 from llava.train.train import visual_token_counter
@@ -176,3 +176,59 @@ def test_a_mixture_with_a_shard_reads_like_files(reader: RowReader, tmp_path: Pa
         assert torch.equal(one["input_ids"], other["input_ids"]) and one["image_sizes"] == other["image_sizes"]
         assert all(torch.equal(left, right) for left, right in zip(one["images"], other["images"], strict=True))
         assert all(key.startswith(str(tmp_path / "s.zip")) for key in other["image_keys"])
+
+
+def rows_of(*rows: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with an answer each, and whatever else they have."""
+    return [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": answer}], **more} for answer, more in rows]
+
+
+def as_dataset(rows: list[dict[str, Any]], form: str, reader: RowReader, folder: Path, **more: Any) -> ConversationDataset:
+    if form == "a list":
+        return ConversationDataset(rows, reader, **more)
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return ConversationDataset(open_rows(folder / "rows.json"), reader, **more)
+
+
+@pytest.mark.parametrize("form", ["a list", "a file"])
+def test_rows_without_an_answer_are_counted_before_training(
+    form: str, reader: RowReader, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_rows(as_dataset(rows_of(("a", {}), ("b", {})), form, reader, tmp_path), "rows")
+    assert not caplog.records
+    check_rows(as_dataset(rows_of(("a", {}), ("", {"id": "x"}), ("c", {}), ("", {})), form, reader, tmp_path), "rows")
+    assert [record.getMessage().split(";")[0] for record in caplog.records] == ["2 of 4 rows have no answer and teach nothing"]
+    assert "(id x)" in caplog.text
+    with pytest.raises(ValueError, match=r"3 of 4 rows have no answer, so nothing is learnt .* 'gpt' .*; the first is row 1 .*\(id x\)"):
+        check_rows(as_dataset(rows_of(("a", {}), ("", {"id": "x"}), ("", {}), ("", {})), form, reader, tmp_path), "rows")
+    turns = [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Yo"}]
+    with pytest.raises(ValueError, match=r"row 0.*expected \{'from': 'human' or 'gpt'"):
+        check_rows(as_dataset([{"conversations": turns}], form, reader, tmp_path), "rows")
+
+
+def test_a_router_learns_from_images_alone(reader: RowReader, tmp_path: Path) -> None:
+    pictured = {"image": "tiny.png"}
+    check_rows(as_dataset(rows_of(("a", {}), ("", pictured), ("b", pictured)), "a file", reader, tmp_path), "rows", needs_images=True)
+    with pytest.raises(ValueError, match="none of the 2 rows has both an image and an answer, so the router learns nothing"):
+        check_rows(as_dataset(rows_of(("a", {}), ("", pictured)), "a list", reader, tmp_path), "rows", needs_images=True)
+
+
+@pytest.mark.parametrize("form", ["a list", "a file"])
+def test_keys_that_are_not_read_are_named_with_counts(
+    form: str, reader: RowReader, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = rows_of(("a", {}), ("b", {"video": "b.mp4", "id": "b"}), ("c", {"images": ["c"], "id": "c"}), ("d", {"video": "d.mp4"}))
+    with pytest.raises(ValueError, match=r"1 of 4 rows have the key 'images', which is not read: name images under 'image'.*\(id c\)"):
+        check_rows(as_dataset(rows, form, reader, tmp_path), "rows")
+    skipping = as_dataset(rows, form, reader, tmp_path, on_bad_sample="skip", max_bad_share=1)
+    check_rows(skipping, "rows")
+    assert "2 of 4 rows have the key 'video'" in caplog.text and "(id b)" in caplog.text and len(caplog.records) == 2
+    assert [skipping[index]["row"] for index in range(4)] == [0, 0, 0, 0] and skipping.bad_rows == {1, 2, 3}
+    with pytest.raises(BadSampleError, match=r"\(id b\): the row's key 'video' is not read, and it would be learnt blind: only images"):
+        skipping.read(1)
+
+
+def test_a_placeholder_in_an_answer_is_refused(reader: RowReader) -> None:
+    rows = rows_of(("<image>\nA bus", {"image": "tiny.png"}))
+    with pytest.raises(BadSampleError, match=r"turn 1 is an answer \(gpt\) with <image> in it; images belong to questions"):
+        ConversationDataset(rows, reader)[0]

@@ -24,8 +24,8 @@ ORACLE = Path(__file__).parents[1] / "oracle"
 def arguments(folder: Path, **changes: Any) -> ScoreArguments:
     given = {
         "model_name_or_path": str(ORACLE / "checkpoint"), "data_path": str(ORACLE / "train_data.json"),
-        "image_folder": str(ORACLE / "images"), "output_file": str(folder / "scores.parquet"), "index_cache": str(folder / "index"), "version": "v1", "batch_size": 2,
-        "part_rows": 2, "device": "cpu", **changes,
+        "image_folder": str(ORACLE / "images"), "output_file": str(folder / "scores.parquet"),
+        "index_cache": str(folder / "index"), "version": "v1", "batch_size": 2, "part_rows": 2, "device": "cpu", **changes,
     }  # fmt: skip
     return ScoreArguments(**given)
 

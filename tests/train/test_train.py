@@ -189,6 +189,20 @@ def test_non_finite_loss_names_step_and_rows(tmp_path: Path, run_flags: Flags) -
         trainer.train()
 
 
+def test_a_step_that_teaches_nothing_is_said(tmp_path: Path, run_flags: Flags, caplog: pytest.LogCaptureFixture) -> None:
+    """A loss of 0 is never silent: rows without an answer are counted before the first step, and a step of such rows is named."""
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]
+    rows = [{"id": "one", "conversations": turns}, {"id": "two", "conversations": [turns[0], {"from": "gpt", "value": ""}]}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    changes = {"data_path": tmp_path / "rows.json", "per_device_train_batch_size": 1, "max_steps": 4}
+    trainer = make_trainer(parse_arguments(run_flags(tmp_path / "out", "instruct", **changes)))
+    trainer.train()
+    assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry].count(0) == trainer.steps_without_items == 2
+    assert "1 of 2 rows have no answer and teach nothing; the first is row 1" in caplog.text
+    assert caplog.text.count("its loss of 0 measures nothing, as rows ['two'] hold nothing to learn in stage instruct") == 1
+    assert "2 steps taught nothing" in caplog.text
+
+
 def test_flags_reach_the_modules_of_a_checkpoint(tmp_path: Path, run_flags: Flags) -> None:
     flags = {"router_dropout": 0.25, "mm_vision_select_layer": -1}
     model = make_trainer(parse_arguments(run_flags(tmp_path, "rglf", **flags))).model
