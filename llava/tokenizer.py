@@ -13,11 +13,13 @@ are right. Tokenizers of other kinds (Qwen, Llama 3, ...) pass through untouched
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import secrets
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
@@ -27,6 +29,8 @@ from transformers.utils import cached_file
 
 from llava.checkpoint_files import HUB_OPTIONS, one_line
 from llava.tokenizer_files import check_tokenizer_files
+
+T = TypeVar("T")
 
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space inside a piece
 # Rebuilt from the backend; passing these on would make the new tokenizer load or describe another one.
@@ -71,6 +75,22 @@ def load_tokenizer(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedTok
     return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
 
 
+def _once_per_vocabulary(make: Callable[[PreTrainedTokenizerBase], T]) -> Callable[[PreTrainedTokenizerBase], T]:
+    """Keep what is made of a tokenizer for as long as it lives and gets no further tokens."""
+    kept: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[object, T]] = WeakKeyDictionary()
+
+    @functools.wraps(make)
+    def get(tokenizer: PreTrainedTokenizerBase) -> T:
+        vocabulary = len(tokenizer), tokenizer.all_special_tokens
+        found = kept.get(tokenizer)
+        if found is None or found[0] != vocabulary:
+            kept[tokenizer] = found = vocabulary, make(tokenizer)
+        return found[1]
+
+    return get
+
+
+@_once_per_vocabulary
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """What finds the tokenizer's special tokens in a text; longer ones are found where a shorter one begins them."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -120,16 +140,10 @@ def _renamed(token: AddedToken, text: str) -> AddedToken:
     )
 
 
-_PLAIN: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, PlainTokenizer]] = WeakKeyDictionary()
-
-
+@_once_per_vocabulary
 def plain_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PlainTokenizer:
-    """The `PlainTokenizer` of a tokenizer, made once for the tokens that it has; errors as there."""
-    num_tokens, plain = _PLAIN.get(tokenizer, (-1, None))
-    if plain is None or num_tokens != len(tokenizer):
-        plain = PlainTokenizer(tokenizer)
-        _PLAIN[tokenizer] = len(tokenizer), plain
-    return plain
+    """The `PlainTokenizer` of a tokenizer; errors as there."""
+    return PlainTokenizer(tokenizer)
 
 
 def _is_sentencepiece_bpe(backend: Tokenizer) -> bool:

@@ -787,7 +787,7 @@ def test_closing_ends_what_runs(micro, asked):
 def test_closing_tells_those_that_are_still_being_prepared(micro, asked, monkeypatch):
     started = threading.Event()
 
-    def slow(self: Any, image: Any) -> Any:
+    def slow(self: Any, image: Any, place: int) -> Any:
         started.set()
         time.sleep(0.5)
         return torch.zeros(5, 3, 64, 64)
@@ -829,7 +829,7 @@ def test_requests_that_are_on_their_way_when_the_accelerator_dies_are_told_too(m
 def test_requests_that_are_being_prepared_when_the_engines_thread_dies_are_told(micro, asked, monkeypatch):
     started, go_on = threading.Event(), threading.Event()
 
-    def slow(self: Any, image: Any) -> Any:
+    def slow(self: Any, image: Any, place: int) -> Any:
         started.set()
         go_on.wait(10)
         return torch.zeros(5, 3, 64, 64)
