@@ -387,7 +387,7 @@ def test_without_a_cache_nothing_is_kept(micro, asked):
     [
         (lambda p: request(p, "Hi", routing=RoutingRequest(granularity=5)), ErrorKind.INVALID_REQUEST, r"this model has \[4, 8"),
         (lambda p: request(p, "Hi", routing=RoutingRequest(max_visual_tokens=3)), ErrorKind.INVALID_REQUEST, "raise the budget"),
-        (lambda p: request(p, "<image> <image>"), ErrorKind.INVALID_REQUEST, "is empty"),
+        (lambda p: GenerationRequest("e", (Message("user", " "),)), ErrorKind.INVALID_REQUEST, "is empty"),
         (lambda p: request(p, "<image> <image> same?"), ErrorKind.INVALID_REQUEST, "holds 2 <image> placeholders"),
         (lambda p: request(p, "word " * 9000), ErrorKind.CONTEXT_LENGTH, "leaves no room for an answer within"),
         (lambda p: request(Image.new("RGB", (900, 2)), "Hi"), ErrorKind.INVALID_IMAGE, "A picture cannot be used"),
