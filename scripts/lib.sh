@@ -64,6 +64,14 @@ enter_environment() {
   "$python" -m pip --version >/dev/null 2>&1 || stop "$folder has no working pip; remove the folder, or run: $python -m ensurepip"
 }
 
+# run_name MODEL_PATH MODEL_ARGS MODEL: a folder's name for an evaluation, another one for every model and every wish about granularity.
+run_name() {
+  local wishes=${2#granularity=} name
+  name=$(basename "$1")-${wishes:-auto}
+  [[ $3 == avg_llava ]] || name=$3-$name
+  printf '%s\n' "${name//[^A-Za-z0-9._=-]/-}"
+}
+
 # pip install, without a line for each requirement that was there before.
 pip_install() {
   "$python" -m pip install "$@" | { grep --line-buffered -v '^Requirement already satisfied' || true; }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +126,14 @@ def differences(before: dict[str, Any], now: dict[str, Any], within: str = "") -
     return found
 
 
-def json_lines(records: Iterable[Mapping[str, Any]]) -> bytes:
+def json_lines(records: Iterable[Mapping[str, Any]], default: Callable[[Any], Any] | None = None) -> bytes:
     """Records as JSONL in UTF-8. Half a surrogate pair, which UTF-8 cannot hold, stays the escape that JSON has for it.
+
+    Args:
+        default: makes something JSON can hold of what it cannot.
 
     Raises:
         ValueError: a number that JSON has not.
     """
-    text = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+    text = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False, default=default) + "\n" for record in records)
     return text.encode("utf-8", "backslashreplace")

@@ -3,8 +3,8 @@
     python -m avg_llava_lmms_eval --model avg_llava --model_args pretrained=DIR --tasks playground --output_path out
 
 Every flag is the harness's own. Three things differ from `python -m lmms_eval`: the tasks of this package are found without
-`--include_path`, and also where a folder has a task's name; a run that failed (a task that does not exist, data that cannot be read)
-exits with 1, where the harness prints the error and exits with 0.
+`--include_path`, and also where a folder has a task's name; a run that failed (a task that does not exist, data that cannot be read,
+results that could not be written) exits with 1, where the harness prints the error, or nothing, and exits with 0.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from avg_llava_lmms_eval import TASKS
+from avg_llava_lmms_eval.saved import look_after_saving
 
 
 def with_tasks(argv: list[str]) -> list[str]:
@@ -60,9 +61,11 @@ def main() -> int:
     """Run the harness; 0, or 1 if any of its evaluations raised."""
     sys.argv = [sys.argv[0], *with_tasks(past_folders(sys.argv[1:]))]
     from lmms_eval import __main__ as harness
+    from lmms_eval.loggers import EvaluationTracker
 
     failures: list[Exception] = []
     harness.cli_evaluate_single = remembering(harness.cli_evaluate_single, failures)
+    look_after_saving(EvaluationTracker, failures)
     if not any(word.split("=")[0] in ("--tasks", "--config", "--help", "-h") for word in sys.argv):
         print("error: no task was named; give --tasks, or --tasks list to see what there is.", file=sys.stderr)
         return 1

@@ -89,6 +89,14 @@ def parse_arguments(given: Mapping[str, Any]) -> ModelArguments:
     )
 
 
+def name_of(routing: RoutingRequest) -> str:
+    """What is asked of the granularities, as part of the name of a file: runs that differ in it do not share their files."""
+    wanted = routing.granularity
+    levels = "auto" if wanted is None else "-".join(map(str, [wanted] if isinstance(wanted, int) else wanted))
+    budget = "" if routing.max_visual_tokens is None else f"_max_visual_tokens-{routing.max_visual_tokens}"
+    return f"granularity-{levels}{budget}" + (f"_granularity_bias{routing.bias:+g}" if routing.bias else "")
+
+
 def read_granularity(value: Any) -> int | tuple[int, ...] | None:
     """Read `auto`, tokens per view, or several to choose from.
 

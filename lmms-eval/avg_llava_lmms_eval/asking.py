@@ -6,6 +6,7 @@ Nothing here knows the harness: a sample says who it is and how to load its ques
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -87,7 +88,7 @@ def score_all(assistant: Assistant, samples: Sequence[Sample], batch_size: int, 
 
     def record(likelihood: Likelihood) -> dict[str, Any]:
         return {
-            "log_probability": likelihood.log_probability,
+            "log_probability": likelihood.log_probability if math.isfinite(likelihood.log_probability) else None,  # JSON has no infinity
             "is_greedy": likelihood.is_greedy,
             "new_tokens": likelihood.num_tokens,
         }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
@@ -22,12 +23,13 @@ from lmms_eval.utils import simple_parse_args_string
 from loguru import logger
 from PIL import Image
 
-from avg_llava_lmms_eval.arguments import ModelArguments, parse_arguments
+from avg_llava_lmms_eval.arguments import ModelArguments, name_of, parse_arguments
 from avg_llava_lmms_eval.asking import Costs, Failed, Results, Sample, answer_all, costs_of, failed_of, merge_shares, score_all
 from avg_llava_lmms_eval.generation import read_options
 from avg_llava_lmms_eval.processes import Tally
 from avg_llava_lmms_eval.sample_log import SampleLog, output_folder
-from llava.eval.checks import check_routing
+from llava.durable import NoSpaceError
+from llava.eval.checks import check_questions, check_routing
 from llava.inference import Assistant, Options, Question
 
 SLOWEST_PROCESS = timedelta(hours=24)
@@ -93,7 +95,8 @@ class AvgLlava(lmms):
         # the processes of one run agree on its time (UTC)
         started = broadcast_object_list([time.strftime("%Y%m%d_%H%M%S", time.gmtime())])[0]
         self.tally = Tally(f"avg_llava {started}", self._rank, self._world_size)
-        self.log = SampleLog(self.arguments.sample_log or output_folder(), f"{started}_avg_llava_samples_rank{self._rank}.jsonl")
+        name = f"{started}_avg_llava_{name_of(self.arguments.routing)}_samples_rank{self._rank}.jsonl"
+        self.log = SampleLog(self.arguments.sample_log or output_folder(), name)
         if self.log.path is None:
             logger.info("no --output_path and no sample_log: the granularity of each sample is not kept")
 
@@ -170,7 +173,6 @@ class AvgLlava(lmms):
         """
         self._end_if_samples_failed()
         self._report()
-        self.log.close()
         del self.assistant
         super().clean()
 
@@ -208,8 +210,13 @@ class AvgLlava(lmms):
         harness does not take anything for the answer of a sample that failed. What comes next on any process ends it.
         """
         self._end_if_samples_failed(besides=kind)  # others may have come to requests of this kind already, and failed
+        if self._world_size == 1:  # of several processes each sees its share alone, and the counts at the end are of all
+            self._check(samples)
         start = time.perf_counter()
-        results = work(self.assistant, samples, self.batch_size, self.log, show=self._rank == 0)
+        try:
+            results = work(self.assistant, samples, self.batch_size, self.log, show=self._rank == 0)
+        except NoSpaceError as error:
+            raise EvaluationError(f"error: {error}") from error
         self._seconds += time.perf_counter() - start
         self.tally.note(kind, failed_of(samples, results))
         if results.failures:
@@ -219,6 +226,20 @@ class AvgLlava(lmms):
             self._end_if_samples_failed()
         self._spent = merge_shares(Costs, [self._spent, costs_of(samples, results)])
         return results.outcomes
+
+    def _check(self, samples: Sequence[Sample]) -> None:
+        """
+        Raises:
+            EvaluationError: no sample of a task can be asked, because of the model or its arguments.
+        """
+        groups: dict[tuple[str, Options], list[Sample]] = defaultdict(list)
+        for sample in samples:
+            groups[sample.task, sample.options].append(sample)
+        for (task, options), group in groups.items():
+            try:
+                check_questions(self.assistant, [(sample.doc_id, sample.load) for sample in group], options)
+            except ValueError as error:
+                raise EvaluationError(f"error: {task}: {error}") from error
 
     def _end_if_samples_failed(self, besides: str | None = None) -> None:
         """Go on, or end with the counts of the whole run.

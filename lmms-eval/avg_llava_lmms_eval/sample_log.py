@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llava.durable import append_whole, room_for
+from llava.eval.journal import json_lines
 from llava.model.routing import RoutingReport
 
 
@@ -41,23 +42,22 @@ class SampleLog:
     """Appends records to a file; without a folder it keeps none."""
 
     def __init__(self, folder: str | Path | None, name: str) -> None:
-        """Open `folder/name` for appending, so that a folder that cannot be written is an error before the first question."""
+        """Make `folder/name`, so that a folder that cannot be written is an error before the first question.
+
+        Raises:
+            OSError: it cannot be written, or there is no room.
+        """
         self.path = None if folder is None else Path(folder) / name
-        self._file = None
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
+            with room_for(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.write([])
 
     def write(self, records: Sequence[dict[str, Any]]) -> None:
-        """Append records and hand them to the operating system, so that a run that is killed leaves them behind."""
-        if self._file is None:
-            return
-        for record in records:
-            self._file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
-        self._file.flush()
+        """Append records and hand them to the operating system, so that a run that is killed leaves them behind.
 
-    def close(self) -> None:
-        """Close the file; nothing is written afterwards."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        Raises:
+            NoSpaceError: there is no room; nothing of these records is written.
+        """
+        if self.path is not None:
+            append_whole(self.path, json_lines(records, default=str))

@@ -9,7 +9,7 @@
 #   NUM_PROCESSES  processes, one model each; default: the GPUs that are visible, or 1
 #   REVISION       another commit of the data set than the pinned one, in full
 #   DATA           where data sets are kept (data/eval); OFFLINE=1: nothing is fetched; FETCH_ONLY=1: nothing is run
-#   OUTPUT         where results go (runs/eval/MODEL-GRANULARITY/BENCHMARK)
+#   OUTPUT         where results go (runs/eval/MODEL-GRANULARITY/BENCHMARK; further MODEL_ARGS stand behind the granularity)
 #   SLICE          questions per slice (2000; an even number): the harness keeps answers only when all that it was asked are
 #                  through, so it is asked slice by slice and then scores the whole from its cache. A killed run loses one slice.
 #                  0 asks everything at once; so does a --limit or --offset behind the script
@@ -51,10 +51,10 @@ set_defaults() {
   [[ $GRANULARITY =~ ^(auto|[1-9][0-9]*([:\;][1-9][0-9]*)*)$ ]] || stop "GRANULARITY is $GRANULARITY, expected auto, tokens per view such as 36, or several to choose from such as 36:144."
   [[ $revision =~ ^[0-9a-f]{40}$ ]] || stop "REVISION is $revision, expected a commit of $dataset in full, 40 hexadecimal digits."
   data=${DATA:-$root/data/eval}/$benchmark-${revision:0:8}
-  OUTPUT=${OUTPUT:-$root/runs/eval/$(basename "$MODEL_PATH")-${GRANULARITY//:/-}/$benchmark}
   arguments=${MODEL_ARGS:-}
   [[ ${MODEL:-avg_llava} != avg_llava ]] || arguments=granularity=$GRANULARITY${arguments:+,$arguments}
   [[ ${MODEL:-avg_llava} == avg_llava || $GRANULARITY == auto ]] || stop "GRANULARITY is $GRANULARITY, but the model ${MODEL:-} has no such argument; leave it out."
+  OUTPUT=${OUTPUT:-$root/runs/eval/$(run_name "$MODEL_PATH" "$arguments" "${MODEL:-avg_llava}")/$benchmark}
 }
 
 # Fetch what is missing; prints rows and the model's state.

@@ -7,12 +7,14 @@
 #
 # Needs  bash scripts/eval/setup_lmms_eval.sh, once.
 # Costs  both local tasks in full: 13,673 questions, six and a half minutes with the micro model on two shared CPU cores.
-# Makes  runs/lmms_eval: the harness's results and samples, and a line per sample of granularity, visual tokens and milliseconds.
+# Makes  runs/lmms_eval/MODEL-GRANULARITY: the harness's results and samples, and a line per sample of granularity, visual tokens and
+#        milliseconds. Another model, granularity or other MODEL_ARGS make another folder.
 # Knobs  MODEL_PATH: checkpoint folder or hub id.           TASKS (playground,easy_vqa): comma-separated.
 #        MODEL (avg_llava): or llava, the harness's own.     MODEL_ARGS: further arguments of the model, comma-separated.
-#        BATCH_SIZE (8): questions per batch.                OUTPUT (runs/lmms_eval): where results go.
+#        BATCH_SIZE (8): questions per batch.                OUTPUT: where results go, in place of that folder.
 #        NUM_PROCESSES (1): one model per process, for as many GPUs (or CPU processes). LMMS_EVAL_ENV: the environment's folder.
-# Exits  with 1 if anything failed: a task or model that is not there, an argument that cannot be, a question that crashed.
+# Exits  with 1 if anything failed: a task or model that is not there, an argument that cannot be, a question that crashed, results that
+#        found no room.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
@@ -42,7 +44,7 @@ exec "${launch[@]}" -m avg_llava_lmms_eval \
   --model_args "pretrained=$model_path${MODEL_ARGS:+,$MODEL_ARGS}" \
   --tasks "$tasks" \
   --batch_size "${BATCH_SIZE:-8}" \
-  --output_path "${OUTPUT:-$root/runs/lmms_eval}" \
+  --output_path "${OUTPUT:-$root/runs/lmms_eval/$(run_name "$model_path" "${MODEL_ARGS:-}" "${MODEL:-avg_llava}")}" \
   --log_samples \
   --timezone UTC \
   "$@"

@@ -6,6 +6,7 @@
 # Needs  Python 3.10 to 3.13, and a network or local package files. No GPU.
 # Costs  about 1.6 GB of disk with a CPU build of torch; two minutes of computing, which took nine on two busy cores.
 # Makes  .venv-lmms-eval in the repository and nothing elsewhere; an active environment is left alone. Run it as often as you like.
+# Ends   with one question, asked of the shipped micro model through the harness: what is installed works, or the script fails.
 # Why    the harness asks for torchvision, timm and some fifty others, which would replace torch and may break an environment that
 #        works. Here it is installed without them; lmms-eval/requirements.txt lists what it needs to run a model on a task.
 # Knobs  LMMS_EVAL_ENV: another folder. PYTHON, TORCH_VERSION, TORCH_INSTALL_ARGS, REINSTALL: see scripts/lib.sh.
@@ -42,7 +43,13 @@ pip_install --no-deps "$harness" || stop "pip could not install $harness; its me
 pip_install --constraint "$constraint" -r "$root/lmms-eval/requirements.txt" || stop "pip could not install lmms-eval/requirements.txt; its message is above."
 pip_install --constraint "$constraint" -e "$root/lmms-eval" || stop "pip could not install the plug-in; its message is above."
 
-say "Asking the harness for its models"
-"$python" -c 'from lmms_eval.models import get_model; print("avg_llava is", get_model("avg_llava")); print("llava is", get_model("llava"))' ||
-  stop "the harness does not find the model avg_llava."
+say "Asking one question through the harness"
+asked=$(mktemp -d)
+trap 'rm -rf "$constraint" "$asked"' EXIT
+LMMS_EVAL_ENV=$folder MODEL= MODEL_PATH= MODEL_ARGS=granularity=4 TASKS=playground BATCH_SIZE=1 NUM_PROCESSES=1 OUTPUT=$asked \
+  bash "$root/scripts/eval/lmms_eval.sh" --limit 1 >"$asked/log" 2>&1 || {
+  tail -n 40 "$asked/log" >&2
+  stop "the harness could not ask its first question; the end of what it said is above."
+}
+grep -h '^|playground|.*|accuracy' "$asked/log" || stop "the harness asked a question, but shows no score of it: $(tail -n 5 "$asked/log")"
 echo "$key" >"$folder/.lmms-eval-installed"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from avg_llava_lmms_eval.arguments import parse_arguments, read_granularity
+from avg_llava_lmms_eval.arguments import name_of, parse_arguments, read_granularity
 from avg_llava_lmms_eval.generation import MAX_NEW_TOKENS, read_options
 
 from llava.model.routing import RoutingRequest
@@ -19,6 +19,13 @@ from llava.model.routing import RoutingRequest
 )  # fmt: skip
 def test_granularity_is_auto_a_number_or_several(written, meant):
     assert read_granularity(written) == meant
+
+
+def test_names_of_what_is_asked_differ_where_it_differs():
+    wishes = [{}, {"granularity": 4}, {"granularity": "4:16"}, {"max_visual_tokens": 48}, {"granularity_bias": -0.5}]
+    names = [name_of(parse_arguments({"pretrained": "x", **wish}).routing) for wish in wishes]
+    ends = ["auto", "4", "4-16", "auto_max_visual_tokens-48", "auto_granularity_bias-0.5"]
+    assert names == [f"granularity-{end}" for end in ends]
 
 
 @pytest.mark.parametrize("written", ["coarse", "36:", "36.5", "0", "-36", "", [], True])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,38 @@ def test_what_cannot_be_honoured_ends_the_run_before_anything_is_asked(harness, 
     with pytest.raises(harness.model.EvaluationError, match="acc_mutual_info"):
         model.loglikelihood([harness.instance("loglikelihood", ("", "658"))])
     assert next(tmp_path.glob("*rank0.jsonl")).read_text() == ""
+
+
+def test_arguments_that_no_sample_can_be_asked_with_are_told_before_anything_is_asked(harness, tmp_path):
+    made = harness.model.AvgLlava(pretrained=micro_model_path(), max_visual_tokens=5, device="cpu", sample_log=str(tmp_path))
+    made.task_dict = DOCUMENTS
+    sentence = "error: text: Not one of 2 questions can be asked of this model in this way. In the way of the first, 0: max_visual"
+    with pytest.raises(harness.model.EvaluationError, match=sentence):
+        made.generate_until([ask(harness, NUMBER), ask(harness, SHAPE)])
+    with pytest.raises(harness.model.EvaluationError, match="max_visual_tokens is 5"):
+        made.loglikelihood([score(harness, "658")])
+    (log,) = tmp_path.iterdir()
+    assert log.read_text() == "" and log.name.endswith("_avg_llava_granularity-auto_max_visual_tokens-5_samples_rank0.jsonl")
+
+
+def test_a_log_that_finds_no_room_ends_the_run_and_keeps_whole_lines(harness, model, tmp_path, monkeypatch):
+    room = [700]
+
+    class Full:
+        def __getattr__(self, name):
+            return getattr(os, name)
+
+        def write(self, descriptor, data):
+            if not room[0]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            taken = os.write(descriptor, data[: room[0]])
+            room[0] -= taken
+            return taken
+
+    monkeypatch.setattr("llava.durable.os", Full())
+    with pytest.raises(harness.model.EvaluationError, match="error: no space for .*rank0.jsonl"):
+        model.generate_until([ask(harness, NUMBER)] * 6)
+    assert all(json.loads(line) for line in next(tmp_path.glob("*rank0.jsonl")).read_text().splitlines())
 
 
 def test_a_video_is_refused_as_a_failed_sample(harness, model):

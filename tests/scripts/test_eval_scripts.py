@@ -69,7 +69,7 @@ def test_a_dry_run_prints_data_metric_and_a_command_that_the_plug_in_understands
     assert words[words.index("bash") :] == ["bash", "scripts/eval/lmms_eval.sh", "--limit", "8"]
     assert variables["TASKS"] == said["task"] and variables["HF_HUB_OFFLINE"] == "1"
     assert variables["HF_DATASETS_CACHE"].endswith(f"{benchmark}-{said['revision'][:8]}")
-    assert variables["OUTPUT"].endswith(f"runs/eval/model-36-144/{benchmark}")
+    assert variables["OUTPUT"].endswith(f"runs/eval/model-36-144-max_visual_tokens=500-dtype=bfloat16/{benchmark}")
     header = (FOLDER / "lmms_eval.sh").read_text(encoding="utf-8")
     known = {"HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_DATASETS_CACHE", "LMMS_EVAL_DATASETS_CACHE"}  # the libraries' own
     assert [name for name in set(variables) - known if f"{name}:" not in header and f"{name} (" not in header] == []
@@ -116,6 +116,7 @@ case "$1 $2" in
 esac
 printf '%s\\n' "$* | $TASKS $HF_HUB_OFFLINE $HF_DATASETS_CACHE $OUTPUT" >>{tmp_path}/calls
 [[ ! -e {tmp_path}/fail || " $* " != *" --offset $(cat {tmp_path}/fail) "* ]] || exit 1
+[[ -n $OUTPUT ]] || exit 0
 mkdir -p "$OUTPUT/model"
 echo '{{"results": {{"mme": {{"mme_perception_score,none": 1500.25}}}}}}' >"$OUTPUT/model/1_results.json"
 """
@@ -164,6 +165,24 @@ def test_a_failed_run_goes_on_with_its_slice(harness: Path) -> None:
     assert calls(harness) == ["0", "4", "8", "all"]
     assert run("mme", **given(harness, GRANULARITY=36)).returncode == 0
     assert calls(harness) == ["0", "4", "8", "all"]
+
+
+def test_another_granularity_model_or_argument_has_another_folder() -> None:
+    wishes: list[dict[str, object]] = [
+        {}, {"GRANULARITY": 36}, {"GRANULARITY": "36:144"}, {"MODEL_ARGS": "max_visual_tokens=48"}, {"MODEL_ARGS": "granularity_bias=-1"},
+        {"MODEL": "llava"}, {"MODEL_PATH": "other"},
+    ]  # fmt: skip
+    outputs = [re.search(r" OUTPUT=(\S+)", run("mme", **{"DRY_RUN": 1, "MODEL_PATH": "a/m", **wish}).stdout) for wish in wishes]
+    names = [found and found[1].split("/runs/eval/")[1] for found in outputs]
+    assert names[:3] == ["m-auto/mme", "m-36/mme", "m-36-144/mme"] and len(set(names)) == len(wishes)
+
+
+def test_local_tasks_of_another_granularity_have_another_folder(harness: Path) -> None:
+    for arguments in ("", "granularity=4:16", "granularity=4"):
+        environment = {"PATH": os.environ["PATH"], "LMMS_EVAL_ENV": str(harness / "env"), "MODEL_ARGS": arguments, "OUTPUT": ""}
+        subprocess.run(["bash", str(FOLDER / "lmms_eval.sh")], check=False, env=environment, capture_output=True)
+    outputs = re.findall(r"--output_path (\S+)", (harness / "calls").read_text(encoding="utf-8"))
+    assert [Path(output).name for output in outputs] == [f"avg-llava-micro-{name}" for name in ("auto", "4-16", "4")]
 
 
 def test_a_limit_or_slice_0_asks_once(harness: Path) -> None:
