@@ -20,7 +20,7 @@ def _looking(save: Callable[..., Any], look: Callable[..., Path | None], failure
         broken = look(tracker, *args, **kwargs) if tracker.output_path else None
         if broken is not None:
             broken.unlink(missing_ok=True)
-            failures.append(OSError(f"{broken} could not be written whole and is removed; free some space, then run the same command again"))
+            failures.append(OSError(f"{broken} could not be written whole and is removed; free some space, then run the command again"))
         return done
 
     return wrapped
