@@ -24,7 +24,10 @@ from llava.serve.worker_flags import add_guard_flags, read_api_keys, read_limits
 
 logger = logging.getLogger("llava.serve")
 
-API_PATHS = ("/v1", "/health", "/ready", "/metrics", "/openapi.json", "/worker_generate_stream", "/worker_get_status")
+API_PATHS = (
+    *("/v1", "/health", "/ready", "/metrics", "/openapi.json", "/worker_generate_stream", "/worker_get_status"),
+    *("/tokenize", "/detokenize", "/server_info", "/model_info", "/get_server_info", "/get_model_info"),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,6 +59,7 @@ def build_app(args: argparse.Namespace) -> FastAPI:
         allowed_origins=args.allowed_origins,
         places=batch_rows(args),
         stream_interval=args.stream_interval,
+        report_cache_hits=args.report_cache_hits,
     )
     page = None if args.no_page else _page(args, keys)
     app = join_apps(worker, page)

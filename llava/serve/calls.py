@@ -37,7 +37,7 @@ class Call:
     turns: a conversation, with `<image>` where an image goes; or prompts: finished ones, each to be continued. n: answers to each of them.
     sources: the images, in the order of their places. include_usage: whether a stream ends with a part about usage. echo: whether the
     prompt stands before each part's text (LLaVA's protocol).
-    fields: what the client calls the engine's `messages` and `prompt`, where that is another name.
+    fields: what a client calls the engine's `messages` and `prompt`, where that is another name. told: what of the body an answer repeats.
     """
 
     turns: tuple[Message, ...] = ()
@@ -51,6 +51,7 @@ class Call:
     user: str | None = None
     echo: bool = False
     fields: Mapping[str, str] = field(default_factory=dict)
+    told: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def count(self) -> int:

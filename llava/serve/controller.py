@@ -45,6 +45,7 @@ from llava.serve.addresses import (
     peer_may_register,
 )
 from llava.serve.dispatch import DispatchMethod, Worker, WorkerStatus, WorkerTable
+from llava.serve.endpoints import BODIES
 from llava.serve.errors import FieldError, error_response
 from llava.serve.flag_checks import add_body_flags, body_limits, check_at_least, check_body_flags
 from llava.serve.gate import HELD_BODIES, Gate
@@ -53,19 +54,19 @@ from llava.serve.http_server import check_address, make_server, run_program, run
 from llava.serve.json_writer import JsonResponse
 from llava.serve.keys import KeyRing, read_secrets
 from llava.serve.liveness import watch
-from llava.serve.llava_api import WorkerRequest
 from llava.serve.metrics import CONTENT_TYPE
-from llava.serve.openai_api import ChatRequest, validate
+from llava.serve.openai_api import validate
 from llava.serve.openapi import describe_bodies
 from llava.serve.outbound import BrokenOff, Outbound, Patience, Unreachable
-from llava.serve.protocol import CHAT_PATH, STATUS_PATH, WORKER_PATH, ErrorKind, Limits, ServeError
-from llava.serve.relay import EVENTS, FRAMES, Job, Relay
+from llava.serve.protocol import CHAT_PATH, COMPLETIONS_PATH, RESPONSES_PATH, STATUS_PATH, WORKER_PATH, ErrorKind, Limits, ServeError
+from llava.serve.relay import EVENTS, FRAMES, TYPED_EVENTS, Job, Relay
 from llava.serve.strict_json import read_json
 from llava.utils import setup_logging
 
 logger = logging.getLogger("llava.serve.controller")  # also when run as a program
 
-GENERATING_PATHS = (CHAT_PATH, WORKER_PATH)
+STREAMS = {CHAT_PATH: EVENTS, COMPLETIONS_PATH: EVENTS, RESPONSES_PATH: TYPED_EVENTS, WORKER_PATH: FRAMES}
+"""How each endpoint's streams are cut and read; the others of `BODIES` have none."""
 _REGISTRATION_PATHS = ("/register_worker", "/receive_heart_beat", "/unregister_worker")
 _PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 _RESOLVE_SECONDS = 5.0
@@ -150,9 +151,8 @@ class ModelName(_Open):
 
 Message = TypeVar("Message", RegisterRequest, HeartBeat, Leave)
 
-BODIES: dict[str, type[BaseModel]] = {
-    CHAT_PATH: ChatRequest,
-    WORKER_PATH: WorkerRequest,
+SCHEMAS: dict[str, type[BaseModel]] = {
+    **BODIES,
     "/register_worker": RegisterRequest,
     "/receive_heart_beat": HeartBeat,
     "/unregister_worker": Leave,
@@ -269,7 +269,7 @@ class Controller:
             send_seconds=settings.limits.send_seconds,
             on_retry=self.metrics.retried,
             on_error=self.metrics.failed,
-            schemas=BODIES,
+            schemas=SCHEMAS,
         )
         self.cards = ModelCards(lambda worker: self._ask(worker.endpoint, "GET", "/v1/models"))
         self._tokens = KeyRing(settings.worker_tokens)
@@ -443,9 +443,8 @@ class Controller:
         model = validate(ModelName, body).model
         self.check_model(model)
         path = request.url.path
-        if path == WORKER_PATH:
-            return Job(model, path, await request.body(), FRAMES)
-        return Job(model, path, await request.body(), EVENTS if body.get("stream") is True else None)
+        is_streamed = path == WORKER_PATH or body.get("stream") is True
+        return Job(model, path, await request.body(), STREAMS.get(path) if is_streamed else None)
 
     def check_model(self, model: str) -> None:
         """Refuse a model that nobody serves: one that nobody ever has, while others are there, is a client's mistake."""
@@ -512,14 +511,14 @@ def create_controller_app(
     _add_worker_endpoints(app, controller)
     _add_client_endpoints(app, controller)
     _add_operator_endpoints(app, controller)
-    describe_bodies(app, BODIES, guarded=bool(settings.api_keys))
+    describe_bodies(app, SCHEMAS, guarded=bool(settings.api_keys))
     guard_app(
         app,
         controller.gate,
         settings.limits,
         api_keys=settings.api_keys,
         allowed_origins=settings.allowed_origins,
-        generating_paths=GENERATING_PATHS,
+        generating_paths=tuple(BODIES),
         small_paths=_REGISTRATION_PATHS,
         # workers show a token of their own, see `Controller.read_from_worker`
         open_paths=("/health", "/ready", *_REGISTRATION_PATHS),
@@ -562,10 +561,6 @@ def _add_client_endpoints(app: FastAPI, controller: Controller) -> None:
     async def worker_get_status() -> dict[str, Any]:
         return controller.status()
 
-    @app.post(WORKER_PATH, summary="LLaVA's protocol, passed on to a worker")
-    async def worker_generate_stream(request: Request) -> Response:
-        return controller.relay.response(await controller.job(request))
-
     @app.get("/v1/models", summary="The models")
     async def v1_models() -> dict[str, Any]:
         return await controller.cards.listed(controller.table.workers)
@@ -576,9 +571,12 @@ def _add_client_endpoints(app: FastAPI, controller: Controller) -> None:
         listed = await controller.cards.listed(controller.table.workers)
         return next((entry for entry in listed["data"] if entry["id"] == model), {"id": model, "object": "model"})
 
-    @app.post(CHAT_PATH, summary="A chat, passed on to a worker")
-    async def chat_completions(request: Request) -> Response:
+    async def pass_on(request: Request) -> Response:
         return controller.relay.response(await controller.job(request))
+
+    for path in BODIES:
+        name = path.strip("/").replace("/", "_")
+        app.post(path, name=name, summary="Passed on to a worker of the model", response_model=None)(pass_on)
 
 
 def _add_operator_endpoints(app: FastAPI, controller: Controller) -> None:

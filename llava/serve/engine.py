@@ -22,7 +22,7 @@ import logging
 import random
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 from typing import TypeVar
@@ -44,6 +44,7 @@ from llava.serve.protocol import (
     GenerationRequest,
     ModelCard,
     Piece,
+    PromptTokens,
     Sampling,
     ServeError,
     Started,
@@ -158,6 +159,12 @@ class EmbeddedEngine:
             raise ServeError(ErrorKind.DRAINING if self._end_kind is ErrorKind.CANCELLED else self._end_kind)
         if len(self._unended) >= self.max_batch_rows + self.max_queue:
             raise ServeError(ErrorKind.OVERLOADED)
+
+    async def tokenize(self, request: GenerationRequest, special: bool = True) -> PromptTokens:
+        return await asyncio.to_thread(self.preparer.tokens, request, special)
+
+    async def detokenize(self, ids: Sequence[int]) -> str:
+        return await asyncio.to_thread(self.preparer.text_of, ids)
 
     async def drain(self) -> None:
         with self._changed:

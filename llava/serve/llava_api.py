@@ -11,16 +11,14 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.serve.calls import Call, ImageSource
-from llava.serve.errors import FieldError, error_body, field_path
+from llava.serve.calls import Call
+from llava.serve.completions_api import Images, read_images
+from llava.serve.errors import FieldError, error_body
 from llava.serve.json_writer import compact_json
 from llava.serve.openai_api import (
     Granularity,
     RoutingFields,
     check_model,
-    check_pictures,
-    check_prompt_length,
     read_routing,
     report_fields,
     usage_fields,
@@ -40,7 +38,7 @@ class WorkerRequest(RoutingFields):
 
     model: str | None = Field(None, max_length=512)
     prompt: str = Field(min_length=1, description="Written by a conversation template; one `<image>` per picture.")
-    images: Annotated[list[str], Field(max_length=1024, fail_fast=True)] | None = Field(None, description="Base64, or data URLs.")
+    images: Images | None = Field(None, description="Base64, or data URLs.")
     temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
     max_new_tokens: int | None = Field(None, ge=1, description="256 when missing.")
@@ -59,15 +57,8 @@ def read_worker_request(value: Any, card: ModelCard, limits: Limits) -> Call:
     request = validate(WorkerRequest, value)
     if request.model:
         check_model(request.model, card)
-    sources = tuple(
-        ImageSource(text, field_path(("images", place)), plain_base64=True) for place, text in enumerate(request.images or ())
-    )
-    check_pictures(len(sources), card, limits, "images")
-    check_prompt_length(len(request.prompt), limits, "prompt")
+    sources = read_images((request.prompt,), request.images, card, limits)
     longest = longest_answer(request.max_new_tokens, limits, "max_new_tokens", NEW_TOKENS)
-    places = request.prompt.count(DEFAULT_IMAGE_TOKEN)
-    if places != len(sources):
-        raise FieldError(f"The prompt has {places} {DEFAULT_IMAGE_TOKEN}, but there are {len(sources)} images; make them agree.", "images")
     return Call(
         prompts=(request.prompt,),
         sources=sources,
@@ -105,7 +96,7 @@ class WorkerWriter:
 
     media_type = "application/octet-stream"
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, request_id: str, model: str, call: Call) -> None:
         self.text = call.prompts[0] if call.echo else ""
 
     def opening(self, index: int, event: Started) -> bytes:

@@ -134,6 +134,7 @@ def build_app(args: argparse.Namespace) -> FastAPI:
         registration=registration,
         places=batch_rows(args),
         stream_interval=args.stream_interval,
+        report_cache_hits=args.report_cache_hits,
     )
 
 

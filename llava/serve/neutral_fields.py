@@ -125,6 +125,45 @@ OF_CHAT: Neutral = {
 }
 """Of a chat request."""
 
+OF_COMPLETION: Neutral = {
+    **OF_ANY,
+    "suffix": ("",),
+    "echo": _OFF,
+    "prompt_embeds": _NOTHING,
+    "add_special_tokens": _ON,
+    "response_format": ({"type": "text"},),
+}
+"""Of a completion request."""
+
+OF_TOKENIZE: Neutral = {
+    "tools": ([],),
+    "add_generation_prompt": _ON,
+    "continue_final_message": _OFF,
+    "chat_template": _NOTHING,
+    "chat_template_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "media_io_kwargs": ({},),
+}
+"""Of a request for tokens."""
+
+OF_RESPONSE: Neutral = {
+    **OF_ANY,
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "max_tool_calls": _NOTHING,
+    "previous_response_id": _NOTHING,
+    "conversation": _NOTHING,
+    "background": _OFF,
+    "background_options": _NOTHING,
+    "context_management": ([],),
+    "prompt": _NOTHING,
+    "reasoning": ({},),
+    "truncation": ("disabled",),
+    "image": _NOTHING,
+    "access_programs": _NOTHING,
+}
+"""Of a request to the Responses API. It keeps nothing, so that there is nothing before a request that it could go on from."""
+
 OF_MESSAGE: Neutral = {
     "refusal": _NOTHING,
     "tool_calls": ([],),
@@ -141,6 +180,7 @@ OF_MESSAGE: Neutral = {
 """What answers hold beside their text, as long as it says nothing: clients send them back as they came."""
 
 OF_TEXT: Neutral = {"cache_control": _NOTHING, "prompt_cache_breakpoint": _NOTHING}
+OF_INPUT_IMAGE: Neutral = {**OF_TEXT, "file_id": _NOTHING}
 OF_IMAGE: Neutral = {**OF_TEXT, "uuid": _NOTHING, "modalities": ("image",)}
 OF_IMAGE_URL: Neutral = {"max_dynamic_patch": _NOTHING, "min_dynamic_patch": _NOTHING, "content_hash": _NOTHING}
 OF_STREAM_OPTIONS: Neutral = {"include_obfuscation": _OFF, "continuous_usage_stats": _OFF}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
@@ -112,27 +113,36 @@ class RoutingFields(Closed):
     )
 
 
-@with_neutral(OF_CHAT)
-class ChatRequest(SamplingFields, RoutingFields):
-    """A conversation to continue."""
+class ClientFields(Closed):
+    """For the client's own records; nothing of an answer depends on them."""
+
+    user: str | None = Field(None, max_length=256, description="Written to the log beside the request's id.")
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    session_id: str | None = None
+
+
+class AnswerFields(SamplingFields, RoutingFields, ClientFields):
+    """What chat and text completions share."""
 
     model: str = Field(max_length=512)
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # How many of these at most is the server's to say (`Limits`): a limit here as well would be told in place of that one.
     n: int | None = Field(None, ge=1)
+
+
+@with_neutral(OF_CHAT)
+class ChatRequest(AnswerFields):
+    """A conversation to continue."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0)
     response_format: ResponseFormat | None = None
-    user: str | None = Field(None, max_length=256, description="Written to the log beside the request's id.")
-    # For the client's own records; nothing here depends on them.
-    metadata: dict[str, str] | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    session_id: str | None = None
 
 
 class ErrorFields(BaseModel):
@@ -160,7 +170,7 @@ class ImageFields(BaseModel):
     tokens_per_level: dict[str, int]
     logits: list[float]
     probabilities: list[float]
-    cached: bool
+    cached: bool | None
     grid: dict[str, Any] | None
 
 
@@ -192,6 +202,10 @@ class ChatCompletion(BaseModel):
     choices: list[dict[str, Any]]
     usage: UsageFields | None = None
     avg_llava: ReportFields | None = None
+
+
+class TextCompletion(ChatCompletion):
+    """Continuations of finished prompts, streamed or whole, with `text` in each choice."""
 
 
 class ModelFields(BaseModel):
@@ -237,6 +251,8 @@ def validate(schema: type[M], value: Any) -> M:
 def _what_is_wrong(loc: Sequence[int | str], found: Sequence[Mapping[str, Any]]) -> str:
     """A clause for the errors at one place: the field's own, or else that of each kind of error, or else pydantic's."""
     name = _INDEX.sub("[*]", _field_path(loc))
+    if found[0]["type"] in ("union_tag_invalid", "union_tag_not_found"):  # pydantic's words quote what was sent
+        return f"expected an object whose type is {_PART_TYPES[name]}"
     if name in _FIELD_CLAUSES and found[0]["type"] not in ("extra_forbidden", "missing"):
         return _FIELD_CLAUSES[name]
     return ", or: ".join(dict.fromkeys(_KIND_CLAUSES.get(each["type"], each["msg"]) for each in found))
@@ -247,9 +263,16 @@ _FIELD_CLAUSES = {
     "granularity": _GRANULARITY_CLAUSE,
     "vis_token_granularity": _GRANULARITY_CLAUSE,
     "stop": "expected a text, or a short list of texts",
+    "prompt": "expected a text, or a list of texts",
+    "input": "expected a text, or a list of messages",
+    "input[*].content": "expected a text, or a list of up to 1024 parts",
     "messages[*].content": "expected a text, or a list of up to 1024 parts",
 }
 """Where pydantic's words would name the branches of a union one by one."""
+_PART_TYPES = {
+    "messages[*].content[*]": "'text' or 'image_url'",
+    "input[*].content[*]": "'input_text', 'input_image' or 'output_text'",
+}
 _KIND_CLAUSES = {
     "extra_forbidden": "this field is not known here",
     "missing": "this field is missing",
@@ -258,8 +281,6 @@ _KIND_CLAUSES = {
     "dict_type": "expected an object",
     "list_type": "expected a list",
     "too_long": "the list is too long",  # the schema's limit is above the server's own, which is told once it is read
-    "union_tag_invalid": "expected an object whose type is 'text' or 'image_url'",  # pydantic's words quote what was sent
-    "union_tag_not_found": "expected an object whose type is 'text' or 'image_url'",
 }
 """By pydantic's names of errors."""
 
@@ -289,22 +310,31 @@ def read_chat(value: Any, card: ModelCard, limits: Limits) -> Call:
     """
     request = validate(ChatRequest, value)
     check_model(request.model, card)
-    turns, sources = _read_messages(request.messages, card, limits)
-    if request.stream_options is not None and not request.stream:
-        raise FieldError("stream_options is there, but stream is not true; set both or neither.", "stream_options")
-    n = request.n or 1
-    if n > limits.max_n:
-        raise FieldError(f"n is {n}, expected at most {limits.max_n}.", "n")
+    turns, sources = read_messages(request.messages, card, limits)
     return Call(
         turns=turns,
         sources=sources,
         sampling=_read_sampling(request, limits),
         routing=read_routing(request, card, sources),
-        n=n,
+        n=read_count(request.n, limits),
         stream=bool(request.stream),
-        include_usage=bool(request.stream_options and request.stream_options.include_usage),
+        include_usage=read_include_usage(request),
         user=request.user,
     )
+
+
+def read_count(n: int | None, limits: Limits) -> int:
+    """How many answers are wanted."""
+    if (n or 1) > limits.max_n:
+        raise FieldError(f"n is {n}, expected at most {limits.max_n}.", "n")
+    return n or 1
+
+
+def read_include_usage(fields: AnswerFields) -> bool:
+    """Whether a stream ends with a chunk about usage."""
+    if fields.stream_options is not None and not fields.stream:
+        raise FieldError("stream_options is there, but stream is not true; set both or neither.", "stream_options")
+    return bool(fields.stream_options and fields.stream_options.include_usage)
 
 
 def check_model(name: str, card: ModelCard) -> None:
@@ -313,39 +343,67 @@ def check_model(name: str, card: ModelCard) -> None:
         raise FieldError(f"There is no model {name[:100]!r} here, only {card.name!r}.", "model", ErrorKind.MODEL_NOT_FOUND)
 
 
-def _read_messages(
+@dataclass(frozen=True)
+class Spoken:
+    """One turn as a client sent it. parts: texts and images in its own order. param: the field of its content."""
+
+    role: str
+    parts: Sequence[str | ImageSource]
+    param: str
+
+
+def read_messages(
     messages: Sequence[ChatMessage], card: ModelCard, limits: Limits
 ) -> tuple[tuple[Message, ...], tuple[ImageSource, ...]]:
-    if len(messages) > limits.max_messages:
-        raise FieldError(f"There are {len(messages)} messages, expected at most {limits.max_messages}.", "messages")
-    turns, sources = [], []
-    for index, message in enumerate(messages):
-        role = "system" if message.role == "developer" else message.role
-        text, found = _read_content(message.content, role, field_path(("messages", index, "content")))
-        turns.append(Message(role, text))
-        sources.extend(found)
-    check_pictures(len(sources), card, limits, "messages")
-    check_prompt_length(sum(len(turn.text) for turn in turns), limits, "messages")
-    try:
-        return tuple(normalise_turns(turns, len(sources))), tuple(sources)
-    except ValueError as error:  # nothing to answer; the sentence is this package's own and names places only
-        raise FieldError(str(error), "messages") from error
+    """The messages of a chat, see `read_turns`."""
+    places = [f"messages[{index}].content" for index in range(len(messages))]
+    spoken = [Spoken(message.role, _parts(message.content, param), param) for message, param in zip(messages, places, strict=True)]
+    return read_turns(spoken, card, limits, "messages")
 
 
-def _read_content(content: str | list[ContentPart] | None, role: str, param: str) -> tuple[str, list[ImageSource]]:
-    """A message's text, with a placeholder for each image, and the images; both keep the images' own order."""
-    parts = [TextPart(type="text", text=content or "")] if isinstance(content, (str, type(None))) else content
-    sources = [
+def _parts(content: str | list[ContentPart] | None, param: str) -> list[str | ImageSource]:
+    if not isinstance(content, list):
+        return [content or ""]
+    return [
         ImageSource(part.image_url.url, f"{param}[{place}].image_url.url", DETAILS.get(part.image_url.detail))
-        for place, part in enumerate(parts)
         if isinstance(part, ImagePart)
+        else part.text
+        for place, part in enumerate(content)
     ]
-    texts = [part.text for part in parts if isinstance(part, TextPart)]
-    if sources and role != "user":
-        raise FieldError(f"A message of role {role} holds a picture; only users' messages may.", param)
-    if any(mark in text for text in texts for mark in (DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER)):
-        raise FieldError(f"The text holds {DEFAULT_IMAGE_TOKEN}, which marks a picture's place; send pictures as image_url parts.", param)
-    return text_of_parts([part.text if isinstance(part, TextPart) else DEFAULT_IMAGE_TOKEN for part in parts]), sources
+
+
+def read_turns(
+    spoken: Sequence[Spoken], card: ModelCard, limits: Limits, param: str
+) -> tuple[tuple[Message, ...], tuple[ImageSource, ...]]:
+    """A conversation as the engine has it, with a placeholder for each image, and the images in that order.
+
+    Args:
+        param: the field that all of it came in.
+
+    Raises:
+        FieldError: what cannot be answered, and in which field.
+    """
+    if len(spoken) > limits.max_messages:
+        raise FieldError(f"There are {len(spoken)} messages, expected at most {limits.max_messages}.", param)
+    turns = [Message("system" if turn.role == "developer" else turn.role, _text_of(turn)) for turn in spoken]
+    sources = tuple(part for turn in spoken for part in turn.parts if isinstance(part, ImageSource))
+    check_pictures(len(sources), card, limits, param)
+    check_prompt_length(sum(len(turn.text) for turn in turns), limits, param)
+    try:
+        return tuple(normalise_turns(turns, len(sources))), sources
+    except ValueError as error:  # nothing to answer; the sentence is this package's own and names places only
+        raise FieldError(str(error), param) from error
+
+
+def _text_of(turn: Spoken) -> str:
+    """A turn's text, with a placeholder for each image; the images keep their own order."""
+    if turn.role != "user" and any(isinstance(part, ImageSource) for part in turn.parts):
+        raise FieldError(f"A message of role {turn.role} holds a picture; only users' messages may.", turn.param)
+    if any(mark in part for part in turn.parts if isinstance(part, str) for mark in (DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER)):
+        raise FieldError(
+            f"The text holds {DEFAULT_IMAGE_TOKEN}, which marks a picture's place; send pictures as parts of their own.", turn.param
+        )
+    return text_of_parts([part if isinstance(part, str) else DEFAULT_IMAGE_TOKEN for part in turn.parts])
 
 
 def check_pictures(count: int, card: ModelCard, limits: Limits, param: str) -> None:
@@ -414,17 +472,22 @@ def report_fields(event: Started | Finished) -> dict[str, Any]:
     }
 
 
-def usage_fields(endings: Sequence[Finished]) -> dict[str, Any]:
-    """The value of `usage`: the prompt counts once, the answers add up."""
-    first = endings[0]
-    written = sum(ending.completion_tokens for ending in endings)
+def usage_fields(endings: Sequence[Finished], n: int = 0) -> dict[str, Any]:
+    """The value of `usage`: each prompt counts once, the answers add up.
+
+    Args:
+        n: answers to each prompt, in a row; 0 where all of them answer one.
+    """
+    prompts = endings[:: n or len(endings)]
+    images = [image for ending in prompts for image in ending.images]
+    read, written = sum(ending.prompt_tokens for ending in prompts), sum(ending.completion_tokens for ending in endings)
     return {
-        "prompt_tokens": first.prompt_tokens,
+        "prompt_tokens": read,
         "completion_tokens": written,
-        "total_tokens": first.prompt_tokens + written,
-        "visual_tokens": sum(image.visual_tokens for image in first.images),
-        "full_visual_tokens": sum(image.full_visual_tokens for image in first.images),
-        "granularities": [image.granularity for image in first.images],
+        "total_tokens": read + written,
+        "visual_tokens": sum(image.visual_tokens for image in images),
+        "full_visual_tokens": sum(image.full_visual_tokens for image in images),
+        "granularities": [image.granularity for image in images],
     }
 
 
@@ -448,7 +511,7 @@ def _token_fields(text: str, log_probability: float) -> dict[str, Any]:
 
 
 class ChatWriter:
-    """Writes the bodies of one call's answer.
+    """Writes the bodies of one call's answer; `llava.serve.completions_api` has another form of its choices.
 
     Args:
         request_id: names the completion. model: as served. call: says whether there are log probabilities, and whether a stream ends with a
@@ -456,65 +519,77 @@ class ChatWriter:
     """
 
     media_type = "text/event-stream"
+    kind, whole, part, text_field = "chatcmpl", "chat.completion", "chat.completion.chunk", "content"
 
     def __init__(self, request_id: str, model: str, call: Call) -> None:
-        self.head = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": model}
-        self.scored, self.include_usage = call.sampling.logprobs is not None, call.include_usage
+        self.call = call
+        self.head = {"id": f"{self.kind}-{request_id}", "created": int(time.time()), "model": model}
+        self.scored = call.sampling.logprobs is not None
         self._no_usage: dict[str, Any] = {"usage": None} if call.include_usage else {}
         self._frames: dict[int, tuple[bytes, bytes]] = {}
 
     def completion(self, answers: Sequence[WholeAnswer]) -> dict[str, Any]:
-        endings = [ending for _, _, ending in answers]
-        slowest = max(endings, key=lambda ending: ending.milliseconds.get("total", 0.0))
-        return {
-            **self.head,
-            "object": "chat.completion",
-            "choices": [
-                self._choice(index, "message", {"role": "assistant", "content": text}, scores, ending.finish_reason)
-                for index, (text, scores, ending) in enumerate(answers)
-            ],
-            "usage": usage_fields(endings),
-            "avg_llava": report_fields(slowest),
-        }
+        choices = [
+            self._choice(index, self.whole_text(text), self.scores(index, scores), ending.finish_reason)
+            for index, (text, scores, ending) in enumerate(answers)
+        ]
+        return {**self.head, "object": self.whole, "choices": choices, **self._costs([ending for _, _, ending in answers])}
 
     def opening(self, index: int, event: Started) -> bytes:
-        """The chunk that names the role; it already tells what the pictures cost."""
-        return self._chunk(index, {"role": "assistant", "content": ""}, (), None, avg_llava=report_fields(event))
+        """The chunk before all text; it already tells what the pictures cost."""
+        return self._chunk(index, self.first_text(), None, None, avg_llava=report_fields(event))
 
     def piece(self, index: int, text: str, scores: Sequence[TokenScore]) -> bytes:
         """The chunk with the next text. Without scores only the text differs from one to the next: the rest is written once."""
         if self.scored:
-            return self._chunk(index, {"content": text}, scores, None)
+            return self._chunk(index, self.next_text(text), self.scores(index, scores) if scores else None, None)
         if index not in self._frames:
-            before, empty, after = self._chunk(index, {"content": ""}, (), None).partition(b'"content":""')
+            before, empty, after = self._chunk(index, self.next_text(""), None, None).partition(f'"{self.text_field}":""'.encode())
             self._frames[index] = before + empty[:-2], after
         before, after = self._frames[index]
         return before + compact_json(text) + after
 
     def ending(self, index: int, event: Finished) -> bytes:
-        return self._chunk(index, {}, (), event.finish_reason, avg_llava=report_fields(event))
+        return self._chunk(index, self.last_text(), None, event.finish_reason, avg_llava=report_fields(event))
 
     def closing(self, endings: Mapping[int, Finished]) -> bytes:
-        return (self._usage(list(endings.values())) if self.include_usage else b"") + STREAM_END
+        if not self.call.include_usage:
+            return STREAM_END
+        costs = self._costs([endings[index] for index in sorted(endings)])
+        return server_sent({**self.head, "object": self.part, "choices": [], **costs}) + STREAM_END
 
     def failure(self, error: ServeError, request_id: str) -> bytes:
         return server_sent({"error": error_fields(error, request_id)}) + STREAM_END
 
-    def _usage(self, endings: Sequence[Finished]) -> bytes:
-        """The chunk without choices that `include_usage` asks for."""
+    # How a choice holds its text and scores.
+
+    def whole_text(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text}}
+
+    def first_text(self) -> dict[str, Any]:
+        return {"delta": {"role": "assistant", "content": ""}}
+
+    def next_text(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text}}
+
+    def last_text(self) -> dict[str, Any]:
+        return {"delta": {}}
+
+    def scores(self, index: int, scores: Sequence[TokenScore]) -> dict[str, Any] | None:
+        """The value of a choice's `logprobs`, where they were asked for."""
+        return score_fields(scores) if self.scored else None
+
+    def _costs(self, endings: Sequence[Finished]) -> dict[str, Any]:
         slowest = max(endings, key=lambda ending: ending.milliseconds.get("total", 0.0))
-        body = {"choices": [], "usage": usage_fields(endings), "avg_llava": report_fields(slowest)}
-        return server_sent({**self.head, "object": "chat.completion.chunk", **body})
+        return {"usage": usage_fields(endings, self.call.n), "avg_llava": report_fields(slowest)}
 
-    def _chunk(self, index: int, delta: Mapping[str, Any], scores: Sequence[TokenScore], finish_reason: str | None, **extra: Any) -> bytes:
-        choice = self._choice(index, "delta", delta, scores, finish_reason)
-        return server_sent({**self.head, "object": "chat.completion.chunk", "choices": [choice], **self._no_usage, **extra})
+    def _chunk(self, index: int, text: Mapping[str, Any], logprobs: Any, finish_reason: str | None, **extra: Any) -> bytes:
+        choice = self._choice(index, text, logprobs, finish_reason)
+        return server_sent({**self.head, "object": self.part, "choices": [choice], **self._no_usage, **extra})
 
-    def _choice(
-        self, index: int, key: str, value: Mapping[str, Any], scores: Sequence[TokenScore], finish_reason: str | None
-    ) -> dict[str, Any]:
-        logprobs = score_fields(scores) if self.scored and (scores or key == "message") else None
-        return {"index": index, key: value, "logprobs": logprobs, "finish_reason": finish_reason}
+    @staticmethod
+    def _choice(index: int, text: Mapping[str, Any], logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
+        return {"index": index, **text, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 def server_sent(value: Any) -> bytes:

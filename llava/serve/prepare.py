@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.images import ImageError
 from llava.inference import Assistant
 from llava.mm_utils import tokenizer_image_token
@@ -16,7 +18,7 @@ from llava.model.llava_arch import RoutingPlan
 from llava.model.routing import RoutingError
 from llava.model.splice import prompt_rows
 from llava.serve.caches import TensorCache, picture_key
-from llava.serve.protocol import ErrorKind, GenerationRequest, Sampling, ServeError
+from llava.serve.protocol import ErrorKind, GenerationRequest, PromptTokens, Sampling, ServeError
 from llava.serve.task import Prepared
 
 
@@ -39,9 +41,48 @@ class Preparer:
         Raises:
             ServeError: the request cannot work, with a sentence that says why.
         """
+        check_token_ids(request.sampling, self.model.config.vocab_size)
+        prepared = self._prepared(request)
+        self._check_length(request, prepared)
+        return prepared
+
+    def tokens(self, request: GenerationRequest, special: bool) -> PromptTokens:
+        """The tokens of a prompt, however long it is.
+
+        Args:
+            special: whether they begin with the one that begins every text.
+
+        Raises:
+            ServeError: the request cannot work, with a sentence that says why.
+        """
+        prepared = self._prepared(request)
+        plan = self._plan(request, prepared)
+        costs = [[costs[level] for level in levels] for costs, levels in zip(plan.costs(0), plan.levels(0), strict=True)]
+        ids, tokenizer = prepared.prompt.ids.tolist(), self.assistant.tokenizer
+        if not special and ids[:1] == [tokenizer.bos_token_id]:
+            ids = ids[1:]
+        with self._tokenizing:
+            texts = [DEFAULT_IMAGE_TOKEN if number == IMAGE_TOKEN_INDEX else str(tokenizer.convert_ids_to_tokens(number)) for number in ids]
+        return PromptTokens(tuple(ids), tuple(texts), tuple((min(own), max(own)) for own in costs))
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text that ids stand for, special tokens included, with `<image>` for an image's place.
+
+        Raises:
+            ServeError: an id that is not in the vocabulary.
+        """
+        tokenizer = self.assistant.tokenizer
+        for place, number in enumerate(ids):
+            if number != IMAGE_TOKEN_INDEX and not 0 <= number < len(tokenizer):
+                told = f"There is no token {number}; this model's tokenizer has {len(tokenizer)}, counted from 0."
+                raise ServeError(ErrorKind.INVALID_REQUEST, told, f"tokens[{place}]")
+        runs = [(is_image, list(run)) for is_image, run in groupby(ids, key=IMAGE_TOKEN_INDEX.__eq__)]
+        with self._tokenizing:
+            return "".join(DEFAULT_IMAGE_TOKEN * len(run) if is_image else str(tokenizer.decode(run)) for is_image, run in runs)
+
+    def _prepared(self, request: GenerationRequest) -> Prepared:
         if request.images and self.model.get_model().vision_tower is None:
             raise ServeError(ErrorKind.INVALID_REQUEST, "This model takes no pictures.", "images[0]")
-        check_token_ids(request.sampling, self.model.config.vocab_size)
         try:
             prompt = prompt_rows(self._ids(request)[None].to(self.model.device), None, None)[0]
         except ValueError as error:  # the sentence is this package's own and holds counts and roles only
@@ -51,9 +92,7 @@ class Preparer:
         pictures = tuple(
             known[0] if known else self._views(image, place) for place, (known, image) in enumerate(zip(kept, request.images, strict=True))
         )
-        prepared = Prepared(prompt, keys, pictures, tuple(known is not None for known in kept))
-        self._check_length(request, prepared)
-        return prepared
+        return Prepared(prompt, keys, pictures, tuple(known is not None for known in kept))
 
     def _ids(self, request: GenerationRequest) -> Tensor:
         with self._tokenizing:
@@ -69,14 +108,17 @@ class Preparer:
         except ImageError as error:
             raise ServeError(ErrorKind.INVALID_IMAGE, param=f"images[{place}]") from error
 
-    def _check_length(self, request: GenerationRequest, prepared: Prepared) -> None:
-        """Whether the prompt fits at the cheapest of the granularities that it may have."""
+    def _plan(self, request: GenerationRequest, prepared: Prepared) -> RoutingPlan:
         try:
-            plan = plan_of(self.assistant, [request], [prepared], [len(picture) for picture in prepared.pictures])
+            return plan_of(self.assistant, [request], [prepared], [len(picture) for picture in prepared.pictures])
         except RoutingError as error:
             raise ServeError(ErrorKind.INVALID_REQUEST, str(error), ROUTING_FIELDS[error.field]) from error
         except ValueError as error:  # as above: a count of placeholders
             raise ServeError(ErrorKind.INVALID_REQUEST, str(error), _text_field(request)) from error
+
+    def _check_length(self, request: GenerationRequest, prepared: Prepared) -> None:
+        """Whether the prompt fits at the cheapest of the granularities that it may have."""
+        plan = self._plan(request, prepared)
         cheapest = sum(min(costs[level] for level in levels) for costs, levels in zip(plan.costs(0), plan.levels(0), strict=True))
         text = len(prepared.prompt.ids) - len(prepared.keys)
         if text + cheapest >= self.longest_row:

@@ -10,7 +10,7 @@ One request's life:
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
@@ -21,6 +21,10 @@ from llava.messages import Message
 from llava.model.routing import RoutingRequest
 
 CHAT_PATH = "/v1/chat/completions"
+COMPLETIONS_PATH = "/v1/completions"
+RESPONSES_PATH = "/v1/responses"
+TOKENIZE_PATH = "/tokenize"
+DETOKENIZE_PATH = "/detokenize"
 WORKER_PATH = "/worker_generate_stream"
 STATUS_PATH = "/worker_get_status"
 LLAVA_PATHS = frozenset((WORKER_PATH, STATUS_PATH))
@@ -176,7 +180,8 @@ class ImageReport:
 
     granularity: tokens per view chosen. visual_tokens: spent on it; full_visual_tokens: what the finest would have cost.
     tokens_per_level: cost at each granularity. logits, probabilities: the router's, coarse to fine; empty where it was not asked.
-    cached: its features were there already. grid: where its tokens lie on the picture, from `llava.visualize.grid_of`, for pages that draw
+    cached: whether its features were there already; `None` where that is not told.
+    grid: where its tokens lie on the picture, from `llava.visualize.grid_of`, for pages that draw
     them; `None` where nobody knows.
     """
 
@@ -186,7 +191,7 @@ class ImageReport:
     tokens_per_level: dict[int, int]
     logits: tuple[float, ...] = ()
     probabilities: tuple[float, ...] = ()
-    cached: bool = False
+    cached: bool | None = None
     grid: dict[str, Any] | None = None
 
 
@@ -248,6 +253,24 @@ Event = Started | Piece | Finished
 
 
 @dataclass(frozen=True)
+class PromptTokens:
+    """A prompt as the model would read it, not read yet.
+
+    ids: of its text, with one `IMAGE_TOKEN_INDEX` per image. texts: of each id. visual_tokens: of each image, the fewest and the most that
+    it may take in place of its id; both are the same where the request leaves the router no choice.
+    """
+
+    ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    visual_tokens: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def most_positions(self) -> int:
+        """Positions that it may take."""
+        return len(self.ids) - len(self.visual_tokens) + sum(most for _, most in self.visual_tokens)
+
+
+@dataclass(frozen=True)
 class ModelCard:
     """What a served model is. granularities: tokens per view, coarse to fine; empty where the backend has none to choose from."""
 
@@ -306,6 +329,25 @@ class Engine(Protocol):
         ...
 
     def stats(self) -> EngineStats: ...
+
+    async def tokenize(self, request: GenerationRequest, special: bool = True) -> PromptTokens:
+        """The tokens of a request's prompt, however long it is; nothing is generated.
+
+        Args:
+            special: whether they begin with the one that begins every text.
+
+        Raises:
+            ServeError: the request cannot work.
+        """
+        ...
+
+    async def detokenize(self, ids: Sequence[int]) -> str:
+        """The text that ids stand for, special tokens included.
+
+        Raises:
+            ServeError: an id that is not in the vocabulary.
+        """
+        ...
 
     async def drain(self) -> None:
         """Take no more requests and wait until the running ones are done."""

@@ -29,6 +29,7 @@ from llava.serve.openai_api import STREAM_END, server_sent
 from llava.serve.outbound import BrokenOff, Outbound, Patience, Reply, Unreachable, parse_json_object
 from llava.serve.protocol import ErrorKind, ServeError
 from llava.serve.refusals import own_words, told_kind
+from llava.serve.responses_api import error_event
 from llava.serve.watchdog import patient
 
 logger = logging.getLogger(__name__)
@@ -105,10 +106,30 @@ def _said_by_event(frame: bytes) -> Said:
 
 
 def _has_content(choice: Any) -> bool:
+    """Whether a choice of a chat or of a text completion holds some text, or its end."""
     if not isinstance(choice, dict):
         return False
     delta = choice.get("delta")
-    return bool(choice.get("finish_reason") or (isinstance(delta, dict) and delta.get("content")))
+    return bool(choice.get("finish_reason") or choice.get("text") or (isinstance(delta, dict) and delta.get("content")))
+
+
+def _said_by_typed_event(frame: bytes) -> Said:
+    data = _event_data(frame)
+    event = parse_json_object(data) if data else {}
+    if event is None:
+        raise BrokenOff("the stream holds something else than JSON objects")
+    if event.get("type") == "error":
+        return Said.FAILURE if event.get("code") in _ELSEWHERE_CODES else Said.ANSWER
+    return Said.ANSWER if event.get("type") in _TYPED_TEXT | _TYPED_ENDS else Said.NOTHING
+
+
+_TYPED_TEXT = frozenset(("response.output_text.delta",))
+_TYPED_ENDS = frozenset(("response.completed", "response.incomplete", "response.failed", "error"))
+
+
+def _is_typed_end(frame: bytes) -> bool:
+    name, _, _ = frame.lstrip().partition(b"\n")
+    return name.removeprefix(b"event:").strip().decode("latin-1") in _TYPED_ENDS
 
 
 def _event_error(error: ServeError, request_id: str) -> bytes:
@@ -135,6 +156,8 @@ def _is_done(frame: bytes) -> bool:
 
 EVENTS = Dialect(b"\n\n", "text/event-stream", _said_by_event, _is_done, _event_error)
 """Server-sent events of the OpenAI API."""
+TYPED_EVENTS = Dialect(b"\n\n", "text/event-stream", _said_by_typed_event, _is_typed_end, error_event)
+"""Server-sent events of the Responses API, each with its type."""
 FRAMES = Dialect(b"\0", "application/octet-stream", _said_by_frame, None, _frame_error)
 """LLaVA's JSON objects with a null byte behind each."""
 

@@ -104,7 +104,7 @@ def chat_body(request: GenerationRequest, model: str) -> dict[str, Any]:
     sampling = request.sampling
     body: dict[str, Any] = {
         "model": model,
-        "messages": chat_messages(_turns(request), request.images, request.routing),
+        "messages": chat_messages(request_turns(request), request.images, request.routing),
         "stream": True,
         "stream_options": {"include_usage": True},
         "temperature": sampling.temperature,
@@ -119,17 +119,22 @@ def chat_body(request: GenerationRequest, model: str) -> dict[str, Any]:
         body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
     if sampling.logprobs is not None:
         body["logprobs"], body["top_logprobs"] = True, sampling.logprobs
-    routing = request.routing
+    return body | routing_fields(request.routing)
+
+
+def routing_fields(routing: RoutingRequest) -> dict[str, Any]:
+    """What is asked about granularity, as fields of a body; each image's detail stands in the image's own part."""
+    fields: dict[str, Any] = {}
     if routing.granularity is not None:
-        body["granularity"] = routing.granularity if isinstance(routing.granularity, int) else list(routing.granularity)
+        fields["granularity"] = routing.granularity if isinstance(routing.granularity, int) else list(routing.granularity)
     if routing.max_visual_tokens is not None:
-        body["max_visual_tokens"] = routing.max_visual_tokens
+        fields["max_visual_tokens"] = routing.max_visual_tokens
     if routing.bias:
-        body["granularity_bias"] = routing.bias
-    return body
+        fields["granularity_bias"] = routing.bias
+    return fields
 
 
-def _turns(request: GenerationRequest) -> Sequence[Message]:
+def request_turns(request: GenerationRequest) -> Sequence[Message]:
     """The turns to send: a request's own as every template can write them, or those of its finished prompt as they stand there."""
     if request.prompt is None:
         try:
@@ -176,25 +181,25 @@ def _content(text: str, images: Iterator[dict[str, Any]]) -> str | list[dict[str
 
 
 def _image_part(image: Image.Image, detail: Detail | None) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": _data_url(image), **({"detail": detail} if detail else {})}}
+    return {"type": "image_url", "image_url": {"url": data_url(image), **({"detail": detail} if detail else {})}}
 
 
-def _data_url(image: Image.Image) -> str:
+def data_url(image: Image.Image) -> str:
     buffer = BytesIO()
     image.save(buffer, format="PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-async def check_head(reply: Reply) -> None:
-    """Let a stream of events through.
+async def check_head(reply: Reply, media_type: str = "text/event-stream") -> None:
+    """Let an answer of the type that is expected through.
 
     Raises:
         ServeError: the backend answered with an error. BrokenOff: it answered with something else.
     """
     if reply.status != 200:
         raise await _refusal(reply)
-    if reply.content_type != "text/event-stream":
-        raise BrokenOff(f"it answered with {reply.content_type or 'no type'}, not with a stream of events")
+    if reply.content_type != media_type:
+        raise BrokenOff(f"it answered with {reply.content_type or 'no type'}, not with {media_type}")
 
 
 async def _refusal(reply: Reply) -> ServeError:
@@ -366,7 +371,7 @@ def image_reports(report: dict[str, Any]) -> tuple[ImageReport, ...]:
 
 
 def _image_report(image: dict[str, Any]) -> ImageReport:
-    grid = image.get("grid")
+    grid, cached = image.get("grid"), image.get("cached")
     return ImageReport(
         granularity=_count(image, "granularity"),
         visual_tokens=_count(image, "visual_tokens"),
@@ -374,7 +379,7 @@ def _image_report(image: dict[str, Any]) -> ImageReport:
         tokens_per_level=_levels(image.get("tokens_per_level")),
         logits=_numbers(image.get("logits")),
         probabilities=_numbers(image.get("probabilities")),
-        cached=image.get("cached") is True,
+        cached=cached if isinstance(cached, bool) else None,
         grid=grid if isinstance(grid, dict) else None,
     )
 

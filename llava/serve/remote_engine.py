@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
@@ -20,19 +20,24 @@ from llava.serve.json_writer import compact_json
 from llava.serve.outbound import BrokenOff, Outbound, Patience, Unreachable
 from llava.serve.protocol import (
     CHAT_PATH,
+    DETOKENIZE_PATH,
+    TOKENIZE_PATH,
     EngineStats,
     ErrorKind,
     Event,
     GenerationRequest,
     ModelCard,
+    PromptTokens,
     ServeError,
 )
 from llava.serve.remote_chat import chat_body, check_head, check_sampling, is_count, read_stream
+from llava.serve.remote_tokens import prompt_tokens, tokenize_body
 
 logger = logging.getLogger(__name__)
 
 _MAX_STREAM_BYTES = 256_000_000
 _MAX_LIST_BYTES = 4_000_000
+_MAX_TOKENS_BYTES = 64_000_000
 _WAITING_EVENTS = 64
 """Events of one answer that may wait for a slow reader; then the backend's stream is no longer read."""
 
@@ -191,6 +196,44 @@ class RemoteEngine:
     def stats(self) -> EngineStats:
         running = sum(generation.running for generation in self._generations)
         return EngineStats(len(self._generations) - running, running)
+
+    async def tokenize(self, request: GenerationRequest, special: bool = True) -> PromptTokens:
+        self._check(request)
+        body = await asyncio.to_thread(tokenize_body, request, special, self.backend.model)
+        try:
+            return prompt_tokens(await self._asked(TOKENIZE_PATH, body))
+        except BrokenOff as error:
+            raise ServeError(ErrorKind.BACKEND_FAILED) from error
+
+    async def detokenize(self, ids: Sequence[int]) -> str:
+        answer = await self._asked(DETOKENIZE_PATH, {"model": self.backend.model, "tokens": list(ids)})
+        if not isinstance(answer.get("prompt"), str):
+            raise ServeError(ErrorKind.BACKEND_FAILED)
+        return str(answer["prompt"])
+
+    async def _asked(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The backend's answer to something else than a chat."""
+        try:
+            async with self.outbound.call(
+                "POST",
+                self.backend.endpoint,
+                path,
+                patience=self.backend.patience,
+                max_bytes=_MAX_TOKENS_BYTES,
+                content=compact_json(body),
+                headers={**self.backend.headers, "Content-Type": "application/json"},
+            ) as reply:
+                if reply.status in (404, 405):
+                    raise ServeError(ErrorKind.NOT_FOUND, "The server behind this model does not tell its tokens.")
+                await check_head(reply, "application/json")
+                answer = await reply.json()
+        except Unreachable as error:
+            raise ServeError(ErrorKind.BACKEND_UNREACHABLE) from error
+        except BrokenOff as error:
+            raise ServeError(ErrorKind.BACKEND_FAILED) from error
+        if not isinstance(answer, dict):
+            raise ServeError(ErrorKind.BACKEND_FAILED)
+        return answer
 
     async def drain(self) -> None:
         self._draining = True

@@ -45,6 +45,7 @@ def create_bridge_app(
     allowed_origins: Sequence[str] = (),
     registration: Registration | None = None,
     stream_interval: int = 1,
+    report_cache_hits: bool = False,
 ) -> FastAPI:
     """The app of a worker that answers through a backend; see `create_worker_app`."""
     engine = RemoteEngine(backend)
@@ -57,6 +58,7 @@ def create_bridge_app(
         places=backend.concurrency,
         stream_interval=stream_interval,
         not_ready=ErrorKind.BACKEND_UNREACHABLE,
+        report_cache_hits=report_cache_hits,
     )
     worker_lifespan = app.router.lifespan_context
 
@@ -166,6 +168,7 @@ def build_app(args: argparse.Namespace) -> FastAPI:
         allowed_origins=args.allowed_origins,
         registration=registration,
         stream_interval=args.stream_interval,
+        report_cache_hits=args.report_cache_hits,
     )
 
 

@@ -11,7 +11,8 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
@@ -19,31 +20,21 @@ from starlette.types import Receive, Scope, Send
 
 from llava import __version__
 from llava.serve.calls import Call, StreamWriter, Writer
+from llava.serve.endpoints import ANSWERING, BODIES, Answering
 from llava.serve.errors import error_response, request_id_of, typed_error
 from llava.serve.gate import HELD_BODIES, Gate
 from llava.serve.http_guard import guard_app, unless_gone
 from llava.serve.http_server import DRAIN_SECONDS, make_server, run_server
 from llava.serve.joining import JoinedPieces, Numbered, merged
 from llava.serve.json_writer import JsonResponse
-from llava.serve.llava_api import WorkerRequest, WorkerWriter, read_worker_request
 from llava.serve.metrics import CONTENT_TYPE, Metrics
-from llava.serve.openai_api import (
-    ChatCompletion,
-    ChatRequest,
-    ChatWriter,
-    ErrorBody,
-    ModelFields,
-    ModelList,
-    check_model,
-    model_fields,
-    read_chat,
-)
+from llava.serve.openai_api import ErrorBody, ModelFields, ModelList, check_model, model_fields
 from llava.serve.openapi import describe_bodies
 from llava.serve.pictures import PictureLoader
 from llava.serve.protocol import (
-    CHAT_PATH,
+    DETOKENIZE_PATH,
     STATUS_PATH,
-    WORKER_PATH,
+    TOKENIZE_PATH,
     Engine,
     ErrorKind,
     Event,
@@ -58,6 +49,7 @@ from llava.serve.protocol import (
 )
 from llava.serve.registration import Registration
 from llava.serve.strict_json import read_json
+from llava.serve.tokenize_api import Tokens, read_detokenize, read_tokenize, token_fields
 from llava.serve.watchdog import patient
 
 __all__ = ["Registration", "Worker", "create_worker_app", "run_worker"]
@@ -70,18 +62,26 @@ LEFTOVER_SECONDS = 5.0
 
 
 class Worker:
-    """Answers the calls of both protocols.
+    """Answers the calls of all protocols.
 
     Args:
         engine: makes the answers. limits: of one request. gate: counts the requests inside. pictures: decodes. metrics: counts.
-        stream_interval: tokens between two parts of a stream, see `JoinedPieces`.
+        stream_interval: tokens between two parts of a stream, see `JoinedPieces`. report_cache_hits: see `create_worker_app`.
     """
 
     def __init__(
-        self, engine: Engine, limits: Limits, gate: Gate, pictures: PictureLoader, metrics: Metrics, stream_interval: int = 1
+        self,
+        engine: Engine,
+        limits: Limits,
+        gate: Gate,
+        pictures: PictureLoader,
+        metrics: Metrics,
+        stream_interval: int = 1,
+        report_cache_hits: bool = False,
     ) -> None:
         self.engine, self.limits, self.gate = engine, limits, gate
         self.pictures, self.metrics, self.stream_interval = pictures, metrics, stream_interval
+        self.report_cache_hits = report_cache_hits
         self.created = int(time.time())
 
     @property
@@ -93,29 +93,61 @@ class Worker:
         """What LLaVA's controller wants to know."""
         return {"model_names": [self.engine.card.name], "speed": 1, "queue_length": self.gate.inside}
 
-    async def chat(self, request: Request) -> Response:
-        """Answer `/v1/chat/completions`."""
-        call = read_chat(await read_json(request), self.engine.card, self.limits)
-        return await self._answer(request, call, ChatWriter(request_id_of(request.scope), self.engine.card.name, call))
+    async def answer(self, request: Request, endpoint: Answering) -> Response:
+        """Answer a request of one of the APIs: with a stream where one is asked for, else with one body.
 
-    async def generate(self, request: Request) -> Response:
-        """Answer `/worker_generate_stream`."""
-        call = read_worker_request(await read_json(request), self.engine.card, self.limits)
-        return await self._stream(request, call, WorkerWriter(call))
-
-    async def _answer(self, request: Request, call: Call, writer: Writer) -> Response:
-        """The response to a call: a stream where one is asked for, else one body."""
-        if call.stream:
-            return await self._stream(request, call, writer)
-        events = self._call_events(call, request_id_of(request.scope))
-        return JsonResponse(writer.completion(await unless_gone(request.receive, _collected(events, call.count))))
-
-    async def _stream(self, request: Request, call: Call, writer: StreamWriter) -> Response:
-        """The response to a call as a stream; what goes wrong before its first event has a status of its own."""
+        What goes wrong before a stream's first event has a status of its own.
+        """
         request_id = request_id_of(request.scope)
+        call = endpoint.read(await read_json(request), self.engine.card, self.limits)
+        writer = endpoint.writer(request_id, self.engine.card.name, call)
         events = self._call_events(call, request_id)
+        if not call.stream:
+            answers = await unless_gone(request.receive, _collected(events, call.count))
+            return JsonResponse(cast(Writer, writer).completion(answers))
         first = await unless_gone(request.receive, anext(events))
         return Streamed(self._parts(call, writer, first, events, request_id), writer.media_type, self.limits.send_seconds)
+
+    async def tokenize(self, request: Request) -> dict[str, Any]:
+        """Answer `/tokenize`."""
+        card = self.engine.card
+        call, asked = read_tokenize(await read_json(request), card, self.limits)
+        async with self.pictures.loaded(call.sources) as images:
+            [wanted] = call.requests(request_id_of(request.scope), images)
+            try:
+                found = await unless_gone(request.receive, self.engine.tokenize(wanted, asked.add_special_tokens is not False))
+            except ServeError as error:
+                raise call.named(error) from error
+        return token_fields(found, card, bool(asked.return_token_strs))
+
+    async def detokenize(self, request: Request) -> dict[str, str]:
+        """Answer `/detokenize`."""
+        ids = read_detokenize(await read_json(request), self.engine.card, self.limits)
+        return {"prompt": await unless_gone(request.receive, self.engine.detokenize(ids))}
+
+    def server_info(self) -> dict[str, Any]:
+        """What routers in front of servers ask for, under the names that SGLang gives it."""
+        card = self.engine.card
+        return {
+            "served_model_name": card.name,
+            "version": __version__,
+            "dp_size": 1,
+            "tp_size": 1,
+            "max_running_requests": self.gate.capacity,
+            "context_length": card.context_length,
+        }
+
+    def model_info(self) -> dict[str, Any]:
+        """The same about the model. `model_path` is its name: where its files are is nobody's business."""
+        card = self.engine.card
+        return {
+            "model_path": card.name,
+            "is_generation": True,
+            "model_type": "avg_llava" if card.granularities else None,
+            "has_image_understanding": card.takes_images,
+            "has_audio_understanding": False,
+            "max_context_length": card.context_length,
+        }
 
     async def _call_events(self, call: Call, request_id: str) -> AsyncGenerator[Numbered, None]:
         if call.user is not None:
@@ -166,7 +198,7 @@ class Worker:
             async with aclosing(JoinedPieces(found, self.stream_interval).events() if streamed else found) as events:
                 async for index, event in events:
                     self._count(event)
-                    yield index, event
+                    yield index, event if self.report_cache_hits else _without_cache_hits(event)
         finally:
             for generation in running:
                 generation.cancel()
@@ -176,6 +208,12 @@ class Worker:
             self.metrics.started(event)
         elif isinstance(event, Finished):
             self.metrics.finished(event)
+
+
+def _without_cache_hits(event: Event) -> Event:
+    if isinstance(event, Piece) or not event.images:
+        return event
+    return replace(event, images=tuple(replace(image, cached=None) for image in event.images))
 
 
 async def _with_first(first: Numbered, rest: AsyncIterator[Numbered]) -> AsyncIterator[Numbered]:
@@ -235,6 +273,7 @@ def create_worker_app(
     not_ready: ErrorKind = ErrorKind.OVERLOADED,
     open_prefixes: Sequence[str] = (),
     pictures: PictureLoader | None = None,
+    report_cache_hits: bool = False,
 ) -> FastAPI:
     """The app of one worker.
 
@@ -249,6 +288,7 @@ def create_worker_app(
         not_ready: what `/ready` says where the engine takes no requests.
         open_prefixes: paths that need no key, such as those of a page mounted into this app.
         pictures: decodes and fetches; one by `limits` when missing.
+        report_cache_hits: tell in answers which images' features were there already, and with that what others have asked about.
 
     Returns:
         The app; `app.state.worker` is its `Worker` and `app.state.gate` its `Gate`.
@@ -256,7 +296,7 @@ def create_worker_app(
     limits = limits or Limits()
     gate = Gate(places + limits.max_queue, HELD_BODIES * limits.max_body_bytes)
     metrics = Metrics(engine.stats)
-    worker = Worker(engine, limits, gate, pictures or PictureLoader(limits), metrics, stream_interval)
+    worker = Worker(engine, limits, gate, pictures or PictureLoader(limits), metrics, stream_interval, report_cache_hits)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -281,14 +321,14 @@ def create_worker_app(
     app.state.worker = worker
     app.state.failed = lambda: engine.stats().failed is not None
     _add_routes(app, worker, metrics, not_ready)
-    describe_bodies(app, {CHAT_PATH: ChatRequest, WORKER_PATH: WorkerRequest}, guarded=bool(api_keys))
+    describe_bodies(app, BODIES, guarded=bool(api_keys))
     guard_app(
         app,
         gate,
         limits,
         api_keys=api_keys,
         allowed_origins=allowed_origins,
-        generating_paths=(CHAT_PATH, WORKER_PATH),
+        generating_paths=tuple(BODIES),
         open_prefixes=open_prefixes,
         on_error=metrics.failed,
     )
@@ -298,13 +338,26 @@ def create_worker_app(
 def _add_routes(app: FastAPI, worker: Worker, metrics: Metrics, not_ready: ErrorKind) -> None:
     errors: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorBody, "description": "What went wrong."}}
 
-    @app.post(CHAT_PATH, response_model=None, responses={200: {"model": ChatCompletion}, **errors})
-    async def chat_completions(request: Request) -> Response:
-        return await worker.chat(request)
+    for path, endpoint in ANSWERING.items():
+        _add_answering(app, path, worker, endpoint, errors)
 
-    @app.post(WORKER_PATH, response_model=None, responses=errors)
-    async def worker_generate_stream(request: Request) -> Response:
-        return await worker.generate(request)
+    @app.post(TOKENIZE_PATH, response_model=None, responses={200: {"model": Tokens}, **errors})
+    async def tokenize(request: Request) -> dict[str, Any]:
+        return await worker.tokenize(request)
+
+    @app.post(DETOKENIZE_PATH, response_model=None, responses={200: {"model": dict[str, str]}, **errors})
+    async def detokenize(request: Request) -> dict[str, str]:
+        return await worker.detokenize(request)
+
+    @app.get("/get_server_info", include_in_schema=False)  # older routers' names
+    @app.get("/server_info", responses=errors)
+    async def server_info() -> dict[str, Any]:
+        return worker.server_info()
+
+    @app.get("/get_model_info", include_in_schema=False)
+    @app.get("/model_info", responses=errors)
+    async def model_info() -> dict[str, Any]:
+        return worker.model_info()
 
     @app.post(STATUS_PATH, responses=errors)
     async def worker_get_status() -> dict[str, Any]:
@@ -337,6 +390,14 @@ def _add_routes(app: FastAPI, worker: Worker, metrics: Metrics, not_ready: Error
     @app.get("/metrics", response_model=None, responses=errors)
     async def show_metrics() -> Response:
         return Response(metrics.render(), media_type=CONTENT_TYPE)
+
+
+def _add_answering(app: FastAPI, path: str, worker: Worker, endpoint: Answering, errors: dict[int | str, dict[str, Any]]) -> None:
+    told: dict[int | str, dict[str, Any]] = {200: {"model": endpoint.answer}} if endpoint.answer is not None else {}
+
+    @app.post(path, name=path.strip("/").replace("/", "_"), response_model=None, responses={**told, **errors})
+    async def answer(request: Request) -> Response:
+        return await worker.answer(request, endpoint)
 
 
 def run_worker(app: FastAPI, host: str, port: int, *, log_level: str = "info", drain_seconds: float = DRAIN_SECONDS, **options: Any) -> int:

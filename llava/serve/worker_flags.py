@@ -51,6 +51,9 @@ def add_guard_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--allowed-host", action="append", default=[], metavar="HOST", help="fetch from this host only; may be given more than once"
     )
+    group.add_argument(
+        "--report-cache-hits", action="store_true", help="tell in answers which images were seen before, whoever sent them (default: off)"
+    )
     group.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"), help="default: %(default)s")
     group.add_argument("--log-file", metavar="FILE", help="also write the log to this file")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import re
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from llava.serve.protocol import (
@@ -15,6 +16,7 @@ from llava.serve.protocol import (
     ImageReport,
     ModelCard,
     Piece,
+    PromptTokens,
     ServeError,
     Started,
     TokenScore,
@@ -82,6 +84,19 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         running = min(self.active, self.rows)
         return EngineStats(self.active - running, running, 3, 1000, 5, 7)
+
+    async def tokenize(self, request: GenerationRequest, special: bool = True) -> PromptTokens:
+        """A token per letter of the prompt or of the last turn, 1 in front, -200 for an image."""
+        text = request.prompt if request.prompt is not None else request.messages[-1].text
+        letters = [letter for part in re.split("(<image>)", text) for letter in ([part] if part == "<image>" else part)]
+        ids = [*([1] if special else []), *(-200 if letter == "<image>" else ord(letter) for letter in letters)]
+        visual = [(min(report.tokens_per_level.values()), report.full_visual_tokens) for report in report_of(request)]
+        return PromptTokens(tuple(ids), (*(["<s>"] if special else []), *letters), tuple(visual))
+
+    async def detokenize(self, ids: Sequence[int]) -> str:
+        if any(not 0 <= number < 55296 for number in ids):
+            raise ServeError(ErrorKind.INVALID_REQUEST, "There is no such token.", "tokens[0]")
+        return "".join(map(chr, ids))
 
     async def drain(self) -> None:
         self.drained = True

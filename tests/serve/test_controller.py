@@ -26,7 +26,7 @@ from typing import Any
 
 import httpx
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 
 from llava import __version__
 from llava.serve.addresses import AddressRules, parse_network
@@ -523,6 +523,56 @@ def test_the_openai_sdk_works_at_the_controller() -> None:
         assert [model.id for model in client.models.list()] == ["fake"]
         stream = client.chat.completions.create(model="fake", messages=[{"role": "user", "content": "one two"}], stream=True)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "one two "
+
+
+def test_the_other_endpoints_pass_through_as_the_chat_does() -> None:
+    with controller() as stack, worker(FakeEngine()) as behind:
+        stack.add(behind.url)
+        with OpenAI(base_url=stack.url + "/v1", api_key="none", max_retries=0) as client:
+            assert client.completions.create(model="fake", prompt="one two").choices[0].text == "one two "
+            chunks = list(client.completions.create(model="fake", prompt="one two", stream=True))
+            assert "".join(chunk.choices[0].text for chunk in chunks) == "one two "
+            assert client.responses.create(model="fake", input="one two").output_text == "one two "
+            events = list(client.responses.create(model="fake", input="one two", stream=True))
+            assert events[-1].type == "response.completed" and events[-1].response.output_text == "one two "
+            with pytest.raises(BadRequestError) as refused:
+                client.responses.create(model="fake", input="x", store=True)
+            assert refused.value.param == "store"
+        told = HTTP.post(stack.url + "/tokenize", json={"model": "fake", "prompt": "ab"}).json()
+        assert told["tokens"] == [1, 97, 98]
+        assert HTTP.post(stack.url + "/detokenize", json={"model": "fake", "tokens": [97]}).json() == {"prompt": "a"}
+        unnamed = HTTP.post(stack.url + "/tokenize", json={"prompt": "ab"})
+        assert (unnamed.status_code, unnamed.json()["error"]["param"]) == (400, "model")
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/responses"])
+def test_a_stream_of_any_endpoint_moves_before_its_first_token_and_ends_with_an_error_after_it(path: str) -> None:
+    body = {"model": "fake", "stream": True, "prompt" if path == "/v1/completions" else "input": "one two three"}
+    with controller() as stack, worker(FakeEngine(failure=ServeError(ErrorKind.OUT_OF_MEMORY))) as bad, worker(FakeEngine()) as good:
+        stack.add(bad.url)
+        stack.add(good.url)
+        for _ in range(2):  # whichever is asked first
+            answer = HTTP.post(stack.url + path, json=body)
+            assert answer.status_code == 200 and "three" in answer.text and '"error":{' not in answer.text
+    with controller() as stack, worker(FakeEngine(failure=ServeError(ErrorKind.NOT_FINITE), fail_after=1)) as bad:
+        stack.add(bad.url)
+        answer = HTTP.post(stack.url + path, json=body)
+        assert "one" in answer.text and "non_finite_logits" in answer.text
+        assert stack.failed(ErrorKind.NOT_FINITE) == 1
+
+
+def half_a_response(exchange: Exchange) -> None:
+    exchange.begin_stream()
+    exchange.piece(b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","delta":"x"}\n\n')
+    exchange.end_stream()
+
+
+def test_a_response_that_breaks_off_ends_with_an_error_event() -> None:
+    with controller() as stack, FakeBackend(half_a_response) as backend:
+        stack.add(backend.url)
+        answer = HTTP.post(stack.url + "/v1/responses", json={"model": "fake", "input": "x", "stream": True})
+        last = json.loads(answer.text.strip().split("\n\n")[-1].split("data: ")[1])
+        assert last["type"] == "error" and last["code"] == last["error"]["code"] == "backend_failed"
 
 
 def test_models_are_described_as_their_workers_do() -> None:

@@ -24,7 +24,7 @@ from fastapi import FastAPI
 
 from llava.fetch import FetchError
 from llava.serve.controller import create_controller_app
-from llava.serve.protocol import Limits
+from llava.serve.protocol import COMPLETIONS_PATH, DETOKENIZE_PATH, RESPONSES_PATH, TOKENIZE_PATH, Limits
 from llava.serve.worker_base import create_worker_app
 from tests.serve.bodies import CHAT, WORKER, chat_body, data_url, picture, worker_body
 from tests.serve.fake_engine import FakeEngine
@@ -37,13 +37,23 @@ NASTY: tuple[Any, ...] = (
     *("data:", "data:image/png;base64,", "http://127.0.0.1:1/", "file:///etc/passwd"),
     *([], {}, [[]], [None], {"": None}, {"type": "text"}, {"type": "image_url"}, {"url": "x"}, ["a"] * 50, [36, 144], [2**40]),
 )
+ADDED = ("x", "model", "images", "tools", "prompt_embeds", "previous_response_id", "chat_template_kwargs", "\x00", "")
 VALID = (
     (CHAT, chat_body("what", (data_url(picture((3, 2))),), max_tokens=3)),
     (CHAT, chat_body("what", stream=True, stream_options={"include_usage": True}, n=2, logprobs=True, top_logprobs=1, max_tokens=2)),
     (CHAT, chat_body("a b", granularity=[36, 144], max_visual_tokens=99, granularity_bias=0.5, stop=["x"], seed=1, temperature=0.5)),
     (WORKER, worker_body("<image> a b", images=[picture((3, 2))], max_new_tokens=2, stop="</s>", echo=False)),
     (WORKER, worker_body("a b", granularity="auto", vis_token_granularity=None, top_p=0.3, seed=2)),
-)
+    (COMPLETIONS_PATH, worker_body("<image> a b", images=[picture((3, 2))], max_tokens=2, logprobs=1, stream=True)),
+    (COMPLETIONS_PATH, worker_body(["a b", "c"], n=2, stop=["x"], user="u")),
+    (RESPONSES_PATH, {"model": "fake", "input": "a b", "instructions": "c", "max_output_tokens": 3, "top_logprobs": 1}),
+    (RESPONSES_PATH, {"model": "fake", "stream": True, "input": [{"role": "user", "content": [
+        {"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": data_url(picture((3, 2))), "detail": "low"},
+    ]}]}),
+    (TOKENIZE_PATH, {"model": "fake", "messages": chat_body("what", (data_url(picture((3, 2))),))["messages"], "granularity": 36}),
+    (TOKENIZE_PATH, {"model": "fake", "prompt": "<image> a", "images": [picture((3, 2))], "return_token_strs": True}),
+    (DETOKENIZE_PATH, {"model": "fake", "tokens": [97, 98]}),
+)  # fmt: skip
 FILES = tuple(
     base64.b64decode(picture((5, 4), file_format)) for file_format in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 )
@@ -114,7 +124,7 @@ def break_value(value: Any, dice: random.Random) -> Any:
         elif action == 1 and isinstance(where, list):
             where.extend([where[key]] * dice.randrange(1, 12))
         elif action == 2 and isinstance(where, dict):
-            where[dice.choice(["x", "model", "images", "tools", "prompt_embeds", "chat_template_kwargs", "\x00", ""])] = dice.choice(NASTY)
+            where[dice.choice(ADDED)] = dice.choice(NASTY)
         else:
             where[key] = dice.choice(NASTY)
         break
@@ -232,7 +242,10 @@ def service_of(name: str) -> Service:
 
 KNOWN = {"model": "fake", "worker_name": "http://127.0.0.1:1"}
 """Put into two thirds of the generated bodies, which would hardly ever name what is there."""
-SENSIBLE = {"messages": chat_body("a b")["messages"], "prompt": "a b", "images": None, "n": 1, "max_tokens": 9, "max_new_tokens": 9}
+SENSIBLE = {
+    "messages": chat_body("a b")["messages"], "prompt": "a b", "input": "a b", "tokens": [97], "images": None, "n": 1,
+    "max_tokens": 9, "max_new_tokens": 9, "max_output_tokens": 9,
+}  # fmt: skip
 """Put into half of those, too, where they have such a field: rules between fields would refuse nearly all generated ones."""
 HEADER_NAMES = (
     "accept", "accept-encoding", "authorization", "connection", "content-encoding", "content-length", "content-type", "cookie", "expect",

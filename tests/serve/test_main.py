@@ -70,7 +70,7 @@ def test_names_that_nobody_gave_it_are_refused(flags, host, status, path, tmp_pa
 @pytest.mark.parametrize(
     ("method", "path", "accept", "typed"),
     [
-        ("POST", "/tokenize", "*/*", True),
+        ("POST", "/generate", "*/*", True),
         ("GET", "/v2/models", "application/json", True),
         ("PUT", "/config", "*/*", True),
         ("POST", "/gradio_api/nothing", "*/*", True),

@@ -315,7 +315,7 @@ def test_an_error_never_quotes_what_was_sent():
 def test_usage_adds_up_and_tells_what_was_saved():
     image = ImageReport(36, 48, 600, {36: 48, 576: 600})
     ending = Finished("stop", 60, 5, (image, image), {"total": 3.0})
-    usage = ChatWriter("id", "m", Call()).completion([("a", [], ending), ("b", [], ending)])["usage"]
+    usage = ChatWriter("id", "m", Call(n=2)).completion([("a", [], ending), ("b", [], ending)])["usage"]
     assert usage == {
         "prompt_tokens": 60, "completion_tokens": 10, "total_tokens": 70, "visual_tokens": 96, "full_visual_tokens": 1200,
         "granularities": [36, 36],

@@ -225,6 +225,46 @@ def test_llavas_single_turn_prompt_goes_to_the_backend_and_an_unknown_one_is_ref
     assert caught.value.kind is ErrorKind.INVALID_REQUEST and caught.value.param == "prompt"
 
 
+def test_tokens_are_the_backends() -> None:
+    def told(exchange: Exchange) -> None:
+        if exchange.path == "/detokenize":
+            exchange.reply({"prompt": "ab"})
+        else:
+            exchange.reply({"count": 3, "tokens": [1, 97, 98], "token_strs": ["<s>", "a", "b"], "max_model_len": 9})
+
+    async def asked(engine: RemoteEngine) -> Any:
+        found = await engine.tokenize(GenerationRequest("r", prompt="ab"), special=False)
+        return found, await engine.tokenize(asking(images=(RED,))), await engine.detokenize([97, 98])
+
+    with FakeBackend(told) as fake:
+        found, _, text = with_engine(fake, asked)
+        plain, turns, back = (each.json for each in fake.requests)
+    assert (found.ids, found.texts, text) == ((1, 97, 98), ("<s>", "a", "b"), "ab")
+    assert plain == {"model": "other", "return_token_strs": True, "prompt": "ab", "add_special_tokens": False}
+    assert turns["messages"][0]["content"][0]["type"] == "image_url" and back == {"model": "other", "tokens": [97, 98]}
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (lambda exchange: exchange.reply({}, 404), ErrorKind.NOT_FOUND),
+        (lambda exchange: exchange.reply({"error": {"message": "secret"}}, 400), ErrorKind.INVALID_REQUEST),
+        (lambda exchange: exchange.reply([]), ErrorKind.BACKEND_FAILED),
+        (lambda exchange: exchange.reply({"tokens": ["a"], "prompt": 5}), ErrorKind.BACKEND_FAILED),
+        (lambda exchange: exchange.die(), ErrorKind.BACKEND_FAILED),
+    ],
+)
+def test_a_backend_that_tells_no_tokens_is_a_typed_error(answer: Any, kind: ErrorKind) -> None:
+    async def asked(engine: RemoteEngine) -> None:
+        for asking_for in (engine.tokenize(GenerationRequest("r", prompt="ab")), engine.detokenize([1])):
+            with pytest.raises(ServeError) as caught:
+                await asking_for
+            assert caught.value.kind is kind and "secret" not in caught.value.detail
+
+    with FakeBackend(answer) as fake:
+        with_engine(fake, asked)
+
+
 def test_each_image_goes_to_the_backend_with_its_detail() -> None:
     wish = asking(images=(RED, RED, RED), routing=RoutingRequest(details=("low", None, "high")))
     parts = [part for message in chat_body(wish, "m")["messages"] for part in message["content"] if part["type"] == "image_url"]

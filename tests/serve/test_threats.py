@@ -408,7 +408,8 @@ FOREIGN_FIELDS: dict[str, Any] = {
     "chat_template": "{{ 7*7 }}",
     "chat_template_kwargs": {"tokenize": True}, "mm_processor_kwargs": {"num_crops": 10**9}, "logits_processors": ["os.system"],
     "guided_regex": "(a+)+$", "lora_path": "/etc", "model_path": "/etc/passwd", "trust_remote_code": True, "documents": [{}],
-    "allowed_local_media_path": "/", "best_of": 1000, "tools": [{}], "functions": [{}], "__proto__": {}, "constructor": {}, "__class__": "x",
+    "allowed_local_media_path": "/", "best_of": 1000, "tools": [{}], "functions": [{}], "__proto__": {}, "constructor": {},
+    "__class__": "x",
 }  # fmt: skip
 
 
