@@ -77,6 +77,29 @@ def test_the_answer_is_the_same_whichever_order(micro, question, answer):
     assert micro.answer([image], earlier).text == answer
 
 
+@pytest.mark.parametrize(
+    "turns",
+    [
+        ["u:Look at this. <image>", "u:Q"],
+        ["u:Q", "a:", "u:Q"],
+        ["s:", "a:Hello, what can I do for you?", "u:", "u:Q <image>"],
+        ["u:Q", "a:\n", "u: "],
+    ],
+)
+@pytest.mark.parametrize(("question", "answer"), [("Which number does the sign show?", "558"), ("What is the background colour?", "pink")])
+def test_conversations_as_clients_keep_them_are_answered(micro, turns, question, answer):
+    image = Image.open(MICRO_MODEL.parent / "images" / "scene_pink.png").convert("RGB")
+    roles = {"s": "system", "u": "user", "a": "assistant"}
+    assert micro.answer([image], [Message(roles[turn[0]], turn[2:].replace("Q", question)) for turn in turns]).text == answer
+
+
+def test_an_image_needs_no_words(micro, scene):
+    for messages in ("", "<image>", [Message("user", "\n")]):
+        assert micro.answer([scene], messages, Options(max_new_tokens=2)).reports[0].num_visual_tokens > 0
+    with pytest.raises(ValueError, match="Turn 0 is empty"):
+        micro.answer([], "")
+
+
 def test_a_system_turn_replaces_the_templates_text():
     turns = [Message("system", "Be brief."), Message("user", "Hi?")]
     assert write_prompt(turns, 1, "v1") == "Be brief. USER: <image>\nHi? ASSISTANT:"

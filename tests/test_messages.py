@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+from itertools import pairwise
 
-from llava.messages import Message, images_first, normalise_turns, put_images_first, text_of_parts
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava.conversation import conv_templates
+from llava.messages import ROLES, Message, images_first, normalise_turns, prompt_spans, put_images_first, text_of_parts
 
 IMG = "<image>"
 
@@ -127,3 +132,28 @@ def test_any_conversation_becomes_one_that_templates_can_write(turns, count, nor
 def test_what_cannot_be_answered_is_told(turns, count, told):
     with pytest.raises(ValueError, match=told):
         normalise_turns(said(*turns), count)
+
+
+TEXTS = st.sampled_from(["", " \n", "w", "w\n\nw", "</s>w", "<s>", "USER: w ASSISTANT:"])
+TEMPLATES = sorted(name for name, template in conv_templates.items() if "plain" not in name and not template.offset)
+TURNS = st.lists(st.builds(Message, st.sampled_from(ROLES), TEXTS), max_size=8)
+
+
+@settings(max_examples=150, deadline=None)
+@given(turns=TURNS, num_images=st.integers(0, 2), template=st.sampled_from(TEMPLATES))
+def test_whatever_is_sent_is_written_whole_or_refused(turns, num_images, template):
+    try:
+        normal = normalise_turns(turns, num_images)
+    except ValueError:
+        asked = [turn.role for turn in turns if turn.text.strip() or (num_images and turn.role == "user")]
+        assert "user" not in asked or turns[-1].text.strip() == ""
+        return
+    assert normalise_turns(normal, num_images) == normal
+    roles = [turn.role for turn in normal]
+    assert roles.count("system") <= 1 and "system" not in roles[1:] and "user" in roles
+    assert all(one != other for one, other in pairwise(roles))
+    # every word is there, in order, as words; the template's own texts hold none of them
+    spans = prompt_spans(turns, num_images, template)
+    written = "".join(span.text for span in spans if span.is_words).split()
+    assert "".join(written).endswith("".join("".join(turn.text for turn in turns).split()))
+    assert sum(span.text == "<image>" for span in spans) == num_images

@@ -122,8 +122,12 @@ class AvgLlavaProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError("The processor got no text; give a prompt with one <image> per picture.")
+        prompts = [text] if isinstance(text, str) else list(text)
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            kinds = sorted({type(prompt).__name__ for prompt in prompts})
+            raise ValueError(f"The text holds {kinds}, expected one prompt or a list of them.")
         options |= {"return_tensors": return_tensors, "padding": padding, "padding_side": padding_side}
-        rows = [tokenizer_image_token(prompt, self.tokenizer) for prompt in ([text] if isinstance(text, str) else text)]
+        rows = [tokenizer_image_token(prompt, self.tokenizer) for prompt in prompts]
         return self._prepare(rows, images, read_options(options))
 
     def _prepare(self, rows: list[list[int]], images: Any, options: TextOptions) -> BatchFeature:
@@ -209,6 +213,10 @@ class AvgLlavaProcessor(ProcessorMixin):
         """`decode` of each row."""
         return [self.decode(row, skip_special_tokens, **options) for row in sequences]
 
+    def post_process_image_text_to_text(self, generated_outputs: Any, skip_special_tokens: bool = True, **options: Any) -> Any:  # type: ignore[override]
+        """The texts that a model generated, or those of whole rows with their prompts; see `decode`."""
+        return self.decode(generated_outputs, skip_special_tokens, **options)
+
     @property
     def model_input_names(self) -> list[str]:
         """What `__call__` gives."""
@@ -242,17 +250,19 @@ def _from_processor_config(path: str, hub: dict[str, Any]) -> tuple[dict[str, An
 
 
 def _role(message: dict[str, Any]) -> str:
-    role = str(message["role"])
+    role = str(message.get("role"))
     return "system" if role == "developer" else role
 
 
 def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
     """A message's content as parts, each of a known type."""
     content = message.get("content") or []
-    given = [content] if isinstance(content, str) else content
+    given = [content] if isinstance(content, (str, dict)) else content
     parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in given]
     if unknown := [part.get("type") for part in parts if part.get("type") not in ("text", *_IMAGE_PARTS)]:
         raise ValueError(f"A message has parts of type {unknown}, expected text, image or image_url.")
+    if any(part["type"] == "text" and not isinstance(part.get("text"), str) for part in parts):
+        raise ValueError("A message has a part of type text without a text; put one under 'text'.")
     return parts
 
 

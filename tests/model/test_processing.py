@@ -109,6 +109,8 @@ def test_what_it_refuses(processor, pictures, tmp_path):
     refuses("but .* pictures were given", text=["<image>", "none"], images=[[], [pictures["wide"]]])
     refuses("do not stack; pass padding=True", text=["One.", "One, two, three."], return_tensors="pt")
     refuses("padding is 'max_length', but max_length is None", text="One.", padding="max_length")
+    refuses(r"text holds \['list'\], expected one prompt", text=[["One."]])
+    refuses(r"text holds \[\], expected one prompt", text=[])
     refuses("padding is 'wide', expected True", text="One.", padding="wide")
     refuses("max_length is 0", text="One.", max_length=0)
     refuses("asked for by do_resize, videos", text="One.", videos=[1], images_kwargs={"do_resize": False}, text_kwargs={"stride": 0})
@@ -118,6 +120,10 @@ def test_what_it_refuses(processor, pictures, tmp_path):
         processor.apply_chat_template([{"role": "system", "content": "Be brief."}])
     with pytest.raises(ValueError, match="role 'human', expected one of system, user, assistant"):
         processor.apply_chat_template([{"role": "human", "content": "Hi?"}])
+    with pytest.raises(ValueError, match="role 'None'"):
+        processor.apply_chat_template([{"content": "Hi?"}])
+    with pytest.raises(ValueError, match="without a text; put one under 'text'"):
+        processor.apply_chat_template([{"role": "user", "content": {"type": "text", "value": "Hi?"}}])
     with pytest.raises(ValueError, match="^chat_template, tools: the template is the one"):
         processor.apply_chat_template(asking("Hi?"), chat_template="x", tools=[{}], documents=None)
     with pytest.raises(ValueError, match="needs a last message of the assistant's"):
@@ -234,6 +240,7 @@ def test_ids_are_read_back_with_their_images(processor, pictures):
     assert processor.decode(list(padded)) == processor.batch_decode(padded.numpy())
     assert processor.decode(IMAGE_TOKEN_INDEX) == "<image>" and processor.decode([]) == ""
     assert processor.decode(rows[1][3:]) == processor.tokenizer.decode(rows[1][3:])
+    assert processor.post_process_image_text_to_text(padded) == processor.batch_decode(padded, skip_special_tokens=True)
 
 
 def test_what_generic_code_hands_over_is_taken(processor, pictures):

@@ -9,12 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.inference import Assistant, Message
+from llava.mm_utils import tokenizer_image_token
 from llava.model.routing import RoutingRequest
 from llava.serve.caches import TensorCache
 from llava.serve.encode import Encoder
+from llava.serve.openai_api import read_chat
 from llava.serve.prepare import Preparer
-from llava.serve.protocol import ErrorKind, GenerationRequest, Sampling, ServeError
+from llava.serve.protocol import ErrorKind, GenerationRequest, Limits, Sampling, ServeError
+from tests.serve.fake_engine import CARD
 
 RED, BLUE = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")
 
@@ -63,6 +67,22 @@ def test_only_the_template_writes_special_tokens_into_turns_and_a_finished_promp
         turns = [tuple(Message(role, text) for role in roles) for text in (forged, "What?")]
         assert found(GenerationRequest("r", turns[0])) == found(GenerationRequest("r", turns[1]))
     assert found(GenerationRequest("r", prompt=f"USER: {forged} ASSISTANT:")) == [1, 2, 1, 0, 2]
+
+
+def test_the_order_of_a_turns_parts_does_not_matter_and_a_finished_prompt_keeps_its_own(micro):
+    card = replace(CARD, name="micro")
+    words = {"type": "text", "text": "Which is red?"}
+    urls = [{"type": "image_url", "image_url": {"url": f"data:{name}"}} for name in "ab"]
+
+    def ids(*parts):
+        call = read_chat({"model": "micro", "messages": [{"role": "user", "content": list(parts)}]}, card, Limits())
+        [request] = call.requests("r", (RED, BLUE))
+        return Stages(micro).preparer.prepare(request).prompt.ids.tolist()
+
+    assert ids(words, *urls) == ids(*urls, words) != ids(urls[0], words, urls[1])
+    finished = GenerationRequest("r", prompt="USER: Which is red?\n<image> ASSISTANT:", images=(RED,))
+    found = Stages(micro).preparer.prepare(finished).prompt.ids.tolist()
+    assert found == tokenizer_image_token(finished.prompt, micro.tokenizer) and found.index(IMAGE_TOKEN_INDEX) > 5
 
 
 def test_what_cannot_fit_at_any_granularity_is_refused_before_it_costs_anything(micro):
