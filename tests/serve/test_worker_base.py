@@ -14,6 +14,7 @@ import struct
 import sys
 import time
 import zlib
+from dataclasses import replace
 from io import BytesIO
 
 import httpx
@@ -31,6 +32,7 @@ from llava.serve.http_guard import guard_app
 from llava.serve.pictures import NO_IMAGE_THERE, NOT_FETCHED, NOT_READ, TOLD, HostNotAllowed, PictureLoader
 from llava.serve.protocol import EngineStats, ErrorKind, Limits, ServeError
 from llava.serve.worker_base import Registration, create_worker_app, run_worker
+from tests.serve import fake_engine
 from tests.serve.bodies import CHAT, WORKER, chat_body, data_url, picture, worker_body
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.running import RunningApp, wait_until
@@ -260,6 +262,20 @@ def told_of(url: str) -> str:
     if url.startswith(("http://", "https://")):
         return NOT_FETCHED
     return ErrorKind.INVALID_IMAGE.fault.text if url.startswith("data:") else NOT_READ
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_whether_an_image_was_seen_before_is_told_only_where_the_operator_wants_it(monkeypatch, told):
+    real = fake_engine.report_of
+    monkeypatch.setattr(fake_engine, "report_of", lambda request: tuple(replace(each, cached=True) for each in real(request)))
+    app = create_worker_app(FakeEngine(), report_cache_hits=told)
+    url = data_url(picture())
+    chat = call(app, "POST", CHAT, json=chat_body("q", (url,))).json()
+    stream = call(app, "POST", CHAT, json=chat_body("q", (url,), stream=True)).text
+    parts = call(app, "POST", WORKER, json=worker_body("<image> q", images=[picture()])).text
+    assert chat["avg_llava"]["images"][0]["cached"] is (True if told else None)
+    for text in (stream, parts):
+        assert ('"cached":true' in text) is told and ('"cached":null' in text) is not told
 
 
 @pytest.mark.parametrize("source", ["file:///etc/passwd", "FILE:/etc/hostname", "file:nowhere.png"])
