@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import PurePosixPath
 from typing import Any, overload
 
@@ -31,6 +32,8 @@ __all__ = [
     "process_anyres_image",
     "process_images",
     "select_best_resolution",
+    "text_of_ids",
+    "tokenize_spans",
     "tokenizer_image_token",
 ]
 
@@ -121,6 +124,16 @@ def tokenize_spans(spans: Sequence[Span], tokenizer: Any, image_token_index: int
     plain = plain_tokenizer(tokenizer)
     marked = "".join(span.text if span.is_words or span.text == DEFAULT_IMAGE_TOKEN else plain.mark(span.text) for span in spans)
     return _ids_around_images(marked, tokenizer, plain.encode, image_token_index)
+
+
+def text_of_ids(ids: Sequence[int], tokenizer: Any, image_text: str = DEFAULT_IMAGE_TOKEN, **options: Any) -> str:
+    """The text that ids stand for: what `tokenizer_image_token` reads.
+
+    Args:
+        image_text: written for a placeholder. options: of the tokenizer's `decode`.
+    """
+    runs = [(is_image, list(run)) for is_image, run in groupby(ids, key=IMAGE_TOKEN_INDEX.__eq__)]
+    return "".join(image_text * len(run) if is_image else str(tokenizer.decode(run, **options)) for is_image, run in runs)
 
 
 def _ids_around_images(prompt: str, tokenizer: Any, encode: Callable[[str], list[int]], image_token_index: int) -> list[int]:

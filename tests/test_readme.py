@@ -98,7 +98,7 @@ def test_extras_in_the_table_are_the_packages() -> None:
     assert listed == set(re.findall(r"^(\w+) = \[", project, flags=re.MULTILINE))
 
 
-@pytest.mark.parametrize("source", blocks("README.md", "python"), ids=["llava_names", "assistant"])
+@pytest.mark.parametrize("source", blocks("README.md", "python"), ids=["llava_names", "assistant", "processor"])
 def test_python_runs_as_written(source: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
     exec(compile(source, "README.md", "exec"), {"__name__": "__main__"})

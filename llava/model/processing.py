@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Any
 
 from PIL import Image
@@ -24,7 +23,7 @@ from llava.constants import (
 )
 from llava.conversation import Span
 from llava.messages import Message, fill_template, prompt_spans, text_of_parts
-from llava.mm_utils import process_images, tokenize_spans, tokenizer_image_token
+from llava.mm_utils import process_images, text_of_ids, tokenize_spans, tokenizer_image_token
 from llava.model.config import LlavaConfig, LlavaMistralConfig, check_processor_fields
 from llava.model.image_inputs import image_of_part, images_of_rows
 from llava.model.loading import read_stored_config, read_tower_config, resolve_tower
@@ -202,12 +201,8 @@ class AvgLlavaProcessor(ProcessorMixin):
         ids = [ids] if isinstance(ids, int) else list(ids)
         if any(isinstance(each, (list, tuple)) or getattr(each, "ndim", 0) for each in ids):
             return [self.decode(row, skip_special_tokens, **options) for row in ids]
-        written = []
-        for is_image, group in groupby(map(int, ids), key=lambda token: token == IMAGE_TOKEN_INDEX):
-            tokens = list(group)
-            shown = "" if skip_special_tokens else DEFAULT_IMAGE_TOKEN * len(tokens)
-            written.append(shown if is_image else self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens, **options))
-        return "".join(written)
+        image_text = "" if skip_special_tokens else DEFAULT_IMAGE_TOKEN
+        return text_of_ids(list(map(int, ids)), self.tokenizer, image_text, skip_special_tokens=skip_special_tokens, **options)
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **options: Any) -> list[str]:  # type: ignore[override]
         """`decode` of each row."""

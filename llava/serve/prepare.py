@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from itertools import groupby
 
 import torch
 from PIL import Image
@@ -13,7 +12,7 @@ from torch import Tensor
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.images import ImageError
 from llava.inference import Assistant
-from llava.mm_utils import tokenizer_image_token
+from llava.mm_utils import text_of_ids, tokenizer_image_token
 from llava.model.llava_arch import RoutingPlan
 from llava.model.routing import RoutingError
 from llava.model.splice import prompt_rows
@@ -76,9 +75,8 @@ class Preparer:
             if number != IMAGE_TOKEN_INDEX and not 0 <= number < len(tokenizer):
                 told = f"There is no token {number}; this model's tokenizer has {len(tokenizer)}, counted from 0."
                 raise ServeError(ErrorKind.INVALID_REQUEST, told, f"tokens[{place}]")
-        runs = [(is_image, list(run)) for is_image, run in groupby(ids, key=IMAGE_TOKEN_INDEX.__eq__)]
         with self._tokenizing:
-            return "".join(DEFAULT_IMAGE_TOKEN * len(run) if is_image else str(tokenizer.decode(run)) for is_image, run in runs)
+            return text_of_ids(ids, tokenizer)
 
     def _prepared(self, request: GenerationRequest) -> Prepared:
         if request.images and self.model.get_model().vision_tower is None:
