@@ -37,7 +37,8 @@ class Call:
     turns: a conversation, with `<image>` where an image goes; or prompts: finished ones, each to be continued. n: answers to each of them.
     sources: the images, in the order of their places. include_usage: whether a stream ends with a part about usage. echo: whether the
     prompt stands before each part's text (LLaVA's protocol).
-    fields: what a client calls the engine's `messages` and `prompt`, where that is another name. told: what of the body an answer repeats.
+    fields: what a client calls the engine's `messages`, `prompt` and others, where that is another name. told: what of the body an answer
+    repeats.
     """
 
     turns: tuple[Message, ...] = ()

@@ -58,6 +58,7 @@ def read_worker_request(value: Any, card: ModelCard, limits: Limits) -> Call:
     if request.model:
         check_model(request.model, card)
     sources = read_images((request.prompt,), request.images, card, limits)
+    name = "granularity" if request.vis_token_granularity is None else "vis_token_granularity"
     longest = longest_answer(request.max_new_tokens, limits, "max_new_tokens", NEW_TOKENS)
     return Call(
         prompts=(request.prompt,),
@@ -69,8 +70,9 @@ def read_worker_request(value: Any, card: ModelCard, limits: Limits) -> Call:
             seed=request.seed,
             stop=read_stop(request.stop, limits),
         ),
-        routing=read_routing(_one_granularity(request), card, sources),
+        routing=read_routing(_one_granularity(request), card, sources, name),
         stream=True,
+        fields={"granularity": name},
         echo=request.echo,
     )
 

@@ -131,7 +131,6 @@ OF_COMPLETION: Neutral = {
     "echo": _OFF,
     "prompt_embeds": _NOTHING,
     "add_special_tokens": _ON,
-    "response_format": ({"type": "text"},),
 }
 """Of a completion request."""
 

@@ -433,18 +433,28 @@ def _read_sampling(request: ChatRequest, limits: Limits) -> Sampling:
     return read_sampling(request, limits, longest, (request.top_logprobs or 0) if request.logprobs else None)
 
 
-def read_routing(fields: RoutingFields, card: ModelCard, sources: Sequence[ImageSource]) -> RoutingRequest:
-    """What is asked about granularity, of all images and of each, checked against what the model has."""
+def read_routing(
+    fields: RoutingFields, card: ModelCard, sources: Sequence[ImageSource], granularity_field: str = "granularity"
+) -> RoutingRequest:
+    """What is asked about granularity, of all images and of each, checked against what the model has.
+
+    Args:
+        granularity_field: the name that the granularity came under.
+
+    Raises:
+        FieldError: what cannot be done, and in which field.
+    """
     wanted = None if isinstance(fields.granularity, str) else fields.granularity
     if not card.granularities and (wanted is not None or fields.max_visual_tokens is not None):
-        raise FieldError("This model has no granularities to choose from; leave the field out.", "granularity")
+        param = "max_visual_tokens" if wanted is None else granularity_field
+        raise FieldError("This model has no granularities to choose from; leave the field out.", param)
     if fields.granularity_bias and not card.has_router:
         raise FieldError("This model has no router to bias; leave the field out.", "granularity_bias")
     named = [wanted] if isinstance(wanted, int) else list(wanted or ())
     known = [number in card.granularities for number in named]
     finest_or_more = isinstance(wanted, int) and wanted > card.granularities[-1]  # scripts ask every LLaVA for 576
     if not all(known) and not finest_or_more:
-        raise FieldError(f"granularity is not among this model's: {list(card.granularities)}.", "granularity")
+        raise FieldError(f"{granularity_field} is not among this model's: {list(card.granularities)}.", granularity_field)
     granularity = tuple(wanted) if isinstance(wanted, list) else wanted
     details = tuple(source.detail for source in sources)
     return RoutingRequest(granularity, fields.max_visual_tokens, fields.granularity_bias or 0.0, details if any(details) else ())

@@ -133,7 +133,7 @@ class Worker:
             "version": __version__,
             "dp_size": 1,
             "tp_size": 1,
-            "max_running_requests": self.gate.capacity,
+            "max_running_requests": self.gate.capacity - self.limits.max_queue,
             "context_length": card.context_length,
         }
 
