@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval.granularity_report import build_parser as report_parser
 from llava.eval.run_llava import build_parser, eval_model
 from llava.inference import MICRO_MODEL
 from llava.model.routing import RoutingRequest
@@ -74,12 +73,6 @@ def test_the_command_lines_flags_parse(words: list[str]) -> None:
     arguments = build_parser().parse_args(words[3:])
     assert arguments.query
     assert (ROOT / arguments.image_file).is_file()
-
-
-def test_flags_in_the_text_exist() -> None:
-    parsers = (build_parser(), report_parser())
-    known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings} | {"--no-build-isolation"}
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", read("README.md"))) - {"--upgrade"} <= known
 
 
 def test_the_table_of_wishes_parses_both_ways() -> None:
