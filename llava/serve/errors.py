@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import Scope
 
 from llava.serve.json_writer import JsonResponse
@@ -72,6 +72,12 @@ def error_response(error: ServeError, scope: Scope, status: int | None = None, h
         extra["Accept-Encoding"] = "identity"
     body = error_body(error, request_id_of(scope), scope["path"] in LLAVA_PATHS)
     return JsonResponse(body, status or fault.status, extra)
+
+
+def plain_error(error: ServeError) -> Response:
+    """An error as a sentence, for what the page's own scripts ask."""
+    wait = error.kind.fault.retry_after
+    return PlainTextResponse(error.detail, error.kind.fault.status, {} if wait is None else {"Retry-After": str(wait)})
 
 
 def typed_error(raised: Exception, request_id: str) -> ServeError:

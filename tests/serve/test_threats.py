@@ -7,6 +7,7 @@ machine. Nothing here connects to another address: where a rule about addresses 
 from __future__ import annotations
 
 import ast
+import asyncio
 import base64
 import functools
 import hmac
@@ -19,15 +20,20 @@ import resource
 import selectors
 import socket
 import struct
+import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
+from starlette.applications import Starlette
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
 
 from llava import fetch as fetching
 from llava.serve import gradio_web_server, http_server
@@ -35,6 +41,7 @@ from llava.serve import pictures as pictures_page
 from llava.serve.controller import ControllerSettings, create_controller_app
 from llava.serve.page import uploads
 from llava.serve.page.app import PageOptions, create_page_app
+from llava.serve.page.guard import PageGuard
 from llava.serve.pictures import PictureLoader
 from llava.serve.protocol import Limits
 from llava.serve.worker_base import create_worker_app
@@ -764,23 +771,69 @@ def upload_body(file: bytes) -> tuple[str, bytes]:
     return "multipart/form-data; boundary=cut", part + file + b"\r\n--cut--\r\n"
 
 
-def test_uploads_that_drip_in_are_bounded_in_number_and_time(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads, "MAX_ARRIVING", 2)
-    monkeypatch.setattr(uploads, "UPLOAD_SECONDS", 10 * SECONDS)
+def uploading(folder: Path, body_seconds: float) -> PageGuard:
+    """The page's uploads behind its guard, without Gradio."""
+    app = Starlette(routes=[Route("/gradio_api/upload", uploads.Uploads(folder / "uploads").receive, methods=["POST"])])
+    return PageGuard(app, {}, body_seconds=body_seconds)
+
+
+def test_uploads_that_drip_in_are_bounded_in_number_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "CLIENT_UPLOADS", 2)
     kind, body = upload_body(base64.b64decode(picture()))
-    head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    at, port, headers = page + "/gradio_api/upload", int(page.rpartition(":")[2]), {"Content-Type": kind}
-    assert HTTP.post(at, content=body, headers=headers).status_code == 200
-    with ExitStack() as stack:
-        statuses: list[int] = []
-        while 503 not in statuses and len(statuses) < 50:  # which of those that come together is refused is left to chance
-            connections(stack, port, 1, head + body[:-20])
-            statuses.append(HTTP.post(at, content=body, headers=headers).status_code)
-        assert statuses[-1] == 503 and set(statuses) <= {200, 503}
-    wait_until(lambda: HTTP.post(at, content=body, headers=headers).status_code == 200)  # once one of them is out
-    monkeypatch.setattr(uploads, "UPLOAD_SECONDS", 0.5)
-    with ExitStack() as stack:
-        assert received(connections(stack, port, 1, head + body[:-20])[0], b"\r\n\r\n").startswith(b"HTTP/1.1 408")
+    head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n".encode()
+    asked_for = b"HTTP/1.1 100 Continue\r\n\r\n"
+    with running_page(uploading(tmp_path, 10 * SECONDS)) as url, ExitStack() as stack:
+        socks = connections(stack, int(url.rpartition(":")[2]), 3, head + b"Expect: 100-continue\r\n\r\n")
+        begun = those_told(socks, 2)
+        assert [received(sock, asked_for) for sock in begun] == [asked_for] * 2
+        for sock in begun:
+            sock.sendall(body[:-20])
+        waiting = next(sock for sock in socks if sock not in begun)
+        assert those_told(socks, 0) == []  # the third is not asked for its body
+        begun[0].sendall(body[-20:])
+        assert received(begun[0], b"\r\n\r\n").startswith(b"HTTP/1.1 200")
+        assert received(waiting, asked_for) == asked_for
+        waiting.sendall(body)
+        assert received(waiting, b"\r\n\r\n").startswith(b"HTTP/1.1 200")
+    with running_page(uploading(tmp_path, 0.3)) as url, ExitStack() as stack:
+        stalled = connections(stack, int(url.rpartition(":")[2]), 1, head + b"\r\n" + body[:-20])[0]
+        assert received(stalled, b"\r\n\r\n").startswith(b"HTTP/1.1 408")
+
+
+def test_uploads_that_are_too_large_or_find_no_room_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, body = upload_body(base64.b64decode(picture()))
+    headers = {"Content-Type": kind}
+    monkeypatch.setattr(uploads, "MAX_UPLOAD_BYTES", len(body))
+    monkeypatch.setattr(uploads, "HELD_UPLOADS", 0.5)
+    with running_page(uploading(tmp_path, SECONDS)) as url:
+        full = HTTP.post(url + "/gradio_api/upload", content=body, headers=headers)
+        assert (full.status_code, full.headers["retry-after"]) == (503, "1")
+        assert HTTP.post(url + "/gradio_api/upload", content=body + b" ", headers=headers).status_code == 413
+        assert HTTP.post(url + "/gradio_api/upload", content=iter([body[:10]]), headers=headers).status_code == 411
+
+
+def test_the_page_gives_up_a_browser_that_does_not_read() -> None:
+    """As the worker does: what waits to be read is memory."""
+    ended = threading.Event()
+
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        async def parts() -> AsyncIterator[bytes]:
+            while True:
+                yield b"data: " + b"x" * 65_536
+
+        try:
+            await StreamingResponse(parts(), media_type="text/event-stream")(scope, receive, send)
+        finally:
+            ended.set()
+
+    app = FastAPI()
+    app.state.drain = asyncio.Event().wait
+    app.mount("/", PageGuard(endless, {}, send_seconds=0.3))
+    with RunningApp(app) as running, ExitStack() as stack:
+        sock = connections(stack, running.port, 1, request_head("/gradio_api/queue/data?session_hash=a", method="GET"))[0]
+        assert b"text/event-stream" in received(sock, b"text/event-stream")  # and no more is read
+        assert ended.wait(SECONDS)
+        wait_until(lambda: not running.server.server_state.connections)
 
 
 def test_the_pages_program_ends_connections_that_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

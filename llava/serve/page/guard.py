@@ -8,7 +8,9 @@ from anywhere else.
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -19,11 +21,15 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava.serve.bodies import BodyBounds, BoundedBodies
+from llava.serve.errors import plain_error
 from llava.serve.gate import Gate
 from llava.serve.http_guard import is_own_page
+from llava.serve.page.uploads import upload_bounds
 from llava.serve.protocol import Limits, ServeError
 from llava.serve.scopes import cut_connection
 from llava.serve.watchdog import patient
+
+logger = logging.getLogger(__name__)
 
 MAX_JSON_BYTES = 1_000_000
 """Largest request besides an upload: a question and settings."""
@@ -57,7 +63,7 @@ class PageGuard:
         events: the page's events, by number and by name, with the number of their inputs.
         embed: let other sites show the page in a frame.
         names: of this server, in lower case; pages under these may post, besides those that `is_own_page` knows.
-        body_seconds: that a request may bring nothing; an upload has more, see `uploads.py`.
+        body_seconds: that a request or an upload may bring nothing.
         send_seconds: that a browser may take to read one piece of an answer before it is taken for gone.
     """
 
@@ -73,6 +79,7 @@ class PageGuard:
         self.app, self.events, self.names, self.send_seconds = app, events, frozenset(names), send_seconds
         bounds = BodyBounds(Gate(0, HELD_BODIES * MAX_JSON_BYTES), MAX_JSON_BYTES, seconds=body_seconds)
         self._bounded_post = BoundedBodies(self._post, bounds)
+        self._bounded_upload = BoundedBodies(self.app, upload_bounds(body_seconds))
         self.headers = {
             "Content-Security-Policy": _POLICY.format(ancestors="*" if embed else "'self'"),
             "X-Content-Type-Options": "nosniff",
@@ -85,21 +92,25 @@ class PageGuard:
             return
         if scope["type"] != "http":
             return  # the page has no websockets; the server closes the connection
-        with patient(send, self.send_seconds) as sending:
-            await self._answer(scope, receive, self._with_headers(_cutting(sending, scope)))
+        try:
+            with patient(send, self.send_seconds) as sending:
+                await self._answer(scope, receive, self._with_headers(_giving_up(sending)))
+        except _NotReading:
+            logger.info("%r was not read and is given up", scope["path"][:200])
+            cut_connection(scope)
+            await asyncio.sleep(0)  # in which the connection is lost
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not _is_open(scope):
             await PlainTextResponse("There is nothing at this address.", 404)(scope, receive, send)
         elif scope["method"] == "POST" and not is_own_page(scope, self.names):
             await PlainTextResponse(_FOREIGN_PAGE, 403)(scope, receive, send)
-        elif scope["method"] == "POST" and not scope["path"].startswith("/gradio_api/upload"):
+        elif scope["method"] == "POST":
+            is_upload = scope["path"].startswith("/gradio_api/upload")
             try:
-                await self._bounded_post(scope, receive, send)
-            except ServeError as error:  # raised while the body was read: no answer has begun
-                wait = error.kind.fault.retry_after
-                headers = {} if wait is None else {"Retry-After": str(wait)}
-                await PlainTextResponse(error.detail, error.kind.fault.status, headers)(scope, receive, send)
+                await (self._bounded_upload if is_upload else self._bounded_post)(scope, receive, send)
+            except ServeError as error:  # raised by the head or while the body was read: no answer has begun
+                await plain_error(error)(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
@@ -136,16 +147,20 @@ class PageGuard:
         return wrapped
 
 
-def _cutting(sending: Send, scope: Scope) -> Send:
-    """A patient `send` that cuts the connection of a browser that does not read; to Gradio, it has gone."""
+class _NotReading(Exception):
+    """The browser does not read what it is sent."""
 
-    async def cutting(message: Message) -> None:
+
+def _giving_up(sending: Send) -> Send:
+    """A patient `send` whose end nobody on the way takes for an answer's fault."""
+
+    async def giving_up(message: Message) -> None:
         try:
             await sending(message)
-        except ServeError:
-            cut_connection(scope)
+        except ServeError as error:
+            raise _NotReading from error
 
-    return cutting
+    return giving_up
 
 
 def _is_open(scope: Scope) -> bool:

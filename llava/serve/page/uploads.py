@@ -13,7 +13,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import anyio
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
@@ -22,13 +21,31 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from llava.image_structure import image_format
 from llava.images import MAX_BYTES, ImageError, decode_image
+from llava.serve.bodies import BodyBounds
+from llava.serve.errors import plain_error
+from llava.serve.gate import Gate
+from llava.serve.protocol import Limits, ServeError
 
 MAX_FILES = 8
 """Pictures per upload."""
-MAX_ARRIVING = 16
-"""Uploads that may be under way at once: what has come of each lies on the disk."""
-UPLOAD_SECONDS = 120.0
-"""In which one has to arrive."""
+MAX_UPLOAD_BYTES = MAX_FILES * (MAX_BYTES + 10_000)
+"""Of all pictures of an upload, and the form around them."""
+HELD_UPLOADS = 16
+"""How many of that size may be under way at once, all visitors together: what has come of each lies on the disk."""
+CLIENT_UPLOADS = 8
+"""How many uploads of one visitor are taken at once; further ones wait."""
+
+
+def upload_bounds(body_seconds: float = Limits.body_seconds) -> BodyBounds:
+    """How uploads have to arrive."""
+    return BodyBounds(
+        Gate(0, HELD_UPLOADS * MAX_UPLOAD_BYTES),
+        MAX_UPLOAD_BYTES,
+        seconds=body_seconds,
+        client_bytes=CLIENT_UPLOADS * MAX_UPLOAD_BYTES,
+        client_uploads=CLIENT_UPLOADS,
+        free_bytes=0,
+    )
 
 
 class Uploads:
@@ -45,26 +62,17 @@ class Uploads:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._sizes: dict[Path, int] = {}
         self._changing = threading.Lock()
-        self._arriving = 0
 
     async def receive(self, request: Request) -> Response:
-        """Answer Gradio's `POST /gradio_api/upload`: the server's paths of the pictures, in order."""
-        try:
-            length = int(request.headers.get("content-length", ""))
-        except ValueError:
+        """Answer Gradio's `POST /gradio_api/upload`: the server's paths of the pictures, in order. `PageGuard` bounds how they arrive."""
+        if request.headers.get("content-length") is None:
             return PlainTextResponse("The upload has no Content-Length.", 411)
-        if length > MAX_FILES * (MAX_BYTES + 10_000):
-            return PlainTextResponse(f"At most {MAX_FILES} pictures of {MAX_BYTES // 1_000_000} MB are taken at once.", 413)
-        if self._arriving >= MAX_ARRIVING:
-            return PlainTextResponse("Too many pictures are being uploaded; try again.", 503, {"Retry-After": "1"})
-        self._arriving += 1
         try:
-            with anyio.fail_after(UPLOAD_SECONDS):
-                async with request.form(max_files=MAX_FILES, max_fields=10) as form:
-                    files = [part for part in form.getlist("files") if isinstance(part, UploadFile)]
-                    paths = [await run_in_threadpool(self.keep, await part.read(MAX_BYTES + 1)) for part in files]
-        except TimeoutError:
-            return PlainTextResponse("The upload took too long.", 408)
+            async with request.form(max_files=MAX_FILES, max_fields=10) as form:
+                files = [part for part in form.getlist("files") if isinstance(part, UploadFile)]
+                paths = [await run_in_threadpool(self.keep, await part.read(MAX_BYTES + 1)) for part in files]
+        except ServeError as error:
+            return plain_error(error)
         except ClientDisconnect:
             return PlainTextResponse("The upload broke off.", 400)
         except MultiPartException:
@@ -73,8 +81,6 @@ class Uploads:
             return PlainTextResponse(f"A file cannot be used: {error}.", 400)
         except OverflowError as error:
             return PlainTextResponse(str(error), 507)
-        finally:
-            self._arriving -= 1
         return JSONResponse([str(path) for path in paths]) if paths else PlainTextResponse("The upload holds no file.", 400)
 
     async def progress(self, request: Request) -> Response:
