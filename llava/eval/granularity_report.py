@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from llava.durable import room_for, write_whole
+from llava.durable import write_whole
+from llava.eval.checks import check_routing
 from llava.eval.journal import Journal
 from llava.eval.model_vqa import describe_model
 from llava.eval.report import words
@@ -44,6 +45,7 @@ from llava.eval.report.tasks import TASKS, Item, Task, open_task, read_task
 from llava.eval.report.ways import Way, Wishes, check_wishes, ways_of_choosing, wishes_of
 from llava.inference import Assistant, micro_model_path
 from llava.interrupts import keeping, run_program
+from llava.model.routing import RoutingRequest
 from llava.utils import setup_logging
 
 logger = logging.getLogger(__name__)
@@ -206,23 +208,37 @@ def run(settings: Settings) -> str | None:
     journal = Journal(output / PARTS)
     check_output(settings, journal)
     baseline = None if settings.baseline is None else read_baseline(settings.baseline, task.items)
+    with (
+        keeping(lambda: f"the answers to {len(answered(journal))} questions are kept in {output}; the same command goes on"),
+        journal.alone(),
+    ):
+        failures, table = _make(settings, journal, baseline)
+        if failures is None:
+            journal.remove()
+    print(f"{table}\nThe page, this table and all numbers: report.html, report.md, report.csv and report.json in {output}")
+    return failures
+
+
+def _make(settings: Settings, journal: Journal, baseline: Baseline | None) -> tuple[str | None, str]:
+    """Ask, measure and write.
+
+    Returns:
+        What crashed, in one sentence, or `None`; and the table.
+    """
+    task = settings.task
     assistant = Assistant.load(settings.model_path, settings.model_base, device=settings.device)
+    check_routing(assistant, RoutingRequest())
     assistant.model.get_vision_tower()
     names = _levels(assistant, settings.granularities)
     wishes = wishes_of(_has_router(assistant), settings.granularities, settings.biases, settings.budgets)
     check_wishes(assistant, task, names, wishes)
-    with keeping(lambda: f"the answers to {len(answered(journal))} questions are kept in {output}; the same command goes on"):
-        records, crashes = _answers(assistant, names, journal, settings)
-        if not records:
-            raise ValueError(f"Not one of {len(task.items)} questions could be answered; the first: {crashes[0].reason}")
-        failures = Failures(crashes, [])
-        report, chosen = make_report(assistant, records, names, wishes, baseline, failures, settings)
-        pictures = [draw_example(assistant, task.folder, record, names, level) for record, level in chosen]
-        table = write_report(output, report, pictures)
-    if failures.sentence(len(task.items)) is None:
-        journal.discard()
-    print(f"{table}\nThe page, this table and all numbers: report.html, report.md, report.csv and report.json in {output}")
-    return failures.sentence(len(task.items))
+    records, crashes = _answers(assistant, names, journal, settings)
+    if not records:
+        raise ValueError(f"Not one of {len(task.items)} questions could be answered; the first: {crashes[0].reason}")
+    failures = Failures(crashes, [])
+    report, chosen = make_report(assistant, records, names, wishes, baseline, failures, settings)
+    pictures = [draw_example(assistant, task.folder, record, names, level) for record, level in chosen]
+    return failures.sentence(len(task.items)), write_report(settings.output, report, pictures)
 
 
 # ---- the folder -------------------------------------------------------------------------------------------------------------------
@@ -322,8 +338,6 @@ def _digest(items: Sequence[Item]) -> str:
 def _begin(journal: Journal, description: dict[str, Any], settings: Settings) -> None:
     """Go on with a run, or start one in place of what `--overwrite` gives up; questions that failed are asked again."""
     output = settings.output
-    with room_for(output):
-        output.mkdir(parents=True, exist_ok=True)
     if not is_unfinished(output, journal):
         for name in (REPORT, *PAGES):
             (output / name).unlink(missing_ok=True)

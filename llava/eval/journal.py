@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llava.durable import append_whole, room_for, write_whole
+from llava.durable import append_whole, held_alone, room_for, write_whole
 
 
 class Journal:
@@ -38,6 +39,18 @@ class Journal:
         """The file that says what run the folder belongs to."""
         return self.folder / "run.json"
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep a second process from this part while the block runs, in which everything else here is done.
+
+        Raises:
+            ValueError: another process writes to it.
+        """
+        with room_for(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with held_alone(self.folder / f".{self.part.stem}.lock", str(self.folder)):
+            yield
+
     def begin(self, description: dict[str, Any], cure: str, replace: bool = False) -> None:
         """Start, or go on after a run of the same description; the half line that a killed process left is cut off.
 
@@ -48,25 +61,37 @@ class Journal:
             replace: start anew there.
 
         Raises:
-            ValueError: the folder belongs to another run; the sentence names what differs.
+            ValueError: the folder belongs to another run, and the sentence names what differs; or it is damaged.
             NoSpaceError: there is no room.
         """
-        before = json.loads(self.description.read_text(encoding="utf-8")) if self.description.exists() else {}
+        before = self._described()
         changed = differences(before, description)
         if before and changed and self.records():
             if not replace:
                 raise ValueError(f"{self.folder} belongs to another run: {'; '.join(changed)}. {cure}")
             self.discard()
-        with room_for(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
         if changed:
             write_whole(self.description, json.dumps(description, indent=1), shared=True)
         if self.part.exists():
             whole = self.part.read_bytes().rpartition(b"\n")
             os.truncate(self.part, len(whole[0]) + len(whole[1]))
 
+    def _described(self) -> dict[str, Any]:
+        """The run that the folder belongs to; nothing for a new one."""
+        if not self.description.exists():
+            return {}
+        try:
+            return dict(json.loads(self.description.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.description} is damaged; delete {self.folder}, and everything is asked again.") from error
+
     def discard(self) -> None:
         """Forget everything."""
+        for path in [self.description, *self.folder.glob("part-*.jsonl")]:
+            path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Delete the folder, when nothing of it is needed any more."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def add(self, records: Sequence[dict[str, Any]]) -> None:

@@ -326,8 +326,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.answers_file} exists, and {folder}, which would say what it answers, does not; choose another file.")
     place = Place.here()
     journal = Journal(folder, place.rank)
-    journal.begin(describe_run(args, options), "Choose another --answers-file, or delete the folder and the answers.")
-    with keeping(lambda: f"{_answered_rows(journal)} of {len(rows)} answers are kept in {folder}; the same command goes on"):
+    with (
+        keeping(lambda: f"{_answered_rows(journal)} of {len(rows)} answers are kept in {folder}; the same command goes on"),
+        journal.alone(),
+    ):
+        journal.begin(describe_run(args, options), "Choose another --answers-file, or delete the folder and the answers.")
         answer_all(args, rows, options, journal, place)
         # A process that ends with an error makes its launcher kill the others, so failures wait until all are through.
         return 1 if join(rows, share(rows, place.world_size, place.rank), journal, args.answers_file) is False else 0

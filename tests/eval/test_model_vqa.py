@@ -402,6 +402,20 @@ def test_half_a_character_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert (line["note"], line["more"]) == ("cut \ud83d", "\U0001f600")
 
 
+def test_a_second_run_on_the_same_answers_is_refused(tmp_path: Path, questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Journal(tmp_path / "out.jsonl.parts", 0).alone():
+        assert main(flags(questions, tmp_path / "out.jsonl")) == 1
+    assert f"another process is at work on {tmp_path / 'out.jsonl.parts'}; wait for it or stop it" in capsys.readouterr().err
+    assert main(flags(questions, tmp_path / "out.jsonl")) == 0
+
+
+def test_a_damaged_description_is_one_sentence(tmp_path: Path, questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out.jsonl.parts").mkdir()
+    (tmp_path / "out.jsonl.parts" / "run.json").write_text("{")
+    assert main(flags(questions, tmp_path / "out.jsonl")) == 1
+    assert "run.json is damaged; delete" in capsys.readouterr().err
+
+
 # ---- failures
 
 
