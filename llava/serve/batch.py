@@ -119,7 +119,7 @@ class Batch:
         """The next token of each row of (B, D)."""
         logits = self.model.lm_head(hidden).float()
         sampling = [task.request.sampling for task in tasks]
-        rows = [Row(wish, task.stream.ids, task.text_ids) for task, wish in zip(tasks, sampling, strict=True)]
+        rows = [Row(wish, task.stream.ids, task.text_ids, task.guide) for task, wish in zip(tasks, sampling, strict=True)]
         uniform = [
             random_number(task.seed, len(task.stream.ids)) if wish.temperature else 0.0 for task, wish in zip(tasks, sampling, strict=True)
         ]

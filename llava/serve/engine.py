@@ -35,6 +35,7 @@ from llava.serve.batch import Batch, check_attention
 from llava.serve.caches import TensorCache
 from llava.serve.encode import Encoder
 from llava.serve.failures import Health, explain, is_out_of_memory
+from llava.serve.guides import Guides
 from llava.serve.outbox import Delivery, EngineGeneration, Outbox, deliver_now
 from llava.serve.prepare import Preparer
 from llava.serve.protocol import (
@@ -45,7 +46,6 @@ from llava.serve.protocol import (
     ModelCard,
     Piece,
     PromptTokens,
-    Sampling,
     ServeError,
     Started,
     TokenScore,
@@ -101,6 +101,7 @@ class EmbeddedEngine:
         weights, longest_row = f"{name}@{revision or id(self.model)}", min(config.context_length, self.max_batch_tokens)
         self.preparer = Preparer(assistant, self.features, weights, longest_row)
         self.encoder = Encoder(assistant, self.features, self.prefixes, weights, longest_row)
+        self.guides = Guides(assistant.tokenizer, config.vocab_size, end_ids(self.model))
         self._token_texts = TokenTexts(assistant.tokenizer)
         self.batch = Batch(self.model, self.prefixes, max_batch_rows, self.max_batch_tokens)
         self.company = Company()
@@ -114,6 +115,8 @@ class EmbeddedEngine:
         self._changed = threading.Condition(threading.RLock())  # guards what other threads than the engine's touch
         self._outbox = Outbox()
         self._preparers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="prepare")
+        # What an answer has to be may take seconds to read: those requests wait for one another, and nobody for them.
+        self._guiding = ThreadPoolExecutor(max_workers=2, thread_name_prefix="guide")
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -148,7 +151,7 @@ class EmbeddedEngine:
             self._check_open()
             self._unended.add(task)
             try:
-                self._preparers.submit(self._prepare, task)
+                (self._preparers if request.sampling.guide is None else self._guiding).submit(self._prepare, task)
             except RuntimeError as error:  # the system gives no more threads, or the interpreter is ending
                 self._let_go(task)
                 raise ServeError(ErrorKind.OVERLOADED) from error
@@ -177,6 +180,7 @@ class EmbeddedEngine:
             self._draining = self._closed = True
             self._changed.notify()
         # Off the event loop: a picture that is being decoded is waited for. What is prepared from now on is told that it is too late.
+        await asyncio.to_thread(self._guiding.shutdown)
         await asyncio.to_thread(self._preparers.shutdown)
         await asyncio.to_thread(self._thread.join)
 
@@ -191,6 +195,9 @@ class EmbeddedEngine:
         failure: Exception | None = ServeError(self._end_kind)
         if not task.generation.cancelled and not self._closed:
             try:
+                wish = task.request.sampling.guide
+                if wish is not None and task.guide is None:
+                    task.guide = self.guides.begin(wish)
                 task.was_prepared(self.preparer.prepare(task.request))
                 failure = None
             except Exception as error:
@@ -369,13 +376,19 @@ class EmbeddedEngine:
         text = task.stream.add(token)
         task.scores.add(token, picked)
         self._send_piece(task, text, task.scores.sent(text))
-        if task.stream.stopped or self._ends(token, task.request.sampling):
+        if task.guide is not None:
+            task.guide.take(token)
+        if task.stream.stopped or self._ends(token, task):
             self._finish(task, "stop")
         elif len(task.stream.ids) >= task.encoded.max_new_tokens:
             self._finish(task, "length")
 
-    def _ends(self, token: int, wish: Sampling) -> bool:
-        return token in wish.stop_token_ids or (not wish.ignore_eos and token in end_ids(self.model))
+    def _ends(self, token: int, task: Task) -> bool:
+        """Whether an answer ends with its last token."""
+        wish = task.request.sampling
+        if token in wish.stop_token_ids or (task.guide is not None and task.guide.finished):
+            return True
+        return not wish.ignore_eos and token in end_ids(self.model)
 
     def _send_piece(self, task: Task, text: str, scores: tuple[TokenScore, ...]) -> None:
         if text or scores:

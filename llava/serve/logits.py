@@ -1,8 +1,8 @@
 """What requests ask to be changed of the model's logits before a token is drawn, for all rows of a batch at once.
 
-In vLLM's order (`vllm/v1/sample/sampler.py`): `logit_bias`, the penalties, then ends are held back that come too early. Temperature,
-`min_p`, `top_k` and `top_p` follow in `sampling.py`. A row that asks for nothing keeps its logits to the bit, and a batch in which nobody
-asks costs nothing.
+In vLLM's order (`vllm/v1/sample/sampler.py`): what a guide forbids, `logit_bias`, the penalties, then ends are held back that come too
+early. Temperature, `min_p`, `top_k` and `top_p` follow in `sampling.py`. A row that asks for nothing keeps its logits to the bit, and a
+batch in which nobody asks costs nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llava.serve.guides import AnswerGuide, allowed
 from llava.serve.protocol import Sampling
 
 
@@ -20,12 +21,14 @@ from llava.serve.protocol import Sampling
 class Row:
     """What is known of an answer when its next token is drawn.
 
-    sampling: what was asked. written: ids of the answer so far. prompt: (L,) ids of the prompt's text, placeholders left out.
+    sampling: what was asked. written: ids of the answer so far. prompt: (L,) ids of the prompt's text, placeholders left out. guide: what
+    the answer has to be, where it has to be something.
     """
 
     sampling: Sampling
     written: Sequence[int]
     prompt: Tensor
+    guide: AnswerGuide | None = None
 
 
 def adjusted(logits: Tensor, rows: Sequence[Row], ends: Sequence[int]) -> Tensor:
@@ -38,9 +41,18 @@ def adjusted(logits: Tensor, rows: Sequence[Row], ends: Sequence[int]) -> Tensor
         (B, V); `logits` itself where nothing is asked for.
     """
     changed = logits
-    for change in (_add_bias, _penalise):
+    for change in (_forbid, _add_bias, _penalise):
         changed = change(changed, rows)
     return _hold_back_ends(changed, rows, ends)
+
+
+def _forbid(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    guided = {place: row.guide for place, row in enumerate(rows) if row.guide is not None}
+    if not guided:
+        return logits
+    places = list(guided)
+    own = logits[places].masked_fill(~allowed(list(guided.values()), logits.shape[-1], logits.device), float("-inf"))
+    return logits.index_put((torch.tensor(places, device=logits.device),), own)
 
 
 def _add_bias(logits: Tensor, rows: Sequence[Row]) -> Tensor:

@@ -182,6 +182,12 @@ OF_TEXT: Neutral = {"cache_control": _NOTHING, "prompt_cache_breakpoint": _NOTHI
 OF_INPUT_IMAGE: Neutral = {**OF_TEXT, "file_id": _NOTHING}
 OF_IMAGE: Neutral = {**OF_TEXT, "uuid": _NOTHING, "modalities": ("image",)}
 OF_IMAGE_URL: Neutral = {"max_dynamic_patch": _NOTHING, "min_dynamic_patch": _NOTHING, "content_hash": _NOTHING}
+OF_STRUCTURED_OUTPUTS: Neutral = {
+    "disable_any_whitespace": _OFF,
+    "disable_additional_properties": _OFF,
+    "whitespace_pattern": _NOTHING,
+    "structural_tag": _NOTHING,
+}
 OF_STREAM_OPTIONS: Neutral = {"include_obfuscation": _OFF, "continuous_usage_stats": _OFF}
 
 

@@ -83,6 +83,7 @@ class ChatMessage(Closed):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[ContentPart], Field(max_length=1024, fail_fast=True)] | None
     name: str | None = Field(None, max_length=256, description="Not shown to the model.")
+    parsed: Any = Field(None, description="Not read: what OpenAI's SDK made of an earlier answer's text.")
 
 
 @with_neutral(OF_STREAM_OPTIONS)
@@ -90,12 +91,6 @@ class StreamOptions(Closed):
     """What a stream holds besides the answer."""
 
     include_usage: bool | None = Field(None, description="End with a chunk that holds `usage` and no choices.")
-
-
-class ResponseFormat(Closed):
-    """Only plain text is written."""
-
-    type: Literal["text"]
 
 
 Granularity = Literal["auto"] | int | Annotated[list[int], Field(min_length=1, max_length=64, fail_fast=True)]
@@ -142,7 +137,6 @@ class ChatRequest(AnswerFields):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0)
-    response_format: ResponseFormat | None = None
 
 
 class ErrorFields(BaseModel):
@@ -259,6 +253,8 @@ def _what_is_wrong(loc: Sequence[int | str], found: Sequence[Mapping[str, Any]])
 
 
 _GRANULARITY_CLAUSE = "expected 'auto', a whole number, or a list of 1 to 64 whole numbers"
+_FORMAT_CLAUSE = "expected 'text', 'json_object' or 'json_schema'"
+_SCHEMA_CLAUSE = "expected a JSON schema, as an object or as its text"
 _FIELD_CLAUSES = {
     "granularity": _GRANULARITY_CLAUSE,
     "vis_token_granularity": _GRANULARITY_CLAUSE,
@@ -266,6 +262,10 @@ _FIELD_CLAUSES = {
     "prompt": "expected a text, or a list of texts",
     "input": "expected a text, or a list of messages",
     "input[*].content": "expected a text, or a list of up to 1024 parts",
+    "response_format.type": _FORMAT_CLAUSE,
+    "text.format.type": _FORMAT_CLAUSE,
+    "structured_outputs.json": _SCHEMA_CLAUSE,
+    "guided_json": _SCHEMA_CLAUSE,
     "messages[*].content": "expected a text, or a list of up to 1024 parts",
 }
 """Where pydantic's words would name the branches of a union one by one."""

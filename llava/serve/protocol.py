@@ -119,6 +119,28 @@ class ServeError(Exception):
         super().__init__(self.detail)
 
 
+class GuideKind(Enum):
+    """In which words a guide is written, by vLLM's names."""
+
+    JSON = "json"
+    REGEX = "regex"
+    CHOICE = "choice"
+    GRAMMAR = "grammar"
+
+
+@dataclass(frozen=True)
+class Guide:
+    """What the whole text of an answer has to be.
+
+    kind: how `text` is to be read: a JSON schema that the answer's JSON follows; a regular expression; a JSON list of texts, one of which
+    it is; a grammar in the notation of Lark or of GBNF. param: the field that asked for it, for errors.
+    """
+
+    kind: GuideKind
+    text: str
+    param: str = field(compare=False)
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the answer's tokens are drawn.
@@ -132,7 +154,7 @@ class Sampling:
     likeliest's. repetition_penalty: divides the positive logits of tokens in the prompt's text and in the answer, and multiplies the
     negative ones; 1 is off. presence_penalty: taken from the logits of tokens in the answer; frequency_penalty: as often as they are there.
     logit_bias: (id, number added to its logit). stop_token_ids: end the answer, to which they belong. ignore_eos: the model's own end
-    does not end the answer.
+    does not end the answer. guide: what the answer's text has to be; the answer ends when nothing can be added to it.
     """
 
     temperature: float = 0.0
@@ -150,6 +172,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    guide: Guide | None = None
 
     @property
     def penalises(self) -> bool:
@@ -363,7 +386,8 @@ class Limits:
     """What one request, and all together, may take. Everything beyond is refused before it costs anything.
 
     max_body_bytes: of a request. max_images, max_messages, max_prompt_characters, max_new_tokens, max_stop, max_n: of one request.
-    max_stop_characters: of one stop text. max_logprobs: alternatives told per token.
+    max_stop_characters: of one stop text. max_logprobs: alternatives told per token. max_guide_characters: of a schema, a regular
+    expression, a grammar, or choices.
     max_queue: requests that wait beside those being answered; the next gets 503.
     body_seconds: that a body may bring nothing; body_rate: bytes per second that it has to keep up beyond, see `bodies.Allowance`.
     client_uploads: bodies that one client may be sending at once; client_bodies: what they take together, in bodies of the largest size.
@@ -380,6 +404,7 @@ class Limits:
     max_stop_characters: int = 256
     max_n: int = 8
     max_logprobs: int = 20
+    max_guide_characters: int = 32_768
     max_queue: int = 64
     body_seconds: float = 20.0
     body_rate: float = 20_000.0

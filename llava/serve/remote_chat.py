@@ -7,8 +7,10 @@ logged, and clients get the constant texts of `llava.serve.protocol`.
 from __future__ import annotations
 
 import base64
+import json
 import logging
 import math
+import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from io import BytesIO
 from time import monotonic
@@ -19,6 +21,7 @@ from PIL import Image
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.messages import Message, normalise_turns
 from llava.model.routing import Detail, RoutingRequest
+from llava.serve.guide_fields import ANY_OBJECT
 from llava.serve.outbound import BrokenOff, Reply, parse_json_object
 from llava.serve.protocol import (
     CHAT_PATH,
@@ -26,6 +29,8 @@ from llava.serve.protocol import (
     Event,
     Finished,
     GenerationRequest,
+    Guide,
+    GuideKind,
     ImageReport,
     Piece,
     Sampling,
@@ -86,16 +91,33 @@ def check_sampling(sampling: Sampling, owner: str) -> None:
         ServeError: with the field.
     """
     unknown = [] if owner in _KNOW_BEYOND else [name for own, name in _BEYOND_OPENAI.items() if _asks(sampling, own)]
+    if sampling.guide is not None and owner not in _KNOW_BEYOND and sampling.guide.kind is not GuideKind.JSON:
+        unknown.append(sampling.guide.param)
     if unknown:
         told = f"The server behind this model is not known to have {unknown[0]}; leave it out."
         raise ServeError(ErrorKind.INVALID_REQUEST, told, unknown[0])
+
+
+def guide_body(guide: Guide, owner: str) -> dict[str, Any]:
+    """What the answer has to be, in words that the backend knows: OpenAI's for JSON, for anything else its own."""
+    if guide.kind is GuideKind.JSON:
+        schema = json.loads(guide.text)
+        if schema == ANY_OBJECT:
+            return {"response_format": {"type": "json_object"}}
+        return {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}}
+    value = json.loads(guide.text) if guide.kind is GuideKind.CHOICE else guide.text
+    if owner != "sglang":
+        return {"structured_outputs": {guide.kind.value: value}}
+    if guide.kind is GuideKind.GRAMMAR:
+        return {"ebnf": value}
+    return {"regex": value if guide.kind is GuideKind.REGEX else "|".join(re.escape(choice) for choice in value)}
 
 
 def _asks(sampling: Sampling, name: str) -> bool:
     return bool(getattr(sampling, name) != getattr(Sampling, name))
 
 
-def chat_body(request: GenerationRequest, model: str) -> dict[str, Any]:
+def chat_body(request: GenerationRequest, model: str, owner: str = "") -> dict[str, Any]:
     """A request as the body of a chat completion; pictures become PNG data URLs.
 
     Raises:
@@ -117,6 +139,8 @@ def chat_body(request: GenerationRequest, model: str) -> dict[str, Any]:
             body[name] = list(value) if isinstance(value, tuple) else value
     if sampling.logit_bias:
         body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
+    if sampling.guide is not None:
+        body |= guide_body(sampling.guide, owner)
     if sampling.logprobs is not None:
         body["logprobs"], body["top_logprobs"] = True, sampling.logprobs
     return body | routing_fields(request.routing)

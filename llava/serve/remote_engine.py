@@ -276,8 +276,12 @@ class RemoteEngine:
                 async for event in read_stream(reply, begun, queued):
                     yield event
 
+    @property
+    def _owner(self) -> str:
+        return self._model.owner if self._model else ""
+
     def _check(self, request: GenerationRequest) -> None:
-        check_sampling(request.sampling, self._model.owner if self._model else "")
+        check_sampling(request.sampling, self._owner)
         asked = replace(request.routing, details=()) != RoutingRequest()
         if asked and not self.card.granularities:
             raise ServeError(
@@ -292,7 +296,7 @@ class RemoteEngine:
             )
 
     def _body(self, request: GenerationRequest) -> bytes:
-        return compact_json(chat_body(request, self.backend.model))
+        return compact_json(chat_body(request, self.backend.model, self._owner))
 
 
 class RemoteGeneration:

@@ -11,6 +11,7 @@ from pydantic import Field
 from llava.serve.body_fields import Closed
 from llava.serve.calls import Call, ImageSource, WholeAnswer
 from llava.serve.errors import FieldError, error_fields
+from llava.serve.guide_fields import ANY_OBJECT, JsonSchema, guide_of
 from llava.serve.json_writer import compact_json
 from llava.serve.neutral_fields import OF_INPUT_IMAGE, OF_MESSAGE, OF_RESPONSE, OF_STREAM_OPTIONS, OF_TEXT, with_neutral
 from llava.serve.openai_api import (
@@ -28,7 +29,7 @@ from llava.serve.openai_api import (
     usage_fields,
     validate,
 )
-from llava.serve.protocol import Finished, Limits, ModelCard, ServeError, Started, TokenScore
+from llava.serve.protocol import Finished, Guide, GuideKind, Limits, ModelCard, ServeError, Started, TokenScore
 from llava.serve.sampling_fields import SamplingFields, longest_answer, read_sampling
 
 
@@ -74,16 +75,20 @@ class InputMessage(Closed):
     phase: Literal["commentary", "final_answer"] | None = None
 
 
-class PlainFormat(Closed):
-    """Plain text."""
+class TextFormat(Closed):
+    """Plain text, any JSON object, or JSON that follows a schema."""
 
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = Field(None, max_length=256)
+    schema_: JsonSchema | None = Field(None, alias="schema")
+    description: str | None = None
+    strict: bool | None = None
 
 
 class TextFields(Closed):
-    """How the text is written."""
+    """What the text has to be, and how it is written."""
 
-    format: PlainFormat | None = None
+    format: TextFormat | None = None
     verbosity: Literal["medium"] | None = None
 
 
@@ -122,12 +127,17 @@ def read_response(value: Any, card: ModelCard, limits: Limits) -> Call:
     return Call(
         turns=turns,
         sources=sources,
-        sampling=read_sampling(request, limits, longest, _read_logprobs(request, limits)),
+        sampling=read_sampling(request, limits, longest, _read_logprobs(request, limits), _read_format(request.text, limits)),
         routing=read_routing(request, card, sources),
         stream=bool(request.stream),
         user=request.user,
         fields={"messages": "input"},
-        told={"instructions": request.instructions, "metadata": request.metadata or {}, "max_output_tokens": request.max_output_tokens},
+        told={
+            "instructions": request.instructions,
+            "metadata": request.metadata or {},
+            "max_output_tokens": request.max_output_tokens,
+            "text": {"format": _told_format(request.text)},
+        },
     )
 
 
@@ -146,6 +156,22 @@ def _turn(message: InputMessage, param: str) -> Spoken:
         for place, part in enumerate(message.content)
     ]
     return Spoken(message.role, parts, param)
+
+
+def _read_format(text: TextFields | None, limits: Limits) -> Guide | None:
+    wanted = text.format if text else None
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return guide_of(GuideKind.JSON, ANY_OBJECT, "text.format", limits)
+    if wanted.schema_ is None:
+        raise FieldError("'text.format.schema': this field is missing.", "text.format.schema")
+    return guide_of(GuideKind.JSON, wanted.schema_, "text.format.schema", limits)
+
+
+def _told_format(text: TextFields | None) -> dict[str, Any]:
+    wanted = text.format if text else None
+    return {"type": "text"} if wanted is None else wanted.model_dump(by_alias=True, exclude_unset=True)
 
 
 def _read_logprobs(request: ResponseRequest, limits: Limits) -> int | None:
@@ -228,7 +254,6 @@ class ResponseWriter:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_logprobs": sampling.logprobs or 0,
-            "text": {"format": {"type": "text"}},
             "truncation": "disabled",
             "background": False,
             "previous_response_id": None,

@@ -7,16 +7,17 @@ from typing import Annotated
 
 from pydantic import Field
 
-from llava.serve.body_fields import Closed, as_float32
+from llava.serve.body_fields import as_float32
 from llava.serve.errors import FieldError
-from llava.serve.protocol import Limits, Sampling
+from llava.serve.guide_fields import GuideFields, read_guide
+from llava.serve.protocol import Guide, Limits, Sampling
 
 TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 
 
-class SamplingFields(Closed):
-    """How the answer's tokens are drawn, and where it ends; `max_tokens` has another name in each API and is not among them."""
+class SamplingFields(GuideFields):
+    """How the answer's tokens are drawn, what it has to be, and where it ends; but for `max_tokens`, which each API names differently."""
 
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="0, the default, is greedy.")
     top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False, description="0 leaves the likeliest token alone.")
@@ -45,11 +46,14 @@ class SamplingFields(Closed):
     min_tokens: int | None = Field(None, ge=0, description="Neither the model's own end nor one of `stop_token_ids` before so many.")
 
 
-def read_sampling(fields: SamplingFields, limits: Limits, max_new_tokens: int, logprobs: int | None = None) -> Sampling:
+def read_sampling(
+    fields: SamplingFields, limits: Limits, max_new_tokens: int, logprobs: int | None = None, guide: Guide | None = None
+) -> Sampling:
     """What is asked about the drawing of tokens, checked against the limits; that ids are in the vocabulary is for the engine to say.
 
     Args:
         max_new_tokens: the longest answer, see `longest_answer`. logprobs: alternatives per token to report, `None` for no scores at all.
+        guide: what the answer has to be, where a field of the API's own says so.
 
     Raises:
         FieldError: what cannot be done, and in which field.
@@ -73,6 +77,7 @@ def read_sampling(fields: SamplingFields, limits: Limits, max_new_tokens: int, l
         logit_bias=tuple(sorted((token, bias) for token, bias in biases.items() if bias)),
         stop_token_ids=tuple(dict.fromkeys(fields.stop_token_ids or ())),
         ignore_eos=bool(fields.ignore_eos),
+        guide=read_guide(fields, limits, guide),
     )
 
 

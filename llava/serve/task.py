@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llava.model.splice import PromptRow, SplicedRow
+from llava.serve.guides import AnswerGuide
 from llava.serve.outbox import EngineGeneration
 from llava.serve.protocol import GenerationRequest, ImageReport
 from llava.serve.scores import ScoreStream
@@ -67,8 +68,8 @@ class Unread:
 class Task:
     """A request and how far it has come.
 
-    stream, scores, seed: of its answer. text_ids: (L,) of its prompt, without placeholders. slot: its row of the running batch, below 0
-    outside of it.
+    stream, scores, seed: of its answer, and guide, where it has to be something. text_ids: (L,) of its prompt, without placeholders.
+    slot: its row of the running batch, below 0 outside of it.
     """
 
     request: GenerationRequest
@@ -80,6 +81,7 @@ class Task:
     milliseconds: dict[str, float] = field(default_factory=dict)
     first_token: float = 0.0
     text_ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    guide: AnswerGuide | None = None
     slot: int = -1
     _prepared: Prepared | None = field(default=None, init=False)
     _encoded: Encoded | None = field(default=None, init=False)

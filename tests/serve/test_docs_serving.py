@@ -271,14 +271,21 @@ def test_requests_run_as_written(block: str, address: str) -> None:
         assert "558" in done.stdout
 
 
-@pytest.mark.parametrize("source", blocks("python"), ids=["openai"])
-def test_python_runs_as_written(source: str, address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def run_python(source: str, address: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Lines that a block of the page prints."""
+    exec(compile(source.replace("http://localhost:8000", address), "Serving.md", "exec", dont_inherit=True), {"__name__": "__main__"})
+    return capsys.readouterr().out.strip().splitlines()
+
+
+def test_python_runs_as_written(address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
-    exec(compile(source.replace("http://localhost:8000", address), "Serving.md", "exec"), {"__name__": "__main__"})
-    first, *wishes, streamed = capsys.readouterr().out.strip().splitlines()
+    asking, guided = blocks("python")
+    first, *wishes, streamed = run_python(asking, address, capsys)
     assert first == "558 336 of 336"
     assert [line.split("[")[-1].split("]")[0] for line in wishes[:1]] == ["16"]
     assert len(wishes) == 4 and streamed == "558 385 tokens"
+    [sign] = run_python(guided, address, capsys)
+    assert re.fullmatch(r"colour='(red|green|blue)' number=[0-9]{1,3}", sign)
 
 
 @pytest.mark.parametrize("block", blocks("json"))

@@ -20,7 +20,7 @@ from llava.model.routing import RoutingRequest
 from llava.serve.engine import EmbeddedEngine
 from llava.serve.failures import FAILED_TURNS
 from llava.serve.prepare import Preparer
-from llava.serve.protocol import ErrorKind, Event, Finished, GenerationRequest, Piece, Sampling, ServeError, Started
+from llava.serve.protocol import ErrorKind, Event, Finished, GenerationRequest, Guide, GuideKind, Piece, Sampling, ServeError, Started
 
 EVAL = MICRO_MODEL.parent / "eval"
 
@@ -273,6 +273,70 @@ def test_an_answer_ends_where_the_request_says(micro, asked):
     assert (endless.end.finish_reason, endless.end.completion_tokens) == ("length", 24)
     assert endless.text.startswith(plain.text) and plain.end.completion_tokens < 24
     assert not other.text.startswith(words[0].strip())
+
+
+CHOICE = Guide(GuideKind.CHOICE, json.dumps(["a red sign", "a blue sign"]), "guided_choice")
+SCHEMA = {"type": "object", "properties": {"known": {"type": "boolean"}, "number": {"enum": [1, 22, 333]}}, "required": ["known", "number"]}
+OBJECT = Guide(GuideKind.JSON, json.dumps({**SCHEMA, "additionalProperties": False}), "response_format")
+GUIDED = [
+    Sampling(max_new_tokens=200, guide=OBJECT),
+    Sampling(max_new_tokens=200, guide=OBJECT, temperature=1.5, seed=3, repetition_penalty=1.2, logprobs=2),
+    Sampling(max_new_tokens=200, guide=CHOICE, min_new_tokens=100),
+    Sampling(max_new_tokens=200, guide=CHOICE, ignore_eos=True, stop_token_ids=(5,)),
+    Sampling(max_new_tokens=12),
+    Sampling(max_new_tokens=5, guide=Guide(GuideKind.REGEX, "[0-9]*", "guided_regex"), min_new_tokens=5),
+    Sampling(max_new_tokens=24, guide=Guide(GuideKind.REGEX, "(x|y)+", "guided_regex"), stop=("yy",), temperature=2.0, seed=1),
+]
+
+
+def check_guided(outcomes: list[Any]) -> None:
+    for outcome in outcomes[:2]:
+        value = json.loads(outcome.text)
+        assert value.keys() == {"known", "number"} and value["known"] in (True, False) and value["number"] in (1, 22, 333)
+        assert outcome.end.finish_reason == "stop"
+    assert outcomes[1].text == "".join(scored_texts(outcomes[1])).strip()
+    for outcome in outcomes[2:4]:
+        assert outcome.text in json.loads(CHOICE.text) and outcome.end.finish_reason == "stop" and outcome.end.completion_tokens < 30
+    number = outcomes[5]
+    assert number.text.isdecimal() and (number.end.completion_tokens, number.end.finish_reason) == (5, "length")
+    assert set(outcomes[6].text) <= {"x", "y"} and "yy" not in outcomes[6].text
+
+
+def test_a_crowd_whose_answers_have_to_be_something_gets_what_each_gets_alone(micro, asked):
+    wanted = [request(*each, sampling=wish) for each, wish in zip(asked, GUIDED, strict=False)]
+
+    async def one_by_one(engine: EmbeddedEngine) -> list[Any]:
+        return [await attempt(engine, each) for each in wanted]
+
+    outcomes, expected = serve(micro, all_at_once(*wanted)), serve(micro, one_by_one)
+    assert [outcome.text for outcome in outcomes] == [single.text for single in expected]
+    check_guided(outcomes)
+    assert outcomes[4].text == alone(micro, wanted[4])
+
+
+def test_those_who_step_back_are_held_to_the_same_afterwards(micro, asked):
+    wanted = [request(*each, str(place), sampling=wish) for place, (each, wish) in enumerate(zip(asked, GUIDED, strict=False))]
+
+    async def use(engine: EmbeddedEngine) -> list[Any]:
+        steps_back = seldom_room(engine, 2, after=3)
+        outcomes = await all_at_once(*wanted)(engine)
+        assert len(steps_back) >= 2
+        return outcomes
+
+    outcomes = serve(micro, use)
+    check_guided(outcomes)
+    assert [outcome.text for outcome in outcomes] == [outcome.text for outcome in serve(micro, all_at_once(*wanted))]
+
+
+def test_an_answer_that_cannot_be_what_it_has_to_be_fails_alone(micro, asked):
+    """One whose pattern cannot be read, one whose pattern grows too large on the way, and neighbours."""
+    patterns = ["(a", "x(a{1000}){1000}", "x{3}"]
+    wishes = [Sampling(max_new_tokens=9, guide=Guide(GuideKind.REGEX, pattern, "regex")) for pattern in patterns]
+    unread, grown, good, free = serve(micro, all_at_once(*(request(*asked[0], sampling=wish) for wish in wishes), request(*asked[1])))
+    for failed, told in ((unread, "cannot be followed here"), (grown, "became too much to follow")):
+        assert isinstance(failed, ServeError) and (failed.kind, failed.param) == (ErrorKind.INVALID_REQUEST, "regex")
+        assert told in failed.detail
+    assert good.text == "xxx" and free.text == alone(micro, request(*asked[1]))
 
 
 @pytest.mark.parametrize(("name", "value"), [("logit_bias", ((10**6, 1.0),)), ("stop_token_ids", (640,))])

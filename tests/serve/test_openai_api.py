@@ -245,7 +245,6 @@ def test_choices_draw_from_seeds_of_their_own():
         ({"logit_bias": {"one": 1}}, "logit_bias.one"),
         ({"logit_bias": [1]}, "logit_bias"),
         ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type"),
         ({"tools": [{}]}, "tools"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"granularity": 37}, "granularity"),

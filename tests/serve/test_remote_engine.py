@@ -19,7 +19,19 @@ from llava.conversation import SeparatorStyle, conv_templates
 from llava.inference import Message, write_prompt
 from llava.model.routing import RoutingRequest
 from llava.serve.outbound import Patience
-from llava.serve.protocol import ErrorKind, Event, Finished, GenerationRequest, Piece, Sampling, ServeError, Started, TokenScore
+from llava.serve.protocol import (
+    ErrorKind,
+    Event,
+    Finished,
+    GenerationRequest,
+    Guide,
+    GuideKind,
+    Piece,
+    Sampling,
+    ServeError,
+    Started,
+    TokenScore,
+)
 from llava.serve.read_prompt import read_prompt
 from llava.serve.remote_chat import chat_body
 from llava.serve.remote_engine import Backend, RemoteEngine
@@ -137,6 +149,7 @@ def test_no_field_of_the_sampling_is_forgotten() -> None:
         "logit_bias": (((3, -100.0), (5, 1.0)), {"logit_bias": {"3": -100.0, "5": 1.0}}),
         "stop_token_ids": ((7, 8), {"stop_token_ids": [7, 8]}),
         "ignore_eos": (True, {"ignore_eos": True}),
+        "guide": (Guide(GuideKind.REGEX, "a+", "regex"), {"structured_outputs": {"regex": "a+"}}),
     }
     assert wishes.keys() == {field.name for field in fields(Sampling)}
     plain = chat_body(asking(), "m")
@@ -144,6 +157,7 @@ def test_no_field_of_the_sampling_is_forgotten() -> None:
         assert chat_body(asking(sampling=Sampling(**{name: value})), "m") == {**plain, **told}
 
 
+NAMED = {"name": "answer", "schema": {"type": "array"}, "strict": True}
 BEYOND_OPENAI = ("min_tokens", "top_k", "min_p", "repetition_penalty", "stop_token_ids", "ignore_eos")
 ALL_BEYOND = Sampling(min_new_tokens=1, top_k=3, min_p=0.5, repetition_penalty=1.2, stop_token_ids=(7,), ignore_eos=True)
 
@@ -166,9 +180,30 @@ def test_a_server_that_may_ignore_a_field_is_not_asked(owner: object) -> None:
                 with_engine(fake, partial(collected, request=asking(sampling=wish)))
             assert refused.value.kind is ErrorKind.INVALID_REQUEST and refused.value.param in BEYOND_OPENAI
         assert not fake.requests
+        for kind in (GuideKind.REGEX, GuideKind.CHOICE, GuideKind.GRAMMAR):
+            with pytest.raises(ServeError, match="is not known to have its_name"):
+                with_engine(fake, partial(collected, request=asking(sampling=Sampling(guide=Guide(kind, "[]", "its_name")))))
+        assert len(fake.requests) == 0
         of_openai = Sampling(seed=1, stop=("x",), presence_penalty=1.0, frequency_penalty=1.0, logit_bias=((3, 1.0),))
         with_engine(fake, partial(collected, request=asking(sampling=of_openai)))
         assert len(fake.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("guide", "of_vllm", "of_sglang"),
+    [
+        ((GuideKind.REGEX, "a+"), {"structured_outputs": {"regex": "a+"}}, {"regex": "a+"}),
+        ((GuideKind.CHOICE, '["a.b", "c"]'), {"structured_outputs": {"choice": ["a.b", "c"]}}, {"regex": "a\\.b|c"}),
+        ((GuideKind.GRAMMAR, "root ::= x"), {"structured_outputs": {"grammar": "root ::= x"}}, {"ebnf": "root ::= x"}),
+        ((GuideKind.JSON, '{"type": "object"}'), *[{"response_format": {"type": "json_object"}}] * 2),
+        ((GuideKind.JSON, '{"type": "array"}'), *[{"response_format": {"type": "json_schema", "json_schema": NAMED}}] * 2),
+    ],
+)
+def test_what_an_answer_has_to_be_is_said_in_the_backends_words(guide: Any, of_vllm: Any, of_sglang: Any) -> None:
+    plain = chat_body(asking(), "m")
+    asked = asking(sampling=Sampling(guide=Guide(*guide, "field")))
+    for owner, words in (("vllm", of_vllm), ("avg-llava", of_vllm), ("sglang", of_sglang)):
+        assert chat_body(asked, "m", owner) == {**plain, **words}
 
 
 def test_pictures_without_placeholders_begin_the_first_question() -> None:

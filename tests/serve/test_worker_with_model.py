@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import time
 from io import BytesIO
+from typing import Literal
 
 import httpx
 import openai
 import pytest
 from PIL import Image, ImageDraw
+from pydantic import BaseModel, Field
 
 from llava.inference import Assistant, Options, write_prompt
 from llava.inference import Message as Turn
@@ -143,3 +145,27 @@ def test_streaming_adds_little_to_the_time(running):
                     took[stream] += time.process_time() - time.thread_time() - start
     print(f"server's processor seconds of 100 answers, whole: {took[False]:.2f}, streamed: {took[True]:.2f}")
     assert took[True] < 1.05 * took[False]
+
+
+class Sign(BaseModel):
+    colour: Literal["red", "sky blue"]
+    number: int = Field(ge=0, le=99)
+    lit: bool
+
+
+def test_the_sdk_parses_answers_that_follow_a_pydantic_model(running):
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
+        messages = question(0)["messages"]
+        whole = client.chat.completions.parse(model="micro", messages=messages, response_format=Sign)
+        assert whole.choices[0].message.parsed == Sign.model_validate_json(whole.choices[0].message.content)
+        again = [*messages, whole.choices[0].message, {"role": "user", "content": "And now?"}]
+        assert client.chat.completions.parse(model="micro", messages=again, response_format=Sign).choices[0].message.parsed
+        with client.chat.completions.stream(model="micro", messages=messages, response_format=Sign) as stream:
+            assert stream.get_final_completion().choices[0].message.parsed == whole.choices[0].message.parsed
+        response = client.responses.parse(model="micro", input="Make up a sign.", text_format=Sign)
+        assert isinstance(response.output_parsed, Sign)
+        with pytest.raises(openai.BadRequestError) as refused:
+            schema = {"type": "array", "uniqueItems": True}
+            wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+            client.chat.completions.create(model="micro", messages=messages, response_format=wanted)
+        assert refused.value.param == "response_format.json_schema.schema" and "uniqueItems" in str(refused.value)
