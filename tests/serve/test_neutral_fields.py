@@ -73,7 +73,7 @@ def test_parts_and_stream_options_have_theirs_too():
     body["messages"][0]["content"][0] |= {"uuid": None, "modalities": "image", "cache_control": None}
     body["messages"][0]["content"][0]["image_url"] |= {"max_dynamic_patch": None, "content_hash": None}
     body["messages"][0]["content"][1] |= {"cache_control": None, "prompt_cache_breakpoint": None}
-    assert read_chat(body, CARD, Limits()).sources == ("data:a",)
+    assert [source.text for source in read_chat(body, CARD, Limits()).sources] == ["data:a"]
 
 
 def test_every_field_of_openais_own_api_is_known():

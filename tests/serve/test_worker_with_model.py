@@ -153,6 +153,7 @@ class Sign(BaseModel):
     lit: bool
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:pydantic")  # the SDK's own
 def test_the_sdk_parses_answers_that_follow_a_pydantic_model(running):
     with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
         messages = question(0)["messages"]
