@@ -95,7 +95,10 @@ class DataArguments:
         default=True, metadata={"help": "Write ids and labels when a row is read; otherwise all before the first step."}
     )
     is_multimodal: bool = field(default=True, metadata={"help": "Whether rows may have pictures."})
-    image_aspect_ratio: str | None = field(default=None, metadata={"help": "square, pad or anyres."})
+    image_aspect_ratio: str | None = field(
+        default=None,
+        metadata={"help": "square, pad or anyres; the checkpoint's by default, and another one than it was trained with is a warning."},
+    )
     image_grid_pinpoints: str | None = field(
         default=None, metadata={"help": 'Canvases of anyres, (width, height), as in "[[336, 672], [672, 336]]".'}
     )

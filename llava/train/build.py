@@ -44,6 +44,11 @@ WEIGHT_FIELDS = ("mm_projector_type", "mm_vision_select_feature")
 ROUTER_FIELDS = ("vis_token_granularity", "router_attention_axis", "router_hidden_size", "filtered_text_num")
 """Fields that decide what weights a trained router holds."""
 
+SIGHT_FIELDS = (
+    "image_aspect_ratio", "image_grid_pinpoints", "mm_patch_merge_type", "unpad_rule", "mm_vision_select_layer",
+)  # fmt: skip
+"""Fields that change no weight's shape but what trained weights see of an image."""
+
 
 def config_overrides(
     model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments
@@ -149,10 +154,7 @@ def _apply_flags(
     if fixed:
         differences = ", ".join(f"{name} {getattr(config, name)!r} against {changed[name]!r}" for name in fixed)
         raise ValueError(f"checkpoint {path} was trained with other values than the flags ask for: {differences}; drop the flags.")
-    for name, value in changed.items():
-        logger.info("%s: %r of the checkpoint becomes %r", name, getattr(config, name), value)
-        setattr(config, name, value)
-    config.check_multimodal_fields()
+    change_fields(config, path, changed)
     if "mm_vision_select_layer" in changed:
         model.get_vision_tower().choose_layer(config.mm_vision_select_layer)
     if "router_dropout" in changed and model.model.router is not None:
@@ -169,6 +171,25 @@ def _apply_flags(
         like = model.model.embedding_weight
         vector = torch.randn(config.hidden_size, dtype=like.dtype, device=like.device) * config.hidden_size**-0.5
         model.model.image_newline = nn.Parameter(vector)
+
+
+def change_fields(config: Any, path: str, changed: dict[str, Any]) -> None:
+    """Change fields of a checkpoint's configuration, and warn where its weights were trained to see otherwise.
+
+    Raises:
+        ValueError: the fields do not fit each other.
+    """
+    for name, value in changed.items():
+        old = getattr(config, name)
+        if name in SIGHT_FIELDS:
+            logger.warning(
+                "checkpoint %s was trained with %s %r, but --%s is %r: it sees images otherwise from here on; drop the flag unless that is "
+                "meant", path, name, old, name, value,
+            )  # fmt: skip
+        else:
+            logger.info("%s: %r of the checkpoint becomes %r", name, old, value)
+        setattr(config, name, value)
+    config.check_multimodal_fields()
 
 
 def _check_stage_fits(model: Any, training_args: TrainingArguments) -> None:

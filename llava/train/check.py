@@ -274,6 +274,7 @@ def model_outline(path: str) -> Any:
 
 
 def _prepare(check_args: CheckArguments, data_args: DataArguments) -> tuple[ConversationDataset, Any, Mixture]:
+    from llava.train.build import change_fields
     from llava.train.train import make_dataset
 
     path = check_args.model_name_or_path
@@ -288,10 +289,7 @@ def _prepare(check_args: CheckArguments, data_args: DataArguments) -> tuple[Conv
         "image_grid_pinpoints": data_args.canvases,
         "tokenizer_model_max_length": check_args.model_max_length or config.tokenizer_model_max_length or config.context_length,
     }
-    for name, value in changes.items():
-        if value is not None:
-            setattr(config, name, value)
-    config.check_multimodal_fields()
+    change_fields(config, path, {name: value for name, value in changes.items() if value not in (None, getattr(config, name))})
     version = check_args.version or config.conv_version
     if version not in conv_templates:
         raise ValueError(f"--version is {version!r}; choose one of {', '.join(conv_templates)}.")

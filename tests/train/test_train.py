@@ -212,6 +212,23 @@ def test_flags_reach_the_modules_of_a_checkpoint(tmp_path: Path, run_flags: Flag
     assert tower.num_layers_used == tower.config.num_hidden_layers and model.config.mm_vision_select_layer == -1
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"image_aspect_ratio": "pad"}, "was trained with image_aspect_ratio 'anyres', but --image_aspect_ratio is 'pad'"),
+        ({"image_grid_pinpoints": "[[48, 48]]"}, "was trained with image_grid_pinpoints [[48, 96], "),
+        ({"mm_vision_select_layer": -1}, "was trained with mm_vision_select_layer -2, but --mm_vision_select_layer is -1"),
+        ({"image_aspect_ratio": "anyres", "mm_vision_select_layer": -2}, None),
+    ],
+)
+def test_flags_that_change_what_trained_weights_see(
+    flags: dict[str, object], told: str | None, tmp_path: Path, run_flags: Flags, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_trainer(parse_arguments(run_flags(tmp_path, "instruct", **flags)))
+    warned = [record.getMessage() for record in caplog.records if "was trained with" in record.getMessage()]
+    assert len(warned) == (told is not None) and (told is None or told in warned[0])
+
+
 def test_a_step_that_is_not_finite_can_be_skipped(tmp_path: Path, run_flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = {"max_steps": 3, "learning_rate": 1e-3, "on_nonfinite_loss": "skip"}
     trainer = make_trainer(parse_arguments(run_flags(tmp_path, "instruct", **flags)))
