@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ import pytest
 
 import llava.json_rows as json_rows
 import llava.train.index as index_module
+from llava.durable import NoSpaceError
 from llava.train.index import HIDDEN_FOLDER, UNREAD_KEYS, build_index, derived_file, measure, open_index, unread_key
 from llava.train.mixture import open_rows
 
@@ -218,6 +220,19 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(ValueError, match="broken|incomplete"):
         open_index(source)
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path) -> None:
+    source = written(tmp_path / "a.jsonl", ROWS * 100)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    try:
+        with pytest.raises(NoSpaceError, match=r"no space for .*a\.jsonl\..*\.rows\.arrow \("):
+            open_index(source)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / HIDDEN_FOLDER).glob("*.arrow")) and not list((tmp_path / HIDDEN_FOLDER).glob(".unfinished*"))
+    assert list(open_index(source)) == ROWS * 100
 
 
 def _opened(source: Path, log: Path) -> None:
