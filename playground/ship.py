@@ -10,6 +10,10 @@ from pathlib import Path
 
 from llava.model.builder import load_pretrained_model
 
+DESCRIPTION = (
+    "A small model for demonstration, trained on drawn scenes of 128 x 128 pixels. It names their shapes, colours, numbers, digits and "
+    "arrows in a word, and knows nothing else."
+)
 LARGEST = 15_000_000
 """Bytes a shipped checkpoint may have."""
 
@@ -23,7 +27,7 @@ def ship(source: Path, target: Path) -> int:
     tokenizer, model, _, _ = load_pretrained_model(str(source), device="cpu")
     model.config.mm_vision_tower = None  # its configuration and weights travel inside
     model.config._name_or_path = ""
-    model.config.use_cache = True
+    model.config.use_cache, model.config.description = True, DESCRIPTION
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     size = sum(file.stat().st_size for file in target.iterdir())

@@ -230,6 +230,7 @@ class MultimodalFields:
         router_text_fill: what fills the text slots of a short instruction: `zeros`, or, as published, in training the `answer`.
         filtered_text_num: how many instruction tokens the router sees.
     Text
+        description: what the model is and knows, in a sentence or two for people who ask it.
         conv_version: the conversation template the model was trained with.
         tokenizer_padding_side, tokenizer_model_max_length: what training used. Generation pads left whatever this says.
         mm_use_im_start_end, mm_use_im_patch_token: LLaVA's extra tokens around a picture.
@@ -254,6 +255,7 @@ class MultimodalFields:
     router_dropout: float = field(default=0.1, metadata=ruled(PROBABILITY))
     router_text_fill: str = field(default="zeros", metadata=ruled(Choice(("zeros", "answer"))))
     filtered_text_num: int = field(default=32, metadata=ruled(Integer(0, 65536)))
+    description: str | None = field(default=None, metadata=ruled(optional(Text(longest=1000))))
     conv_version: str = field(default="v1", metadata=ruled(Text()))
     tokenizer_padding_side: str = field(default="right", metadata=ruled(Choice(("left", "right"))))
     tokenizer_model_max_length: int | None = field(default=None, metadata=ruled(optional(Integer(1, 2**31 - 1))))

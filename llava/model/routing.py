@@ -41,12 +41,12 @@ class RoutingError(ValueError):
     """A wish that cannot be met.
 
     Args:
-        field: of `RoutingRequest`, to which it is owed.
+        field: of `RoutingRequest`, to which it is owed. least: the smallest value of it that would do, where there is one.
     """
 
-    def __init__(self, message: str, field: str) -> None:
+    def __init__(self, message: str, field: str, least: int | None = None) -> None:
         super().__init__(message)
-        self.field = field
+        self.field, self.least = field, least
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,7 @@ def check_budget(costs: Sequence[Sequence[int]], allowed: Sequence[int], request
             f"max_visual_tokens is {request.max_visual_tokens}, but the coarsest granularity allowed costs {cheapest} visual tokens here; "
             "raise the budget.",
             "max_visual_tokens",
+            least=cheapest,
         )
 
 

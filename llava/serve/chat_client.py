@@ -28,7 +28,8 @@ MAX_ERROR_BYTES = 100_000
 class ModelInfo:
     """A served model, as `/v1/models` describes it.
 
-    granularities: tokens per view, coarse to fine; empty where there is nothing to choose. max_images: per request.
+    granularities: tokens per view, coarse to fine; empty where there is nothing to choose. max_images: per request. description: for
+    people who ask it; empty where the server has none.
     """
 
     name: str
@@ -36,6 +37,7 @@ class ModelInfo:
     has_router: bool = False
     takes_images: bool = True
     max_images: int = 8
+    description: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,19 @@ class ChatError(Exception):
     """What went wrong, ready to be shown.
 
     text: a sentence. code: OpenAI's error code, or ours. request_id: under which the server logged it. status: HTTP's, if there was one.
+    param: the field of the request that is to blame. least: the smallest value of it that would do.
     """
 
-    def __init__(self, text: str, code: str, request_id: str | None = None, status: int | None = None) -> None:
-        self.text, self.code, self.request_id, self.status = text, code, request_id, status
+    def __init__(
+        self,
+        text: str,
+        code: str,
+        request_id: str | None = None,
+        status: int | None = None,
+        param: str | None = None,
+        least: int | None = None,
+    ) -> None:
+        self.text, self.code, self.request_id, self.status, self.param, self.least = text, code, request_id, status, param, least
         super().__init__(text)
 
 
@@ -166,6 +177,7 @@ def _model_info(entry: Mapping[str, Any]) -> ModelInfo:
         has_router=bool(ours.get("has_router", False)),
         takes_images=bool(ours.get("takes_images", True)),
         max_images=int(ours.get("max_images", 8)),
+        description=str(ours.get("description") or "")[:1000],
     )
 
 
@@ -193,7 +205,15 @@ def _error_of(status: int, body: bytes, request_id: str | None) -> ChatError:
 def _stated_error(error: Mapping[str, Any], status: int | None, request_id: str | None) -> ChatError:
     text = str(error.get("message") or "The server reports an error without a message.")
     code = str(error.get("code") or error.get("type") or "error")
-    return ChatError(text[:2000], code[:100], str(error.get("request_id") or request_id or "")[:200] or None, status)
+    param, least = error.get("param"), error.get("least")
+    return ChatError(
+        text[:2000],
+        code[:100],
+        str(error.get("request_id") or request_id or "")[:200] or None,
+        status,
+        param if isinstance(param, str) else None,
+        least if type(least) is int else None,
+    )
 
 
 async def _events(response: httpx.Response, request_id: str | None, url: str) -> AsyncIterator[Delta | Outcome]:

@@ -448,4 +448,6 @@ def _card_of(assistant: Assistant, name: str, max_images: int) -> ModelCard:
     has_tower = model.get_model().vision_tower is not None
     granularities = tuple(level.tokens for level in model.levels) if has_tower else ()
     has_router = model.get_model().router is not None
-    return ModelCard(name, model.config.context_length, granularities, has_router, has_tower, max_images if has_tower else 0)
+    return ModelCard(
+        name, model.config.context_length, granularities, has_router, has_tower, max_images if has_tower else 0, model.config.description
+    )

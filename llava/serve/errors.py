@@ -45,6 +45,7 @@ def error_fields(error: ServeError, request_id: str) -> dict[str, Any]:
         "param": error.param,
         "code": error.kind.value,
         "request_id": request_id,
+        **({} if error.least is None else {"least": error.least}),
     }
 
 

@@ -147,6 +147,7 @@ class ErrorFields(BaseModel):
     param: str | None
     code: str
     request_id: str
+    least: int | None = Field(None, description="The smallest value of `param` that would do, where there is one.")
 
 
 class ErrorBody(BaseModel):
@@ -622,4 +623,5 @@ def model_fields(card: ModelCard, created: int) -> dict[str, Any]:
         "has_router": card.has_router,
         "takes_images": card.takes_images,
         "max_images": card.max_images,
+        **({} if card.description is None else {"description": card.description}),
     }

@@ -110,7 +110,7 @@ class Preparer:
         try:
             return plan_of(self.assistant, [request], [prepared], [len(picture) for picture in prepared.pictures])
         except RoutingError as error:
-            raise ServeError(ErrorKind.INVALID_REQUEST, str(error), ROUTING_FIELDS[error.field]) from error
+            raise ServeError(ErrorKind.INVALID_REQUEST, str(error), ROUTING_FIELDS[error.field], error.least) from error
         except ValueError as error:  # as above: a count of placeholders
             raise ServeError(ErrorKind.INVALID_REQUEST, str(error), _text_field(request)) from error
 

@@ -111,10 +111,11 @@ class ServeError(Exception):
         detail: a sentence that replaces the kind's own. It goes to clients: numbers, names of fields and names of models only, never
             the text of another library's exception.
         param: the field that is to blame, as a path such as `messages[0].content`.
+        least: the smallest value of that field that would do, where there is one.
     """
 
-    def __init__(self, kind: ErrorKind, detail: str | None = None, param: str | None = None) -> None:
-        self.kind, self.param = kind, param
+    def __init__(self, kind: ErrorKind, detail: str | None = None, param: str | None = None, least: int | None = None) -> None:
+        self.kind, self.param, self.least = kind, param, least
         self.detail = detail or kind.fault.text
         super().__init__(self.detail)
 
@@ -295,7 +296,10 @@ class PromptTokens:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a served model is. granularities: tokens per view, coarse to fine; empty where the backend has none to choose from."""
+    """What a served model is.
+
+    granularities: tokens per view, coarse to fine; empty where the backend has none to choose from. description: for people who ask it.
+    """
 
     name: str
     context_length: int
@@ -303,6 +307,7 @@ class ModelCard:
     has_router: bool
     takes_images: bool
     max_images: int
+    description: str | None = None
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 Whoever has the worker token may register a worker, and its answers are its own. But an error speaks in the service's name: a worker that
 lies could send clients to another site, ask for their keys, or repeat what others have asked. So of a worker's error the controller takes
-the kind, by its code, and the field that is to blame, where it is one of the request's; what is wrong with it the controller finds out for
-itself, from the same description of the request that the worker reads. The worker's own words are in its log, under the request's id.
+the kind, by its code, the field that is to blame, where it is one of the request's, and the least value of it, a number; what is wrong with
+it the controller finds out for itself, from the same description of the request that the worker reads. The worker's own words are in its
+log, under the request's id.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from llava.rules import Integer
 from llava.serve.errors import FieldError
 from llava.serve.openai_api import validate
 from llava.serve.protocol import ErrorKind, ServeError
@@ -32,6 +34,7 @@ _BY_STATUS = {
 }
 """What a refusal of a server that is not ours means, whose codes are its own."""
 _MAX_PARAM = 200
+_COUNT = Integer(1, 10**9)
 _PATH = re.compile(r"[A-Za-z_]\w*(\[\d{1,4}\]|\.\w+)*", re.ASCII)
 
 
@@ -56,12 +59,15 @@ def own_words(kind: ErrorKind, told: dict[str, Any], schema: type[BaseModel] | N
             validate(schema, parse_json(body))
         except FieldError as found:
             return found
-    error = told.get("error")
+    error: Any = told.get("error")
     param = error.get("param") if isinstance(error, dict) else None
     if not isinstance(param, str) or not _is_field(param, schema):
         return ServeError(kind)
-    detail = f"The worker refuses {param}; its log has the reason under this request id." if kind is ErrorKind.INVALID_REQUEST else None
-    return ServeError(kind, detail, param)
+    if kind is not ErrorKind.INVALID_REQUEST:
+        return ServeError(kind, None, param)
+    if _COUNT.accepts(least := error.get("least")):
+        return ServeError(kind, f"{param} is too small here; the smallest value that would do is {least}.", param, least)
+    return ServeError(kind, f"The worker refuses {param}; its log has the reason under this request id.", param)
 
 
 def _is_field(param: str, schema: type[BaseModel]) -> bool:

@@ -15,6 +15,7 @@ from time import monotonic
 from typing import Any
 
 from llava.model.routing import RoutingRequest
+from llava.rules import Text
 from llava.serve.addresses import Endpoint, parse_worker_url
 from llava.serve.json_writer import compact_json
 from llava.serve.outbound import BrokenOff, Outbound, Patience, Unreachable
@@ -79,6 +80,9 @@ class Backend:
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
 
 
+_DESCRIPTION = Text(longest=1000)
+
+
 @dataclass(frozen=True)
 class BackendModel:
     """One entry of a backend's model list. owner: whose server it is, as `owned_by` says, or nothing."""
@@ -88,6 +92,7 @@ class BackendModel:
     granularities: tuple[int, ...]
     has_router: bool
     owner: str = ""
+    description: str | None = None
 
 
 async def list_models(outbound: Outbound, backend: Backend) -> list[BackendModel]:
@@ -119,6 +124,7 @@ def _backend_model(entry: dict[str, Any]) -> BackendModel:
         tuple(levels) if known and levels else (),
         entry.get("has_router") is True,
         str(entry.get("owned_by") or ""),
+        entry["description"] if _DESCRIPTION.accepts(entry.get("description")) else None,
     )
 
 
@@ -149,6 +155,7 @@ class RemoteEngine:
             has_router=model.has_router if model else False,
             takes_images=True,
             max_images=self.backend.max_images,
+            description=model.description if model else None,
         )
 
     @property

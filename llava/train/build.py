@@ -98,6 +98,7 @@ def load_model(
     _check_stage_fits(model, training_args)
     if training_args.router_select is False and model.model.router is not None:
         raise ValueError(f"--router_select is False, but {path} has a router, which stays; drop the flag.")
+    model.config.description = None  # it spoke of what the run starts from
     words = tokenizer_source(adapter, base) if adapter else path
     tokenizer = _load_tokenizer(words, model, model_args, training_args)
     if training_args.lora_enable:

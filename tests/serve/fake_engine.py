@@ -23,7 +23,8 @@ from llava.serve.protocol import (
 )
 
 CARD = ModelCard(
-    name="fake", context_length=4096, granularities=(36, 144, 576), has_router=True, takes_images=True, max_images=8
+    name="fake", context_length=4096, granularities=(36, 144, 576), has_router=True, takes_images=True, max_images=8,
+    description="It repeats what it is asked.",
 )
 
 

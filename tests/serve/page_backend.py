@@ -1,7 +1,8 @@
 """A server that speaks the OpenAI API as a controller does, without a model: questions say how it behaves.
 
 The last question's first word chooses: `slow` (a word every 0.15 s), `long` (words without end), `die` (breaks off in the middle),
-`fail` (an error in the stream), `refuse` (503 with a reason), `garbage`, `html` (an answer full of markup); anything else is echoed.
+`fail` (an error in the stream), `refuse` (503 with a reason), `budget` (400, with the least that would do), `garbage`, `html` (an answer
+full of markup); anything else is echoed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ MARKUP = (
     '<script>window.hacked = 1</script> <img src="http://192.0.2.1/x.png" onerror="window.hacked = 1"> '
     "![picture](http://192.0.2.1/y.png) [link](javascript:window.hacked=1) <b>bold</b>"
 )
+ABOUT = "A model for tests. It knows how to repeat what it was asked, and nothing else."
 LEVELS = (36, 72, 144, 288, 576)
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
@@ -56,7 +58,7 @@ class Backend:
     def list_models(self, request: Request) -> JSONResponse:
         if self.key and request.headers.get("authorization") != f"Bearer {self.key}":
             return error(401, "The API key is missing or wrong.", "invalid_api_key")
-        card = {"granularities": list(LEVELS), "has_router": True, "takes_images": True, "max_images": 8}
+        card = {"granularities": list(LEVELS), "has_router": True, "takes_images": True, "max_images": 8, "description": ABOUT}
         return JSONResponse({"object": "list", "data": [{"id": name, "object": "model", **card} for name in self.models]})
 
     async def chat(self, request: Request) -> Any:
@@ -65,6 +67,8 @@ class Backend:
         words = last_text(body).split()
         if words[0] == "refuse":
             return error(503, "All places are taken; try again.", "overloaded")
+        if words[0] == "budget":
+            return error(400, "max_visual_tokens is 5, but ...", "invalid_request_error", param="max_visual_tokens", least=192)
         if words[0] == "garbage":
             return StreamingResponse(iter([b"data: {{{ not json\n\n"]), media_type="text/event-stream")
         return StreamingResponse(self.stream(body, words), media_type="text/event-stream", headers={"x-request-id": "req-7"})
@@ -116,8 +120,8 @@ class Backend:
         return merged_layout(level, down * across + 1, (down, across), size, "spatial_unpad", "picture").num_tokens
 
 
-def error(status: int, message: str, code: str) -> JSONResponse:
-    fields = {"message": message, "type": "server_error", "param": None, "code": code, "request_id": "req-503"}
+def error(status: int, message: str, code: str, **more: Any) -> JSONResponse:
+    fields = {"message": message, "type": "server_error", "param": None, "code": code, "request_id": "req-503", **more}
     return JSONResponse({"error": fields}, status, headers={"x-request-id": "req-503"})
 
 

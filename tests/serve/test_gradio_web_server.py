@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import gradio as gr
 import pytest
@@ -21,14 +23,14 @@ from PIL import Image
 from starlette.responses import PlainTextResponse
 
 from llava.serve import gradio_web_server
-from llava.serve.chat_client import ChatClient, ChatError, Outcome
+from llava.serve.chat_client import ChatClient, ChatError, ModelInfo, Outcome
 from llava.serve.page import guard
 from llava.serve.page.app import PageOptions, create_page_app
 from llava.serve.page.catalogue import Catalogue, ModelList
-from llava.serve.page.chat import Chat, Refusal
+from llava.serve.page.chat import Chat, Refusal, in_the_pages_words
 from llava.serve.page.conversation import Conversation, Conversations, Reply, Settings, Turn, read_picture
 from llava.serve.page.guard import PageGuard
-from llava.serve.page.layout import _place_settings, read_settings
+from llava.serve.page.layout import _another_level, _place_settings, draw_models, read_settings
 from llava.serve.page.log import ConversationLog
 from llava.serve.page.render import chat_messages, error_html, notice_html, report_html, view_svg
 from llava.serve.page.uploads import Uploads
@@ -343,6 +345,132 @@ def test_a_grid_that_makes_no_sense_is_not_drawn(api, change):
     assert view_svg(EVIL, picture) is None
 
 
+@pytest.mark.parametrize(
+    ("budget", "pictures", "struck"),
+    [
+        (None, 1, []),
+        (10**6, 1, []),
+        (800, 1, ["288", "576"]),
+        (1000, 2, ["288", "576"]),  # each beside the other at its cheapest, 192
+        (800, 2, ["288", "576"]),  # 144 would be too much as well, but was chosen
+        (1, 1, ["36", "72", "288", "576"]),  # what was chosen is never struck out
+    ],
+)
+def test_levels_over_the_callers_budget_are_struck_out(api, budget, pictures, struck):
+    report = api[0].report((672, 672), {"messages": [1]})
+    reply = finished([report] * pictures)
+    reply.settings = Settings("m", max_visual_tokens=budget)
+    html = report_html(reply, [read_picture(png((672, 672)))] * pictures)
+    rows = re.findall(r'<tr class="avg-forbidden" title="over the token budget"><th scope="row">(\d+)</th>', html)
+    assert rows == struck * pictures and ("struck out: over the token budget" in html) == bool(struck)
+
+
+def test_a_budget_error_speaks_of_the_slider_and_its_smallest_value():
+    error = ChatError("max_visual_tokens is 5, but ...", "invalid_request_error", "req-1", 400, "max_visual_tokens", 1024)
+    told = in_the_pages_words(error)
+    assert told.text.startswith("The token budget is too small for these pictures: the smallest possible here is 1,024. Move “Token bu")
+    assert (told.code, told.request_id, told.status) == ("invalid_request_error", "req-1", 400)
+    other = ChatError("stop is wrong", "invalid_request_error", param="stop")
+    assert in_the_pages_words(other) is other
+
+
+def test_a_budget_error_of_a_server_is_read_with_its_number(api):
+    async def go():
+        async with ChatClient(api[1]) as client:
+            with pytest.raises(ChatError) as caught:
+                async for _ in client.stream({"model": "m", "messages": [{"role": "user", "content": "budget"}]}):
+                    pass
+            return caught.value
+
+    found = asyncio.run(go())
+    assert (found.param, found.least) == ("max_visual_tokens", 192)
+
+
+def test_a_full_disk_loses_lines_and_no_answer_and_is_told_once(api, tmp_path, monkeypatch, caplog):
+    chat = make_chat(api[1], tmp_path)
+    asyncio.run(converse(chat, "before"))
+    (file,) = (tmp_path / "logs").iterdir()
+    whole, real = file.read_bytes(), Path.open
+
+    class FillsUp(io.FileIO):
+        def write(self, data):
+            if self.tell() > len(whole):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(bytes(data)[:10])
+
+    def opened(self, mode="r", *args, **options):
+        return FillsUp(str(self), "ab") if mode == "ab" else real(self, mode, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", opened)
+        conversation = asyncio.run(converse(chat, "while it is full", "and again"))
+    assert conversation.turns[-1].replies[0].status == "done" and file.read_bytes() == whole
+    assert len([record for record in caplog.records if "no longer written" in record.message and "No space left" in record.message]) == 1
+    asyncio.run(converse(chat, "after"))
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["state"][-1]["question"] for line in lines] == ["before", "after"] and "2 lines are missing" in caplog.text
+
+
+# --- what is chosen ---
+
+
+def two(description=""):
+    return ModelList((ModelInfo("a", (36, 576), True, description=description), ModelInfo("b", (36, 144))))
+
+
+def chosen(controls, **values):
+    first, second = controls.choices
+    named = {"model": first.model, "level": first.granularity, "second": second.model, "other": second.granularity}
+    start = {first.model: None, second.model: None, first.granularity: "auto", second.granularity: "auto", controls.budget: 0}
+    return start | {named.get(name, controls.budget): value for name, value in values.items()}
+
+
+def test_what_is_chosen_stays_chosen_when_its_worker_dies():
+    with gr.Blocks():
+        controls = _place_settings()
+    first, second = controls.choices
+    begun = draw_models(controls, two(), chosen(controls))
+    assert (begun[first.model]["value"], begun[second.model]["value"]) == ("a", "b")
+    without = ModelList(two().models[1:])
+    after = draw_models(controls, without, chosen(controls, model="a", level="576", second="b", other="36", budget=300))
+    assert after[first.model] == {"choices": ["b", "a"], "value": "a", "__type__": "update"}
+    assert first.granularity not in after and controls.budget not in after
+    assert after[second.granularity]["value"] == "36"
+    back = draw_models(controls, two(), chosen(controls, model="a", level="576", second="b", budget=300))
+    assert (back[first.granularity]["value"], back[controls.budget]["value"]) == ("576", 300)
+    notice = notice_html(without, "http://localhost:30000", ["a"])
+    assert "<b>a</b> is not being served now: the worker is gone" in notice and notice_html(two(), "http://localhost:30000") == ""
+
+
+def test_a_models_own_description_is_shown_as_text():
+    with gr.Blocks():
+        controls = _place_settings()
+    drawn = draw_models(controls, two("Knows <b>shapes</b>."), chosen(controls))
+    assert "Knows &lt;b&gt;shapes&lt;/b&gt;." in drawn[controls.choices[0].about]["value"] and drawn[controls.choices[0].about]["visible"]
+    assert not drawn[controls.choices[1].about]["visible"]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"model": "a", "second": "a"}, "576"),
+        ({"model": "a", "second": "a", "level": "36", "other": "36"}, "auto"),
+        ({"model": "a", "second": "b"}, None),
+        ({"model": "a", "second": "a", "level": "36"}, None),
+    ],
+)
+def test_a_comparison_starts_with_two_different_settings(values, expected):
+    class Served:
+        async def get(self):
+            return two()
+
+    with gr.Blocks():
+        controls = _place_settings()
+    chat = SimpleNamespace(catalogue=Served())
+    update = asyncio.run(_another_level(chat, controls, chosen(controls, **values)))
+    assert update.get("value") == expected
+
+
 def test_no_models_and_no_server_are_told_apart():
     assert "No model is being served now" in notice_html(ModelList(), "http://localhost:30000")
     assert "Nothing answers" in notice_html(ModelList(error=ChatError("Nothing answers.", "server_unreachable")), "http://localhost:30000")
@@ -512,9 +640,12 @@ def test_requests_that_arrive_hold_only_so_much_together(monkeypatch):
 
 
 def test_calls_in_the_pages_own_form_reach_it(page):
-    number = next(each["id"] for each in HTTP.get(f"{page[0]}/config").json()["dependencies"] if each["api_name"] == "compare")
-    for path, fields in (("run/compare", {}), ("run/predict", {"fn_index": number})):
-        answer = HTTP.post(f"{page[0]}/gradio_api/{path}", json={"data": [True], "session_hash": "a", **fields})
+    config = HTTP.get(f"{page[0]}/config").json()
+    event = next(each for each in config["dependencies"] if each["api_name"] == "compare")
+    box = next(part["id"] for part in config["components"] if part["props"].get("elem_id") == "avg-compare")
+    data = [True if part == box else None for part in event["inputs"]]
+    for path, fields in (("run/compare", {}), ("run/predict", {"fn_index": event["id"]})):
+        answer = HTTP.post(f"{page[0]}/gradio_api/{path}", json={"data": data, "session_hash": "a", **fields})
         assert answer.status_code == 200 and answer.json()["data"]
 
 

@@ -438,5 +438,6 @@ def test_the_sdk_reads_an_error_in_the_middle_of_a_stream(client, running):
 def test_the_sdk_lists_models(client):
     assert [model.id for model in client.models.list()] == ["fake"]
     assert client.models.retrieve("fake").granularities == [36, 144, 576]
+    assert client.models.retrieve("fake").description == "It repeats what it is asked."
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("a/b")

@@ -335,6 +335,50 @@ def test_no_worker_is_told_and_a_new_one_is_found_by_itself(visit, served):
     assert "You asked latecomer" in open_page.text()
 
 
+def test_what_is_chosen_stays_when_its_worker_dies_and_comes_back(visit, served):
+    open_page = visit().ready()
+    model = open_page.page.locator("#avg-model-0 input")
+    assert model.input_value() == "avg-llava" and "nothing else" in open_page.page.inner_text("#avg-about-0")
+    open_page.page.click('#avg-granularity-0 label:has-text("288")')
+    served[0].models = ["avg-llava-stage3"]
+    open_page.page.wait_for_selector("text=the worker is gone")
+    assert model.input_value() == "avg-llava"
+    assert open_page.page.locator("#avg-granularity-0 input:checked").get_attribute("value") == "288"
+    open_page.shoot("page-worker-gone")
+    served[0].models = ["avg-llava", "avg-llava-stage3"]
+    open_page.page.wait_for_selector("text=the worker is gone", state="hidden")
+    open_page.ask("still there?")
+    open_page.answers(1)
+    assert (served[0].bodies[-1]["model"], served[0].bodies[-1]["granularity"]) == ("avg-llava", 288)
+
+
+def test_levels_over_the_budget_are_struck_out_and_a_budget_too_small_is_told_in_words(visit):
+    open_page = visit().ready()
+    open_page.page.fill("#avg-budget input[type=number]", "500")
+    open_page.page.press("#avg-budget input[type=number]", "Tab")
+    open_page.ask("What number is on the sign?", SCENE)
+    open_page.answers(1)
+    assert open_page.page.locator("#avg-chat-0 .avg-forbidden th").all_inner_texts() == ["288", "576"]
+    line = open_page.page.locator("#avg-chat-0 .avg-forbidden th").first.evaluate("cell => getComputedStyle(cell).textDecorationLine")
+    assert line == "line-through"
+    open_page.ask("budget")
+    open_page.answers(2)
+    assert "The token budget is too small for these pictures: the smallest possible here is 192." in open_page.text()
+    open_page.shoot("page-budget", full_page=True)
+
+
+def test_a_comparison_of_one_model_begins_with_two_granularities(visit, served):
+    served[0].models = ["avg-llava"]
+    open_page = visit().ready()
+    open_page.page.click("#avg-compare input")
+    open_page.page.wait_for_function("document.querySelector('#avg-granularity-1 input:checked')?.value == '576'")
+    open_page.ask("What number is on the sign?", SCENE)
+    open_page.answers(1, 0)
+    open_page.answers(1, 1)
+    assert {body.get("granularity") for body in served[0].bodies} == {None, 576}
+    open_page.shoot("page-compare-one", full_page=True)
+
+
 def test_no_controller_is_told_and_found_by_itself(browser, tmp_path):
     backend = Backend()
     with contextlib.ExitStack() as stack:

@@ -112,6 +112,16 @@ def test_a_refusal_names_the_part_of_the_request(micro, wanted, param):
     assert caught.value.param == param
 
 
+def test_a_budget_too_small_is_refused_with_the_least_that_would_do(micro):
+    wanted = replace(about(RED), routing=RoutingRequest(max_visual_tokens=1))
+    with pytest.raises(ServeError) as caught:
+        Stages(micro).preparer.prepare(wanted)
+    least = caught.value.least
+    Stages(micro).preparer.prepare(replace(wanted, routing=RoutingRequest(max_visual_tokens=least)))
+    with pytest.raises(ServeError):
+        Stages(micro).preparer.prepare(replace(wanted, routing=RoutingRequest(max_visual_tokens=least - 1)))
+
+
 @pytest.mark.parametrize(
     ("details", "asked"), [(("low", "high"), False), (("low", None), True), ((), True)]
 )

@@ -37,6 +37,17 @@ def test_kinds_are_known_by_our_codes_and_else_by_the_status() -> None:
     assert told_kind({"error": LIE}, 413) is ErrorKind.TOO_LARGE
 
 
+@pytest.mark.parametrize(
+    ("least", "taken"), [(192, 192), (0, None), (-1, None), (10**12, None), ("192", None), (LIE, None), (True, None), (None, None)]
+)
+def test_the_least_value_that_would_do_is_taken_as_a_number(least: Any, taken: int | None) -> None:
+    refusal = told("invalid_request_error", "max_visual_tokens")
+    refusal["error"]["least"] = least
+    error = own_words(ErrorKind.INVALID_REQUEST, refusal, ChatRequest, json.dumps(chat_body(max_visual_tokens=5)).encode())
+    assert error.least == taken and error.param == "max_visual_tokens" and "evil" not in error.detail
+    assert ("is 192." in error.detail) == (taken == 192)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in ErrorKind if kind is not ErrorKind.INVALID_REQUEST])
 def test_other_kinds_have_their_own_text(kind: ErrorKind) -> None:
     error = words(kind, LIE)

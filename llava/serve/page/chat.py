@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 REFRESH_SECONDS = 0.06
 """How often a running answer is drawn anew, at most."""
 MAX_ANSWER_CHARACTERS = 200_000
+BUDGET_LABEL = "Token budget"
+"""The slider of `max_visual_tokens`."""
 VOTES: dict[str, Kind] = {"Like": "upvote", "Dislike": "downvote", "Flag": "flag"}
 
 
@@ -240,7 +242,7 @@ class Chat:
                     _take(event, reply, 1000 * (time.perf_counter() - start))
                     news()
         except ChatError as error:
-            reply.error, reply.status = error, "failed"
+            reply.error, reply.status = in_the_pages_words(error), "failed"
         except asyncio.CancelledError:
             reply.status = "stopped"
             raise
@@ -250,6 +252,15 @@ class Chat:
         finally:
             reply.total_ms = 1000 * (time.perf_counter() - start)
             news()
+
+
+def in_the_pages_words(error: ChatError) -> ChatError:
+    """An error that names what a user of the page sees in place of a field of the API; others as they are."""
+    if error.param != "max_visual_tokens":
+        return error
+    smallest = "" if error.least is None else f": the smallest possible here is {error.least:,}"
+    text = f"The {BUDGET_LABEL.lower()} is too small for these pictures{smallest}. Move “{BUDGET_LABEL}” up, or to 0 for no limit."
+    return ChatError(text, error.code, error.request_id, error.status, error.param, error.least)
 
 
 def _take(event: Delta | Outcome, reply: Reply, milliseconds: float) -> None:

@@ -11,10 +11,10 @@ from gradio.blocks import Block
 
 from llava.serve.chat_client import ModelInfo
 from llava.serve.page.catalogue import ListMode, ModelList
-from llava.serve.page.chat import Chat, Refusal
+from llava.serve.page.chat import BUDGET_LABEL, Chat, Refusal
 from llava.serve.page.conversation import Conversation, Settings
 from llava.serve.page.examples import Example
-from llava.serve.page.render import chat_messages, heading_html, notice_html
+from llava.serve.page.render import about_html, chat_messages, heading_html, notice_html
 
 Values = Mapping[Block, Any]
 """What a browser sent, by the part that it stands in: handlers whose inputs are a set get this."""
@@ -30,10 +30,16 @@ DEFAULT_BUDGET_END = 4096
 
 @dataclass(frozen=True)
 class Choice:
-    """Who answers on one side."""
+    """Who answers on one side. about: what the model says of itself."""
 
     model: gr.Dropdown
+    about: gr.HTML
     granularity: gr.Radio
+
+    @property
+    def drawn(self) -> list[Block]:
+        """Whatever a change of the model changes."""
+        return [self.model, self.about, self.granularity]
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class Parts:
     @property
     def listed(self) -> list[Block]:
         """Whatever a new list of models changes."""
-        chosen = [part for choice in self.controls.choices for part in (choice.model, choice.granularity)]
+        chosen = [part for choice in self.controls.choices for part in choice.drawn]
         return [self.shown, self.notice, *chosen, self.controls.budget, self.timer]
 
 
@@ -131,11 +137,12 @@ def _place(examples: Sequence[Example], embed: bool) -> Parts:
 
 def _place_choice(name: str, elem: str) -> Choice:
     model = gr.Dropdown([], label=f"Model{name}", elem_id=f"avg-model{elem}", interactive=True, allow_custom_value=True)
+    about = gr.HTML("", elem_id=f"avg-about{elem}", visible=False)
     granularity = gr.Radio(
-        [AUTO], value=AUTO, label=f"Granularity{name}", info="Visual tokens per view; auto lets the router choose.",
-        elem_id=f"avg-granularity{elem}", interactive=True,
+        [AUTO], value=AUTO, label=f"Granularity{name}", elem_id=f"avg-granularity{elem}", interactive=True,
+        info="Visual tokens per view; auto lets the router choose. In the API, image_url.detail says low, high or auto for one picture.",
     )  # fmt: skip
-    return Choice(model, granularity)
+    return Choice(model, about, granularity)
 
 
 def _place_settings() -> Controls:
@@ -146,7 +153,7 @@ def _place_settings() -> Controls:
         second = _place_choice(" of the second", "-1")
     with gr.Group():
         budget = gr.Slider(
-            0, DEFAULT_BUDGET_END, value=0, step=1, label="Token budget", info="Visual tokens of all pictures together; 0 is no limit.",
+            0, DEFAULT_BUDGET_END, value=0, step=1, label=BUDGET_LABEL, info="Visual tokens of all pictures together; 0 is no limit.",
             elem_id="avg-budget",
         )  # fmt: skip
         bias = gr.Slider(
@@ -214,14 +221,16 @@ def _wire(page: gr.Blocks, parts: Parts, chat: Chat, mode: ListMode, address: st
     for index, side in enumerate(talk.sides):
         side.chatbot.like(_voter(chat, index), None, None, api_visibility="private", show_progress="hidden")  # thanks need the queue
     comparing = [controls.second_settings, second.column, second.chatbot]
-    controls.compare.change(_comparer(parts, chat), controls.compare, comparing, **quick)
+    comparing += [controls.choices[1].granularity]
+    chosen: set[Block] = {part for choice in controls.choices for part in (choice.model, choice.granularity)}
+    controls.compare.change(_comparer(parts, chat), {controls.compare, *chosen}, comparing, **quick)
     refresh = _refresher(parts, chat, mode, address)
-    inputs: set[Block] = {parts.shown, *(choice.model for choice in controls.choices)}
+    inputs = {parts.shown, controls.budget, *chosen}
     page.load(refresh, inputs, parts.listed, **quick)
     parts.timer.tick(refresh, inputs, parts.listed, **quick)
     for choice in controls.choices:
-        choose = _model_chooser(chat, choice, controls.budget)
-        choice.model.input(choose, choice.model, [choice.granularity, controls.budget], **quick)
+        choose = _model_chooser(chat, parts, choice, address)
+        choice.model.input(choose, inputs, [parts.notice, choice.about, choice.granularity, controls.budget], **quick)
 
 
 def _place_for_programs(chat: Chat, concurrency: int) -> None:
@@ -412,15 +421,28 @@ def _voter(chat: Chat, side: int) -> Callable[[gr.Request, gr.LikeData], None]:
     return vote
 
 
-def _comparer(parts: Parts, chat: Chat) -> Callable[[gr.Request, bool], Changes]:
-    second = parts.talk.sides[1]
+def _comparer(parts: Parts, chat: Chat) -> Callable[[gr.Request, Values], Awaitable[Changes]]:
+    second, controls = parts.talk.sides[1], parts.controls
 
-    def compare(request: gr.Request, on: bool) -> Changes:
+    async def compare(request: gr.Request, values: Values) -> Changes:
+        on = bool(values[controls.compare])
         conversation = chat.conversations.find(_session(request))
         answers = chat_messages(conversation.turns if conversation else [], 1, gr.HTML)
-        return {parts.controls.second_settings: gr.update(visible=on), second.column: gr.update(visible=on), second.chatbot: answers}
+        changes: Changes = {controls.second_settings: gr.update(visible=on), second.column: gr.update(visible=on), second.chatbot: answers}
+        if on:
+            changes[controls.choices[1].granularity] = await _another_level(chat, controls, values)
+        return changes
 
     return compare
+
+
+async def _another_level(chat: Chat, controls: Controls, values: Values) -> Any:
+    """A second granularity that makes two sides of one model differ: the finest beside the router, and the router beside a level."""
+    (first, level), (second, other) = [(values[choice.model], values[choice.granularity]) for choice in controls.choices]
+    model = (await chat.catalogue.get()).find(second)
+    if (first, level) != (second, other) or model is None or not model.granularities:
+        return gr.skip()
+    return gr.update(value=str(model.granularities[-1]) if level == AUTO else AUTO)
 
 
 def _levels(model: ModelInfo | None, value: Any = AUTO) -> Any:
@@ -429,15 +451,35 @@ def _levels(model: ModelInfo | None, value: Any = AUTO) -> Any:
     return gr.update(choices=choices, value=value if value in choices else AUTO)
 
 
-def _budget(model: ModelInfo | None) -> Any:
+def _budget(model: ModelInfo | None, value: Any) -> Any:
+    """The budget's slider for a model; its value stays where the slider reaches it."""
     end = BUDGET_VIEWS * model.granularities[-1] if model and model.granularities else DEFAULT_BUDGET_END
-    return gr.update(maximum=end, value=0)
+    return gr.update(maximum=end, value=value if isinstance(value, (int, float)) and 0 <= value <= end else 0)
 
 
-def _model_chooser(chat: Chat, choice: Choice, budget: gr.Slider) -> Callable[[Any], Awaitable[Changes]]:
-    async def choose(name: Any) -> Changes:
-        model = (await chat.catalogue.get()).find(name if isinstance(name, str) else None)
-        return {choice.granularity: _levels(model), budget: _budget(model)}
+def _about(model: ModelInfo | None) -> Any:
+    return gr.update(value=about_html(model.description if model else ""), visible=bool(model and model.description))
+
+
+def _gone(models: ModelList, values: Values, controls: Controls) -> list[str]:
+    """Chosen models that are no longer served, each once."""
+    asked = [values[choice.model] for choice in controls.choices]
+    return [name for name in dict.fromkeys(asked) if isinstance(name, str) and name and name not in models.names]
+
+
+def _model_chooser(chat: Chat, parts: Parts, choice: Choice, address: str) -> Callable[[Values], Awaitable[Changes]]:
+    controls = parts.controls
+
+    async def choose(values: Values) -> Changes:
+        models = await chat.catalogue.get()
+        model = models.find(values[choice.model] if isinstance(values[choice.model], str) else None)
+        notice = notice_html(models, address, _gone(models, values, controls))
+        return {
+            parts.notice: gr.update(value=notice, visible=bool(notice)),
+            choice.about: _about(model),
+            choice.granularity: _levels(model, values[choice.granularity]),
+            controls.budget: _budget(model, values[controls.budget]),
+        }
 
     return choose
 
@@ -447,27 +489,33 @@ def _refresher(parts: Parts, chat: Chat, mode: ListMode, address: str) -> Callab
 
     async def refresh(values: Values) -> Changes:
         models = await chat.catalogue.get()
-        signature: list[Any] = [[model.name, list(model.granularities)] for model in models.models]
+        signature: list[Any] = [[model.name, list(model.granularities), model.description] for model in models.models]
         signature = signature or [models.error.code if models.error else ""]
         if signature == values[parts.shown]:
             return gr.skip()
         keep_asking = mode == "reload" or not models.models
-        notice = gr.update(value=notice_html(models, address), visible=not models.models)
-        return {parts.shown: signature, parts.notice: notice, parts.timer: gr.Timer(active=keep_asking)} | draw_models(
-            parts.controls, models, values
-        )
+        notice = notice_html(models, address, _gone(models, values, parts.controls))
+        changes = draw_models(parts.controls, models, values) if models.models else {}
+        return changes | {
+            parts.shown: signature,
+            parts.notice: gr.update(value=notice, visible=bool(notice)),
+            parts.timer: gr.Timer(active=keep_asking),
+        }
 
     return refresh
 
 
 def draw_models(controls: Controls, models: ModelList, values: Values) -> Changes:
-    """The models to choose from; one that is still there stays chosen, and the second side starts with another one."""
+    """The models to choose from. What is chosen stays so, also while it is gone; the second side starts with another model."""
     names = models.names
     asked = [values[choice.model] for choice in controls.choices]
-    first = asked[0] if asked[0] in names else names[0] if names else None
-    second = asked[1] if asked[1] in names else next((name for name in names if name != first), first)
-    changes: Changes = {controls.budget: _budget(models.find(first))}
+    first = asked[0] or names[0]
+    second = asked[1] or next((name for name in names if name != first), first)
+    changes: Changes = {}
     for choice, name in zip(controls.choices, (first, second), strict=True):
-        changes[choice.model] = gr.update(choices=names, value=name)
-        changes[choice.granularity] = _levels(models.find(name))
+        changes[choice.model] = gr.update(choices=list(dict.fromkeys([*names, name])), value=name)
+        if (model := models.find(name)) is not None:
+            changes |= {choice.about: _about(model), choice.granularity: _levels(model, values[choice.granularity])}
+    if (model := models.find(first)) is not None:
+        changes[controls.budget] = _budget(model, values[controls.budget])
     return changes

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
+import os
 import threading
 import time
 from pathlib import Path
@@ -14,11 +16,15 @@ from typing import Any, Literal
 
 from llava.serve.page.conversation import Conversation, Reply, Turn
 
+logger = logging.getLogger(__name__)
+
 Kind = Literal["chat", "upvote", "downvote", "flag", "unvote"]
 
 
 class ConversationLog:
     """Appends lines to the day's file in a folder that is made when the first line comes.
+
+    A line that cannot be written, as on a full disk, is left out whole, and the conversation goes on without it.
 
     Args:
         folder: where; `None` writes nothing.
@@ -27,17 +33,39 @@ class ConversationLog:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self._lock = threading.Lock()
+        self._lost = 0
 
     def write(self, kind: Kind, conversation: Conversation, side: int, turn: Turn, reply: Reply) -> None:
         """Note what happened to one reply, with the conversation up to it."""
         if self.folder is None:
             return
-        line = json.dumps(_record(kind, conversation, side, turn, reply), ensure_ascii=False)
+        line = json.dumps(_record(kind, conversation, side, turn, reply), ensure_ascii=False) + "\n"
         day = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         with self._lock:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / f"{day}-conv.json").open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _append(self.folder / f"{day}-conv.json", line.encode("utf-8", "replace"))
+            except OSError as error:
+                if not self._lost:  # told once, not with every answer
+                    logger.error("conversations and votes are no longer written to %s: %s; the page goes on", self.folder, error)
+                self._lost += 1
+                return
+            if self._lost:
+                logger.warning("conversations and votes are written to %s again; %d lines are missing", self.folder, self._lost)
+                self._lost = 0
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Write a whole line or nothing: what a disk that fills up took of it is taken back."""
+    with path.open("ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(line):
+                written += file.write(line[written:])
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def _record(kind: Kind, conversation: Conversation, side: int, turn: Turn, reply: Reply) -> dict[str, Any]:

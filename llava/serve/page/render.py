@@ -62,6 +62,11 @@ def pictures_html(pictures: Sequence[Picture]) -> str:
     return f'<div class="avg-pictures">{images}</div>'
 
 
+def about_html(description: str) -> str:
+    """What a model says of itself."""
+    return f'<p class="avg-small avg-about">{_text(description)}</p>' if description else ""
+
+
 def error_html(error: ChatError) -> str:
     """One failure: the server's sentence, its code and the request id."""
     identity = f" · request {_text(error.request_id)}" if error.request_id else ""
@@ -70,8 +75,18 @@ def error_html(error: ChatError) -> str:
     return f'<div class="avg-error" role="alert"><p>{_text(error.text)}</p><p class="avg-small">{details}</p></div>'
 
 
-def notice_html(models: ModelList, address: str) -> str:
-    """What stands above the chat while there is nobody to ask; empty when there is."""
+def notice_html(models: ModelList, address: str, gone: Sequence[str] = ()) -> str:
+    """What stands above the chat while there is nobody to ask; empty when there is.
+
+    Args:
+        gone: models that are chosen and no longer served.
+    """
+    if models.models and gone:
+        names = ", ".join(f"<b>{_text(name)}</b>" for name in gone)
+        are = "is" if len(gone) == 1 else "are"
+        told = f"<p>{names} {are} not being served now: the worker is gone.</p>"
+        told += '<p class="avg-small">Choose another model, or wait: it stays chosen and answers again when it is back.</p>'
+        return f'<div class="avg-notice" role="status">{told}</div>'
     if models.models:
         return ""
     if models.error is not None:
@@ -102,9 +117,10 @@ def report_html(reply: Reply, pictures: Sequence[Picture]) -> str:
     elif outcome is not None and outcome.finish_reason == "length":
         parts.append('<p class="avg-small">Cut off: the most new tokens, or the context, were reached.</p>')
     drawn = list(zip(images, pictures, strict=False))
+    room = _room_of_each(images, reply.settings.max_visual_tokens)
     for index, (report, picture) in enumerate(drawn):
         name = f"<h4>Picture {index + 1}</h4>" if len(drawn) > 1 else ""
-        parts.append(f'<div class="avg-image">{name}{_bars(report)}{_views(report, picture)}</div>')
+        parts.append(f'<div class="avg-image">{name}{_bars(report, room[index])}{_views(report, picture)}</div>')
     return f'<div class="avg-card">{"".join(parts)}</div>'
 
 
@@ -130,27 +146,44 @@ def _facts(reply: Reply) -> Iterable[str]:
         yield _fact("✓", "picture remembered")
 
 
-def _bars(report: Mapping[str, Any]) -> str:
-    """One row per granularity: its cost, and how likely the router found it, or its cost as a bar where no router was asked."""
+def _room_of_each(images: Sequence[Mapping[str, Any]], budget: int | None) -> list[float]:
+    """The most visual tokens that each picture may cost, where the others take their cheapest level."""
+    cheapest = [min(costs, default=0.0) for costs in map(_costs, images)]
+    return [math.inf if budget is None else budget - (sum(cheapest) - own) for own in cheapest]
+
+
+def _costs(report: Mapping[str, Any]) -> list[float]:
+    levels = report.get("tokens_per_level")
+    return [_number(cost) or 0.0 for cost in levels.values()] if isinstance(levels, Mapping) else []
+
+
+def _bars(report: Mapping[str, Any], room: float) -> str:
+    """One row per granularity: its cost, and how likely the router found it, or its cost as a bar where no router was asked.
+
+    Args:
+        room: visual tokens; levels that cost more were forbidden by the caller's budget, and are struck out.
+    """
     levels = report.get("tokens_per_level")
     if not isinstance(levels, Mapping) or not levels or len(levels) > MAX_LEVELS:
         return ""
-    costs = [_number(cost) or 0.0 for cost in levels.values()]
+    costs = _costs(report)
     probabilities = report.get("probabilities")
     values = [_number(value) or 0.0 for value in probabilities] if isinstance(probabilities, (list, tuple)) else []
     asked = len(values) == len(costs)
     shares = values if asked else [cost / (max(costs) or 1.0) for cost in costs]
     rows = []
     for name, cost, share in zip(levels, costs, shares, strict=True):
-        chosen = str(name) == str(report.get("granularity"))
+        kind = "avg-chosen" if str(name) == str(report.get("granularity")) else "avg-forbidden" if cost > room else ""
+        told = ' title="over the token budget"' if kind == "avg-forbidden" else ""
         label = f"{100 * share:.0f} %" if asked else f"{cost:,.0f}"
         width = 100 * min(max(share, 0.0), 1.0)
         rows.append(
-            f'<tr class="{"avg-chosen" if chosen else ""}"><th scope="row">{_text(name)}</th><td>{cost:,.0f}</td>'
+            f'<tr class="{kind}"{told}><th scope="row">{_text(name)}</th><td>{cost:,.0f}</td>'
             f'<td class="avg-bar"><i style="width:{width:.1f}%"></i></td><td>{label}</td></tr>'
         )
     title = "how likely" if asked else "cost"
     caption = "Router's choice among granularities" if asked else "Cost of each granularity (the router was not asked)"
+    caption += "; struck out: over the token budget" if any("avg-forbidden" in row for row in rows) else ""
     return (
         f'<table class="avg-bars"><caption>{caption}</caption><thead><tr><th scope="col">per view</th><th scope="col">tokens</th>'
         f'<th scope="col">{title}</th><th></th></tr></thead><tbody>{"".join(rows)}</tbody></table>'

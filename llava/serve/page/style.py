@@ -14,6 +14,9 @@ footer {display: none !important}
 .avg-notice pre {overflow-x: auto; margin: 6px 0 0; font-size: .82rem; padding: 8px; border-radius: 6px;
   background: var(--background-fill-secondary); color: var(--body-text-color)}
 .avg-small {font-size: .8rem; color: var(--body-text-color-subdued); overflow-wrap: anywhere; margin: 4px 0}
+#avg-about-0, #avg-about-1 {background: var(--block-background-fill); padding: 0 12px}
+#avg-about-0 .html-container, #avg-about-1 .html-container {padding: 0}
+.avg-about {margin: 0 0 8px; line-height: 1.4}
 .avg-hint {padding: 18px 20px 4px; text-align: center; color: var(--body-text-color)}
 .avg-pictures {display: flex; flex-wrap: wrap; gap: 8px}
 .avg-pictures img {max-height: 180px; max-width: min(100%, 260px); min-height: 96px; border-radius: 8px; object-fit: contain;
@@ -43,6 +46,8 @@ footer {display: none !important}
   background: var(--body-text-color-subdued)}
 .avg-card .avg-bars .avg-chosen th, .avg-card .avg-bars .avg-chosen td {font-weight: 700}
 .avg-card .avg-chosen .avg-bar i {background: var(--color-accent); opacity: 1}
+.avg-card .avg-forbidden th, .avg-card .avg-forbidden td {text-decoration: line-through; opacity: .5}
+.avg-card .avg-forbidden .avg-bar i {opacity: .25}
 .avg-views {display: flex; flex-wrap: wrap; gap: 10px}
 .avg-views figure {margin: 0; max-width: 100%; width: fit-content}
 .avg-views svg, .avg-views img {display: block; height: 170px; width: auto; max-width: 100%; border-radius: 4px; margin: 0}
