@@ -11,18 +11,21 @@ import signal
 import socket
 import sys
 import threading
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import h11
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
 from llava.serve.http_guard import MAX_HEADER_BYTES
-from llava.serve.scopes import cut_connection
+from llava.serve.scopes import cut_connection, network_of
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +55,18 @@ def most_connections() -> int:
     Without any left, the event loop would take no connections at all, and write thousands of lines a second about it.
     """
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+
+
+def most_of_one_client() -> int:
+    """Three quarters of `most_connections`: whoever opens all they can leaves some to others.
+
+    No less, because everybody behind a proxy is one client, and so is a controller to its workers.
+    """
+    return most_connections() * 3 // 4
+
+
+_connections_of: WeakKeyDictionary[ServerState, Counter[str]] = WeakKeyDictionary()
+"""Open connections by client, of each server."""
 
 
 def check_address(host: str, port: int) -> None:
@@ -122,7 +137,10 @@ class GuardedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.app_state = {**self.app_state, "connection": transport}
-        if len(self.connections) > most_connections():
+        self._counted = _connections_of.setdefault(self.server_state, Counter())
+        self._network = network_of(self.client[0] if self.client else "")
+        self._counted[self._network] += 1
+        if len(self.connections) > most_connections() or self._counted[self._network] > most_of_one_client():
             transport.abort()
         self._watch()
 
@@ -132,6 +150,9 @@ class GuardedProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_watching()
+        self._counted[self._network] -= 1
+        if not self._counted[self._network]:
+            del self._counted[self._network]
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:

@@ -23,10 +23,10 @@ def header_of(scope: Scope, name: bytes) -> str | None:
 def client_of(scope: Scope) -> Client:
     """Who sent a request, as far as the connection and the key tell; behind one proxy or NAT, everybody with the same key is one client."""
     peer = scope.get("client")
-    return _network_of(str(peer[0]) if peer else ""), scope.get("state", {}).get("api_key")
+    return network_of(str(peer[0]) if peer else ""), scope.get("state", {}).get("api_key")
 
 
-def _network_of(host: str) -> str:
+def network_of(host: str) -> str:
     """An address, or the network that stands for one client."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])

@@ -744,8 +744,9 @@ def test_idle_connections_keep_nobody_out_and_are_ended(serve: Any, monkeypatch:
 
 
 def test_more_connections_than_the_process_may_have_are_dropped_at_once(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 0 < http_server.most_connections() <= resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+    assert 0 < http_server.most_of_one_client() < http_server.most_connections() <= resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
     monkeypatch.setattr(http_server, "most_connections", lambda: 20)
+    monkeypatch.setattr(http_server, "most_of_one_client", lambda: 100)
     monkeypatch.setattr(http_server, "HEADER_SECONDS", 10 * SECONDS)
     served = serve()
     with ExitStack() as stack:
@@ -753,6 +754,22 @@ def test_more_connections_than_the_process_may_have_are_dropped_at_once(serve: A
         assert [received(sock, b"anything") for sock in dropped] == [b""] * 20
         assert len(served.server.server_state.connections) == 20  # the others stay
     wait_until(lambda: served.raw(request_head("/health", "Connection: close", method="GET")).startswith(b"HTTP/1.1 200"))
+
+
+def test_one_clients_connections_leave_some_to_others(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "most_connections", lambda: 20)
+    monkeypatch.setattr(http_server, "HEADER_SECONDS", 10 * SECONDS)
+    addresses = ["10.0.0.1"]
+    monkeypatch.setattr(http_server, "network_of", lambda host: addresses[-1])
+    served = serve()
+    with ExitStack() as stack:
+        dropped = those_told(connections(stack, served.port, 30, b""), 15)
+        assert [received(sock, b"anything") for sock in dropped] == [b""] * 15
+        addresses.append("10.0.0.2")
+        assert served.raw(request_head("/health", "Connection: close", method="GET")).startswith(b"HTTP/1.1 200")
+    wait_until(lambda: served.raw(request_head("/health", "Connection: close", method="GET")).startswith(b"HTTP/1.1 200"))
+    wait_until(lambda: not served.server.server_state.connections)
+    assert not http_server._connections_of[served.server.server_state]
 
 
 # ---- the page's own server ---------------------------------------------------------------------------------------------------
