@@ -56,8 +56,10 @@ _ELSEWHERE = frozenset(
 """Errors of one worker that another one may not have."""
 _ELSEWHERE_CODES = {kind.value for kind in _ELSEWHERE}
 _ELSEWHERE_NUMBERS = {kind.fault.code for kind in _ELSEWHERE}
-_REPORT = re.compile(rb'"error"\s*:|"error_code"\s*:\s*[1-9]')
-"""What a frame that reports an error holds. Inside an answer's text JSON would put a backslash before the quotes."""
+_REPORT = re.compile(rb'"error"\s*:|"error_code"\s*:\s*(?!0\s*[,}])|"type"\s*:\s*"(?:error|response\.failed)"|event:\s*error|\\u00[4-7]')
+"""What a frame that reports an error holds, or one that hides it: nobody writes letters as escapes. Inside an answer's text JSON would
+put a backslash before the quotes."""
+_NAMED = re.compile(rb"\s*event:\s*error\s")
 _OUR_FAULT = (401, 403)
 """Statuses by which a worker refuses the controller itself; its clients cannot do anything about them."""
 
@@ -379,10 +381,20 @@ class RelayResponse(Response):
 
 
 def _reported_kind(frame: bytes) -> ErrorKind | None:
-    """The kind of the error that a frame of a worker's stream reports, or `None`; no other frame is parsed for it."""
+    """The kind of the error that a frame of a worker's stream reports, or `None`; no other frame is parsed for it.
+
+    Raises:
+        BrokenOff: it may report one, but is no JSON object that tells.
+    """
     if _REPORT.search(frame) is None:
         return None
-    told = parse_json_object(_event_data(frame) or frame) or {}
+    told = parse_json_object(_event_data(frame) or frame)
+    if told is None:
+        raise BrokenOff("the stream holds something else than JSON objects")
+    if told.get("type") == "error" or _NAMED.match(frame):
+        return told_kind({"error": told})
+    if told.get("type") == "response.failed":
+        return told_kind(told["response"]) if isinstance(told.get("response"), dict) else ErrorKind.BACKEND_FAILED
     return told_kind(told) if told.get("error") or told.get("error_code") else None
 
 

@@ -921,6 +921,63 @@ def test_a_lying_workers_words_reach_nobody() -> None:
         assert frames.json()["error_code"] == 10 and "evil" not in frames.text
 
 
+HALF = b'data: {"choices": [{"index": 0, "delta": {"content": "Half"}, "finish_reason": null}]}'
+TOLD = json.dumps({"message": LIE, "code": "x"}).encode()
+HIDDEN = {
+    "escaped key": HALF + b'\n\ndata: {"\\u0065rror": ' + TOLD + b"}",
+    "escaped within": HALF + b'\n\ndata: {"err\\u006fr": ' + TOLD + b"}",
+    "carriage returns": HALF + b'\n\ndata: {}\r\rdata: {"error": ' + TOLD + b"}",
+    "both line ends": HALF + b'\n\ndata: {}\r\n\r\ndata: {"error": ' + TOLD + b"}",
+    "a name alone": HALF + b"\n\nevent: error\ndata: " + TOLD,
+    "a text": HALF + b'\n\ndata: {"error": "' + LIE.encode() + b'"}',
+}
+
+
+@pytest.mark.parametrize("way", HIDDEN)
+def test_a_lie_that_is_hidden_in_a_stream_reaches_nobody(way: str) -> None:
+    def hide(exchange: Exchange) -> None:
+        exchange.begin_stream()
+        exchange.piece(HIDDEN[way] + b"\n\ndata: [DONE]\n\n")
+        exchange.end_stream()
+
+    with controller() as stack, FakeBackend(hide) as liar:
+        stack.add(liar.url)
+        told = stack.chat(stream=True)
+        assert "evil" not in told.text and text_of(told) == "Half"
+        assert [event["error"]["code"] for event in events_of(told)[:-1] if "error" in event] == ["backend_failed"]
+
+
+@pytest.mark.parametrize("code", ["-1", "7", '"x"', "true", "0.5", "00"])
+def test_a_lie_in_a_frame_of_llavas_protocol_reaches_nobody(code: str) -> None:
+    def hide(exchange: Exchange) -> None:
+        exchange.begin_stream("application/octet-stream")
+        exchange.piece(b'{"text": "Half", "error_code": 0}\0{"text": "' + LIE.encode() + b'", "error_code": ' + code.encode() + b"}\0")
+        exchange.end_stream()
+
+    with controller() as stack, FakeBackend(hide) as liar:
+        stack.add(liar.url)
+        parts = stack.generate()
+        assert [part["error_code"] for part in parts] == [0, 25] and "evil" not in str(parts)
+
+
+@pytest.mark.parametrize("event", ["error", "response.failed"])
+def test_a_lie_in_a_typed_stream_reaches_nobody(event: str) -> None:
+    fields: dict[str, Any] = {"message": LIE, "code": "internal_error"}
+    body = {"type": event, **(fields if event == "error" else {"response": {"error": fields, "status": "failed"}})}
+
+    def lie_typed(exchange: Exchange) -> None:
+        exchange.begin_stream()
+        exchange.piece(b'event: response.output_text.delta\ndata: {"type": "response.output_text.delta", "delta": "Half"}\n\n')
+        exchange.piece(b"event: " + event.encode() + b"\ndata: " + json.dumps(body).encode() + b"\n\n")
+        exchange.end_stream()
+
+    with controller() as stack, FakeBackend(lie_typed) as liar:
+        stack.add(liar.url)
+        told = HTTP.post(stack.url + "/v1/responses", json={"model": "fake", "input": "x", "stream": True})
+        assert "Half" in told.text and "evil" not in told.text and ErrorKind.INTERNAL.fault.text in told.text
+        assert stack.failed(ErrorKind.INTERNAL) == 1
+
+
 def test_what_an_honest_worker_refuses_is_explained() -> None:
     with controller() as stack, worker(FakeEngine(), limits=Limits(max_new_tokens=50)) as behind:
         stack.add(behind.url)
