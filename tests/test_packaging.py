@@ -30,8 +30,9 @@ DISTRIBUTIONS = {
     "google": "protobuf",
     "yaml": "pyyaml",
     "prometheus_client": "prometheus-client",
+    "pydantic_core": "pydantic",
 }
-"""Distributions that are not called like what they are imported as."""
+"""Distributions that are not called like what they are imported as, or that come with another in the version that fits."""
 
 
 def imported(folder: Path, leaving_out: tuple[str, ...] = ()) -> dict[str, str]:

@@ -218,7 +218,7 @@ def service(assistant: Assistant, tmp_path_factory: pytest.TempPathFactory) -> I
         port = free_port()
         with ended(program := start_worker(port, controller.url, hold)):
             limits = Limits(max_queue=40, send_seconds=0.5)
-            with RunningApp(create_worker_app(engine, limits, places=8)) as inside:
+            with RunningApp(create_worker_app(engine, limits, places=8, report_cache_hits=True)) as inside:
                 url = f"http://127.0.0.1:{port}"
                 wait_until(lambda: gauge(controller.url, "avg_llava_controller_workers") == 1, 300)
                 yield Service(controller, inside, engine, program, url, hold)
