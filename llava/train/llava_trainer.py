@@ -442,8 +442,10 @@ class LlavaTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The stock loading, which takes both or none; where one was lost and that was accepted, the other alone."""
-        if checkpoint is None or not {OPTIMIZER_NAME, SCHEDULER_NAME} & self.lost_state or self.is_deepspeed_enabled:
+        if checkpoint is None or not {OPTIMIZER_NAME, SCHEDULER_NAME} & self.lost_state:
             super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        if self.is_deepspeed_enabled:  # it has loaded its own optimiser already, and the schedule is what was lost
             return
         assert self.optimizer is not None and self.lr_scheduler is not None
         for name, target in ((OPTIMIZER_NAME, self.optimizer), (SCHEDULER_NAME, self.lr_scheduler)):

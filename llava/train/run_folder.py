@@ -169,7 +169,7 @@ def _checked(folder: Path, args: TrainingArguments) -> Start:
     if not folder.is_dir():
         raise ValueError(f"there is no checkpoint folder {folder}; give one, or True for the newest one in --output_dir.")
     manifest = read_manifest(folder)
-    needed = _state_files(args)
+    needed = _state_files(args, manifest)
     if manifest is None:
         damaged: list[str] = [MANIFEST]
     else:
@@ -197,11 +197,15 @@ def _another(folder: Path) -> str:
     return f"go on from another one with --resume_from_checkpoint {others[-1]}, or " if others else "or "
 
 
-def _state_files(args: TrainingArguments) -> list[str]:
-    """Files that this run's processes read beside weights; DeepSpeed keeps optimizer and schedule among its own shards."""
-    own = [] if args.deepspeed else [OPTIMIZER_NAME, SCHEDULER_NAME]
-    processes = range(args.world_size) if args.world_size > 1 else []
-    return own + ([f"rng_state_{index}.pth" for index in processes] or ["rng_state.pth"])
+def _state_files(args: TrainingArguments, manifest: Manifest | None) -> list[str]:
+    """Files that this run's processes read beside weights: those that every such run has, and those that the checkpoint was written with.
+
+    DeepSpeed keeps the optimiser among its own shards, and the schedule where it made it.
+    """
+    always = [] if args.deepspeed else [OPTIMIZER_NAME, SCHEDULER_NAME]
+    written = [name for name in (SCHEDULER_NAME, SCALER_NAME) if manifest and name in manifest.sha256 and name not in always]
+    processes = [f"rng_state_{index}.pth" for index in range(args.world_size)] if args.world_size > 1 else ["rng_state.pth"]
+    return always + written + processes
 
 
 def _is_state(name: str) -> bool:
