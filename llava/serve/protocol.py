@@ -185,7 +185,7 @@ class Sampling:
 class GenerationRequest:
     """One answer to make.
 
-    request_id: names it in logs and errors. messages: turns as in `llava.inference.write_prompt`, a `system` turn may come first; or
+    request_id: names it in logs and errors. messages: turns as `llava.messages.normalise_turns` takes them; or
     `prompt`: a finished prompt with one `<image>` per picture (LLaVA's protocol); exactly one of the two. images: RGB pictures, decoded
     and within limits.
     """
