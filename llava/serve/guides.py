@@ -41,8 +41,8 @@ CHECK_SECONDS = 20.0
 """From the start of a check to its end, however busy the machine is; its own computing is bounded more tightly."""
 KEPT = 8
 """Grammars that stay built."""
-_SPACES = r"[\x20\x0A\x0D\x09]{1,16}"
-"""Between the parts of a JSON text at once: enough to indent it, and not for ever."""
+_ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON is written as `json.dumps` does: a small model that may indent may spend all its tokens on spaces."""
 _KEYWORDS = frozenset(
     "additionalItems contains dependencies dependentRequired dependentSchemas else if maxContains maxProperties minContains minProperties "
     "not oneOf propertyNames then unevaluatedItems unevaluatedProperties uniqueItems".split()
@@ -141,7 +141,7 @@ def written(guide: Guide) -> str:
         return grammar_from("grammar", guide.text)
     if guide.kind is GuideKind.JSON:
         schema = json.loads(guide.text)
-        options = {"x-guidance": {"whitespace_pattern": _SPACES}}
+        options = {"x-guidance": _ONE_LINE}
         return f'start: " "? text\ntext: %json {json.dumps({**(schema if isinstance(schema, dict) else {}), **options})}'
     pattern = guide.text if guide.kind is GuideKind.REGEX else "|".join(re.escape(choice) for choice in json.loads(guide.text))
     return f'start: " "? text\ntext: /{regex_to_lark(pattern, "")}/'

@@ -183,7 +183,7 @@ OF_INPUT_IMAGE: Neutral = {**OF_TEXT, "file_id": _NOTHING}
 OF_IMAGE: Neutral = {**OF_TEXT, "uuid": _NOTHING, "modalities": ("image",)}
 OF_IMAGE_URL: Neutral = {"max_dynamic_patch": _NOTHING, "min_dynamic_patch": _NOTHING, "content_hash": _NOTHING}
 OF_STRUCTURED_OUTPUTS: Neutral = {
-    "disable_any_whitespace": _OFF,
+    "disable_any_whitespace": _EITHER,  # JSON stands in one line in any case
     "disable_additional_properties": _OFF,
     "whitespace_pattern": _NOTHING,
     "structural_tag": _NOTHING,

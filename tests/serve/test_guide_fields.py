@@ -88,7 +88,7 @@ def test_what_asks_for_nothing(fields):
         ({"guided_json": "[1]"}, "guided_json", "no object"),
         ({"guided_json": 5}, "guided_json", "expected a JSON schema"),
         ({"structured_outputs": {"json": 5}}, "structured_outputs.json", "expected a JSON schema"),
-        ({"structured_outputs": {"disable_any_whitespace": True}}, "structured_outputs.disable_any_whitespace", "not supported"),
+        ({"structured_outputs": {"disable_any_whitespace": 3}}, "structured_outputs.disable_any_whitespace", "not supported"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag", "not supported"),
         ({"structured_outputs": {"xml": "x"}}, "structured_outputs.xml", "not known"),
         ({"guided_choice": []}, "guided_choice", "at least 1 item"),
