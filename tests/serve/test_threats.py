@@ -117,6 +117,25 @@ ATTACKS: dict[str, tuple[str, ...]] = {
         "serve/test_gradio_web_server.py::test_programs_can_ask_through_gradio_client",
         "serve/test_threats.py::test_uploads_that_drip_in_are_bounded_in_number_and_time",
     ),
+    "uploads that stall, and bodies before keys": (
+        "serve/test_bodies.py::test_one_clients_stalled_bodies_leave_everybody_their_answers",
+        "serve/test_bodies.py::test_a_slow_body_goes_on_and_a_stalled_one_is_ended",
+        "serve/test_controller.py::test_keys_and_tokens_are_judged_from_the_head",
+        "serve/test_controller.py::test_strangers_bodies_have_a_budget_of_their_own",
+        "serve/test_threats.py::test_one_clients_connections_leave_some_to_others",
+        "serve/test_threats.py::test_the_page_gives_up_a_browser_that_does_not_read",
+    ),
+    "a worker that hangs, a worker that lies": (
+        "serve/test_controller.py::test_a_request_leaves_a_worker_that_hangs_when_that_is_forgotten",
+        "serve/test_controller.py::test_a_stream_that_has_begun_ends_with_a_typed_error_when_its_worker_is_forgotten",
+        "serve/test_controller.py::test_a_lying_workers_words_reach_nobody",
+        "serve/test_controller.py::test_a_lie_that_is_hidden_in_a_stream_reaches_nobody",
+    ),
+    "compressed bodies": ("serve/test_bodies.py::test_a_compressed_body_is_refused_by_name_and_unread",),
+    "web pages of other sites": (
+        "serve/test_threats.py::test_a_web_page_cannot_ask_a_server_on_the_readers_machine",
+        "serve/test_controller.py::test_pages_of_the_sites_that_the_operator_names_may_ask",
+    ),
     "overload": (
         "serve/test_http_guard.py::test_a_full_server_says_so_before_the_body_comes",
         "serve/test_http_guard.py::test_refusing_takes_less_than_50_milliseconds",
