@@ -21,7 +21,9 @@ import binascii
 import functools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
@@ -39,6 +41,10 @@ MAX_BYTES = 20_000_000
 """Largest file."""
 MAX_ASPECT_RATIO = 200
 """Longest side over shortest side."""
+SMALL_PIXELS = 16_000_000
+"""Pixels of an image that is not large; photographs mostly have 12 megapixels."""
+SMALL_AT_ONCE = 2
+"""Small images that a service decodes at once; of large ones it is one."""
 FETCH_TIMEOUT = 10.0
 """Seconds for one remote picture."""
 
@@ -52,6 +58,8 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What sets an image of each of Exif's orientations upright."""
+_STRIPE_PIXELS = 1_000_000
+"""That are converted to RGB at a time."""
 _GREY16_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
@@ -84,16 +92,36 @@ def load_image(
         ImageError: the picture is missing, broken, too large, too thin, or its source is not allowed.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return decode_image(bytes(source), max_pixels=max_pixels, max_bytes=max_bytes)
+        data = bytes(source)
+    else:
+        data = read_source(
+            source,
+            allow_local=allow_local,
+            allow_remote=allow_remote,
+            allow_private=allow_private,
+            max_bytes=max_bytes,
+            timeout=timeout,
+        )
+    return decode_image(data, max_pixels=max_pixels, max_bytes=max_bytes)
+
+
+def read_source(
+    source: str | os.PathLike[str],
+    *,
+    allow_local: bool = True,
+    allow_remote: bool = False,
+    allow_private: bool = False,
+    max_bytes: int = MAX_BYTES,
+    timeout: float = FETCH_TIMEOUT,
+) -> bytes:
+    """The bytes of the file that a path, a data URL or a web address stands for; arguments and errors as in `load_image`."""
     text = os.fspath(source)
     scheme = text[:8].lower()
     if scheme.startswith("data:"):
-        data = _decode_data_url(text, max_bytes)
-    elif scheme.startswith(("http://", "https://")):
-        data = _fetch_remote(text, allow_remote, allow_private, max_bytes, timeout)
-    else:
-        data = _read_file(text, allow_local, max_bytes)
-    return decode_image(data, max_pixels=max_pixels, max_bytes=max_bytes)
+        return _decode_data_url(text, max_bytes)
+    if scheme.startswith(("http://", "https://")):
+        return _fetch_remote(text, allow_remote, allow_private, max_bytes, timeout)
+    return _read_file(text, allow_local, max_bytes)
 
 
 def load_images(
@@ -126,24 +154,67 @@ def load_images(
 def load_image_from_base64(image: str | bytes) -> Image.Image:
     """Load a picture from base64 text (without a `data:` prefix), under the limits of `load_image`."""
     text = image.decode("ascii", errors="replace") if isinstance(image, bytes) else image
-    return decode_image(_decode_base64(text, MAX_BYTES))
+    return decode_image(decode_base64(text))
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> Image.Image:
     """Decode the bytes of an image file to an upright RGB picture; see `load_image` for the rules and errors."""
+    opened = open_image(data, max_pixels=max_pixels, max_bytes=max_bytes)
+    rgb = opened.decode()
+    return rgb.copy() if rgb is opened.file else rgb
+
+
+def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> OpenedImage:
+    """Read the header of an image file under the rules of `load_image`; no pixel is decoded yet."""
     if not data:
         raise ImageError("the image holds 0 bytes, expected an image file: check how it was written or sent")
     _check_bytes(len(data), max_bytes)
     with _whole_files_only:
-        image, orientation = _open_checked(data, max_pixels)
-        try:
-            image.load()
-        except Exception as error:  # a decoder fails on broken bytes with whatever its parser happens to meet
-            raise ImageError(
-                f"the {image.format} image is truncated or broken, expected a whole file: save it again"
-            ) from error
-    rgb = to_rgb(image.transpose(_TURNS[orientation]) if orientation in _TURNS else image)
-    return rgb.copy() if rgb is image else rgb  # what Pillow opened would keep the file and its decoder
+        return OpenedImage(*_open_checked(data, max_pixels))
+
+
+@dataclass(frozen=True)
+class OpenedImage:
+    """An image file that passed all checks of its header. file: as Pillow opened it. orientation: as Exif numbers it."""
+
+    file: Image.Image
+    orientation: int
+
+    @property
+    def pixels(self) -> int:
+        return self.file.width * self.file.height
+
+    @property
+    def is_large(self) -> bool:
+        return self.pixels > SMALL_PIXELS
+
+    @contextmanager
+    def decoded(self) -> Iterator[Image.Image]:
+        """The upright RGB image as long as the block lasts; waits until few enough of its size are in use in this process.
+
+        Raises:
+            ImageError: as `decode`.
+        """
+        with _PLACES[self.is_large]:
+            yield self.decode()
+
+    def decode(self) -> Image.Image:
+        """The upright RGB image; where that is `file` itself, it keeps the file's bytes and its decoder for as long as it lives.
+
+        Raises:
+            ImageError: broken pixels, or such as cannot become RGB.
+        """
+        with _whole_files_only:
+            try:
+                self.file.load()
+            except Exception as error:  # a decoder fails on broken bytes with whatever its parser happens to meet
+                raise ImageError(
+                    f"the {self.file.format} image is truncated or broken, expected a whole file: save it again"
+                ) from error
+        return to_rgb(self.file.transpose(_TURNS[self.orientation]) if self.orientation in _TURNS else self.file)
+
+
+_PLACES = {False: threading.Semaphore(SMALL_AT_ONCE), True: threading.Semaphore(1)}
 
 
 class _WholeFilesOnly:
@@ -174,6 +245,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ImageError: floating-point pixels, 32-bit integers above 65535, or a mode that Pillow cannot convert.
     """
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.width * image.height <= _STRIPE_PIXELS:
+        return _part_to_rgb(image)
+    rgb, rows = Image.new("RGB", image.size), max(1, _STRIPE_PIXELS // image.width)
+    for top in range(0, image.height, rows):  # what lies between the two modes takes several times what an image does
+        rgb.paste(_part_to_rgb(image.crop((0, top, image.width, min(top + rows, image.height)))), (0, top))
+    return rgb
+
+
+def _part_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in _GREY16_MODES:
         return _grey16_to_rgb(image)
     if image.mode == "F":
@@ -182,7 +264,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if image.has_transparency_data:
             layer = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return image.convert("RGB")
     except (ValueError, OSError) as error:
         raise ImageError(f"the image mode {image.mode} cannot become RGB: convert the file to PNG or JPEG") from error
 
@@ -292,10 +374,10 @@ def _decode_data_url(text: str, max_bytes: int) -> bytes:
     if "base64" not in (option.strip() for option in header.lower().split(";")):
         _check_bytes(len(data), max_bytes)
         return data
-    return _decode_base64(data.decode("ascii", errors="replace"), max_bytes)
+    return decode_base64(data.decode("ascii", errors="replace"), max_bytes)
 
 
-def _decode_base64(text: str, max_bytes: int) -> bytes:
+def decode_base64(text: str, max_bytes: int = MAX_BYTES) -> bytes:
     """Decode base64 text of either alphabet, with line breaks, padded or not; its length is checked before anything is allocated for it."""
     _check_characters(text, max_bytes)
     plain = "".join(text.split()).translate(_URL_SAFE).rstrip("=")

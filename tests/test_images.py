@@ -21,6 +21,7 @@ from packaging import version
 from PIL import Image
 
 from llava import fetch as fetch_module
+from llava import images as images_page
 from llava.fetch import FetchError, fetch, is_public_address, literal_address, split_url
 from llava.images import ImageError, decode_image, load_image, load_image_from_base64, load_images, to_rgb
 
@@ -87,6 +88,21 @@ def test_16_bit_grey_is_scaled(file_format: str) -> None:
     decoded = np.asarray(decode_image(encode(Image.fromarray(values), file_format)))
     assert decoded[0, :, 0].tolist() == [0, 1, 128, 255, 1]
     assert (decoded == decoded[..., :1]).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr", "I;16", "I"])
+def test_images_converted_in_stripes_are_those_converted_whole(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = Image.effect_noise((37, 23), 90).convert("RGB")
+    image = Image.fromarray(np.arange(23 * 37, dtype=np.uint16).reshape(23, 37) * 77) if mode.startswith("I") else noise.convert(mode)
+    image = image.convert("I") if mode == "I" else image
+    if mode in ("LA", "RGBA"):
+        image.putalpha(Image.effect_noise((37, 23), 90))
+    if mode in ("P", "L"):
+        image.info["transparency"] = 7
+    whole = to_rgb(image)
+    for pixels in (1, 37, 100, 850):  # less than a row, a row, two of them, all but the last
+        monkeypatch.setattr(images_page, "_STRIPE_PIXELS", pixels)
+        assert to_rgb(image).tobytes() == whole.tobytes()
 
 
 def test_32_bit_and_float_pixels_are_refused() -> None:

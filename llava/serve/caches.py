@@ -10,6 +10,8 @@ from threading import Lock
 from PIL import Image
 from torch import Tensor
 
+_HASHED_PIXELS = 1_000_000
+
 
 def picture_key(image: Image.Image, revision: str) -> str:
     """What a picture's features depend on, as one digest.
@@ -20,7 +22,9 @@ def picture_key(image: Image.Image, revision: str) -> str:
         image: decoded; its pixels, mode and size all count (two pictures of equal bytes and another shape differ).
         revision: of the model that encodes: another checkpoint must never find these features.
     """
-    return _digest((revision, image.mode, f"{image.width}x{image.height}"), image.tobytes())
+    rows = max(1, _HASHED_PIXELS // image.width)  # some at a time: a copy of all would take as much as the image once more
+    stripes = (image.crop((0, top, image.width, min(top + rows, image.height))).tobytes() for top in range(0, image.height, rows))
+    return _digest((revision, image.mode, f"{image.width}x{image.height}"), stripes)
 
 
 def prefix_key(token_ids: Iterable[int], pictures: Iterable[tuple[str, int]], revision: str) -> str:
@@ -30,14 +34,15 @@ def prefix_key(token_ids: Iterable[int], pictures: Iterable[tuple[str, int]], re
         token_ids: of the beginning, placeholders included. pictures: the key and the granularity of each picture in it.
     """
     ids = ",".join(map(str, token_ids))
-    return _digest((revision, ids, *(f"{key} at {granularity}" for key, granularity in pictures)), b"")
+    return _digest((revision, ids, *(f"{key} at {granularity}" for key, granularity in pictures)), ())
 
 
-def _digest(parts: Iterable[str], data: bytes) -> str:
+def _digest(parts: Iterable[str], data: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.encode() + b"\0")
-    digest.update(data)
+    for piece in data:
+        digest.update(piece)
     return digest.hexdigest()
 
 
@@ -74,6 +79,11 @@ class TensorCache:
             self.hits += 1
             self._entries.move_to_end(key)
             return tensors
+
+    def peek(self, key: str) -> tuple[Tensor, ...] | None:
+        """The tensors under a key, or `None`, without counting."""
+        with self._lock:
+            return self._entries.get(key)
 
     def put(self, key: str, *tensors: Tensor) -> None:
         """Keep copies of tensors, and let others go until they fit."""

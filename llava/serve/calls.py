@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from PIL import Image
-
 from llava.messages import Message
 from llava.model.routing import Detail, RoutingRequest
-from llava.serve.protocol import Finished, GenerationRequest, Sampling, ServeError, Started, TokenScore
+from llava.serve.protocol import EngineImage, Finished, GenerationRequest, Sampling, ServeError, Started, TokenScore
 
 WholeAnswer = tuple[str, Sequence[TokenScore], Finished]
 """Text, scores and ending."""
@@ -59,7 +57,7 @@ class Call:
         """Answers in all."""
         return self.n * max(1, len(self.prompts))
 
-    def requests(self, request_id: str, images: Sequence[Image.Image]) -> list[GenerationRequest]:
+    def requests(self, request_id: str, images: Sequence[EngineImage]) -> list[GenerationRequest]:
         """One generation request per answer; with a seed, each of a prompt's answers draws from its own."""
         return [
             GenerationRequest(

@@ -28,6 +28,7 @@ from time import monotonic
 from typing import TypeVar
 
 import torch
+from PIL import Image
 
 from llava.inference import Assistant, end_ids, template_stops
 from llava.serve.admission import Company, admit, of_similar_length
@@ -39,6 +40,7 @@ from llava.serve.guides import Guides
 from llava.serve.outbox import Delivery, EngineGeneration, Outbox, deliver_now
 from llava.serve.prepare import Preparer
 from llava.serve.protocol import (
+    EngineImage,
     EngineStats,
     ErrorKind,
     Finished,
@@ -141,12 +143,16 @@ class EmbeddedEngine:
         failed = None if self._end_kind is ErrorKind.CANCELLED else self._end_kind
         return EngineStats(max(0, len(self._unended) - running), running, len(kept), kept.bytes, kept.hits, kept.misses, failed)
 
+    def prepare_image(self, image: Image.Image) -> EngineImage:
+        return self.preparer.prepare_image(image)
+
     def submit(self, request: GenerationRequest) -> EngineGeneration:
         generation = EngineGeneration(self._wake)
         stops = (*template_stops(self.model.config.conv_version), *request.sampling.stop)
         seed = random.getrandbits(63) if request.sampling.seed is None else request.sampling.seed
         stream, scores = TextStream(self.assistant.tokenizer, stops), ScoreStream(self._token_texts)
-        task = Task(request, generation, monotonic(), stream, scores, seed)
+        begun = monotonic() - sum(image.seconds for image in request.images)  # what its images took is part of its time
+        task = Task(request, generation, begun, stream, scores, seed)
         with self._changed:  # until its preparation is ordered, so that `close` comes before or after
             self._check_open()
             self._unended.add(task)
@@ -203,7 +209,7 @@ class EmbeddedEngine:
             except Exception as error:
                 failure = error
         if not task.begun:
-            task.milliseconds["views"] = 1000 * (monotonic() - start)
+            task.milliseconds["views"] = 1000 * (monotonic() - start + sum(image.seconds for image in task.request.images))
         with self._changed:
             if task not in self._unended:  # it was given up in the meantime, and told so
                 return

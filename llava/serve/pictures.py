@@ -1,4 +1,9 @@
-"""From what a client sent as a picture to RGB pixels: bounded in threads, in pixels held, and in where it may come from."""
+"""From what a client sent as an image to what the engine keeps of it: bounded in threads, pixels, bytes, and in where it may come from.
+
+The pixels of an image live for as long as the engine looks at them, in a thread; what it keeps takes a hundredth of that. Small images are
+taken by some threads, large ones by one of their own, each queue in the order of arrival. A request has one image in them at a time. So
+large images are decoded one after the other, the requests that send them take turns, and small ones never wait for them.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +16,18 @@ from contextlib import asynccontextmanager
 from PIL import Image
 
 from llava.fetch import AddressError, FetchError, Resolver, TooLargeError, fetch, resolve_host
-from llava.images import FETCH_TIMEOUT, MAX_BYTES, ImageError, decode_image, load_image, load_image_from_base64
+from llava.images import FETCH_TIMEOUT, MAX_BYTES, SMALL_AT_ONCE, ImageError, OpenedImage, decode_base64, open_image, read_source
 from llava.serve.calls import ImageSource
-from llava.serve.protocol import ErrorKind, Limits, ServeError
+from llava.serve.protocol import EngineImage, ErrorKind, Limits, ServeError
 
 logger = logging.getLogger(__name__)
 
-DECODING_THREADS = 2
 FETCHING_THREADS = 8
-MAX_HELD_PIXELS = 512_000_000
-"""Pixels of all requests' pictures together, three bytes each."""
+MAX_HELD_BYTES = 4_000_000_000
+"""Of what engines keep of all requests' images: 74 requests of eight images in five views of 336 x 336 pixels, 6.8 MB each."""
+REQUEST_SHARE = 8
+"""One request's images may take this part of it; a data URL of 64 megapixels of noise takes 260 MB."""
+TOO_MUCH = "The images of the request take too much memory together: send fewer or smaller ones."
 NOT_FETCHED = "Images at web addresses are not fetched here: send the image as a data URL, or ask the operator, who can allow it."
 NOT_READ = (
     "An image is given as neither a data URL nor a web address: files are not read here, send what the file holds as a data URL, "
@@ -54,76 +61,97 @@ class PictureLoader:
 
     Args:
         limits: whether web addresses are fetched, and from which hosts.
-        max_held_pixels: of all pictures that are in use at once.
+        prepare: takes from an RGB image what the engine needs; see `protocol.Engine`.
+        max_held_bytes: that what it took may have, of all images that are in use at once.
         fetch_bytes: fetches the file at a web address, its first argument; its second resolves host names.
     """
 
     def __init__(
         self,
         limits: Limits,
-        max_held_pixels: int = MAX_HELD_PIXELS,
+        prepare: Callable[[Image.Image], EngineImage],
+        max_held_bytes: int = MAX_HELD_BYTES,
         fetch_bytes: Callable[[str, Resolver], bytes] | None = None,
     ) -> None:
-        self.limits, self.max_held_pixels = limits, max_held_pixels
-        self.held_pixels = 0
+        self.limits, self.prepare, self.max_held_bytes = limits, prepare, max_held_bytes
+        self.held_bytes = 0
         self._fetch = fetch_bytes or _fetch
-        self._decoders = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="decode")
+        self._small = ThreadPoolExecutor(SMALL_AT_ONCE, thread_name_prefix="decode")
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="decode-large")
         self._fetchers = ThreadPoolExecutor(FETCHING_THREADS, thread_name_prefix="fetch")  # apart: a slow host holds up no decoding
 
     def close(self) -> None:
-        for pool in (self._decoders, self._fetchers):
+        for pool in (self._small, self._large, self._fetchers):
             pool.shutdown(wait=False, cancel_futures=True)
 
     @asynccontextmanager
-    async def loaded(self, sources: Sequence[ImageSource]) -> AsyncIterator[tuple[Image.Image, ...]]:
-        """The pictures, whose pixels count as held until the block ends.
+    async def loaded(self, sources: Sequence[ImageSource]) -> AsyncIterator[tuple[EngineImage, ...]]:
+        """What the engine took from the images, which counts as held until the block ends.
 
         Args:
             sources: data URLs, or web addresses where they are allowed.
 
         Raises:
-            ServeError: `INVALID_IMAGE`, with the field that the image stands in; `OVERLOADED` when more pixels than allowed would be held.
+            ServeError: `INVALID_IMAGE`, with the field that the image stands in; `TOO_LARGE` when one request would hold more than its
+                share, `OVERLOADED` when all together would hold more than allowed.
         """
         held = 0
-        images: list[Image.Image] = []
+        images: list[EngineImage] = []
         try:
             for source in sources:  # one after the other: a request takes one thread, so that others get the next
                 image = await self._load(source)
-                count = image.width * image.height
-                if self.held_pixels + count > self.max_held_pixels:
+                if held + image.num_bytes > self.max_held_bytes // REQUEST_SHARE:
+                    raise ServeError(ErrorKind.TOO_LARGE, TOO_MUCH, source.param)
+                if self.held_bytes + image.num_bytes > self.max_held_bytes:
                     raise ServeError(ErrorKind.OVERLOADED)
-                self.held_pixels += count
-                held += count
+                self.held_bytes += image.num_bytes
+                held += image.num_bytes
                 images.append(image)
             yield tuple(images)
         finally:
-            self.held_pixels -= held
+            self.held_bytes -= held
 
-    async def _load(self, source: ImageSource) -> Image.Image:
+    async def _load(self, source: ImageSource) -> EngineImage:
         try:
-            return await self._decoded(source.text, source.plain_base64)
+            return await self._taken(source.text, source.plain_base64)
         except (ImageError, FetchError, _Unwanted) as error:
             logger.info("an image was refused: %s", str(error)[:500])
             raise ServeError(ErrorKind.INVALID_IMAGE, _told(error), source.param) from error
+        except ServeError as error:
+            raise ServeError(error.kind, error.detail, source.param) from error
         except MemoryError as error:
             raise ServeError(ErrorKind.OUT_OF_MEMORY) from error
 
-    async def _decoded(self, source: str, plain_base64: bool) -> Image.Image:
-        loop = asyncio.get_running_loop()
+    async def _taken(self, source: str, plain_base64: bool) -> EngineImage:
         scheme = source[:8].lower()
         if scheme.startswith(("http://", "https://")):
             if not self.limits.allow_remote_images:
                 raise _Unwanted(NOT_FETCHED)
-            data = await loop.run_in_executor(self._fetchers, self._fetch, source, self._resolve)
+            data = await asyncio.get_running_loop().run_in_executor(self._fetchers, self._fetch, source, self._resolve)
             try:
-                return await loop.run_in_executor(self._decoders, decode_image, data)
+                return await self._in_turn(lambda: data)
             except ImageError as error:
                 raise _Unwanted(NO_IMAGE_THERE) from error
         if scheme.startswith("data:"):
-            return await loop.run_in_executor(self._decoders, _load_inline, source)
+            return await self._in_turn(lambda: read_source(source, allow_local=False))
         if scheme.startswith("file:") or not plain_base64:
             raise _Unwanted(NOT_READ)
-        return await loop.run_in_executor(self._decoders, load_image_from_base64, source)
+        return await self._in_turn(lambda: decode_base64(source))
+
+    async def _in_turn(self, read: Callable[[], bytes]) -> EngineImage:
+        """Take an image in a thread for those of its size, which its header tells; a large one is read anew when its turn has come."""
+        loop = asyncio.get_running_loop()
+        small = await loop.run_in_executor(self._small, self._take_small, read)
+        return await loop.run_in_executor(self._large, lambda: self._take(open_image(read()))) if small is None else small
+
+    def _take_small(self, read: Callable[[], bytes]) -> EngineImage | None:
+        """What the engine needs of an image, or `None` for a large one."""
+        opened = open_image(read())
+        return None if opened.is_large else self._take(opened)
+
+    def _take(self, opened: OpenedImage) -> EngineImage:
+        with opened.decoded() as image:
+            return self.prepare(image)
 
     def _resolve(self, host: str, port: int) -> list[str]:
         """Resolve a host that is allowed; `llava.fetch` asks again for each redirect and refuses addresses that are not public."""
@@ -142,10 +170,6 @@ def _told(error: Exception) -> str | None:
     if isinstance(error, _Unwanted):
         return str(error)
     return next((text for kind, text in TOLD.items() if isinstance(error, kind)), None)
-
-
-def _load_inline(source: str) -> Image.Image:
-    return load_image(source, allow_local=False, allow_remote=False)
 
 
 def _fetch(url: str, resolve: Resolver) -> bytes:

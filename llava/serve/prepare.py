@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
+from time import monotonic
 
 import torch
 from PIL import Image
@@ -17,8 +19,20 @@ from llava.model.llava_arch import RoutingPlan
 from llava.model.routing import RoutingError
 from llava.model.splice import prompt_rows
 from llava.serve.caches import TensorCache, picture_key
-from llava.serve.protocol import ErrorKind, GenerationRequest, PromptTokens, Sampling, ServeError
+from llava.serve.protocol import EngineImage, ErrorKind, GenerationRequest, PromptTokens, Sampling, ServeError
 from llava.serve.task import Prepared
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """An image as the engine takes it.
+
+    key: in the cache of features. tensor: features (C, P, D) if they were `known`, else views (C, 3, S, S).
+    """
+
+    key: str
+    tensor: Tensor
+    known: bool
 
 
 class Preparer:
@@ -34,6 +48,19 @@ class Preparer:
         self.assistant, self.model = assistant, assistant.model
         self.features, self.revision, self.longest_row = features, revision, longest_row
         self._tokenizing = threading.Lock()
+
+    def prepare_image(self, image: Image.Image) -> EngineImage:
+        """The image's features where they are known, else its views; see `protocol.Engine`."""
+        start = monotonic()
+        if self.model.get_model().vision_tower is None:
+            raise ServeError(ErrorKind.INVALID_REQUEST, "This model takes no pictures.")
+        key = picture_key(image, self.revision)
+        kept = self.features.peek(key)
+        try:
+            tensor = kept[0] if kept else self.model.prepare_views([self.assistant.views(image)])[0]
+        except ImageError as error:
+            raise ServeError(ErrorKind.INVALID_IMAGE) from error
+        return EngineImage(image.size, ImageInput(key, tensor, kept is not None), tensor.nbytes, monotonic() - start)
 
     def prepare(self, request: GenerationRequest) -> Prepared:
         """
@@ -79,18 +106,15 @@ class Preparer:
             return text_of_ids(ids, tokenizer)
 
     def _prepared(self, request: GenerationRequest) -> Prepared:
-        if request.images and self.model.get_model().vision_tower is None:
-            raise ServeError(ErrorKind.INVALID_REQUEST, "This model takes no pictures.", "images[0]")
         try:
             prompt = prompt_rows(self._ids(request)[None].to(self.model.device), None, None)[0]
         except ValueError as error:  # the sentence is this package's own and holds counts and roles only
             raise ServeError(ErrorKind.INVALID_REQUEST, str(error), _text_field(request)) from error
-        keys = tuple(picture_key(image, self.revision) for image in request.images)
-        kept = [self.features.get(key) if key in self.features else None for key in keys]
-        pictures = tuple(
-            known[0] if known else self._views(image, place) for place, (known, image) in enumerate(zip(kept, request.images, strict=True))
-        )
-        return Prepared(prompt, keys, pictures, tuple(known is not None for known in kept))
+        inputs: list[ImageInput] = [image.content for image in request.images]
+        known = [self.features.get(each.key) if each.key in self.features else None for each in inputs]
+        pictures = tuple(kept[0] if kept else each.tensor for kept, each in zip(known, inputs, strict=True))
+        cached = tuple(kept is not None or each.known for kept, each in zip(known, inputs, strict=True))
+        return Prepared(prompt, tuple(each.key for each in inputs), pictures, cached)
 
     def _ids(self, request: GenerationRequest) -> Tensor:
         with self._tokenizing:
@@ -99,12 +123,6 @@ class Preparer:
             if not request.prompt.strip():
                 raise ValueError("The prompt is empty; give a question.")
             return torch.as_tensor(tokenizer_image_token(request.prompt, self.assistant.tokenizer))
-
-    def _views(self, image: Image.Image, place: int) -> Tensor:
-        try:
-            return self.model.prepare_views([self.assistant.views(image)])[0]
-        except ImageError as error:
-            raise ServeError(ErrorKind.INVALID_IMAGE, param=f"images[{place}]") from error
 
     def _plan(self, request: GenerationRequest, prepared: Prepared) -> RoutingPlan:
         try:

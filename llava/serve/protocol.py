@@ -182,18 +182,32 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class EngineImage:
+    """What an engine keeps of an image once its pixels are gone, which take a hundred times as much.
+
+    size: (width, height) of the image in pixels. content: whatever that engine answers from. num_bytes: that the content takes.
+    seconds: that it took to make it.
+    """
+
+    size: tuple[int, int]
+    content: Any
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """One answer to make.
 
     request_id: names it in logs and errors. messages: turns as `llava.messages.normalise_turns` takes them; or
-    `prompt`: a finished prompt with one `<image>` per picture (LLaVA's protocol); exactly one of the two. images: RGB pictures, decoded
-    and within limits.
+    `prompt`: a finished prompt with one `<image>` per image (LLaVA's protocol); exactly one of the two. images: made by `prepare_image` of
+    the engine that is asked.
     """
 
     request_id: str
     messages: tuple[Message, ...] = ()
     prompt: str | None = None
-    images: tuple[Image.Image, ...] = ()
+    images: tuple[EngineImage, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
     routing: RoutingRequest = field(default_factory=RoutingRequest)
 
@@ -346,6 +360,14 @@ class Engine(Protocol):
     @property
     def ready(self) -> bool:
         """Whether a request sent now would be worked on."""
+        ...
+
+    def prepare_image(self, image: Image.Image) -> EngineImage:
+        """Take from an RGB image what answering needs, so that its pixels can go; called in any thread.
+
+        Raises:
+            ServeError: no image can be used, or not this one.
+        """
         ...
 
     def submit(self, request: GenerationRequest) -> Generation:

@@ -25,6 +25,7 @@ from llava.serve.guide_fields import ANY_OBJECT
 from llava.serve.outbound import BrokenOff, Reply, parse_json_object
 from llava.serve.protocol import (
     CHAT_PATH,
+    EngineImage,
     ErrorKind,
     Event,
     Finished,
@@ -176,7 +177,7 @@ def request_turns(request: GenerationRequest) -> Sequence[Message]:
     return turns
 
 
-def chat_messages(turns: Sequence[Message], images: Sequence[Image.Image], routing: RoutingRequest) -> list[dict[str, Any]]:
+def chat_messages(turns: Sequence[Message], images: Sequence[EngineImage], routing: RoutingRequest) -> list[dict[str, Any]]:
     """Turns as OpenAI's messages, each image where its placeholder stands.
 
     Raises:
@@ -204,11 +205,12 @@ def _content(text: str, images: Iterator[dict[str, Any]]) -> str | list[dict[str
     return parts
 
 
-def _image_part(image: Image.Image, detail: Detail | None) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": data_url(image), **({"detail": detail} if detail else {})}}
+def _image_part(image: EngineImage, detail: Detail | None) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": image.content, **({"detail": detail} if detail else {})}}
 
 
 def data_url(image: Image.Image) -> str:
+    """An image as a backend gets it."""
     buffer = BytesIO()
     image.save(buffer, format="PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
 
+from PIL import Image
+
 from llava.model.routing import RoutingRequest
 from llava.rules import Text
 from llava.serve.addresses import Endpoint, parse_worker_url
@@ -23,6 +25,7 @@ from llava.serve.protocol import (
     CHAT_PATH,
     DETOKENIZE_PATH,
     TOKENIZE_PATH,
+    EngineImage,
     EngineStats,
     ErrorKind,
     Event,
@@ -31,7 +34,7 @@ from llava.serve.protocol import (
     PromptTokens,
     ServeError,
 )
-from llava.serve.remote_chat import chat_body, check_head, check_sampling, is_count, read_stream
+from llava.serve.remote_chat import chat_body, check_head, check_sampling, data_url, is_count, read_stream
 from llava.serve.remote_tokens import prompt_tokens, tokenize_body
 
 logger = logging.getLogger(__name__)
@@ -189,6 +192,12 @@ class RemoteEngine:
         while True:
             await self.look()
             await asyncio.sleep(self.backend.poll_seconds)
+
+    def prepare_image(self, image: Image.Image) -> EngineImage:
+        """The image as a data URL."""
+        start = monotonic()
+        url = data_url(image)
+        return EngineImage(image.size, url, len(url), monotonic() - start)
 
     def submit(self, request: GenerationRequest) -> RemoteGeneration:
         if self._draining:

@@ -6,7 +6,7 @@ from typing import Any
 
 from llava.serve.outbound import BrokenOff
 from llava.serve.protocol import GenerationRequest, PromptTokens
-from llava.serve.remote_chat import chat_messages, data_url, is_count, request_turns, routing_fields
+from llava.serve.remote_chat import chat_messages, is_count, request_turns, routing_fields
 
 
 def tokenize_body(request: GenerationRequest, special: bool, model: str) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def tokenize_body(request: GenerationRequest, special: bool, model: str) -> dict
     body: dict[str, Any] = {"model": model, "return_token_strs": True, **routing_fields(request.routing)}
     if request.prompt is None:
         return body | {"messages": chat_messages(request_turns(request), request.images, request.routing)}
-    images = {"images": [data_url(image) for image in request.images]} if request.images else {}
+    images = {"images": [image.content for image in request.images]} if request.images else {}
     return body | {"prompt": request.prompt, "add_special_tokens": special, **images}
 
 

@@ -296,7 +296,8 @@ def create_worker_app(
     limits = limits or Limits()
     gate = Gate(places + limits.max_queue, HELD_BODIES * limits.max_body_bytes)
     metrics = Metrics(engine.stats)
-    worker = Worker(engine, limits, gate, pictures or PictureLoader(limits), metrics, stream_interval, report_cache_hits)
+    pictures = pictures or PictureLoader(limits, engine.prepare_image)
+    worker = Worker(engine, limits, gate, pictures, metrics, stream_interval, report_cache_hits)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -7,7 +7,10 @@ import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
+from PIL import Image
+
 from llava.serve.protocol import (
+    EngineImage,
     EngineStats,
     ErrorKind,
     Event,
@@ -32,7 +35,7 @@ def echo_of(request: GenerationRequest) -> tuple[str, ...]:
     """The last text of a request, word by word, and the sizes of its pictures: an answer that tells requests apart."""
     text = request.prompt if request.prompt is not None else request.messages[-1].text
     words = [f"{word} " for word in text.split()]
-    return (*words, *(f"[{image.width}x{image.height}]" for image in request.images))
+    return (*words, *(f"[{image.size[0]}x{image.size[1]}]" for image in request.images))
 
 
 def report_of(request: GenerationRequest) -> tuple[ImageReport, ...]:
@@ -70,6 +73,9 @@ class FakeEngine:
     active: int = 0
     drained: bool = False
     closed: bool = False
+
+    def prepare_image(self, image: Image.Image) -> EngineImage:
+        return EngineImage(image.size, image.tobytes(), image.width * image.height)
 
     def submit(self, request: GenerationRequest) -> FakeGeneration:
         if self.refuse is not None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from llava.serve import caches
 from llava.serve.caches import TensorCache, picture_key, prefix_key
 
 
@@ -59,6 +60,24 @@ def test_a_key_holds_pixels_mode_size_and_revision():
     keys = {picture_key(base, "one"), *other}
     assert len(keys) == 6
     assert picture_key(base.copy(), "one") == picture_key(base, "one")
+
+
+@pytest.mark.parametrize("pixels", [1, 4, 9, 23, 24])
+def test_a_key_does_not_depend_on_how_many_pixels_are_looked_at_at_a_time(pixels, monkeypatch):
+    image = Image.effect_noise((4, 6), 90).convert("RGB")
+    whole = picture_key(image, "one")
+    monkeypatch.setattr(caches, "_HASHED_PIXELS", pixels)
+    assert picture_key(image, "one") == whole
+
+
+def test_a_look_counts_nothing_and_keeps_nothing_from_leaving():
+    cache = TensorCache(100)
+    first, second = torch.zeros(10), torch.ones(10)
+    cache.put("a", first)
+    cache.put("b", second)
+    assert cache.peek("a") is not None and cache.peek("c") is None and (cache.hits, cache.misses) == (0, 0)
+    cache.put("c", first)
+    assert "a" not in cache
 
 
 def test_the_key_of_a_beginning_holds_ids_pictures_granularities_and_revision():

@@ -19,8 +19,21 @@ from llava.inference import MICRO_MODEL, Assistant, Message, Options, Question, 
 from llava.model.routing import RoutingRequest
 from llava.serve.engine import EmbeddedEngine
 from llava.serve.failures import FAILED_TURNS
+from llava.serve.outbox import EngineGeneration
 from llava.serve.prepare import Preparer
-from llava.serve.protocol import ErrorKind, Event, Finished, GenerationRequest, Guide, GuideKind, Piece, Sampling, ServeError, Started
+from llava.serve.protocol import (
+    EngineImage,
+    ErrorKind,
+    Event,
+    Finished,
+    GenerationRequest,
+    Guide,
+    GuideKind,
+    Piece,
+    Sampling,
+    ServeError,
+    Started,
+)
 
 EVAL = MICRO_MODEL.parent / "eval"
 
@@ -54,8 +67,13 @@ def request(picture: Image.Image | None, text: str, name: str = "r", **fields: A
     return GenerationRequest(name, (Message("user", text),), images=images, **fields)
 
 
+def submit(engine: EmbeddedEngine, wanted: GenerationRequest) -> EngineGeneration:
+    """Ask about the images themselves, which a request of these tests holds."""
+    return engine.submit(replace(wanted, images=tuple(map(engine.prepare_image, wanted.images))))
+
+
 async def collect(engine: EmbeddedEngine, wanted: GenerationRequest) -> Outcome:
-    events = [event async for event in engine.submit(wanted)]
+    events = [event async for event in submit(engine, wanted)]
     return Outcome("".join(event.text for event in events if isinstance(event, Piece)), events)
 
 
@@ -605,7 +623,7 @@ def test_one_that_steps_back_can_be_cancelled(micro, asked):
     async def use(engine: EmbeddedEngine) -> list[Any]:
         steps_back = seldom_room(engine, 1)
         hold_until(engine, 2)
-        first, second = (engine.submit(request(*asked[index], sampling=endless)) for index in (0, 1))
+        first, second = (submit(engine, request(*asked[index], sampling=endless)) for index in (0, 1))
         await asyncio.to_thread(wait_for, lambda: bool(steps_back))
         second.cancel()
         first.cancel()
@@ -760,10 +778,10 @@ def test_the_parts_of_the_time_to_the_first_token_make_it_up(micro, asked):
 
 
 def test_requests_of_one_name_are_told_apart_without_looking_at_their_pictures(micro, asked, monkeypatch):
-    monkeypatch.setattr(Image.Image, "__eq__", lambda self, other: pytest.fail("pictures were compared"))
+    monkeypatch.setattr(EngineImage, "__eq__", lambda self, other: pytest.fail("pictures were compared"))
 
     async def use(engine: EmbeddedEngine) -> list[Any]:
-        generations = [engine.submit(request(asked[0][0].copy(), "Which?", "same")) for _ in range(6)]
+        generations = [submit(engine, request(asked[0][0].copy(), "Which?", "same")) for _ in range(6)]
         for generation in generations[3:]:
             generation.cancel()
         return [event async for event in generations[0]]
@@ -790,7 +808,7 @@ def test_a_cancelled_request_gives_its_place_back(micro, asked):
     endless = Sampling(max_new_tokens=900, min_new_tokens=900)
 
     async def use(engine: EmbeddedEngine) -> tuple[int, Outcome]:
-        generation = engine.submit(request(*asked[0], sampling=endless))
+        generation = submit(engine, request(*asked[0], sampling=endless))
         other = asyncio.create_task(collect(engine, request(*asked[1])))
         async for event in generation:
             if isinstance(event, Piece):
@@ -851,12 +869,14 @@ def test_closing_ends_what_runs(micro, asked):
 def test_closing_tells_those_that_are_still_being_prepared(micro, asked, monkeypatch):
     started = threading.Event()
 
-    def slow(self: Any, image: Any, place: int) -> Any:
+    write = Preparer._ids
+
+    def slow(self: Any, request: Any) -> Any:
         started.set()
         time.sleep(0.5)
-        return torch.zeros(5, 3, 64, 64)
+        return write(self, request)
 
-    monkeypatch.setattr(Preparer, "_views", slow)
+    monkeypatch.setattr(Preparer, "_ids", slow)
 
     async def main() -> list[Any]:
         engine = EmbeddedEngine(micro, "micro")
@@ -892,14 +912,16 @@ def test_requests_that_are_on_their_way_when_the_accelerator_dies_are_told_too(m
 
 def test_requests_that_are_being_prepared_when_the_engines_thread_dies_are_told(micro, asked, monkeypatch):
     started, go_on = threading.Event(), threading.Event()
+    write = Preparer._ids
 
-    def slow(self: Any, image: Any, place: int) -> Any:
-        started.set()
-        go_on.wait(10)
-        return torch.zeros(5, 3, 64, 64)
+    def slow(self: Any, request: Any) -> Any:
+        if request.images:
+            started.set()
+            go_on.wait(10)
+        return write(self, request)
 
     async def use(engine: EmbeddedEngine) -> list[Any]:
-        monkeypatch.setattr(Preparer, "_views", slow)
+        monkeypatch.setattr(Preparer, "_ids", slow)
         fail_on(engine, "_drop_cancelled", lambda: True, SystemExit())
         tasks = [asyncio.create_task(attempt(engine, request(*asked[0])))]
         await asyncio.to_thread(started.wait, 5)

@@ -196,7 +196,7 @@ def send_random_bodies(count: int, seed: int) -> dict[int, int]:
 
     found = asyncio.run(run())
     assert engine.active == 0 and app.state.gate.inside == app.state.gate.bytes_inside == 0
-    assert app.state.worker.pictures.held_pixels == 0
+    assert app.state.worker.pictures.held_bytes == 0
     return found
 
 

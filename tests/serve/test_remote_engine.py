@@ -20,6 +20,7 @@ from llava.inference import Message, write_prompt
 from llava.model.routing import RoutingRequest
 from llava.serve.outbound import Patience
 from llava.serve.protocol import (
+    EngineImage,
     ErrorKind,
     Event,
     Finished,
@@ -33,15 +34,15 @@ from llava.serve.protocol import (
     TokenScore,
 )
 from llava.serve.read_prompt import read_prompt
-from llava.serve.remote_chat import chat_body
+from llava.serve.remote_chat import chat_body, data_url
 from llava.serve.remote_engine import Backend, RemoteEngine
 from tests.serve.fake_backend import Exchange, FakeBackend
 
 PATIENT = Patience(connect=10.0, head=10.0, piece=10.0, total=60.0)
 IMPATIENT = Patience(connect=10.0, head=0.3, piece=0.3, total=60.0)
 """For backends that hang, and no others: on a busy machine an answer may take longer."""
-RED = Image.new("RGB", (3, 2), "red")
-BLUE = Image.new("RGB", (2, 5), "blue")
+RED_IMAGE, BLUE_IMAGE = Image.new("RGB", (3, 2), "red"), Image.new("RGB", (2, 5), "blue")
+RED, BLUE = (EngineImage(image.size, data_url(image)) for image in (RED_IMAGE, BLUE_IMAGE))
 
 
 def asking(text: str = "Hello", **fields: Any) -> GenerationRequest:
@@ -124,7 +125,7 @@ def test_the_backend_is_asked_for_what_the_request_says() -> None:
     parts = messages[1]["content"]
     assert [part["type"] for part in parts] == ["image_url", "text", "image_url", "text"]
     assert [part["text"] for part in parts if part["type"] == "text"] == ["What?\nAnd ", "?"]
-    for part, image in zip(parts[::2], (RED, BLUE), strict=True):
+    for part, image in zip(parts[::2], (RED_IMAGE, BLUE_IMAGE), strict=True):
         head, data = part["image_url"]["url"].split(",")
         assert head == "data:image/png;base64"
         decoded = Image.open(BytesIO(base64.b64decode(data)))

@@ -335,7 +335,7 @@ PRIVATE = (
 def test_addresses_of_pictures_are_not_followed_unless_the_operator_says_so(serve: Any) -> None:
     fetched: list[str] = []
     limits = Limits()
-    loader = PictureLoader(limits, fetch_bytes=lambda url, resolve: fetched.append(url) or b"")  # type: ignore[func-returns-value]
+    loader = PictureLoader(limits, FakeEngine().prepare_image, fetch_bytes=lambda url, _: fetched.append(url) or b"")  # type: ignore
     served = serve(limits=limits, pictures=loader)
     for url in (*PRIVATE, "http://public.example/x.png", "https://public.example/x.png", "//public.example/x", "file:///etc/passwd"):
         assert served.ask("q", (url,)).json()["error"]["code"] == "invalid_image"
@@ -362,7 +362,7 @@ def test_followed_addresses_of_pictures_stay_on_the_public_internet(serve: Any, 
 
     monkeypatch.setattr(pictures_page, "resolve_host", resolve)
     limits = Limits(allow_remote_images=True)
-    served = serve(limits=limits, pictures=PictureLoader(limits, fetch_bytes=fetch))
+    served = serve(limits=limits, pictures=PictureLoader(limits, FakeEngine().prepare_image, fetch_bytes=fetch))
     for url in PRIVATE:
         assert served.ask("q", (url,)).json()["error"]["code"] == "invalid_image"
     assert connected == []

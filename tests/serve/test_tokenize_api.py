@@ -97,7 +97,8 @@ def preparer(micro):
 
 def test_tokens_are_those_that_the_model_reads(micro, preparer):
     turns = (Message("user", "What is it?"),)
-    asked = GenerationRequest("r", turns, images=(RED,))
+    image = preparer.prepare_image(RED)
+    asked = GenerationRequest("r", turns, images=(image,))
     found = preparer.tokens(asked, special=True)
     assert list(found.ids) == micro.prompt_ids(turns, 1).tolist() and found.ids.count(-200) == 1
     assert found.texts[found.ids.index(-200)] == "<image>" and len(found.texts) == len(found.ids)
@@ -105,7 +106,7 @@ def test_tokens_are_those_that_the_model_reads(micro, preparer):
     costs = micro.answer([RED], "What is it?").reports[0].tokens_per_level
     assert (least, most) == (min(costs.values()), max(costs.values()))
     for wish, level in ((RoutingRequest(8), 8), (RoutingRequest(details=("low",)), 4), (RoutingRequest([8, 16], details=("high",)), 16)):
-        known = preparer.tokens(GenerationRequest("r", turns, images=(RED,), routing=wish), special=True)
+        known = preparer.tokens(GenerationRequest("r", turns, images=(image,), routing=wish), special=True)
         assert known.visual_tokens == ((costs[level], costs[level]),)
         assert known.most_positions == len(found.ids) - 1 + costs[level]
 
@@ -119,7 +120,7 @@ def test_a_prompt_of_any_length_is_counted(micro, preparer):
 
 def test_text_comes_back_with_its_special_tokens_and_images(micro, preparer):
     prompt = "USER: <image>\nWhat? ASSISTANT: red</s>"
-    found = preparer.tokens(GenerationRequest("r", prompt=prompt, images=(RED,)), special=False)
+    found = preparer.tokens(GenerationRequest("r", prompt=prompt, images=(preparer.prepare_image(RED),)), special=False)
     assert found.ids[0] != micro.tokenizer.bos_token_id
     assert preparer.text_of(found.ids) == prompt
     for bad in (-1, len(micro.tokenizer), 2**70):

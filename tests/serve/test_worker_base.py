@@ -12,8 +12,10 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import time
 import zlib
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from io import BytesIO
 
@@ -24,13 +26,14 @@ from fastapi.responses import JSONResponse
 from PIL import Image
 
 from llava import fetch as fetching
+from llava import images as images_page
 from llava.fetch import AddressError, FetchError, TooLargeError
 from llava.serve import pictures as pictures_page
 from llava.serve.calls import ImageSource
 from llava.serve.gate import Gate
 from llava.serve.http_guard import guard_app
-from llava.serve.pictures import NO_IMAGE_THERE, NOT_FETCHED, NOT_READ, TOLD, HostNotAllowed, PictureLoader
-from llava.serve.protocol import EngineStats, ErrorKind, Limits, ServeError
+from llava.serve.pictures import NO_IMAGE_THERE, NOT_FETCHED, NOT_READ, REQUEST_SHARE, TOLD, TOO_MUCH, HostNotAllowed, PictureLoader
+from llava.serve.protocol import EngineImage, EngineStats, ErrorKind, Limits, ServeError
 from llava.serve.worker_base import Registration, create_worker_app, run_worker
 from tests.serve import fake_engine
 from tests.serve.bodies import CHAT, WORKER, chat_body, data_url, picture, worker_body
@@ -336,7 +339,8 @@ class Network:
 
     def ask(self, url: str, hosts: tuple[str, ...] = ()) -> httpx.Response:
         limits = Limits(allow_remote_images=True, allowed_hosts=hosts)
-        app = create_worker_app(FakeEngine(), limits, pictures=PictureLoader(limits, fetch_bytes=self.fetch))
+        engine = FakeEngine()
+        app = create_worker_app(engine, limits, pictures=PictureLoader(limits, engine.prepare_image, fetch_bytes=self.fetch))
         return call(app, "POST", CHAT, json=chat_body("q", (url,)))
 
 
@@ -419,15 +423,76 @@ def test_hosts_that_are_not_allowed_are_not_even_resolved(monkeypatch):
     assert network.resolved == [] and network.connected == []
 
 
-def test_pixels_of_all_requests_together_are_bounded():
+def source(image: str, place: int = 0) -> ImageSource:
+    return ImageSource(data_url(image), f"images[{place}]")
+
+
+def test_what_is_kept_of_all_requests_images_is_bounded_and_one_request_gets_a_share():
     async def load():
-        loader = PictureLoader(Limits(), max_held_pixels=1000)
-        async with loader.loaded([ImageSource(data_url(picture((30, 20))), "images[0]")]):
+        loader = PictureLoader(Limits(), FakeEngine().prepare_image, max_held_bytes=600 * REQUEST_SHARE)
+        async with AsyncExitStack() as stack:
+            for _ in range(REQUEST_SHARE):
+                await stack.enter_async_context(loader.loaded([source(picture((30, 20)))]))
             with pytest.raises(ServeError) as refused:
-                async with loader.loaded([ImageSource(data_url(picture((30, 20))), "images[0]")]):
+                async with loader.loaded([source(picture((30, 20)))]):
                     pass
-            assert refused.value.kind is ErrorKind.OVERLOADED and loader.held_pixels == 600
-        assert loader.held_pixels == 0
+            assert refused.value.kind is ErrorKind.OVERLOADED and loader.held_bytes == 600 * REQUEST_SHARE
+        with pytest.raises(ServeError) as refused:
+            async with loader.loaded([source(picture((30, 20))), source(picture((1, 1)), 1)]):
+                pass
+        assert (refused.value.kind, refused.value.detail, refused.value.param) == (ErrorKind.TOO_LARGE, TOO_MUCH, "images[1]")
+        assert loader.held_bytes == 0
+        loader.close()
+
+    asyncio.run(load())
+
+
+def test_large_images_are_taken_one_after_the_other_in_turn_and_small_ones_pass_them(monkeypatch):
+    monkeypatch.setattr(images_page, "SMALL_PIXELS", 100)
+    begun, running, most, go_on = [], 0, 0, threading.Event()
+
+    def prepare(image):
+        nonlocal running, most
+        begun.append(image.size)
+        if image.width * image.height > 100:
+            running += 1
+            most = max(most, running)
+            go_on.wait(10)
+            running -= 1
+        return EngineImage(image.size, None)
+
+    async def load():
+        loader = PictureLoader(Limits(), prepare)
+
+        async def ask(*sizes):
+            async with loader.loaded([source(picture(size)) for size in sizes]) as images:
+                return [image.size for image in images]
+
+        greedy = asyncio.create_task(ask(*[(20, 10 + place) for place in range(4)]))
+        while not begun:
+            await asyncio.sleep(0.01)
+        other = asyncio.create_task(ask((30, 30)))
+        small = [await asyncio.wait_for(ask((3, 3)), 5) for _ in range(5)]  # while a large one is being taken
+        assert small == [[(3, 3)]] * 5 and not greedy.done() and not other.done()
+        go_on.set()
+        assert await greedy == [(20, 10), (20, 11), (20, 12), (20, 13)] and await other == [(30, 30)]
+        loader.close()
+
+    asyncio.run(load())
+    large = [size for size in begun if size != (3, 3)]
+    assert most == 1 and large.index((30, 30)) <= 2  # behind the one that was there, and at most one more that came meanwhile
+
+
+def test_an_image_that_the_engine_refuses_is_named():
+    def prepare(image):
+        raise ServeError(ErrorKind.INVALID_REQUEST, "This model takes no pictures.")
+
+    async def load():
+        loader = PictureLoader(Limits(), prepare)
+        with pytest.raises(ServeError, match="takes no pictures") as refused:
+            async with loader.loaded([source(picture((3, 3)), 5)]):
+                pass
+        assert (refused.value.kind, refused.value.param) == (ErrorKind.INVALID_REQUEST, "images[5]")
         loader.close()
 
     asyncio.run(load())

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from llava.image_structure import image_format
-from llava.images import decode_image
+from llava.images import open_image
 from llava.serve.chat_client import ChatError, Outcome
 
 THUMBNAIL = 384
@@ -46,20 +46,20 @@ def read_picture(data: bytes) -> Picture:
     Raises:
         ImageError: see `llava.images`.
     """
-    image = decode_image(data)
+    with open_image(data).decoded() as image:
+        size, thumbnail = image.size, _small_jpeg(image)
     return Picture(
         data_url=_data_url(image_format(data).lower(), data),
-        thumbnail=_data_url("jpeg", _small_jpeg(image)),
-        size=image.size,
+        thumbnail=_data_url("jpeg", thumbnail),
+        size=size,
         sha256=hashlib.sha256(data).hexdigest(),
     )
 
 
 def _small_jpeg(image: Image.Image) -> bytes:
-    copy = image.copy()
-    copy.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
     file = io.BytesIO()
-    copy.save(file, "JPEG", quality=88)
+    image.save(file, "JPEG", quality=88)
     return file.getvalue()
 
 

@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from llava.image_structure import image_format
-from llava.images import MAX_BYTES, ImageError, decode_image
+from llava.images import MAX_BYTES, ImageError, open_image
 from llava.serve.bodies import BodyBounds
 from llava.serve.errors import plain_error
 from llava.serve.gate import Gate
@@ -94,7 +94,8 @@ class Uploads:
             ImageError: not a picture within the limits. OverflowError: the folder is full.
         """
         self.expire()
-        decode_image(data)
+        with open_image(data).decoded():
+            pass  # its pixels are whole
         suffix = {"jpeg": "jpg"}.get(name := image_format(data).lower(), name)
         path = self.folder / f"{hashlib.sha256(data).hexdigest()}.{suffix}"
         temporary = path.with_suffix(f".{os.urandom(8).hex()}")
