@@ -1,6 +1,6 @@
 """The embedded engine: many requests, one model, one thread that turns the crank.
 
-    submit() ─> prepare (threads: ids, views) ─> waiting ─> encode and route (batched) ─> ready ─> prefill (batched) ─> running
+    submit() ─> prepare (threads: ids, costs) ─> waiting ─> encode and route (batched) ─> ready ─> prefill (batched) ─> running
                                                                                                                           │
     events to the caller's event loop <─────────── one decoding step for all running requests, again and again <──────────┘
 
