@@ -45,7 +45,9 @@ def redirect(location: str) -> bytes:
 FOUND = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
-@pytest.mark.parametrize("location", ["http://b.example/x", "HTTP://b.example/x", "//b.example/x", "https://b.example/x", "/x"])
+@pytest.mark.parametrize(
+    "location", ["http://b.example/x", "HTTP://b.example/x", "//b.example/x", "https://b.example/x", "HTTPS://b.example/x", "/x"]
+)
 def test_https_redirects_to_https_alone(scripted: ExitStack, location: str) -> None:
     network = Scripted(scripted, redirect(location), FOUND)
     if location.lower().startswith("http:"):
