@@ -237,6 +237,14 @@ def test_files_and_their_refusals(tmp_path: Path) -> None:
         load_image(path, max_bytes=10)
 
 
+@pytest.mark.parametrize("name", ["a.jpg", "a.txt", "a.PNG", "a", "a.tar.gz"])
+def test_a_files_name_says_nothing_about_it(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    for file_format in ("PNG", "BMP", "TIFF"):
+        path.write_bytes(encode(GRADIENT, file_format))
+        assert load_image(path).tobytes() == GRADIENT.tobytes()
+
+
 def test_several_files_in_order(tmp_path: Path) -> None:
     for i, size in enumerate([(3, 4), (5, 6)]):
         Image.new("RGB", size).save(tmp_path / f"{i}.png")

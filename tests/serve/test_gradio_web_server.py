@@ -502,6 +502,16 @@ def test_uploads_get_names_made_here_and_only_pictures_are_kept(page):
     )
 
 
+@pytest.mark.parametrize(("kind", "suffix"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("MPO", "jpg")])
+def test_an_upload_is_named_and_sent_on_by_its_bytes(kind, suffix, tmp_path):
+    file = io.BytesIO()
+    Image.new("RGB", (9, 7), "red").save(file, kind)
+    kept = Uploads(tmp_path / "uploads").keep(file.getvalue())
+    assert kept.suffix == f".{suffix}" and kept.read_bytes() == file.getvalue()
+    seen = read_picture(file.getvalue())
+    assert seen.size == (9, 7) and seen.data_url.startswith(f"data:image/{'jpeg' if suffix == 'jpg' else suffix};base64,")
+
+
 def test_expired_uploads_are_deleted(tmp_path):
     uploads = Uploads(tmp_path / "up", max_age=-1.0)
     path = uploads.keep(png())
