@@ -26,6 +26,7 @@ import torch
 from transformers import CLIPVisionConfig, HfArgumentParser
 
 from llava.crops import get_anyres_image_grid_shape
+from llava.durable import write_whole
 from llava.model.builder import MODEL_CLASSES
 from llava.model.loading import read_stored_config, read_tower_config, resolve_tower
 from llava.train.stages import PARTS, STAGES, Stage, apply_stage, get_stage, part_of
@@ -1152,7 +1153,7 @@ def main() -> None:
     try:
         result = estimate(args)
         if args.json is not None:
-            Path(args.json).write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+            write_whole(Path(args.json), json.dumps(asdict(result), indent=2) + "\n")
     except (ValueError, OSError) as error:
         raise SystemExit(f"estimate stopped: {error}") from error
     sys.stdout.write(report(result) + "\n")

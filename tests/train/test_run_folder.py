@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,10 +22,11 @@ import torch
 from safetensors.torch import load_file
 
 from llava.durable import NoSpaceError, held_alone
-from llava.train.checkpoint import checkpoints, damaged_files, read_manifest
+from llava.train import run_folder
+from llava.train.checkpoint import Manifest, checkpoints, damaged_files, read_manifest
 from llava.train.llava_trainer import LlavaTrainer
 from llava.train.run_folder import LOCK, prepare
-from llava.train.train import make_trainer, parse_arguments, train
+from llava.train.train import main, make_trainer, parse_arguments, train
 
 Flags = Callable[..., list[str]]
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"}
@@ -239,6 +241,40 @@ def test_lost_state_is_an_error_until_it_is_accepted(
         start_of(run_flags, folder, resume_from_checkpoint=True)
     start = start_of(run_flags, folder, resume_from_checkpoint=True, accept_lost_state=True)
     assert start.checkpoint == folder / "checkpoint-2" and start.lost_state == {name}
+
+
+@pytest.mark.parametrize(("written", "needed"), [(True, ["scheduler.pt", "rng_state.pth"]), (False, ["rng_state.pth"])])
+def test_deepspeeds_state_lies_among_its_shards(written: bool, needed: list[str], tmp_path: Path, run_flags: Flags) -> None:
+    """The schedule is looked for where the checkpoint was written with one."""
+    args = parse_arguments(run_flags(tmp_path, "rglf"))[2]
+    args.deepspeed = "zero2.json"
+    files = {"global_step2/shard.pt": "0", **({"scheduler.pt": "1"} if written else {})}
+    assert run_folder._state_files(args, Manifest("rglf", 2, files)) == needed
+
+
+def test_ctrl_c_says_where_the_run_would_go_on(
+    tmp_path: Path, run_flags: Flags, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = LlavaTrainer.log
+
+    def pressed(self: LlavaTrainer, *arguments: Any, **options: Any) -> None:
+        log(self, *arguments, **options)
+        if self.state.global_step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(LlavaTrainer, "log", pressed)
+    monkeypatch.setattr(sys, "argv", ["train", *run_flags(tmp_path, "rglf", **{**STEPS, "max_steps": 5})])
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert ended.value.code == 130
+    line = f"interrupted: {tmp_path}/checkpoint-2 is whole; the same command with --resume_from_checkpoint True goes on from it.\n"
+    assert capsys.readouterr().err.endswith(line)
+    with held_alone(tmp_path / LOCK, "it"):
+        assert start_of(run_flags, tmp_path, resume_from_checkpoint=True, max_steps=5).checkpoint == tmp_path / "checkpoint-2"
 
 
 def test_accepted_loss_starts_anew_and_nothing_else_does(tmp_path: Path, run_flags: Flags, caplog: pytest.LogCaptureFixture) -> None:
