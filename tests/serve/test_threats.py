@@ -433,7 +433,7 @@ FOREIGN_FIELDS: dict[str, Any] = {
     "prompt_embeds": "AAAA", "inputs_embeds": [[0.1]], "image_embeds": "AAAA", "embeddings": {"shape": [1, 2]},
     "chat_template": "{{ 7*7 }}",
     "chat_template_kwargs": {"tokenize": True}, "mm_processor_kwargs": {"num_crops": 10**9}, "logits_processors": ["os.system"],
-    "guided_regex": "(a+)+$", "lora_path": "/etc", "model_path": "/etc/passwd", "trust_remote_code": True, "documents": [{}],
+    "guided_decoding_backend": "x", "lora_path": "/etc", "model_path": "/etc/passwd", "trust_remote_code": True, "documents": [{}],
     "allowed_local_media_path": "/", "best_of": 1000, "tools": [{}], "functions": [{}], "__proto__": {}, "constructor": {},
     "__class__": "x",
 }  # fmt: skip
