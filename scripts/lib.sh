@@ -40,7 +40,7 @@ find_python() {
 
 # Use the active virtual environment, or make .venv in the repository and use that.
 enter_environment() {
-  local folder base
+  local folder
   if [[ -n ${VIRTUAL_ENV:-} ]]; then
     folder=$VIRTUAL_ENV
     say "Using the active virtual environment $folder"
@@ -49,12 +49,7 @@ enter_environment() {
     if [[ -e $folder ]]; then
       say "Using $folder"
     else
-      base=$(find_python)
-      say "Making $folder with $base ($(version_of "$base"))"
-      "$base" -m venv "$folder" || {
-        rm -rf "$folder"
-        stop "$base could not make a virtual environment; on Debian and Ubuntu install python3-venv, then run this again."
-      }
+      make_environment "$folder"
     fi
   fi
   python=$folder/bin/python
@@ -70,6 +65,19 @@ run_name() {
   name=$(basename "$1")-${wishes:-auto}
   [[ $3 == avg_llava ]] || name=$3-$name
   printf '%s\n' "${name//[^A-Za-z0-9._=-]/-}"
+}
+
+# make_environment FOLDER: an environment beside the repository's own, for packages that exclude its; git does not see it.
+make_environment() {
+  local folder=$1 base
+  [[ ! -e $folder ]] || return 0
+  base=$(find_python)
+  say "Making $folder with $base ($(version_of "$base"))"
+  "$base" -m venv "$folder" || {
+    rm -rf "$folder"
+    stop "$base could not make a virtual environment; on Debian and Ubuntu install python3-venv, then run this again."
+  }
+  echo '*' >"$folder/.gitignore"
 }
 
 # pip install, without a line for each requirement that was there before.

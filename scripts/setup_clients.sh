@@ -18,15 +18,7 @@ folder=${CLIENTS_ENV:-$root/.venv-clients}
 clients=$root/tests/clients
 python=$folder/bin/python
 
-if [[ ! -e $folder ]]; then
-  base=$(find_python)
-  say "Making $folder with $base ($(version_of "$base"))"
-  "$base" -m venv "$folder" || {
-    rm -rf "$folder"
-    stop "$base could not make a virtual environment; on Debian and Ubuntu install python3-venv, then run this again."
-  }
-  echo '*' >"$folder/.gitignore"
-fi
+make_environment "$folder"
 
 key=$(cat "$clients/requirements.txt" "$clients/package.json" "${BASH_SOURCE[0]}" | cksum)
 if [[ -z ${REINSTALL:-} && $(cat "$folder/.clients-installed" 2>/dev/null) == "$key" ]]; then

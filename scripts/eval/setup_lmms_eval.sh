@@ -17,15 +17,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
 harness=lmms-eval==0.7.3
 folder=${LMMS_EVAL_ENV:-$root/.venv-lmms-eval}
 
-if [[ ! -e $folder ]]; then
-  base=$(find_python)
-  say "Making $folder with $base ($(version_of "$base"))"
-  "$base" -m venv "$folder" || {
-    rm -rf "$folder"
-    stop "$base could not make a virtual environment; on Debian and Ubuntu install python3-venv, then run this again."
-  }
-  echo '*' >"$folder/.gitignore"
-fi
+make_environment "$folder"
 # What lib.sh installs goes here, whatever environment is active.
 export VIRTUAL_ENV=$folder
 enter_environment
