@@ -80,18 +80,19 @@ class Nothing:
 
 @dataclass(frozen=True)
 class Text:
-    """A text of at least one character; with `pattern`, one that it matches, which `form` puts in words."""
+    """A text of `shortest` characters or more; with `pattern`, one that it matches, which `form` puts in words."""
 
     pattern: str = ""
     form: str = "a text"
     longest: int = 4096
+    shortest: int = 1
 
     @property
     def expected(self) -> str:
         return self.form
 
     def accepts(self, value: Any) -> bool:
-        fits = isinstance(value, str) and 0 < len(value) <= self.longest
+        fits = isinstance(value, str) and self.shortest <= len(value) <= self.longest
         return fits and (not self.pattern or re.fullmatch(self.pattern, value) is not None)
 
 

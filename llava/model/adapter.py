@@ -50,7 +50,7 @@ LORA_RULES: dict[str, Rule] = {
     "r": RANK,
     "lora_alpha": ALPHA,
     "lora_dropout": Number(0, 1),
-    "base_model_name_or_path": optional(Either(Text(), ListOf(Text(), 0, 0))),
+    "base_model_name_or_path": optional(Text(shortest=0)),
     "target_modules": Either(LAYER_PATTERN, ListOf(Text(), 1)),
     "exclude_modules": optional(Either(LAYER_PATTERN, ListOf(Text()))),
     "rank_pattern": optional(Mapped(RANK)),
@@ -136,8 +136,8 @@ def _read_adapter_config(folder: str | Path) -> dict[str, Any]:
     found = faults(stored, LORA_RULES)
     if not found:
         layers = [name for field in ("rank_pattern", "alpha_pattern") for name in stored.get(field) or ()]
-        wrong = [name for name in layers if not re.fullmatch(r"[\w.]+", name)]  # they are patterns too, and tried on every layer
-        found = [f"rank_pattern or alpha_pattern names {shown(name)}, expected letters, digits, _ and dots" for name in wrong]
+        wrong = [name for name in layers if not re.fullmatch(r"\^?(?:\w|\\?\.)+\$?", name)]  # they are patterns, tried on every layer
+        found = [f"rank_pattern or alpha_pattern names {shown(name)}, expected a layer's name" for name in wrong]
     refuse(file, found)
     return stored
 

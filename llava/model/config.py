@@ -68,8 +68,28 @@ ACTIVATION = Choice(tuple(ACT2FN))
 PROJECTOR = Text(r"linear|identity|mlp[1-9]x_gelu", "linear, mlpNx_gelu (N from 1 to 9) or identity")
 CANVASES = ListOf(ListOf(Integer(1, 2**16), 2, 2), 0, 1024)
 
-LANGUAGE_RULES: dict[str, Rule] = {
+COMMON_RULES: dict[str, Rule] = {
     "model_type": Text(),
+    "dtype": optional(DTYPE),
+    "torch_dtype": optional(DTYPE),
+    "attn_implementation": optional(ATTENTION),
+    "_attn_implementation": optional(ATTENTION),
+    "architectures": optional(ListOf(Text(), 0, 16)),
+    "transformers_version": optional(Text()),
+    "output_attentions": optional(Flag()),
+    "output_hidden_states": optional(Flag()),
+    "return_dict": optional(Flag()),
+    "is_encoder_decoder": Flag(),
+    "chunk_size_feed_forward": Integer(0, 0),
+    "num_labels": optional(Integer(0, 65536)),
+    "id2label": optional(Mapped(Text())),
+    "label2id": optional(Mapped(Integer())),
+    "problem_type": optional(Text()),
+    "name_or_path": optional(Text(shortest=0)),
+}
+"""Fields of every configuration of transformers', as its `to_dict` writes them."""
+
+LANGUAGE_RULES: dict[str, Rule] = {
     "vocab_size": Integer(1, 2**24),
     "hidden_size": WIDTH,
     "intermediate_size": WIDTH,
@@ -94,23 +114,8 @@ LANGUAGE_RULES: dict[str, Rule] = {
     "rope_theta": optional(POSITIVE),
     "rope_parameters": optional(Anything()),
     "rope_scaling": optional(Anything()),
-    "dtype": optional(DTYPE),
-    "torch_dtype": optional(DTYPE),
-    "attn_implementation": optional(ATTENTION),
-    "_attn_implementation": optional(ATTENTION),
-    "architectures": optional(ListOf(Text(), 0, 16)),
-    "transformers_version": optional(Text()),
     "quantization_config": optional(Anything()),
-    "output_attentions": optional(Flag()),
-    "output_hidden_states": optional(Flag()),
-    "return_dict": optional(Flag()),
-    "is_encoder_decoder": Flag(),
-    "chunk_size_feed_forward": Integer(0, 0),
-    "num_labels": optional(Integer(0, 65536)),
-    "id2label": optional(Mapped(Text())),
-    "label2id": optional(Mapped(Integer())),
-    "problem_type": optional(Text()),
-    "name_or_path": optional(Either(Text(), Choice(("",)))),
+    **COMMON_RULES,
 }
 """Fields of a Llama or Mistral configuration."""
 
@@ -145,9 +150,7 @@ VISION_RULES: dict[str, Rule] = {
     "attention_dropout": PROBABILITY,
     "initializer_range": PROBABILITY,
     "initializer_factor": Number(0, 1e3),
-    "dtype": optional(DTYPE),
-    "torch_dtype": optional(DTYPE),
-    "model_type": Text(),
+    **COMMON_RULES,
 }
 """Fields of `vision_config`, which is a `CLIPVisionConfig`; the size of picture and patch must be there."""
 
@@ -194,6 +197,9 @@ GENERATION_RULES: dict[str, Rule] = {
     "transformers_version": optional(Text()),
 }
 """Fields of generation_config.json."""
+
+
+TOKEN_FIELDS = tuple(name for name in {**LANGUAGE_RULES, **GENERATION_RULES} if name.endswith("_token_id"))
 
 
 def ruled(rule: Rule) -> dict[str, Rule]:
@@ -258,7 +264,7 @@ class MultimodalFields:
     description: str | None = field(default=None, metadata=ruled(optional(Text(longest=1000))))
     conv_version: str = field(default="v1", metadata=ruled(Text()))
     tokenizer_padding_side: str = field(default="right", metadata=ruled(Choice(("left", "right"))))
-    tokenizer_model_max_length: int | None = field(default=None, metadata=ruled(optional(Integer(1, 2**31 - 1))))
+    tokenizer_model_max_length: int | None = field(default=None, metadata=ruled(optional(Integer(1, 10**31))))
     mm_use_im_start_end: bool = field(default=False, metadata=ruled(Flag()))
     mm_use_im_patch_token: bool = field(default=False, metadata=ruled(Flag()))
 
@@ -270,13 +276,13 @@ class MultimodalFields:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Read a stored configuration; one of our kind that lacks a field gets the value it was trained with.
+        """Read a stored configuration; one of our kind gets for a multimodal field that it lacks or is null the value it was trained with.
 
         Raises:
             ValueError: values that cannot work, all of them at once.
         """
         if config_dict.get("model_type") == cls.model_type:  # type: ignore[attr-defined]
-            config_dict = {**RELEASED_VALUES, **config_dict}
+            config_dict = {**RELEASED_VALUES, **_without_nulls(config_dict)}
         check_language_fields(config_dict, cls)
         try:
             config = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
@@ -339,6 +345,12 @@ class MultimodalFields:
         return self.max_position_embeddings  # type: ignore[attr-defined]
 
 
+def _without_nulls(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored configuration without the multimodal fields of which it says nothing."""
+    multimodal = _multimodal_rules()
+    return {name: value for name, value in stored.items() if value is not None or name not in multimodal}
+
+
 def vision_fields(vision_config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a tower's configuration, with CLIP's defaults for those it does not have."""
     return {**_defaults(CLIPVisionConfig), **vision_config}
@@ -396,15 +408,22 @@ def _language_contradictions(values: Mapping[str, Any]) -> Iterator[str]:
     if heads % groups:
         yield f"num_key_value_heads is {groups}, expected a divisor of the {heads} attention heads"
     yield from token_faults(values, values["vocab_size"])
-    method = (values.get("quantization_config") or {}).get("quant_method")
+    method = quantised_by(values.get("quantization_config"))
     if values.get("quantization_config") is not None and method not in tuple(QUANTISED):
         yield f"quantization_config.quant_method is {shown(method)}, expected {', '.join(QUANTISED)}"
+
+
+def quantised_by(quantization_config: Mapping[str, Any] | None) -> Any:
+    """The quantisation method that a stored configuration names; older ones of bitsandbytes name none and say how many bits."""
+    stored = quantization_config or {}
+    by_bits = "bitsandbytes" if stored.get("load_in_8bit") is True or stored.get("load_in_4bit") is True else None
+    return stored.get("quant_method", by_bits)
 
 
 def token_faults(values: Mapping[str, Any], vocab_size: int) -> Iterator[str]:
     """The special tokens of a configuration that no vocabulary of this size has; -1 stands for none in older files."""
     for name, value in values.items():
-        if name.endswith("_token_id") and any(token >= vocab_size for token in (value if isinstance(value, list) else [value or 0])):
+        if name in TOKEN_FIELDS and any(token >= vocab_size for token in (value if isinstance(value, list) else [value or 0])):
             yield f"{name} is {shown(value)}, expected less than vocab_size, {vocab_size}"
 
 

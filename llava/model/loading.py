@@ -25,13 +25,14 @@ from llava.checkpoint_files import (
     weight_files,
 )
 from llava.model.adapter import TOWER_PREFIX, has_adapter, is_adapter, save_adapter
-from llava.model.config import LlavaConfig, check_generation_fields, check_language_fields, check_positions
+from llava.model.config import LlavaConfig, check_generation_fields, check_language_fields, check_positions, quantised_by
 from llava.model.shapes import check_shapes
 from llava.rules import shown
 
 logger = logging.getLogger(__name__)
 
 MULTIMODAL_PREFIXES = (TOWER_PREFIX, "model.mm_projector.", "model.image_newline", "model.router.")
+
 
 def resolve_tower(name: str, checkpoint: str | Path | None = None) -> str:
     """Where a tower named in a configuration is: a folder as given, beside or in the checkpoint, or else a hub id, unchanged."""
@@ -102,7 +103,7 @@ def check_stored(path: str | Path, config: Any, hub: Mapping[str, Any] | None = 
     if settings is not None:
         check_generation_fields(read_object(settings), config.vocab_size, settings)
     stored = read_headers(weight_files(path, hub))
-    check_dtypes(stored, path, (getattr(config, "quantization_config", None) or {}).get("quant_method"))
+    check_dtypes(stored, path, quantised_by(getattr(config, "quantization_config", None)))
     check_shapes(config, stored, path)
 
 

@@ -160,7 +160,7 @@ class TrainingArguments(LoraFlags, transformers.TrainingArguments):
     )
     accept_lost_state: bool = field(
         default=False,
-        metadata={"help": "Resume although a checkpoint's optimizer, schedule, random state or checksums are lost: they start anew."},
+        metadata={"help": "Resume from a checkpoint without checksums, or with optimizer, schedule or random state lost (starts anew)."},
     )
     evaluation_strategy: str | None = field(default=None, metadata={"help": "Older name of --eval_strategy."})
     warmup_ratio: float | None = field(default=None, metadata={"help": "Share of the steps that warm up."})

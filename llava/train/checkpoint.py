@@ -108,11 +108,11 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def keep_newest(folder: Path, limit: int | None, keep: str | None = None) -> None:
-    """Delete the oldest checkpoints beyond `limit`, never the one named `keep`."""
+    """Delete the oldest checkpoints beyond `limit`, never the one that `keep` names, wherever the folder was when it was named."""
     if not limit or limit < 1:
         return
     for old in checkpoints(folder)[:-limit]:
-        if str(old) != keep:
+        if keep is None or old.name != Path(keep).name:
             remove_folder(old)
 
 

@@ -434,7 +434,7 @@ class LlavaTrainer(Trainer):
         best = self.state.best_model_checkpoint
         if self.args.should_save and best is not None and self.args.save_total_limit == 1:
             for folder in checkpoints(self.args.output_folder):
-                if str(folder) != best:
+                if folder.name != Path(best).name:
                     remove_folder(folder)
         if self.steps_without_items:
             logger.warning("%d steps taught nothing; look at the rows, or group them with larger batches", self.steps_without_items)

@@ -183,9 +183,10 @@ def _checked(folder: Path, args: TrainingArguments) -> Start:
         )
     lost = [name for name in needed if name in damaged or not (folder / name).is_file()] + [name for name in damaged if name == MANIFEST]
     if lost and not args.accept_lost_state:
+        risk = "what is lost would start anew" if lost != [MANIFEST] else "older versions wrote none, and damage could not be seen"
         raise ValueError(
-            f"checkpoint {folder} lacks {', '.join(lost)}, or not all of it is as written: what is lost would start anew. Copy it again, "
-            "or accept that with --accept_lost_state True."
+            f"checkpoint {folder} lacks {', '.join(lost)}, or not all of it is as written: {risk}. Copy it again, or accept that with "
+            "--accept_lost_state True."
         )
     if lost:
         logger.warning("going on from %s without %s, as --accept_lost_state allows", folder, ", ".join(lost))

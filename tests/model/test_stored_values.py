@@ -6,26 +6,28 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import CLIPVisionConfig, LlamaConfig
 
 from llava.checkpoint_files import read_headers, read_object, weight_files
 from llava.inference import MICRO_MODEL
 from llava.model import AvgLlavaProcessor, LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.adapter import attach_adapter, load_lora, read_lora_config
 from llava.model.builder import load_pretrained_model
-from llava.model.config import check_generation_fields, check_language_fields
+from llava.model.config import MultimodalFields, check_generation_fields, check_language_fields
 from llava.model.loading import read_tower_config
 from llava.model.shapes import check_shapes
 from llava.model.vision_tower import make_image_processor
 from llava.tokenizer import load_tokenizer
 
 STORED = json.loads((MICRO_MODEL / "config.json").read_text())
+MULTIMODAL = [each.name for each in fields(MultimodalFields)]
 
 
 def nested(depth: int) -> Any:
@@ -93,6 +95,38 @@ def test_every_value_of_config_json(path: tuple[Any, ...], headers: dict[str, An
         if config is not None:
             with torch.device("meta"):
                 LlavaLlamaForCausalLM(config)
+
+
+OLD_DUMP: dict[str, Any] = {
+    "_name_or_path": "", "add_cross_attention": False, "attn_implementation": "flash_attention_2", "freeze_mm_mlp_adapter": False,
+    "id2label": {"0": "LABEL_0"}, "image_token_id": 10**6, "is_decoder": False, "label2id": {"LABEL_0": 0}, "max_length": 4096,
+    "mm_projector_lr": None, "mm_resampler_type": None, "name_token_id": "a", "num_beams": 1, "output_attentions": False,
+    "output_hidden_states": False, "prefix": None, "pruned_heads": {}, "return_dict": True, "task_specific_params": None,
+    "temperature": 1.0, "tokenizer_class": None, "torchscript": False, "transformers_version": "4.37.0.dev0", "use_bfloat16": False,
+    "use_mm_proj": True,
+}  # fmt: skip
+"""Fields that older versions of transformers and LLaVA wrote into every config.json."""
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        OLD_DUMP,
+        {"vision_config": {**CLIPVisionConfig(**STORED["vision_config"]).to_dict(), **OLD_DUMP}},
+        {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}},
+        {"tokenizer_model_max_length": int(1e30), "torch_dtype": None},
+        {"quantization_config": {"load_in_8bit": True, "llm_int8_threshold": 6.0}},
+    ],
+    ids=["older fields", "older fields of the tower", "older positions", "a tokenizer without an end", "bitsandbytes by its bits"],
+)
+def test_what_published_checkpoints_hold_is_taken(given: dict[str, Any], headers: dict[str, Any]) -> None:
+    assert judge_config({**STORED, **given}, headers).hidden_size == STORED["hidden_size"]
+
+
+def test_null_in_a_multimodal_field_says_nothing() -> None:
+    names = [name for name in MULTIMODAL if name not in ("vision_config", "image_grid_pinpoints", "vis_token_granularity")]
+    bare = {name: value for name, value in STORED.items() if name not in names}
+    assert LlavaConfig.from_dict({**bare, **dict.fromkeys(names)}).to_dict() == LlavaConfig.from_dict(bare).to_dict()
 
 
 @pytest.mark.parametrize("value", WRONG, ids=lambda value: repr(value)[:20])
@@ -231,6 +265,17 @@ def test_every_value_of_adapter_config_json(adapted: Any, tmp_path: Path) -> Non
         ends_well(judge)
         if getattr(adapted, "peft_config", None):
             adapted.delete_adapter("default")
+
+
+def test_adapters_of_other_trainers_are_read(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    stored = {"peft_type": "LORA", "r": 2, "lora_alpha": 4.0, "lora_dropout": 0, "target_modules": LAYERS, "base_model_name_or_path": "",
+              "rank_pattern": {r"^model\.layers\.0\.self_attn\.q_proj$": 4}, "modules_to_save": [], "loftq_config": {}}  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps(stored))
+    assert read_lora_config(tmp_path).rank_pattern == stored["rank_pattern"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(stored | {"rank_pattern": {"(a+)+": 4}}))
+    with pytest.raises(ValueError, match=r"names '\(a\+\)\+', expected a layer's name"):
+        read_lora_config(tmp_path)
 
 
 HOSTILE: list[tuple[str, Any]] = [

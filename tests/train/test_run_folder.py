@@ -277,6 +277,13 @@ def test_ctrl_c_says_where_the_run_would_go_on(
         assert start_of(run_flags, tmp_path, resume_from_checkpoint=True, max_steps=5).checkpoint == tmp_path / "checkpoint-2"
 
 
+def test_a_checkpoint_of_an_earlier_version_is_called_that(work: tuple[LlavaTrainer, Path], run_flags: Flags) -> None:
+    _, folder = work
+    (folder / "checkpoint-2" / "checkpoint.json").unlink()
+    with pytest.raises(ValueError, match=r"lacks checkpoint.json, .* older versions wrote none, and damage could not be seen. Copy"):
+        start_of(run_flags, folder, resume_from_checkpoint=True)
+
+
 def test_accepted_loss_starts_anew_and_nothing_else_does(tmp_path: Path, run_flags: Flags, caplog: pytest.LogCaptureFixture) -> None:
     """Without its optimiser the run goes on from the weights at the place and learning rate where it was."""
     flags = {**STEPS, "max_steps": 4, "lr_scheduler_type": "linear"}

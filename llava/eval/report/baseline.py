@@ -64,15 +64,15 @@ def _check_questions(here: Sequence[Key], there: Sequence[Key], folder: Path) ->
         ValueError: two reports are not on the same questions.
     """
     names = ("image", "text", "answer", "family")
-    known = {key[0]: key for key in there}
+    known, asked, answered = {key[0]: key for key in there}, set(here), set(there)
     for key in here:
         other = known.get(key[0])
         if other is None:
             raise ValueError(f"The baseline {folder} has no answer to question {key[0]!r}, which is asked here; {CURE}.")
-        if other != key and key not in there:
+        if other != key and key not in answered:
             name, before, now = next((name, a, b) for name, a, b in zip(names, other[1:], key[1:], strict=True) if a != b)
             raise ValueError(f"Question {key[0]!r} is another one in the baseline {folder}: its {name} was {before!r}, is {now!r}; {CURE}.")
-    more = [key for key in there if key not in set(here)]
+    more = [key for key in there if key not in asked]
     if more:
         raise ValueError(f"The baseline {folder} is on other questions too ({len(more)}; the first is {more[0][0]!r}); {CURE}.")
 
