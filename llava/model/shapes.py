@@ -18,6 +18,9 @@ LAYERS = "model.layers."
 TOWER = "model.vision_tower.vision_tower.vision_model."
 TOWER_LAYERS = TOWER + "encoder.layers."
 
+PACKED_SCALE = ".absmax"
+"""What bitsandbytes stores beside a 4-bit weight, under the weight's name; the weight may be packed into any dtype, floats among them."""
+
 
 def declared_shapes(config: Any) -> Shapes:
     """Parameter name in a checkpoint -> shape, for a Llama- or Mistral-shaped model and its multimodal parts."""
@@ -50,7 +53,9 @@ def check_shapes(config: Any, stored: Mapping[str, StoredTensor], source: Any) -
         if held not in (0, declared):
             raise ValueError(f"{field} is {declared}, but the weights of {source} hold {held} layers; {_CURE}")
     shapes = declared_shapes(config)
-    wrong = [name for name, tensor in stored.items() if name in shapes and tensor.dtype in FLOATS and tensor.shape != shapes[name]]
+    packed = {name.removesuffix(PACKED_SCALE) for name in stored if name.endswith(PACKED_SCALE)}
+    judged = {name: tensor for name, tensor in stored.items() if name in shapes and name not in packed and tensor.dtype in FLOATS}
+    wrong = [name for name, tensor in judged.items() if tensor.shape != shapes[name]]
     if wrong:
         first = min(wrong, key=lambda name: (len(name), name))
         raise ValueError(

@@ -71,5 +71,6 @@ def test_packed_weights_have_shapes_of_their_own() -> None:
     config = LlamaConfig(**LANGUAGE)
     name = "model.layers.1.mlp.up_proj.weight"
     check_shapes(config, {name: StoredTensor((768, 1), "U8")}, "here")
+    check_shapes(config, {name: StoredTensor((384, 1), "BF16"), f"{name}.absmax": StoredTensor((24,), "F32")}, "here")
     with pytest.raises(ValueError, match="has shape"):
         check_shapes(config, {name: StoredTensor((768, 1), "F16")}, "here")
