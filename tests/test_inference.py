@@ -392,3 +392,16 @@ def test_likelihoods_that_cannot_be_had(assistant, picture):
     with pytest.raises(ValueError, match="the context of this model is"):
         assistant.log_likelihoods([question], ["word " * 5000])
     assert assistant.log_likelihoods([], []) == []
+
+
+def test_each_row_of_a_batch_is_cut_at_its_own_room(assistant, picture, monkeypatch):
+    """Rows are generated for as long as the one with the most room; another one's answer ends where its context does."""
+    questions = [Question([picture], QUESTION + " And the rest?" * 20), Question([], "Hi?")]
+    options = Options(max_new_tokens=6, min_new_tokens=6)
+    long, short = assistant.answer_batch(questions, options)
+    assert len(long.token_ids) == len(short.token_ids) == 6 and short.prompt_tokens + 6 < long.prompt_tokens
+    context = long.prompt_tokens + 2
+    monkeypatch.setattr(Assistant, "_room", lambda self, length: context - length)
+    cut, whole = assistant.answer_batch(questions, options)
+    assert (cut.token_ids, cut.finish_reason) == (long.token_ids[:2], "length")
+    assert whole.token_ids == short.token_ids

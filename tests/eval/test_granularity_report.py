@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from llava.eval.granularity_report import main
+from llava.eval.granularity_report import _oracle_gap, main
 from llava.eval.report.answers import Encoder, Record, ask_all, is_right, router_logits
 from llava.eval.report.answers_file import earlier_answers, key_of, read_answers, write_answers
 from llava.eval.report.baseline import Baseline, compare, read_baseline
@@ -25,7 +25,7 @@ from llava.eval.report.outcomes import Outcomes, tail
 from llava.eval.report.page import write_page
 from llava.eval.report.tasks import Item, open_task, read_task
 from llava.eval.report.ways import ways_of_choosing
-from llava.eval.report.words import NO_ROUTER, markdown
+from llava.eval.report.words import NO_ROUTER, cards, markdown
 from llava.images import load_image
 from llava.inference import MICRO_MODEL, Assistant, Options
 from llava.model.routing import RoutingRequest
@@ -91,6 +91,24 @@ def test_every_family_counts_the_same() -> None:
     oracle = outcomes.row(outcomes.cheapest_right())
     assert (oracle["accuracy"], oracle["tokens"], oracle["saved"]) == (100.0, 25.0, 37.5)
     assert oracle["choices"] == {"easy": [100.0, 0.0, 0.0], "hard": [0.0, 0.0, 100.0]}
+
+
+def test_the_oracle_gap_is_what_the_router_leaves_to_be_won() -> None:
+    outcomes = made_up()
+    rows = [
+        {**outcomes.row(choice), "kind": kind, "name": kind, "cost": None, "difference": 0.0, "difference_interval": None}
+        for kind, choice in [
+            ("fixed", outcomes.fixed(2)),
+            ("random", outcomes.random_at(20)),
+            ("adaptive", outcomes.fixed(1)),  # half right, at 20 tokens
+            ("oracle", outcomes.wished([[1.0, 0.0, 0.0]] * 80, LEVELS, RoutingRequest())),  # as right, at 10 tokens
+        ]
+    ]
+    assert _oracle_gap(rows) == {"accuracy": 0.0, "tokens": 10.0}
+    rows[-1] = {**rows[-1], **outcomes.row(outcomes.cheapest_right())}  # all right, at 25 tokens
+    assert _oracle_gap(rows) == {"accuracy": 50.0, "tokens": -5.0}
+    assert cards(rows)[-1]["value"] == "50.0 points"
+    assert _oracle_gap([row for row in rows if row["kind"] != "adaptive"]) is None
 
 
 def test_random_choice_costs_what_it_is_compared_with() -> None:

@@ -295,3 +295,24 @@ def test_time_is_given_back_as_the_bytes_come(monkeypatch: pytest.MonkeyPatch, p
         with pytest.raises(ServeError) as refused:
             asyncio.run(reading)
         assert refused.value.kind is ErrorKind.TIMEOUT and left == 99
+
+
+@pytest.mark.parametrize(
+    ("headers", "size"),
+    [
+        ([], 0),
+        ([(b"transfer-encoding", b"chunked")], 1000),  # nobody knows how large: it has the share and the room of the largest
+        ([(b"content-length", b"999")], 999),
+        ([(b"content-length", b"1000")], 1000),
+        ([(b"content-length", b"1001")], None),
+        ([(b"content-length", b"-1")], None),
+    ],
+)
+def test_a_bodys_size_by_its_head(headers: list[tuple[bytes, bytes]], size: int | None) -> None:
+    scope = {"type": "http", "headers": headers}
+    if size is not None:
+        assert bodies._size_of(scope, 1000) == size
+        return
+    with pytest.raises(ServeError) as refused:
+        bodies._size_of(scope, 1000)
+    assert refused.value.kind is ErrorKind.TOO_LARGE

@@ -160,3 +160,50 @@ def test_nothing_of_an_engines_answers_is_lost(delay: float) -> None:
         assert "".join(each.text for each in pieces) == "".join(words)
         assert pieces[0].text == words[0]
         assert len(pieces) == len(words) if delay else len(pieces) < 100
+
+
+class Answering:
+    """A running answer that tells a few events, and takes a while to let go of what it holds."""
+
+    def __init__(self, told: Sequence[Event | Exception]) -> None:
+        self.told, self.is_closed = told, False
+
+    async def __aiter__(self) -> AsyncGenerator[Event, None]:
+        try:
+            for each in self.told:
+                if isinstance(each, Exception):
+                    raise each
+                yield each
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0)
+            self.is_closed = True
+
+    def cancel(self) -> None:
+        pass
+
+
+def test_one_answer_alone_is_told_as_it_comes() -> None:
+    async def read() -> list[Numbered]:
+        return [each async for each in merged([Answering([Piece("a"), END, ServeError(ErrorKind.OVERLOADED)])])]
+
+    with pytest.raises(ServeError):
+        asyncio.run(read())
+
+    async def begin() -> list[Numbered]:
+        async with aclosing(merged([Answering([Piece("a"), END])])) as events:
+            return [await anext(events), await anext(events)]
+
+    assert asyncio.run(begin()) == [piece("a"), (0, END)]
+
+
+def test_the_first_failure_ends_all_and_nothing_of_them_is_left_running() -> None:
+    async def read() -> None:
+        others = [Answering([Piece("a"), Piece("b")]), Answering([Piece("c")])]
+        with pytest.raises(ServeError) as caught:
+            async for _ in merged([*others, Answering([Piece("d"), ServeError(ErrorKind.OUT_OF_MEMORY)])]):
+                pass
+        assert caught.value.kind is ErrorKind.OUT_OF_MEMORY
+        assert all(other.is_closed for other in others) and len(asyncio.all_tasks()) == 1
+
+    asyncio.run(read())

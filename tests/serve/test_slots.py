@@ -217,3 +217,63 @@ def test_storage_of_which_only_some_layers_could_be_made_smaller_still_works(mon
     slots.reserve(2, 8)
     write(slots, 1, [0], [5.0])
     assert [values_of(slots, row) for row in range(2)] == [[1, 2, 9], [5]]
+
+
+def test_an_empty_storage_holds_nothing():
+    slots = SlotCache(4, 4096)
+    assert (slots.rows, slots.capacity, slots.get_seq_length()) == (0, (0, 0), 0)
+
+
+def test_what_fits_is_not_moved():
+    slots = SlotCache(2, 4096)
+    slots.reserve(2, 64)
+    write(slots, 0, [0, 0], [1.0], [2.0])
+    stored = slots._keys[0]
+    for rows, positions in ((2, 1), (1, 64), (2, 64)):
+        slots.reserve(rows, positions)
+        assert slots._keys[0] is stored
+    slots.reserve(2, 65)
+    assert slots._keys[0] is not stored and slots.capacity == (2, 128)
+
+
+@pytest.mark.parametrize(("more_rows", "rows"), [(None, 8), (3, 3), (1, 2), (100, 8)])
+def test_the_storage_grows_by_no_more_rows_than_are_allowed(more_rows, rows):
+    slots = SlotCache(8, 4096)
+    slots.reserve(2, 8, more_rows)
+    assert slots.capacity == (rows, 64)
+
+
+def test_rows_are_wiped_with_zeros_and_only_where_it_is_asked_for():
+    slots = SlotCache(4, 4096)
+    slots.reserve(4, 8)
+    write(slots, 0, [0] * 4, [1.0], [2.0], [3.0] * 3, [4.0, 5.0])
+    slots.leave(0)
+    assert slots._keys[0][3, 0, :3, 0].tolist() == [4, 5, -1]  # nobody reads it any more
+    slots.leave(1, wipe=True)
+    assert [values_of(slots, row) for row in range(2)] == [[4, 5], [3] * 3]
+    for stored in (*slots._keys, *slots._values):
+        assert not stored[1, :, 3:].any() and not stored[2].any()
+    slots.wipe_unused()
+    assert not any(stored[2:].any() for stored in (*slots._keys, *slots._values))
+    slots.leave(1, wipe=True)
+    assert not any(stored[1:].any() for stored in (*slots._keys, *slots._values))
+
+
+def test_positions_and_masks_are_made_where_and_as_the_model_computes():
+    slots = SlotCache(4, 4096)
+    slots.reserve(2, 8)
+    positions, mask = slots.begin(0, [0, 3], 2, torch.zeros(1, dtype=torch.bfloat16, device="meta"))
+    assert mask is not None and positions.device.type == mask.device.type == "meta" and mask.dtype == torch.bfloat16
+    _, mask = slots.begin(0, [0, 3], 2, torch.zeros(1, dtype=torch.float64))
+    assert mask is not None and mask.min() == torch.finfo(torch.float64).min
+
+
+def test_layers_may_lie_on_several_devices():
+    slots = SlotCache(2, 4096)
+    slots.reserve(2, 8)
+    slots.begin(0, [0, 3], 1, LIKE)
+    for layer, device in enumerate(("cpu", "meta", "meta")):
+        states = torch.ones(2, HEADS, 1, WIDTH, device=device)
+        keys, values = slots.update(states, states, layer)
+        assert keys.device.type == values.device.type == device and keys.shape == (2, HEADS, 4, WIDTH)
+    assert slots._keys[0][:, 0, :4, 0].tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]

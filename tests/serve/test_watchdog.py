@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from starlette.types import Message
@@ -31,6 +31,44 @@ def test_many_waits_share_a_timer_that_goes_with_them() -> None:
         assert timers() == 0
 
     asyncio.run(run())
+
+
+class JumpingLoop(asyncio.SelectorEventLoop):
+    """A loop that does not wait: where nothing is to be done, it is at once the time of the next timer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.turns = 0.0, 0
+
+    def time(self) -> float:
+        return self.now
+
+    def _run_once(self) -> None:
+        loop: Any = self
+        self.turns += 1
+        assert self.turns < 1000, "a timer is set again and again for a time that has come"
+        if not loop._ready and loop._scheduled:
+            self.now = max(self.now, min(timer.when() for timer in loop._scheduled if not timer.cancelled()))
+        cast(Any, super())._run_once()
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.47, 0.499, 0.5, 0.501, 0.53, 3.0])
+def test_a_wait_ends_when_it_is_due_whenever_the_timer_was_set_for(seconds: float) -> None:
+    async def run() -> float:
+        loop = asyncio.get_running_loop()
+        with Watchdog() as watchdog:
+            await watchdog.wait(asyncio.sleep(0.5), 1.0)  # its timer is left, half a second ahead
+            begun = loop.time()
+            with pytest.raises(TimeoutError):
+                await watchdog.wait(asyncio.sleep(9.0), seconds)
+            assert await watchdog.wait(asyncio.sleep(seconds - 0.001, "in time"), seconds) == "in time"
+        return loop.time() - begun
+
+    loop = JumpingLoop()
+    try:
+        assert loop.run_until_complete(run()) == pytest.approx(2 * seconds - 0.001, abs=1e-6)
+    finally:
+        loop.close()
 
 
 def test_each_wait_has_its_whole_time_whenever_the_timer_was_set() -> None:

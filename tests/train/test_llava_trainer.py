@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from llava.train.llava_trainer import optimizer_groups
-from llava.train.objectives import LESSONS, RouterSettings, image_features
+from llava.train.llava_trainer import LlavaTrainer, optimizer_groups
+from llava.train.objectives import LESSONS, Lesson, RouterSettings, image_features
 from llava.train.stages import STAGES, apply_stage
 
 RECORDS = json.loads((Path(__file__).parents[1] / "oracle" / "optimizer_groups.json").read_text())
@@ -59,3 +60,21 @@ def test_recorded_steps(stage: str, lesson: str, tiny_model: Any, recorded_batch
         loss.backward()
         optimizer.step()
     assert losses == pytest.approx(record["losses_at_steps_0_to_3"], rel=5e-4)
+
+
+@pytest.mark.parametrize(("processes", "total", "share"), [(1, 12, 12.0), (4, 12, 3.0), (4, 2, 0.5), (4, None, None)])
+def test_a_process_divides_by_its_share_of_the_steps_items(processes: int, total: int | None, share: float | None) -> None:
+    """Gradients are averaged over the processes afterwards: with N of them each has to count its sum N times."""
+    model, asked = torch.nn.Identity(), []
+
+    def lesson(bare: Any, batch: Any, items: float | None) -> Lesson:
+        asked.append(items)
+        return Lesson(torch.tensor(1.0))
+
+    trainer: Any = SimpleNamespace(
+        accelerator=SimpleNamespace(unwrap_model=lambda wrapped: wrapped, num_processes=processes),
+        _lesson=lesson, _check_finite=lambda loss, batch: None, _record=lambda lesson, prefix: None,
+    )  # fmt: skip
+    items = None if total is None else torch.tensor(float(total))
+    assert LlavaTrainer.compute_loss(trainer, model, {}, num_items_in_batch=items).item() == 1.0
+    assert asked == [share]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,32 @@ def test_cost_by_hand() -> None:
     assert L.cost_adjusted(losses, tokens, 0.3).argmin(1).item() == 0
 
 
+def test_cost_is_of_each_samples_own_fewest_tokens() -> None:
+    losses = torch.zeros(2, 3, dtype=torch.float64)
+    tokens = torch.tensor([[0, 1, 2], [3, 6, 10]])  # no tokens count as one
+    expected = 0.5 * torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, math.log2(10 / 3)]], dtype=torch.float64)
+    torch.testing.assert_close(L.cost_adjusted(losses, tokens, 0.5), expected, atol=1e-12, rtol=0)
+
+
+def test_each_sample_has_its_own_losses_and_the_published_weights_by_default() -> None:
+    logits, answers = torch.randn(3, 5), torch.rand(3, 5)
+    together = L.rglf_losses(logits, answers, 1.0)
+    alone = [L.rglf_losses(logits[row : row + 1], answers[row : row + 1], 1.0) for row in range(3)]
+    for name in ("total", "ranking", "cross_entropy", "best"):
+        torch.testing.assert_close(getattr(together, name), torch.cat([getattr(one, name) for one in alone]))
+    torch.testing.assert_close(together.total, together.ranking + 0.1 * together.cross_entropy)
+
+
+def test_targets_follow_the_logits_to_their_device() -> None:
+    assert L.token_losses(torch.zeros(3, 9, device="meta"), torch.tensor([3, 4, 6])).device.type == "meta"
+
+
 def test_token_losses_and_means_by_hand() -> None:
     logits, targets = torch.randn(3, 9), torch.tensor([3, 4, 6])
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     torch.testing.assert_close(L.token_losses(logits.to(torch.bfloat16).float(), targets), expected, atol=0.05, rtol=0.05)
     torch.testing.assert_close(L.token_losses(logits, targets), expected)
-    assert L.mean_over(torch.tensor(12.0), 3).item() == 4.0
+    assert L.mean_over(torch.tensor(12.0), 3).item() == 4.0 and L.mean_over(torch.tensor(12.0), 0).item() == 0.0
     assert L.mean_over(torch.tensor(12.0), 0.5).item() == 24.0  # fewer things than processes: each counts by their number
 
 
@@ -70,8 +91,8 @@ def test_nothing_to_learn_gives_zero_with_a_gradient() -> None:
 
 
 def test_feedback_by_hand() -> None:
-    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]])
-    losses = torch.tensor([[0.5, 0.9, 0.4], [0.1, 0.2, 0.3]])
-    feedback = L.router_feedback(logits, losses, torch.tensor([[1, 2, 4], [3, 6, 12]]))
-    assert feedback.chosen == (1, 1, 0) and feedback.agreements == 1
-    assert feedback.regret == pytest.approx(0.5) and feedback.visual_tokens == 5
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0], [0.0, 3.0, 0.0], [2.0, 0.0, 1.0]])
+    losses = torch.tensor([[0.5, 0.9, 0.4], [0.1, 0.2, 0.3], [0.3, 0.1, 0.2], [0.4, 0.4, 0.4]])
+    feedback = L.router_feedback(logits, losses, torch.tensor([[1, 2, 4], [3, 6, 12], [3, 6, 12], [1, 2, 4]]))
+    assert feedback.rows == 4 and feedback.chosen == (2, 2, 0) and feedback.agreements == 3
+    assert feedback.regret == pytest.approx(0.5) and feedback.visual_tokens == 12

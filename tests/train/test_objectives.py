@@ -214,3 +214,15 @@ def test_cached_features_are_encoded_once_and_equal(tiny_model: Any, recorded_ba
     full = FeatureCache(10)
     image_features(tiny_model, batch, full)
     assert len(full) == 0
+
+
+def test_a_rows_losses_are_divided_by_its_labels_before_the_shift(tiny_model: Any, recorded_batch: Recorded) -> None:
+    """As in the published code: a supervised first token, which nothing predicts, adds no loss but counts as a label."""
+    batch = recorded_batch("A_two_images")
+    before, _ = score_rows(tiny_model, batch, image_features(tiny_model, batch))
+    labels = int((batch["labels"][0] != -100).sum())
+    assert batch["labels"][0, 0] == -100
+    batch["labels"][0, 0] = batch["input_ids"][0, 0]
+    after, _ = score_rows(tiny_model, batch, image_features(tiny_model, batch))
+    torch.testing.assert_close(after[0], before[0] * labels / (labels + 1))
+    torch.testing.assert_close(after[1:], before[1:])

@@ -124,6 +124,20 @@ def test_a_second_pass_at_the_same_file_is_refused(tmp_path: Path, monkeypatch: 
     assert len(list((tmp_path / "scores.parquet.parts").iterdir())) == 2
 
 
+@pytest.mark.parametrize(("rank", "world_size", "own"), [(0, 3, [0, 3]), (1, 3, [1]), (2, 3, [2]), (1, 2, [1, 3])])
+def test_a_process_scores_its_own_parts_alone(
+    rank: int, world_size: int, own: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Any
+) -> None:
+    args = arguments(tmp_path)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    score(args)
+    files = sorted((tmp_path / "scores.parquet.parts").iterdir())
+    assert [file.name for file in files] == [f"part-{number:05d}-of-00004.parquet" for number in own]
+    parts = scoring.parts_of_rows(prepared[1].rows, args.part_rows)
+    assert [pq.read_table(file)["row"].to_pylist() for file in files] == [parts[number] for number in own]
+
+
 def test_ctrl_c_says_which_parts_are_kept(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.conversation import conv_templates
+from llava.conversation import Span, conv_templates
 from llava.mm_utils import tokenizer_image_token
 from llava.tokenizer import load_tokenizer
-from llava.train.targets import build_targets, place_images, segments_of
+from llava.train import targets as targets_module
+from llava.train.targets import Segment, build_targets, place_images, segments_of
 
 ORACLE = Path(__file__).parents[1] / "oracle"
 RECORDS = json.loads((ORACLE / "labels.json").read_text())
@@ -129,3 +130,24 @@ def test_refusals(tokenizer: Any) -> None:
         segments_of([], template)
     with pytest.raises(ValueError, match="one question with <image> and one answer"):
         segments_of(TURNS, conv_templates["plain"])
+
+
+@pytest.mark.parametrize(
+    ("given", "whole", "labels"),
+    [
+        ([1, 2], [1, 2, 3, 4], [IGNORE_INDEX, IGNORE_INDEX, 3, 4]),
+        ([1, 2], [1, 5, 4], [IGNORE_INDEX, 5, 4]),  # the last piece of the question became one with the first of the answer
+        ([1, 2, 3], [1, 9, 3, 4], [IGNORE_INDEX, 9, 3, 4]),  # what agrees again behind a difference is no beginning
+        ([1, 2, 3], [1, 2], [IGNORE_INDEX, IGNORE_INDEX]),
+        ([1], [7, 8], [7, 8]),
+    ],
+)
+def test_a_token_that_spans_question_and_answer_is_learnt(
+    given: list[int], whole: list[int], labels: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = {"Q": given, "QA": whole}
+    segments = [Segment((Span("Q", False),), False), Segment((Span("A", False),), True)]
+    monkeypatch.setattr(targets_module, "segments_of", lambda turns, template: segments)
+    monkeypatch.setattr(targets_module, "tokenize_spans", lambda spans, tokenizer: ids["".join(span.text for span in spans)])
+    targets = build_targets([], conv_templates["v1"], None)
+    assert (targets.input_ids, targets.labels) == (whole, labels)
