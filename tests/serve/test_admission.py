@@ -34,7 +34,7 @@ def test_nobody_waits_for_company_where_that_gains_nothing():
     assert company.enough(1, running=0, free=4)  # nothing runs
     assert company.enough(2, running=2, free=4)  # as many as run
     assert company.enough(1, running=9, free=1)  # all that fit
-    assert not company.enough(1, running=4, free=3)  # and then the count begins anew
+    assert [company.enough(1, running=4, free=3) for _ in range(3)] == [False, False, True]  # and then the count begins anew
 
 
 def test_as_many_join_as_fit_and_in_order():
@@ -99,4 +99,6 @@ def test_padding_stays_within_its_share(lengths, groups):
 def test_prompts_are_read_together_where_that_needs_little_padding():
     short, alike, long, known = task(100), task(110), task(900), task(100, known=50)
     assert of_similar_length([long, known, alike, short]) == [[short, alike], [long], [known]]
+    also_known = task(105, known=70)
+    assert of_similar_length([also_known, known, short]) == [[short], [known, also_known]]
     assert of_similar_length([]) == []

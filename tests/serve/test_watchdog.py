@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from typing import Any, cast
 
@@ -105,6 +106,29 @@ def test_a_pause_between_two_waits_is_nobodys() -> None:
             return await watchdog.wait(asyncio.sleep(0.01, "done"), 0.05)
 
     assert asyncio.run(run()) == "done"
+
+
+def test_a_timer_that_fires_between_two_waits_does_nothing() -> None:
+    async def run() -> list[dict[str, Any]]:
+        errors: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: errors.append(context))
+        with Watchdog() as watchdog:
+            await watchdog.wait(asyncio.sleep(0), 0.01)
+            await asyncio.sleep(0.05)
+        return errors
+
+    assert asyncio.run(run()) == []
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tasks do not count their cancellations yet")
+def test_a_task_whose_wait_took_too_long_was_not_asked_to_end() -> None:
+    async def run() -> int:
+        task: Any = asyncio.current_task()
+        with Watchdog() as watchdog, pytest.raises(TimeoutError):
+            await watchdog.wait(asyncio.sleep(5), 0.01)
+        return task.cancelling()
+
+    assert asyncio.run(run()) == 0
 
 
 def test_who_cancels_the_task_cancels_it() -> None:

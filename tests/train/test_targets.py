@@ -13,7 +13,7 @@ from llava.conversation import Span, conv_templates
 from llava.mm_utils import tokenizer_image_token
 from llava.tokenizer import load_tokenizer
 from llava.train import targets as targets_module
-from llava.train.targets import Segment, build_targets, place_images, segments_of
+from llava.train.targets import Segment, build_targets, count_words, has_answer, place_images, segments_of
 
 ORACLE = Path(__file__).parents[1] / "oracle"
 RECORDS = json.loads((ORACLE / "labels.json").read_text())
@@ -124,7 +124,7 @@ def test_refusals(tokenizer: Any) -> None:
         place_images([{"from": "human", "value": "<image>"}], 0)
     with pytest.raises(ValueError, match="expected 'gpt'"):
         segments_of([TURNS[0], TURNS[2]], template)
-    with pytest.raises(ValueError, match="'human' or 'gpt'"):
+    with pytest.raises(ValueError, match=r"a turn is \{'from': 'user', 'value': 'Hi'\}; expected \{'from': 'human' or 'gpt'"):
         segments_of([{"from": "user", "value": "Hi"}], template)
     with pytest.raises(ValueError, match="no turn of a human"):
         segments_of([], template)
@@ -151,3 +151,26 @@ def test_a_token_that_spans_question_and_answer_is_learnt(
     monkeypatch.setattr(targets_module, "tokenize_spans", lambda spans, tokenizer: ids["".join(span.text for span in spans)])
     targets = build_targets([], conv_templates["v1"], None)
     assert (targets.input_ids, targets.labels) == (whole, labels)
+
+
+def test_a_question_without_an_answer_is_given_and_not_learnt() -> None:
+    *answered, asked = segments_of(TURNS[:3], conv_templates["v1"])
+    assert [segment.supervised for segment in answered] == [False, True] and not asked.supervised
+    assert "Sure?" in asked.text and "Sure?" not in "".join(segment.text for segment in answered)
+
+
+@pytest.mark.parametrize(
+    ("turns", "found"),
+    [
+        ([("human", "Q"), ("gpt", "A")], True),
+        ([("human", "Q"), ("gpt", "")], False),
+        ([("gpt", "A"), ("human", "Q")], False),  # an answer before the first question is dropped
+        ([("gpt", "A"), ("human", "Q"), ("gpt", "B")], True),
+        ([("gpt", "A")], False),
+        ([], False),
+    ],
+)
+def test_whether_a_row_has_an_answer_and_how_many_words(turns: list[tuple[str, str]], found: bool) -> None:
+    row = [{"from": speaker, "value": text} for speaker, text in turns]
+    assert has_answer(row) == found
+    assert count_words(row) == sum(bool(text) for _, text in turns)
