@@ -184,10 +184,24 @@ def test_what_becomes_too_much_on_the_way_ends_its_own_answer_alone(guides, kind
     other.take(END)
 
 
+@pytest.mark.parametrize("ways", ['a a | "x" | a a a', 'a a a a a a a a | "x" |', 'b "x" b | "x"\nb: a | a a | '])
+def test_an_ambiguous_grammar_ends_before_its_steps_hold_others_up(guides, ways):
+    """Each step of the engine waits for all its rows. Ways to read what is written grow with its length, and the time with their cube."""
+    hostile = guides.begin(wish("grammar", f"start: a\na: {ways}"))
+    with pytest.raises(ServeError, match="became too much to follow"):
+        for _ in range(100):
+            hostile.take(int(allowed([hostile], SIZE, CPU)[0].nonzero()[-1]))
+
+
 def test_large_but_honest_schemas_are_taken(guides):
     fields = {f"field_{number}": {"type": "string", "description": "what it is " * 3} for number in range(100)}
-    for honest in ({"type": "object", "properties": fields, "required": list(fields)}, {"enum": [f"value {n}" for n in range(1500)]}):
-        guides.begin(wish("json", honest))
+    objects = ({"type": "object", "properties": fields, "required": list(fields)}, {"type": "object", "properties": fields})
+    for honest in (*objects, {"enum": [f"value {n}" for n in range(1500)]}):
+        own = guides.begin(wish("json", honest))
+        for _ in range(30):
+            own.take(int(allowed([own], SIZE, CPU)[0].nonzero()[-1]))
+            if own.finished:
+                break
 
 
 def test_a_check_says_nothing_of_what_can_be_built():
