@@ -202,7 +202,7 @@ def _png_text(chunk: bytes) -> bytes:
 
 def _unhex(text: bytes) -> bytes:
     """Exif data as ImageMagick writes it into a text: a line without anything, its name, its length, and then digits."""
-    digits = b"".join(text.split(b"\n")[3:])
+    digits = b"".join(text.split(b"\n", 3)[3:]).replace(b"\n", b"")  # not a piece per line: a file may have 20 million
     try:
         return bytes.fromhex(digits.decode("ascii", "replace"))
     except ValueError:

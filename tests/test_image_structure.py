@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import threading
 import time
+import tracemalloc
 import zlib
 from io import BytesIO
 
@@ -197,6 +198,18 @@ def test_metadata_costs_nothing_and_never_reaches_pillows_reader_of_tags(data: b
     assert decode_image(data).mode == "RGB"
     assert time.process_time() - begun < 1
     assert seen <= (set(_TIFF_TAGS) if data.startswith(b"II") else set())
+
+
+@pytest.mark.parametrize("line", [b"\n", b"00\n", b"z", b"\xff", b" "])
+def test_a_raw_profile_takes_no_more_than_some_copies_of_the_file(line: bytes) -> None:
+    """Its text is unpacked in the file already, so that no bound of unpacked bytes is in its way."""
+    data = png_with_chunks(png_chunk(b"tEXt", b"Raw profile type exif\0\n\n\n" + line * (6_000_000 // len(line))))
+    tracemalloc.start()
+    try:
+        bare_image(data, MAX_PIXELS)
+        assert tracemalloc.get_traced_memory()[1] < 6 * len(data)
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", FORMATS)
