@@ -252,12 +252,19 @@ class CheckpointLoading:
 
 
 def load_tower_weights(model: Any, tower: str) -> None:
-    """Fill the model's vision tower from a CLIP folder or hub id."""
+    """Fill the model's vision tower from a CLIP folder or hub id.
+
+    Raises:
+        ValueError: weights that do not fit, or are not all there.
+    """
     module = model.get_vision_tower().vision_tower.vision_model
     try:
         check_dtypes(read_headers(weight_files(tower)), tower)
-        weights = CLIPVisionModel.from_pretrained(tower, dtype=module.dtype).state_dict()
-        module.load_state_dict(weights)
+        loaded: Any = CLIPVisionModel.from_pretrained(tower, dtype=module.dtype, output_loading_info=True)
+        stored, info = loaded
+        if info["missing_keys"]:  # transformers fills them with noise; a whole CLIP's text model is left aside
+            raise ValueError(f"The vision tower {tower!r} is not whole: missing {_some(info['missing_keys'])}; copy it again.")
+        module.load_state_dict(stored.state_dict())
     except LIBRARY_ERRORS as error:
         raise ValueError(f"The weights of the vision tower {tower!r} do not fit its configuration ({one_line(error)}).") from error
     logger.info("Vision tower weights read from %s", tower)

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
+from llava.model.loading import load_tower_weights
 
 ANSWER = {"do_sample": False, "max_new_tokens": 5}
 
@@ -77,6 +78,14 @@ def test_a_checkpoint_without_its_tower_takes_the_named_one(oracle, checkpoint):
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
     loaded = LlavaLlamaForCausalLM.from_pretrained(checkpoint).get_vision_tower().vision_tower.vision_model.pre_layrnorm.weight
     assert torch.equal(loaded, load_file(oracle / "tiny-clip" / "model.safetensors")["vision_model.pre_layrnorm.weight"])
+
+
+def test_a_tower_that_is_not_whole_is_refused_and_not_filled_with_noise(released, checkpoint):
+    tower = checkpoint.parent / "tiny-clip"
+    weights = {key: value for key, value in load_file(tower / "model.safetensors").items() if ".layers.1." not in key}
+    save_file(weights, tower / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="tiny-clip' is not whole: missing 16 .*layers.1.*copy it again"):
+        load_tower_weights(released, str(tower))
 
 
 def test_auto_classes_read_it(checkpoint):
