@@ -80,7 +80,7 @@ class Call:
     def named(self, error: ServeError) -> ServeError:
         """An engine's error about a part of its request, with the name of the field that the client knows."""
         names = {**{f"images[{place}]": source.param for place, source in enumerate(self.sources)}, **self.fields}
-        return ServeError(error.kind, error.detail, names.get(error.param or "", error.param))
+        return ServeError(error.kind, error.detail, names.get(error.param or "", error.param), error.least)
 
 
 class StreamWriter(Protocol):

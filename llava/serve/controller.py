@@ -58,7 +58,17 @@ from llava.serve.metrics import CONTENT_TYPE
 from llava.serve.openai_api import validate
 from llava.serve.openapi import describe_bodies
 from llava.serve.outbound import BrokenOff, Outbound, Patience, Unreachable
-from llava.serve.protocol import CHAT_PATH, COMPLETIONS_PATH, RESPONSES_PATH, STATUS_PATH, WORKER_PATH, ErrorKind, Limits, ServeError
+from llava.serve.protocol import (
+    CHAT_PATH,
+    COMPLETIONS_PATH,
+    RESPONSES_PATH,
+    STATUS_PATH,
+    WORKER_PATH,
+    ErrorKind,
+    Limits,
+    ModelCard,
+    ServeError,
+)
 from llava.serve.relay import EVENTS, FRAMES, TYPED_EVENTS, Job, Relay
 from llava.serve.strict_json import read_json
 from llava.utils import setup_logging
@@ -207,6 +217,13 @@ class ModelCards:
         """Ask this worker again when its models are wanted next."""
         self._due.pop(name, None)
 
+    async def of(self, worker: Worker, model: str) -> ModelCard | None:
+        """What a worker says of one of its models; `None` where it does not, or not in full."""
+        async with self._learning:
+            if self._due.get(worker.name, 0.0) <= time.monotonic():
+                await self._learn(worker)
+        return read_card(self._cards.get(worker.name, {}).get(model))
+
     async def listed(self, workers: Sequence[Worker]) -> dict[str, Any]:
         """The value of `/v1/models` for all workers together; a model that nobody describes is named all the same."""
         async with self._learning:
@@ -239,6 +256,26 @@ def _is_card(entry: Any) -> bool:
     return isinstance(entry, dict) and isinstance(entry.get("id"), str)
 
 
+class _CardFields(_Open):
+    """A model as a worker of ours tells it."""
+
+    id: str
+    context_length: int = Field(ge=1)
+    granularities: Annotated[list[Annotated[int, Field(ge=1, le=10**6)]], Field(max_length=64)]
+    has_router: bool
+    takes_images: bool
+    max_images: int = Field(ge=0)
+
+
+def read_card(entry: dict[str, Any] | None) -> ModelCard | None:
+    """An entry of a worker's `/v1/models`; `None` where it is not one of ours."""
+    try:
+        told = validate(_CardFields, entry)
+    except FieldError:
+        return None
+    return ModelCard(told.id, told.context_length, tuple(told.granularities), told.has_router, told.takes_images, told.max_images)
+
+
 class Controller:
     """What the endpoints do.
 
@@ -261,6 +298,7 @@ class Controller:
         self.table = WorkerTable(settings.method, settings.expiry_seconds, clock, on_lost=self._lost)
         self.gate = Gate(settings.max_in_flight, held_bytes=HELD_BODIES * settings.limits.max_body_bytes)
         self.metrics = ControllerMetrics(self.table, self.gate)
+        self.cards = ModelCards(lambda worker: self._ask(worker.endpoint, "GET", "/v1/models"))
         self.relay = Relay(
             self.table,
             self.outbound,
@@ -269,9 +307,8 @@ class Controller:
             send_seconds=settings.limits.send_seconds,
             on_retry=self.metrics.retried,
             on_error=self.metrics.failed,
-            schemas=SCHEMAS,
+            card_of=self.cards.of,
         )
-        self.cards = ModelCards(lambda worker: self._ask(worker.endpoint, "GET", "/v1/models"))
         self._tokens = KeyRing(settings.worker_tokens)
         self._resolve = resolve
         self._resolving = anyio.Semaphore(_RESOLVING_AT_ONCE)

@@ -23,7 +23,7 @@ from llava.serve.protocol import (
     ModelCard,
 )
 from llava.serve.responses_api import ResponseRequest, ResponseWriter, read_response
-from llava.serve.tokenize_api import DetokenizeRequest, TokenizeRequest
+from llava.serve.tokenize_api import DetokenizeRequest, TokenizeRequest, read_detokenize, read_tokenize
 
 
 @dataclass(frozen=True)
@@ -51,3 +51,9 @@ BODIES: Mapping[str, type[BaseModel]] = {
     DETOKENIZE_PATH: DetokenizeRequest,
 }
 """Path to schema. A request to any of these takes a place."""
+READERS: Mapping[str, Callable[[Any, ModelCard, Limits], object]] = {
+    **{path: endpoint.read for path, endpoint in ANSWERING.items()},
+    TOKENIZE_PATH: read_tokenize,
+    DETOKENIZE_PATH: read_detokenize,
+}
+"""Path to what reads a body, and says what is wrong with it."""

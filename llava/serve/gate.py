@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from llava.serve.errors import FieldError
 from llava.serve.protocol import ErrorKind, ServeError
+from llava.serve.sentences import TOO_MANY_ANSWERS
 
 HELD_BODIES = 8
 """How many bodies of the largest size may be held at once, all requests together."""
@@ -67,7 +68,7 @@ class Gate:
             FieldError: it asks for more answers than there are places at all. ServeError: `OVERLOADED` when not all of them are free.
         """
         if count >= self.capacity:
-            raise FieldError(f"n is {count + 1}, but this server works on at most {self.capacity} answers at once; ask for fewer.", "n")
+            raise FieldError(TOO_MANY_ANSWERS.format(number=count + 1, most=self.capacity), "n")
         if self.inside + count > self.capacity:
             raise ServeError(ErrorKind.OVERLOADED)
         with self._holding(count):

@@ -24,6 +24,7 @@ from llguidance.hf import from_tokenizer
 from torch import Tensor
 
 from llava.serve.protocol import ErrorKind, Guide, GuideKind, ServeError
+from llava.serve.sentences import KEYWORDS, NOT_FOLLOWED, NOT_FOLLOWED_KEYWORDS, NOT_GUIDED, TOO_MUCH_TO_FOLLOW
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +47,6 @@ KEPT = 8
 """Grammars that stay built."""
 _ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON is written as `json.dumps` does: a small model that may indent may spend all its tokens on spaces."""
-_KEYWORDS = frozenset(
-    "additionalItems contains dependencies dependentRequired dependentSchemas else if maxContains maxProperties minContains minProperties "
-    "not oneOf propertyNames then unevaluatedItems unevaluatedProperties uniqueItems".split()
-)
-"""Of JSON Schema, that may be named to clients as those that cannot be followed."""
 _CHECK = Path(__file__).with_name("guide_check.py")
 
 
@@ -73,7 +69,7 @@ class AnswerGuide:
         taken = self.matcher.consume_token(token)
         if not taken or self.matcher.is_error():  # one that has failed takes an end all the same
             logger.warning("a guide cannot go on: %s", self.matcher.get_error()[:500])
-            told = f"What {self.param} asks for became too much to follow; simplify it."
+            told = TOO_MUCH_TO_FOLLOW.format(param=self.param)
             raise ServeError(ErrorKind.INVALID_REQUEST, told, self.param)
 
     @property
@@ -133,8 +129,7 @@ class Guides:
             return from_tokenizer(self.tokenizer, n_vocab=self.size, eos_token=self.ends or None)
         except ValueError as error:  # of a kind that the library cannot read
             logger.warning("answers of this model cannot be guided: %s", error)
-            told = "The answers of this model cannot be held to a form; leave the field out."
-            raise ServeError(ErrorKind.INVALID_REQUEST, told, guide.param) from error
+            raise ServeError(ErrorKind.INVALID_REQUEST, NOT_GUIDED, guide.param) from error
 
 
 def written(guide: Guide) -> str:
@@ -169,9 +164,8 @@ def _refused(guide: Guide, error: str) -> ServeError:
     """What a client reads; the library's own words go to the log, but for names of JSON Schema."""
     logger.info("a guide was refused (%s): %s", guide.param, error[:500])
     unknown = re.search(r"Unimplemented keys: \[(.*?)\]", error)
-    named = sorted(_KEYWORDS & set(re.findall(r"\w+", unknown[1]))) if unknown else []
-    why = f": it has {', '.join(named)}" if named else ""
-    told = f"What {guide.param} asks for cannot be followed here{why}; the documentation says what can."
+    named = sorted(KEYWORDS & set(re.findall(r"\w+", unknown[1]))) if unknown else []
+    told = (NOT_FOLLOWED_KEYWORDS if named else NOT_FOLLOWED).format(param=guide.param, keywords=", ".join(named))
     return ServeError(ErrorKind.INVALID_REQUEST, told, guide.param)
 
 

@@ -53,6 +53,8 @@ NO_IMAGE_THERE = (
     "What is at the image's address cannot be used: expected a whole PNG, JPEG, GIF, WebP, BMP, TIFF, PPM or AVIF file of at most 20 MB "
     "and 64 megapixels, its sides at most 200-fold apart."
 )
+IMAGE_SENTENCES = (*TOLD.values(), NO_IMAGE_THERE, NOT_FETCHED, NOT_READ, TOO_MUCH)
+"""All that clients are told of images, besides the kinds' own texts; see `llava.serve.sentences`."""
 
 
 class PictureLoader:

@@ -20,6 +20,7 @@ from llava.model.routing import RoutingError
 from llava.model.splice import prompt_rows
 from llava.serve.caches import TensorCache, picture_key
 from llava.serve.protocol import EngineImage, ErrorKind, GenerationRequest, PromptTokens, Sampling, ServeError
+from llava.serve.sentences import NO_IMAGES, NO_SUCH_TOKEN, TOKEN_BEYOND, TOO_LONG, TOO_LONG_WITH_IMAGES
 from llava.serve.task import Prepared
 
 
@@ -53,7 +54,7 @@ class Preparer:
         """The image's features where they are known, else its views; see `protocol.Engine`."""
         start = monotonic()
         if self.model.get_model().vision_tower is None:
-            raise ServeError(ErrorKind.INVALID_REQUEST, "This model takes no pictures.")
+            raise ServeError(ErrorKind.INVALID_REQUEST, NO_IMAGES)
         key = picture_key(image, self.revision)
         kept = self.features.peek(key)
         try:
@@ -100,7 +101,7 @@ class Preparer:
         tokenizer = self.assistant.tokenizer
         for place, number in enumerate(ids):
             if number != IMAGE_TOKEN_INDEX and not 0 <= number < len(tokenizer):
-                told = f"There is no token {number}; this model's tokenizer has {len(tokenizer)}, counted from 0."
+                told = NO_SUCH_TOKEN.format(number=number, count=len(tokenizer))
                 raise ServeError(ErrorKind.INVALID_REQUEST, told, f"tokens[{place}]")
         with self._tokenizing:
             return text_of_ids(ids, tokenizer)
@@ -162,7 +163,7 @@ def check_token_ids(sampling: Sampling, size: int) -> None:
     """
     for param, ids in (("logit_bias", [token for token, _ in sampling.logit_bias]), ("stop_token_ids", list(sampling.stop_token_ids))):
         if beyond := [token for token in ids if token >= size]:
-            told = f"{param} has the token id {beyond[0]}, but this model's vocabulary has {size}, counted from 0."
+            told = TOKEN_BEYOND.format(param=param, number=beyond[0], count=size)
             raise ServeError(ErrorKind.INVALID_REQUEST, told, param)
 
 
@@ -185,12 +186,5 @@ def too_long(request: GenerationRequest, longest_row: int, by_pictures: bool = T
     Args:
         by_pictures: whether the text alone would have fitted, so that a coarser granularity may help.
     """
-    if not by_pictures:
-        told = f"The text of the prompt is too long: it leaves no room for an answer within {longest_row} positions; shorten it."
-        return ServeError(ErrorKind.CONTEXT_LENGTH, told, _text_field(request))
-    return ServeError(
-        ErrorKind.CONTEXT_LENGTH,
-        f"With its pictures the prompt leaves no room for an answer within {longest_row} positions; shorten it or choose a coarser "
-        "granularity.",
-        _text_field(request),
-    )
+    told = (TOO_LONG_WITH_IMAGES if by_pictures else TOO_LONG).format(positions=longest_row)
+    return ServeError(ErrorKind.CONTEXT_LENGTH, told, _text_field(request))

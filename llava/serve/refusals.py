@@ -2,9 +2,9 @@
 
 Whoever has the worker token may register a worker, and its answers are its own. But an error speaks in the service's name: a worker that
 lies could send clients to another site, ask for their keys, or repeat what others have asked. So of a worker's error the controller takes
-the kind, by its code, the field that is to blame, where it is one of the request's, and the least value of it, a number; what is wrong with
-it the controller finds out for itself, from the same description of the request that the worker reads. The worker's own words are in its
-log, under the request's id.
+the kind, by its code, the field that is to blame, where it is one of the request's, and the least value of it, a number. What is wrong
+with a request the controller finds out for itself, by reading it as the worker does; what only a worker can know it passes on where it is
+one of the sentences that there are for it, `llava.serve.sentences`. Any other words of the worker are in its log, under the request's id.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from llava.rules import Integer
-from llava.serve.errors import FieldError
+from llava.serve.endpoints import BODIES, READERS
 from llava.serve.openai_api import validate
-from llava.serve.protocol import ErrorKind, ServeError
+from llava.serve.pictures import IMAGE_SENTENCES
+from llava.serve.protocol import ErrorKind, Limits, ModelCard, ServeError
+from llava.serve.sentences import SENTENCES, is_filled
 from llava.serve.strict_json import parse_json
 
 _KINDS: dict[Any, ErrorKind] = {kind.value: kind for kind in ErrorKind} | {kind.fault.code: kind for kind in ErrorKind}
@@ -35,6 +37,8 @@ _BY_STATUS = {
 """What a refusal of a server that is not ours means, whose codes are its own."""
 _MAX_PARAM = 200
 _COUNT = Integer(1, 10**9)
+_ANY_LENGTH = 2**63
+"""Longest answer of a worker that the controller knows no such limit of."""
 _PATH = re.compile(r"[A-Za-z_]\w*(\[\d{1,4}\]|\.\w+)*", re.ASCII)
 
 
@@ -46,28 +50,45 @@ def told_kind(told: dict[str, Any], status: int | None = None) -> ErrorKind:
     return found or _BY_STATUS.get(status or 0, ErrorKind.BACKEND_FAILED)
 
 
-def own_words(kind: ErrorKind, told: dict[str, Any], schema: type[BaseModel] | None, body: bytes) -> ServeError:
-    """A worker's refusal in the controller's words.
+def own_words(kind: ErrorKind, told: dict[str, Any], path: str, body: bytes, card: ModelCard | None = None) -> ServeError:
+    """A worker's refusal in words that the controller can answer for.
 
     Args:
-        told: the worker's answer. schema: of the request's body, where the controller knows it. body: the request.
+        told: the worker's answer. path, body: of the request. card: of the worker's model, where it is known.
     """
-    if schema is None:
+    if (schema := BODIES.get(path)) is None:
         return ServeError(kind)
-    if kind is ErrorKind.INVALID_REQUEST:
-        try:
-            validate(schema, parse_json(body))
-        except FieldError as found:
-            return found
+    found = _found_here(path, body, card)
+    if found is not None and found.kind is kind:
+        return found
     error: Any = told.get("error")
-    param = error.get("param") if isinstance(error, dict) else None
-    if not isinstance(param, str) or not _is_field(param, schema):
-        return ServeError(kind)
-    if kind is not ErrorKind.INVALID_REQUEST:
-        return ServeError(kind, None, param)
-    if _COUNT.accepts(least := error.get("least")):
+    error = error if isinstance(error, dict) else {}
+    param = error.get("param")
+    param = param if isinstance(param, str) and _is_field(param, schema) else None
+    if kind is ErrorKind.INVALID_REQUEST and param is not None and _COUNT.accepts(least := error.get("least")):
         return ServeError(kind, f"{param} is too small here; the smallest value that would do is {least}.", param, least)
-    return ServeError(kind, f"The worker refuses {param}; its log has the reason under this request id.", param)
+    if _is_ours(text := error.get("message"), param):
+        return ServeError(kind, text, param)
+    unnamed = kind is not ErrorKind.INVALID_REQUEST or param is None
+    return ServeError(kind, None if unnamed else f"The worker refuses {param}; its log has the reason under this request id.", param)
+
+
+def _found_here(path: str, body: bytes, card: ModelCard | None) -> ServeError | None:
+    """What is wrong with a request, as the worker's own reading of it would find; without a card, of its form alone."""
+    try:
+        value = parse_json(body)
+        if card is None:
+            validate(BODIES[path], value)
+        else:
+            READERS[path](value, card, Limits(max_images=card.max_images, max_new_tokens=_ANY_LENGTH))
+    except ServeError as found:
+        return found
+    return None
+
+
+def _is_ours(text: Any, param: str | None) -> bool:
+    """Whether a worker's words are a sentence of ours."""
+    return isinstance(text, str) and (text in IMAGE_SENTENCES or any(is_filled(text, sentence, param) for sentence in SENTENCES))
 
 
 def _is_field(param: str, schema: type[BaseModel]) -> bool:

@@ -11,13 +11,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import anyio
-from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -27,7 +26,7 @@ from llava.serve.http_guard import unless_gone
 from llava.serve.llava_api import null_ended
 from llava.serve.openai_api import STREAM_END, server_sent
 from llava.serve.outbound import BrokenOff, Outbound, Patience, Reply, Unreachable, parse_json_object
-from llava.serve.protocol import ErrorKind, ServeError
+from llava.serve.protocol import ErrorKind, ModelCard, ServeError
 from llava.serve.refusals import own_words, told_kind
 from llava.serve.responses_api import error_event
 from llava.serve.watchdog import patient
@@ -54,6 +53,8 @@ _ELSEWHERE = frozenset(
     )
 )
 """Errors of one worker that another one may not have."""
+_EXPLAINED = frozenset((ErrorKind.INVALID_REQUEST, ErrorKind.CONTEXT_LENGTH))
+"""Errors that a request shows by itself to whoever knows the model."""
 _ELSEWHERE_CODES = {kind.value for kind in _ELSEWHERE}
 _ELSEWHERE_NUMBERS = {kind.fault.code for kind in _ELSEWHERE}
 _REPORT = re.compile(rb'"error"\s*:|"error_code"\s*:\s*(?!0\s*[,}])|"type"\s*:\s*"(?:error|response\.failed)"|event:\s*error|\\u00[4-7]')
@@ -209,7 +210,7 @@ class Relay:
             controller goes no further. patience: with a worker's answer. send_seconds: that a client may take to read one piece.
         on_retry: told of each worker that was replaced by another.
         on_error: told of the kind of each error that reaches a client as a worker's refusal or inside a stream; the others are raised.
-        schemas: of the bodies, by their paths; what they describe can be refused with a reason.
+        card_of: what a worker says of a model, `None` where it does not tell; with it refusals can be explained.
     """
 
     def __init__(
@@ -222,9 +223,9 @@ class Relay:
         send_seconds: float = 60.0,
         on_retry: Callable[[], None] = lambda: None,
         on_error: Callable[[ErrorKind], None] = lambda kind: None,
-        schemas: Mapping[str, type[BaseModel]] | None = None,
+        card_of: Callable[[Worker, str], Awaitable[ModelCard | None]] | None = None,
     ) -> None:
-        self.schemas = schemas or {}
+        self.card_of = card_of
         self.table, self.outbound, self.worker_key = table, outbound, worker_key
         self.patience = patience or Patience()
         self.send_seconds = send_seconds
@@ -297,7 +298,7 @@ class RelayResponse(Response):
                     headers=relay.headers(request_id),
                 ) as reply:
                     if reply.status != 200:
-                        return await self._read_refusal(reply, request_id)
+                        return await self._read_refusal(worker, reply, request_id)
                     if job.dialect is None:
                         return await self._read_body(reply)
                     await self._pass_stream(reply, job.dialect, request_id, send)
@@ -314,7 +315,7 @@ class RelayResponse(Response):
             await self._end_stream(ErrorKind.BACKEND_FAILED, job.dialect, request_id, send)
             return None
 
-    async def _read_refusal(self, reply: Reply, request_id: str) -> Refusal:
+    async def _read_refusal(self, worker: Worker, reply: Reply, request_id: str) -> Refusal:
         """A worker's refusal for the client.
 
         Raises:
@@ -329,8 +330,9 @@ class RelayResponse(Response):
             raise BrokenOff(f"it answered with status {reply.status} and no error that can be read")
         wait = reply.retry_after if reply.retry_after and reply.retry_after.isdecimal() and len(reply.retry_after) < 5 else None
         kind = told_kind(refused, reply.status)
-        job = self.job
-        error = await asyncio.to_thread(own_words, kind, refused, self.relay.schemas.get(job.path), job.body)
+        job, card_of = self.job, self.relay.card_of
+        card = await card_of(worker, job.model) if card_of is not None and kind in _EXPLAINED else None
+        error = await asyncio.to_thread(own_words, kind, refused, job.path, job.body, card)
         logger.info("request %s is refused by its worker: %s: %r", request_id, kind.value, str(refused["error"].get("message"))[:300])
         refusal = Refusal(error, wait)
         if kind in _ELSEWHERE:

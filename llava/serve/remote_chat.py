@@ -24,7 +24,6 @@ from llava.model.routing import Detail, RoutingRequest
 from llava.serve.guide_fields import ANY_OBJECT
 from llava.serve.outbound import BrokenOff, Reply, parse_json_object
 from llava.serve.protocol import (
-    CHAT_PATH,
     EngineImage,
     ErrorKind,
     Event,
@@ -40,6 +39,7 @@ from llava.serve.protocol import (
     TokenScore,
 )
 from llava.serve.read_prompt import read_prompt
+from llava.serve.sentences import NOT_KNOWN_BEHIND, UNKNOWN_TEMPLATE
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +95,7 @@ def check_sampling(sampling: Sampling, owner: str) -> None:
     if sampling.guide is not None and owner not in _KNOW_BEYOND and sampling.guide.kind is not GuideKind.JSON:
         unknown.append(sampling.guide.param)
     if unknown:
-        told = f"The server behind this model is not known to have {unknown[0]}; leave it out."
-        raise ServeError(ErrorKind.INVALID_REQUEST, told, unknown[0])
+        raise ServeError(ErrorKind.INVALID_REQUEST, NOT_KNOWN_BEHIND.format(param=unknown[0]), unknown[0])
 
 
 def guide_body(guide: Guide, owner: str) -> dict[str, Any]:
@@ -168,12 +167,7 @@ def request_turns(request: GenerationRequest) -> Sequence[Message]:
             raise ServeError(ErrorKind.INVALID_REQUEST, str(error)) from error
     turns = read_prompt(request.prompt)
     if turns is None:
-        raise ServeError(
-            ErrorKind.INVALID_REQUEST,
-            "The server behind this model takes turns, and this finished prompt is written with no known template; send turns to "
-            f"{CHAT_PATH}.",
-            "prompt",
-        )
+        raise ServeError(ErrorKind.INVALID_REQUEST, UNKNOWN_TEMPLATE, "prompt")
     return turns
 
 

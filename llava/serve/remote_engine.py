@@ -36,6 +36,7 @@ from llava.serve.protocol import (
 )
 from llava.serve.remote_chat import chat_body, check_head, check_sampling, data_url, is_count, read_stream
 from llava.serve.remote_tokens import prompt_tokens, tokenize_body
+from llava.serve.sentences import NO_GRANULARITIES_BEHIND, NO_TOKENS_BEHIND
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +241,7 @@ class RemoteEngine:
                 headers={**self.backend.headers, "Content-Type": "application/json"},
             ) as reply:
                 if reply.status in (404, 405):
-                    raise ServeError(ErrorKind.NOT_FOUND, "The server behind this model does not tell its tokens.")
+                    raise ServeError(ErrorKind.NOT_FOUND, NO_TOKENS_BEHIND)
                 await check_head(reply, "application/json")
                 answer = await reply.json()
         except Unreachable as error:
@@ -300,12 +301,7 @@ class RemoteEngine:
         check_sampling(request.sampling, self._owner)
         asked = replace(request.routing, details=()) != RoutingRequest()
         if asked and not self.card.granularities:
-            raise ServeError(
-                ErrorKind.INVALID_REQUEST,
-                "The server behind this model has no granularities to choose from; leave out granularity, max_visual_tokens and "
-                "granularity_bias.",
-                "granularity",
-            )
+            raise ServeError(ErrorKind.INVALID_REQUEST, NO_GRANULARITIES_BEHIND, "granularity")
         if len(request.images) > self.backend.max_images:
             raise ServeError(
                 ErrorKind.INVALID_REQUEST, f"The request holds {len(request.images)} pictures, expected at most {self.backend.max_images}."

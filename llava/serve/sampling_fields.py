@@ -11,6 +11,7 @@ from llava.serve.body_fields import as_float32
 from llava.serve.errors import FieldError
 from llava.serve.guide_fields import GuideFields, read_guide
 from llava.serve.protocol import Guide, Limits, Sampling
+from llava.serve.sentences import AT_MOST
 
 TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
@@ -93,7 +94,7 @@ def longest_answer(count: int | None, limits: Limits, param: str, default: int =
     if count is None:
         return min(default, limits.max_new_tokens)
     if count > limits.max_new_tokens:
-        raise FieldError(f"{param} is {count}, expected at most {limits.max_new_tokens}.", param)
+        raise FieldError(AT_MOST.format(param=param, number=count, most=limits.max_new_tokens), param)
     return count
 
 

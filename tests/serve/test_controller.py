@@ -35,7 +35,7 @@ from llava.serve.dispatch import DispatchMethod
 from llava.serve.protocol import ErrorKind, Limits, ServeError
 from llava.serve.registration import Registration
 from llava.serve.worker_base import create_worker_app
-from tests.serve.bodies import chat_body, worker_body
+from tests.serve.bodies import CHAT, chat_body, worker_body
 from tests.serve.fake_backend import HTTP, Exchange, FakeBackend
 from tests.serve.fake_engine import CARD, FakeEngine, echo_of
 from tests.serve.ports import free_port
@@ -984,11 +984,22 @@ def test_what_an_honest_worker_refuses_is_explained() -> None:
         for fields, param, said in (
             ({"temperature": -1}, "temperature", "0"),
             ({"tools": [{}]}, "tools", "tools"),
-            ({"max_tokens": 51}, "max_tokens", "The worker refuses max_tokens"),
-            ({"granularity": 7}, "granularity", "The worker refuses granularity"),
+            ({"max_tokens": 51}, "max_tokens", "max_tokens is 51, expected at most 50."),
+            ({"granularity": 7}, "granularity", "granularity is not among this model's: [36, 144, 576]."),
         ):
             error = stack.chat(**fields).json()["error"]  # type: ignore[arg-type]
             assert error["code"] == "invalid_request" and error["param"] == param and said in error["message"]
+
+
+def test_the_least_value_that_would_do_comes_through() -> None:
+    failure = ServeError(ErrorKind.INVALID_REQUEST, "too few", "max_visual_tokens", least=24)
+    with controller() as stack, worker(FakeEngine(failure=failure)) as behind:
+        stack.add(behind.url)
+        asked = HTTP.post(behind.url + CHAT, json=chat_body(max_visual_tokens=1)).json()["error"]
+        assert (asked["message"], asked["param"], asked["least"]) == ("too few", "max_visual_tokens", 24)
+        error = stack.chat(max_visual_tokens=1).json()["error"]
+        assert (error["param"], error["least"]) == ("max_visual_tokens", 24)
+        assert error["message"] == "max_visual_tokens is too small here; the smallest value that would do is 24."
 
 
 SITE = "https://chat.example.org"

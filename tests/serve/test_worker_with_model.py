@@ -125,7 +125,9 @@ def test_what_the_engine_refuses_is_typed(running):
     for fields in ({"max_visual_tokens": 1}, {"messages": [{"role": "user", "content": "word " * 4000}]}):
         response = httpx.post(running.url + CHAT, json=question(0, **fields), timeout=60, trust_env=False)
         assert response.status_code == 400, response.text
-        assert response.json()["error"]["code"] in ("invalid_request", "context_length_exceeded")
+        error = response.json()["error"]
+        assert error["code"] in ("invalid_request", "context_length_exceeded")
+        assert (error.get("least", 0) > 1) == ("max_visual_tokens" in fields)
     many = httpx.post(running.url + CHAT, json=question(0, temperature=1.0, seed=3, n=3), timeout=60, trust_env=False).json()
     again = httpx.post(running.url + CHAT, json=question(0, temperature=1.0, seed=3, n=3), timeout=60, trust_env=False).json()
     assert [choice["message"] for choice in many["choices"]] == [choice["message"] for choice in again["choices"]]

@@ -1,0 +1,76 @@
+"""What only a worker can find wrong with a request, since it alone has the model and knows its own flags: sentences with holes.
+
+A controller does not trust its workers' words, see `llava.serve.refusals`. What is one of these sentences, with numbers, the field to
+blame and keywords of JSON Schema in its holes, it passes on: nothing else can be said with them.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from string import Formatter
+
+AT_MOST = "{param} is {number}, expected at most {most}."
+TOO_MANY_ANSWERS = "n is {number}, but this server works on at most {most} answers at once; ask for fewer."
+NO_IMAGES = "This model takes no pictures."
+TOO_LONG = "The text of the prompt is too long: it leaves no room for an answer within {positions} positions; shorten it."
+TOO_LONG_WITH_IMAGES = (
+    "With its pictures the prompt leaves no room for an answer within {positions} positions; shorten it or choose a coarser granularity."
+)
+NO_SUCH_TOKEN = "There is no token {number}; this model's tokenizer has {count}, counted from 0."
+TOKEN_BEYOND = "{param} has the token id {number}, but this model's vocabulary has {count}, counted from 0."
+NOT_FOLLOWED = "What {param} asks for cannot be followed here; the documentation says what can."
+NOT_FOLLOWED_KEYWORDS = "What {param} asks for cannot be followed here: it has {keywords}; the documentation says what can."
+TOO_MUCH_TO_FOLLOW = "What {param} asks for became too much to follow; simplify it."
+NOT_GUIDED = "The answers of this model cannot be held to a form; leave the field out."
+NOT_KNOWN_BEHIND = "The server behind this model is not known to have {param}; leave it out."
+NO_GRANULARITIES_BEHIND = (
+    "The server behind this model has no granularities to choose from; leave out granularity, max_visual_tokens and granularity_bias."
+)
+NO_TOKENS_BEHIND = "The server behind this model does not tell its tokens."
+UNKNOWN_TEMPLATE = (
+    "The server behind this model takes turns, and this finished prompt is written with no known template; send turns to "
+    "/v1/chat/completions."
+)
+SENTENCES = (
+    AT_MOST,
+    TOO_MANY_ANSWERS,
+    NO_IMAGES,
+    TOO_LONG,
+    TOO_LONG_WITH_IMAGES,
+    NO_SUCH_TOKEN,
+    TOKEN_BEYOND,
+    NOT_FOLLOWED,
+    NOT_FOLLOWED_KEYWORDS,
+    TOO_MUCH_TO_FOLLOW,
+    NOT_GUIDED,
+    NOT_KNOWN_BEHIND,
+    NO_GRANULARITIES_BEHIND,
+    NO_TOKENS_BEHIND,
+    UNKNOWN_TEMPLATE,
+)
+
+KEYWORDS = frozenset(
+    "additionalItems contains dependencies dependentRequired dependentSchemas else if maxContains maxProperties minContains minProperties "
+    "not oneOf propertyNames then unevaluatedItems unevaluatedProperties uniqueItems".split()
+)
+"""Of JSON Schema, that may be named to clients as those that cannot be followed."""
+_KEYWORD = "|".join(sorted(KEYWORDS, key=len, reverse=True))
+_HOLES = {"param": "(?P<param>.{1,200})", "keywords": f"(?:{_KEYWORD})(?:, (?:{_KEYWORD}))*"}
+_NUMBER = r"-?\d{1,19}"
+
+
+def is_filled(text: str, sentence: str, param: str | None) -> bool:
+    """Whether a text is a sentence with its holes filled.
+
+    Args:
+        param: what the hole of that name has to hold; those beside it and `keywords` hold a whole number.
+    """
+    found = _pattern(sentence).fullmatch(text)
+    return found is not None and found.groupdict().get("param", param) == param
+
+
+@cache
+def _pattern(sentence: str) -> re.Pattern[str]:
+    parts = Formatter().parse(sentence)
+    return re.compile("".join(re.escape(words) + (_HOLES.get(hole, _NUMBER) if hole else "") for words, hole, _, _ in parts), re.ASCII)
