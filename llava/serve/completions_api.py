@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -97,7 +98,7 @@ class CompletionWriter(ChatWriter):
 
     def __init__(self, request_id: str, model: str, call: Call) -> None:
         super().__init__(request_id, model, call)
-        self._told = [0] * call.count  # characters of each answer whose scores were written
+        self._places = [_TextPlaces() for _ in range(call.count)]
 
     def whole_text(self, text: str) -> dict[str, Any]:
         return {"text": text}
@@ -111,20 +112,40 @@ class CompletionWriter(ChatWriter):
     def last_text(self) -> dict[str, Any]:
         return {"text": ""}
 
-    def scores(self, index: int, scores: Sequence[TokenScore]) -> dict[str, Any] | None:
+    def scores(self, index: int, text: str, scores: Sequence[TokenScore]) -> dict[str, Any] | None:
         """OpenAI's older form: one list per kind of value, with where each token's text begins in the answer."""
         if not self.scored:
             return None
-        texts, offsets = [_shown(score.text) for score in scores], []
-        for text in texts:
-            offsets.append(self._told[index])
-            self._told[index] += len(text)
         return {
-            "tokens": texts,
+            "tokens": [_shown(score.text) for score in scores],
             "token_logprobs": [_finite(score.log_probability) for score in scores],
             "top_logprobs": [{_shown(text): _finite(value) for text, value in score.alternatives} for score in scores],
-            "text_offset": offsets,
+            "text_offset": self._places[index].of(text, scores),
         }
+
+
+class _TextPlaces:
+    """Where the tokens of one answer begin in its text, in characters.
+
+    A part of a character counts nothing until the last one comes. Nor does white space of the first tokens that the text lacks: the
+    embedded engine's answers begin with their first word.
+    """
+
+    def __init__(self) -> None:
+        self.place = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_stripped: bool | None = None  # not known before the first text
+
+    def of(self, text: str, scores: Sequence[TokenScore]) -> list[int]:
+        """The places of the next tokens. text: the answer's next."""
+        if self._is_stripped is None and text:
+            self._is_stripped = not text[0].isspace()
+        places = []
+        for score in scores:
+            places.append(self.place)
+            letters = self._decoder.decode(score.data)
+            self.place += len(letters.lstrip() if self.place == 0 and self._is_stripped else letters)
+        return places
 
 
 def _shown(text: str) -> str:

@@ -425,7 +425,7 @@ def check_prompt_length(count: int, limits: Limits, param: str) -> None:
 def _read_sampling(request: ChatRequest, limits: Limits) -> Sampling:
     if request.max_tokens is not None and request.max_completion_tokens not in (None, request.max_tokens):
         raise FieldError("max_tokens and max_completion_tokens differ, but mean the same; give one.", "max_tokens")
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise FieldError("top_logprobs is there, but logprobs is not true; set both or neither.", "top_logprobs")
     if (request.top_logprobs or 0) > limits.max_logprobs:
         raise FieldError(f"top_logprobs is {request.top_logprobs}, expected at most {limits.max_logprobs}.", "top_logprobs")
@@ -541,7 +541,7 @@ class ChatWriter:
 
     def completion(self, answers: Sequence[WholeAnswer]) -> dict[str, Any]:
         choices = [
-            self._choice(index, self.whole_text(text), self.scores(index, scores), ending.finish_reason)
+            self._choice(index, self.whole_text(text), self.scores(index, text, scores), ending.finish_reason)
             for index, (text, scores, ending) in enumerate(answers)
         ]
         return {**self.head, "object": self.whole, "choices": choices, **self._costs([ending for _, _, ending in answers])}
@@ -553,7 +553,8 @@ class ChatWriter:
     def piece(self, index: int, text: str, scores: Sequence[TokenScore]) -> bytes:
         """The chunk with the next text. Without scores only the text differs from one to the next: the rest is written once."""
         if self.scored:
-            return self._chunk(index, self.next_text(text), self.scores(index, scores) if scores else None, None)
+            told = self.scores(index, text, scores)
+            return self._chunk(index, self.next_text(text), told if scores else None, None)
         if index not in self._frames:
             before, empty, after = self._chunk(index, self.next_text(""), None, None).partition(f'"{self.text_field}":""'.encode())
             self._frames[index] = before + empty[:-2], after
@@ -586,8 +587,8 @@ class ChatWriter:
     def last_text(self) -> dict[str, Any]:
         return {"delta": {}}
 
-    def scores(self, index: int, scores: Sequence[TokenScore]) -> dict[str, Any] | None:
-        """The value of a choice's `logprobs`, where they were asked for."""
+    def scores(self, index: int, text: str, scores: Sequence[TokenScore]) -> dict[str, Any] | None:
+        """The value of a choice's `logprobs`, where they were asked for. text: the answer's next, or all of it."""
         return score_fields(scores) if self.scored else None
 
     def _costs(self, endings: Sequence[Finished]) -> dict[str, Any]:

@@ -87,6 +87,21 @@ def test_scores_tell_where_each_tokens_text_begins_also_across_chunks():
     assert json.loads(writer.piece(0, "é", (other,))[6:])["choices"][0]["logprobs"]["text_offset"] == [0]
 
 
+def test_offsets_are_those_of_the_text_that_is_told():
+    """The engine's text begins with its first word, and has half characters only as whole ones."""
+    text, scores = "Yés", [TokenScore(part, -1.0) for part in ("\n", " Y", "\udcc3", "\udca9", "s")]
+    call = Call(prompts=("p",), sampling=Sampling(logprobs=0))
+    whole = CompletionWriter("id", "m", call).completion([(text, scores, Finished("stop", 1, 5, (), {}))])
+    offsets = [0, 0, 1, 1, 2]
+    assert whole["choices"][0]["logprobs"]["text_offset"] == offsets and text[offsets[-1] :] == "s"
+    writer, told = CompletionWriter("id", "m", call), []
+    for piece, own in (("Y", []), ("", scores[:2]), ("é", scores[2:4]), ("s", scores[4:])):
+        logprobs = json.loads(writer.piece(0, piece, own)[6:])["choices"][0]["logprobs"]
+        told += logprobs["text_offset"] if own else []
+        assert (logprobs is None) == (not own)
+    assert told == offsets
+
+
 def test_usage_counts_each_prompt_once():
     call = Call(prompts=("p", "q"), n=2, stream=True, include_usage=True)
     endings = {index: Finished("stop", 10 * (1 + index // 2), 3, (), {"total": 1.0}) for index in (3, 1, 0, 2)}

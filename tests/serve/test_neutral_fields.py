@@ -51,6 +51,10 @@ def test_each_neutral_value_is_taken_and_any_other_refused(name):
             assert refused.value.param == name
 
 
+def test_no_alternatives_may_be_asked_for_without_scores():
+    assert read(top_logprobs=0) == read(logprobs=False, top_logprobs=0) == read()
+
+
 def test_true_is_not_1_and_false_not_0():
     for name, value in (("best_of", True), ("priority", False), ("echo", 0), ("skip_special_tokens", 1)):
         with pytest.raises(FieldError):

@@ -226,6 +226,7 @@ def test_choices_draw_from_seeds_of_their_own():
         ({"stop": "123456"}, "stop"),
         ({"stop": [1]}, "stop[0]"),
         ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": False, "top_logprobs": 1}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"logprobs": 5}, "logprobs"),
         ({"frequency_penalty": 2.1}, "frequency_penalty"),
