@@ -9,13 +9,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from llava.serve.body_fields import Closed
-from llava.serve.errors import FieldError
+from llava.serve.errors import FieldError, field_path
 from llava.serve.neutral_fields import OF_STRUCTURED_OUTPUTS, with_neutral
 from llava.serve.protocol import Guide, GuideKind, Limits
 
 JsonSchema = dict[str, Any]
+FormatType = Literal["text", "json_object", "json_schema"]
 Choices = Annotated[list[str], Field(min_length=1, max_length=4096)]
 ANY_OBJECT: JsonSchema = {"type": "object"}
+MAX_DEPTH = 100
+"""Of objects and lists within one another, in a schema."""
 
 
 class NamedSchema(Closed):
@@ -30,7 +33,7 @@ class NamedSchema(Closed):
 class ResponseFormat(Closed):
     """Plain text, any JSON object, or JSON that follows a schema."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: FormatType
     json_schema: NamedSchema | None = None
 
 
@@ -87,13 +90,30 @@ def read_guide(fields: GuideFields, limits: Limits, other: Guide | None = None) 
 
 
 def _of_response_format(wish: ResponseFormat | None, limits: Limits) -> list[Guide]:
-    if wish is None or wish.type == "text":
+    if wish is None:
         return []
-    if wish.type == "json_object":
-        return [guide_of(GuideKind.JSON, ANY_OBJECT, "response_format", limits)]
-    if wish.json_schema is None:
-        raise FieldError("'response_format.json_schema': this field is missing.", "response_format.json_schema")
-    return [guide_of(GuideKind.JSON, wish.json_schema.schema_, "response_format.json_schema.schema", limits)]
+    schema = None if wish.json_schema is None else wish.json_schema.schema_
+    found = guide_of_format(wish.type, schema, ("response_format", "json_schema", "schema"), limits)
+    return [] if found is None else [found]
+
+
+def guide_of_format(kind: FormatType, schema: JsonSchema | None, names: Sequence[str], limits: Limits) -> Guide | None:
+    """OpenAI's formats, which its two APIs write differently.
+
+    Args:
+        names: of the format's field, of what a schema adds to it, and what the schema itself stands in, if that is another.
+
+    Raises:
+        FieldError: a schema is missing, there without being asked for, or too long.
+    """
+    param = field_path(names[:2])
+    if kind == "json_schema" and schema is None:
+        raise FieldError(f"{param!r}: this field is missing.", param)
+    if kind != "json_schema" and schema is not None:
+        raise FieldError(f"There is a schema, but the type is {kind!r}; make it 'json_schema', or leave the schema out.", param)
+    if schema is not None:
+        return guide_of(GuideKind.JSON, schema, field_path(names), limits)
+    return guide_of(GuideKind.JSON, ANY_OBJECT, names[0], limits) if kind == "json_object" else None
 
 
 def _of_structured_outputs(wish: StructuredOutputs | None, limits: Limits) -> list[Guide]:
@@ -116,14 +136,25 @@ def guide_of(kind: GuideKind, value: str | JsonSchema | Sequence[str], param: st
         value: a schema as an object or as its text, choices, or the text of anything else. param: the field.
 
     Raises:
-        FieldError: it is too long, or a text that is no JSON.
+        FieldError: it is too long or too deep, or a text that is no JSON.
     """
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else _written(value, param)
     if len(text) > limits.max_guide_characters:
         raise FieldError(f"{param} has {len(text)} characters, expected at most {limits.max_guide_characters}.", param)
     if kind is GuideKind.JSON and isinstance(value, str):
-        text = json.dumps(_schema_of(value, param))
+        text = _written(_schema_of(value, param), param)
     return Guide(kind, text, param)
+
+
+def _written(value: JsonSchema | Sequence[str], param: str) -> str:
+    """JSON that any thread can read and write again, however much of its stack is used up."""
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH + 1):
+        insides = (outer.values() if isinstance(outer, dict) else outer for outer in level if isinstance(outer, dict | list))
+        level = [each for inside in insides for each in inside]
+    if level:
+        raise FieldError(f"{param} is nested more than {MAX_DEPTH} levels deep; make it flatter.", param)
+    return json.dumps(value)
 
 
 def _schema_of(text: str, param: str) -> JsonSchema:

@@ -156,7 +156,7 @@ OF_RESPONSE: Neutral = {
     "background_options": _NOTHING,
     "context_management": ([],),
     "prompt": _NOTHING,
-    "reasoning": ({},),
+    "reasoning": ({}, {"effort": None}, {"effort": "none"}, {"effort": None, "summary": None}),  # the last as an answer repeats it
     "truncation": ("disabled",),
     "image": _NOTHING,
     "access_programs": _NOTHING,

@@ -11,7 +11,7 @@ from pydantic import Field
 from llava.serve.body_fields import Closed
 from llava.serve.calls import Call, ImageSource, WholeAnswer
 from llava.serve.errors import FieldError, error_fields
-from llava.serve.guide_fields import ANY_OBJECT, JsonSchema, guide_of
+from llava.serve.guide_fields import FormatType, JsonSchema, guide_of_format
 from llava.serve.json_writer import compact_json
 from llava.serve.neutral_fields import OF_INPUT_IMAGE, OF_MESSAGE, OF_RESPONSE, OF_STREAM_OPTIONS, OF_TEXT, with_neutral
 from llava.serve.openai_api import (
@@ -29,7 +29,7 @@ from llava.serve.openai_api import (
     usage_fields,
     validate,
 )
-from llava.serve.protocol import Finished, Guide, GuideKind, Limits, ModelCard, ServeError, Started, TokenScore
+from llava.serve.protocol import Finished, Guide, Limits, ModelCard, ServeError, Started, TokenScore
 from llava.serve.sampling_fields import SamplingFields, longest_answer, read_sampling
 
 
@@ -49,6 +49,7 @@ class OutputText(Closed):
     text: str
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     logprobs: list[Any] | None = Field(None, description="Not read.")
+    parsed: Any = Field(None, description="Not read: what OpenAI's SDK made of an earlier answer's text.")
 
 
 @with_neutral(OF_INPUT_IMAGE)
@@ -78,7 +79,7 @@ class InputMessage(Closed):
 class TextFormat(Closed):
     """Plain text, any JSON object, or JSON that follows a schema."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: FormatType
     name: str | None = Field(None, max_length=256)
     schema_: JsonSchema | None = Field(None, alias="schema")
     description: str | None = None
@@ -136,7 +137,7 @@ def read_response(value: Any, card: ModelCard, limits: Limits) -> Call:
             "instructions": request.instructions,
             "metadata": request.metadata or {},
             "max_output_tokens": request.max_output_tokens,
-            "text": {"format": _told_format(request.text)},
+            "text": _told_text(request.text),
         },
     )
 
@@ -160,18 +161,14 @@ def _turn(message: InputMessage, param: str) -> Spoken:
 
 def _read_format(text: TextFields | None, limits: Limits) -> Guide | None:
     wanted = text.format if text else None
-    if wanted is None or wanted.type == "text":
-        return None
-    if wanted.type == "json_object":
-        return guide_of(GuideKind.JSON, ANY_OBJECT, "text.format", limits)
-    if wanted.schema_ is None:
-        raise FieldError("'text.format.schema': this field is missing.", "text.format.schema")
-    return guide_of(GuideKind.JSON, wanted.schema_, "text.format.schema", limits)
+    return None if wanted is None else guide_of_format(wanted.type, wanted.schema_, ("text.format", "schema"), limits)
 
 
-def _told_format(text: TextFields | None) -> dict[str, Any]:
+def _told_text(text: TextFields | None) -> dict[str, Any]:
+    """`text` as an answer repeats it, with what is meant where nothing is said."""
     wanted = text.format if text else None
-    return {"type": "text"} if wanted is None else wanted.model_dump(by_alias=True, exclude_unset=True)
+    told = {"type": "text"} if wanted is None else wanted.model_dump(by_alias=True, exclude_unset=True)
+    return {"format": told, "verbosity": "medium"}
 
 
 def _read_logprobs(request: ResponseRequest, limits: Limits) -> int | None:

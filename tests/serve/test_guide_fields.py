@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
+from llava.serve.calls import Call
 from llava.serve.errors import FieldError
 from llava.serve.openai_api import read_chat
 from llava.serve.protocol import Guide, GuideKind, Limits
@@ -80,6 +82,8 @@ def test_what_asks_for_nothing(fields):
     [
         ({"response_format": {"type": "xml"}}, "response_format.type", "expected 'text', 'json_object' or 'json_schema'"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing"),
+        ({"response_format": {**named(SCHEMA), "type": "json_object"}}, "response_format.json_schema", "make it 'json_schema'"),
+        ({"response_format": {**named(SCHEMA), "type": "text"}}, "response_format.json_schema", "leave the schema out"),
         ({"response_format": named([])}, "response_format.json_schema.schema", "expected an object"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format.json_schema.schema", "missing"),
         ({"response_format": named({"enum": ["x" * 100]})}, "response_format.json_schema.schema", "characters, expected at most 100"),
@@ -117,7 +121,8 @@ def of_response(**fields: Any) -> Any:
 def test_the_responses_api_says_it_in_a_field_of_its_own_and_tells_it_again(wanted, text, param):
     call = of_response(text={"format": wanted, "verbosity": "medium"})
     assert call.sampling.guide == Guide(GuideKind.JSON, text, "any") and call.sampling.guide.param == param
-    assert call.told["text"] == {"format": wanted}
+    assert call.told["text"] == {"format": wanted, "verbosity": "medium"}
+    assert of_response().told["text"] == {"format": {"type": "text"}, "verbosity": "medium"}
     assert of_response(text={"format": {"type": "text"}}).sampling.guide is of_response().sampling.guide is None
 
 
@@ -133,3 +138,21 @@ def test_what_it_refuses_is_named_there(fields, param, told):
     with pytest.raises(FieldError, match=told) as refused:
         of_response(**fields)
     assert refused.value.param == param
+
+
+@pytest.mark.parametrize("depth", [99, 100, 400, 900])
+@pytest.mark.parametrize("brackets", [('{"a":', "}"), ("[", "]")])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_schema_is_only_so_deep(as_text: bool, brackets: tuple[str, str], depth: int) -> None:
+    """Some hundred levels can be read by a thread with an empty stack, and not be written again by one with a fuller one."""
+    text = '{"enum": ' + brackets[0] * depth + "1" + brackets[1] * depth + "}"
+
+    def ask() -> Call:
+        return read_chat(chat_body(guided_json=text if as_text else json.loads(text)), CARD, Limits())
+
+    if depth < 100:
+        assert ask().sampling.guide is not None
+        return
+    with pytest.raises(FieldError, match="nested more than 100 levels deep") as refused:
+        ask()
+    assert refused.value.param == "guided_json"

@@ -45,7 +45,7 @@ def test_a_text_is_a_users_turn():
 def test_items_are_turns_and_answers_come_back_as_they_came():
     answer = {
         "id": "msg_1", "type": "message", "role": "assistant", "status": "completed",
-        "content": [{"type": "output_text", "text": "no", "annotations": [], "logprobs": []}],
+        "content": [{"type": "output_text", "text": "no", "annotations": [], "logprobs": [], "parsed": {"a": 1}}],
     }  # fmt: skip
     call = read(input=[turn("first?", image(detail="low")), answer, {"type": "message", **turn(image("data:b", detail="auto"), "why")}])
     assert [(each.role, each.text) for each in call.turns] == [("user", "<image>\nfirst?"), ("assistant", "no"), ("user", "<image>\nwhy")]
@@ -62,6 +62,8 @@ def test_what_clients_send_by_default_is_accepted():
         "reasoning": {}, "conversation": None, "prompt_cache_key": "x", "safety_identifier": "y", "stream_options": None, "top_logprobs": 0,
     }  # fmt: skip
     assert read(**neutral).sampling == Sampling()
+    for reasoning in ({"effort": None}, {"effort": "none"}, ResponseWriter("id", "m", Call())._response("completed", [])["reasoning"]):
+        assert read(reasoning=reasoning) == read()
 
 
 @pytest.mark.parametrize(
@@ -77,6 +79,8 @@ def test_what_clients_send_by_default_is_accepted():
         ({"reasoning": {"effort": "high"}}, "reasoning"),
         ({"truncation": "auto"}, "truncation"),
         ({"include": ["file_search_call.results"]}, "include[0]"),
+        ({"text": {"format": {"type": "json_object", "schema": {}}}}, "text.format.schema"),
+        ({"text": {"format": {"type": "text", "schema": {}}}}, "text.format.schema"),
         ({"messages": []}, "messages"),
         ({"max_tokens": 5}, "max_tokens"),
         ({"max_output_tokens": 601}, "max_output_tokens"),
