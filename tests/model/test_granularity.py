@@ -44,3 +44,9 @@ def test_the_chain_halves_the_width_first_until_a_side_is_odd():
 def test_refuses(tokens, grids, message):
     with pytest.raises(ValueError, match=message):
         granularity_levels((12, 12), tokens, grids)
+
+
+def test_without_levels_the_full_grid_is_the_only_one():
+    assert granularity_levels((2, 4), None) == (Granularity((2, 4), (1, 1)),)
+    with pytest.raises(ValueError, match="A 2x3 grid does not divide the 2x4 patch grid; choose divisors"):
+        granularity_levels((2, 4), [6], [[2, 3]])

@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.splice import PromptRow, SplicedRow
 from llava.serve.protocol import GenerationRequest
 from llava.serve.task import Encoded, Prepared, Task, Unread
@@ -44,6 +45,13 @@ def test_each_stage_leaves_what_the_next_one_takes():
     assert made.begun and made.encoded == encoded()
 
 
+def test_the_prompts_text_is_remembered_without_its_images():
+    made, ids = task(), torch.tensor([5, IMAGE_TOKEN_INDEX, 6, IMAGE_TOKEN_INDEX])
+    made.was_prepared(Prepared(PromptRow(ids, ids), (), (), ()))
+    made.was_encoded(encoded(), unread())
+    assert made.text_ids.tolist() == [5, 6]  # penalties for what was said before count them
+
+
 def test_nothing_is_there_before_its_stage():
     for part, sentence in (("prepared", "preparation"), ("encoded", "was not encoded yet"), ("unread", "prefill")):
         with pytest.raises(AssertionError, match=sentence):
@@ -74,6 +82,7 @@ def test_the_milliseconds_up_to_the_first_token():
         "ttft": pytest.approx(250),
     }
     assert made.all_milliseconds(11.0) == {**made.milliseconds, "decode": pytest.approx(750), "total": pytest.approx(1000)}
+    assert made.all_milliseconds(12.5)["total"] == pytest.approx(2500)
 
 
 def test_one_that_is_read_again_keeps_what_was_told_of_its_first_token():
