@@ -181,12 +181,5 @@ def test_links_and_paths_lead_somewhere(page: str) -> None:
         assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_flags_in_the_text_exist(page: str) -> None:
-    known = {field.name for kind in (ModelArguments, DataArguments, TrainingArguments) for field in dataclasses.fields(kind)}
-    text = re.sub(r"^```.*?^```", "", read(page), flags=re.MULTILINE | re.DOTALL)
-    assert {flag for flag in re.findall(r"(?<![\w-])--([a-z]\w*)", text)} - {"help"} <= known
-
-
 if __name__ == "__main__":
     write_table()
