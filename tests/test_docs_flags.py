@@ -32,7 +32,13 @@ PRESENTED = {
     "scripts/merge_lora_weights.py": ["docs/LoRA.md"],
 }
 """Programs, and the pages that name all of their flags between them."""
-OTHERS = ("llava.train.train", "llava.train.score_granularities", "scripts/convert_llava_next.py", "scripts/eval/prepare.py")
+OTHERS = (
+    "llava.train.train",
+    "llava.train.score_granularities",
+    "scripts/convert_llava_next.py",
+    "scripts/eval/prepare.py",
+    "scripts/mutation.py",
+)
 """Programs of which the pages name some flags: transformers has 150 of its own, and the scripts say theirs in their headers."""
 COMMON = {"model_path", "model_base", "conv_mode", "temperature", "top_p", "max_new_tokens", "seed", "device", "load_8bit", "load_4bit"}
 """What `llava.flags` gives every command; a page says of them that they are the same everywhere."""
