@@ -18,6 +18,8 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from llava.image_metadata import MAX_TAGS, XMP, Directory, Entry, read_directory
 
 MAX_SCANS = 100
@@ -51,6 +53,9 @@ _JPEG_COLOURS = {b"\xff\xe0": b"JFIF\0", b"\xff\xee": b"Adobe"}
 """The two application segments that say what the numbers of a pixel mean, and how they begin."""
 _EXIF_MARK, _XMP_MARK = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 _PPM_COMMENT = re.compile(rb"#[^\r\n]*")
+_PPM_HEADER = re.compile(rb"(P[56y0]\w{0,4})" + 3 * rb"\s+(?:#[^\r\n]*[\r\n]\s*)*(\d{1,10})" + rb"\s")
+"""Of a PPM of bytes: what it is, its width and height, and the largest value of a colour."""
+_PPM_BANDS = {b"P5": 1, b"P6": 3}
 
 _INTEGERS, _BYTES, _RATIONALS = frozenset((1, 3, 4, 16)), frozenset((1, 7)), frozenset((3, 4, 5))
 _TIFF_TAGS: dict[int, tuple[int, frozenset[int]]] = {
@@ -336,7 +341,28 @@ def _bare_ppm(name: str, data: bytes, max_pixels: int) -> BareImage:
     wanted = 3 if data[1:2] in b"14" else 4  # bitmaps have no largest value
     if len(data) > MAX_PPM_HEADER and len(_PPM_COMMENT.sub(b"", data[:MAX_PPM_HEADER]).split()) < wanted:
         raise StructureError(f"the PPM image has a header of more than {MAX_PPM_HEADER:,} bytes: save it again")
-    return BareImage(name, data)
+    return BareImage(name, _ppm_of_whole_bytes(data) if data[1:2] in b"56y0" else data)
+
+
+def _ppm_of_whole_bytes(data: bytes) -> bytes:
+    """A PPM of bytes whose largest value is one that Pillow reads at once; others it reads value by value in Python, to these same numbers.
+
+    Raises:
+        StructureError: that would take long, and cannot be spared it: a header or a kind of file that only Pillow knows.
+    """
+    head = _PPM_HEADER.match(data)
+    kind, largest = (head[1], int(head[4])) if head else (b"", 0)
+    if largest == 255 or (kind, largest) == (b"P5", 65535):
+        return data
+    if head is None or kind not in _PPM_BANDS or not 0 < largest < 65536:
+        if len(data) > MAX_SLOW_BYTES:
+            raise StructureError(f"the PPM image has {len(data):,} bytes and an unusual header: save it as PNG")
+        return data
+    wide, width, height = largest > 255, int(head[2]), int(head[3])
+    stored, scale = (">u2" if wide else "u1"), 65535 if wide and kind == b"P5" else 255
+    count = min((len(data) - head.end()) // (1 + wide), width * height * _PPM_BANDS[kind])
+    steps = np.rint(np.arange(65536 if wide else 256) / largest * scale).clip(max=scale).astype(">u2" if scale > 255 else "u1")
+    return b"%s %d %d %d\n" % (kind, width, height, scale) + steps[np.frombuffer(data, stored, count, head.end())].tobytes()
 
 
 _STARTS = tuple(

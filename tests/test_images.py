@@ -18,7 +18,7 @@ import numpy as np
 import PIL
 import pytest
 from packaging import version
-from PIL import Image
+from PIL import Image, PpmImagePlugin
 
 from llava import fetch as fetch_module
 from llava import images as images_page
@@ -566,3 +566,23 @@ def test_a_closed_port() -> None:
         port = probe.getsockname()[1]
     with pytest.raises(ImageError, match="no connection to the host"):
         get(f"http://127.0.0.1:{port}/a.png")
+
+
+@pytest.mark.parametrize("largest", [1, 3, 100, 254, 255, 256, 1000, 4095, 65534, 65535])
+@pytest.mark.parametrize(("kind", "bands"), [("P5", 1), ("P6", 3)])
+def test_a_ppm_of_any_largest_value_is_read_at_once_to_the_numbers_that_pillow_reads(
+    kind: str, bands: int, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.random.default_rng(largest).integers(0, largest + 1, 7 * 5 * bands).astype(">u2" if largest > 255 else "u1")
+    data = f"{kind} # a comment\n7 5\n{largest}\n".encode() + values.tobytes()
+    with Image.open(BytesIO(data)) as image:
+        image.load()
+        wanted = to_rgb(image)
+    monkeypatch.delattr(PpmImagePlugin.PpmDecoder, "decode")
+    assert decode_image(data).tobytes() == wanted.tobytes()
+
+
+def test_a_large_ppm_that_only_pillow_could_read_value_by_value_is_refused() -> None:
+    for head in (b"P5 1100 11#\n00 3\n", b"PyRGBA 600 600 3\n", b"P0CMYK 600 600 3\n"):
+        with pytest.raises(ImageError, match="unusual header: save it as PNG"):
+            decode_image(head + b"\1" * 1_440_000)

@@ -221,7 +221,7 @@ def _may_ask(origin: str | None, origins: Collection[str]) -> bool:
         return True
     try:
         parts = urlsplit(origin)
-        return parts.scheme in ("http", "https") and _is_fixed(parts.hostname or "")
+        return parts.scheme in ("http", "https") and _is_fixed(parts.hostname or "") and parts.port != 0  # which looks at the port, too
     except ValueError:
         return False
 

@@ -657,7 +657,7 @@ def test_a_web_page_cannot_ask_a_server_on_the_readers_machine(worker: Served) -
     # a name that its owner makes point at this machine: the browser takes the page and this server for one site
     for origin in (
         "http://evil.example", "https://EVIL.example:8000", "http://localhost.evil.example", "http://xlocalhost", "http://[::1",
-        "null", "", "chrome-extension://abcdefgh", "moz-extension://1-2", "file://", "app://localhost", "capacitor://localhost",
+        "null", "", "http://127.0.0.1:28901.evil.test", "chrome-extension://abcdefgh", "moz-extension://1-2", "file://", "app://localhost", "capacitor://localhost",
     ):  # fmt: skip
         told = HTTP.post(worker.url + CHAT, json=chat_body(), headers={"Origin": origin, "Host": "evil.example"})
         assert (told.status_code, told.json()["error"]["code"]) == (403, "forbidden"), origin
