@@ -8,27 +8,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 
 import pytest
 
 from llava.serve.page.app import PageOptions, create_page_app
+from tests.serve.browser import chromium
 from tests.serve.page_backend import Backend, running
 
 pytestmark = pytest.mark.slow
-playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
 
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 SCENE = Path(__file__).resolve().parents[2] / "playground" / "images" / "scene_pink.png"
 WIDE, PHONE = (1280, 900), (390, 844)
 SCREENSHOTS = os.environ.get("SCREENSHOTS")
@@ -36,12 +26,8 @@ SCREENSHOTS = os.environ.get("SCREENSHOTS")
 
 @pytest.fixture(scope="module")
 def browser():
-    path = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    assert path, "there is no Chromium: install it, or name its program in the variable CHROMIUM"
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=path, args=list(FLAGS))
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
