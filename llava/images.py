@@ -102,7 +102,16 @@ def load_image(
             max_bytes=max_bytes,
             timeout=timeout,
         )
-    return decode_image(data, max_pixels=max_pixels, max_bytes=max_bytes)
+    try:
+        return decode_image(data, max_pixels=max_pixels, max_bytes=max_bytes)
+    except ImageError as error:
+        if isinstance(source, (bytes, bytearray, memoryview)) or _is_address(os.fspath(source)):
+            raise
+        raise ImageError(f"{os.fspath(source)}: {error}") from error  # of several files, it is this one
+
+
+def _is_address(source: str) -> bool:
+    return source[:8].lower().startswith(("data:", "http://", "https://"))
 
 
 def read_source(

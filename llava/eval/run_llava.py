@@ -127,6 +127,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if not args.query.strip():
+        raise ValueError("--query is empty, as an unset variable of the shell makes it; give a question.")
     if args.explain_image and not args.image_file:
         raise ValueError("--explain-image needs a picture to draw on; give --image-file.")
     if args.explain_image and Path(args.explain_image).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):

@@ -377,7 +377,10 @@ def _run() -> None:
         raise SystemExit(f"the check stopped: {error}") from error
     print(report.text(check_args.show))
     if report.is_broken(data_args.max_bad_share):
-        raise SystemExit(f"broken: {len(report.findings):,} findings; repair the data, or train with --on_bad_sample skip.")
+        raise SystemExit(
+            f"broken: {len(report.findings):,} findings; repair the data, or leave such rows out with --on_bad_sample skip and a "
+            f"--max_bad_share that allows for them (it is {data_args.max_bad_share})."
+        )
     print("every row can be learnt from" if not report.findings else "training can start")
 
 

@@ -90,7 +90,7 @@ def test_a_fixed_granularity_shows_no_logits(base, picture, capsys):
         (["--explain-image", "out.png"], "needs a picture to draw on"),
         (["--image-file", "{picture}", "--explain-image", "out.txt"], "expected a file name ending in"),
         (["--image-file", "{picture}", "--num-beams", "2", "--stream"], "beams cannot be streamed"),
-        (["--query", ""], "Turn 0 is empty"),
+        (["--query", ""], "--query is empty"),
     ],
 )
 def test_bad_input_gets_one_sentence_a_failing_exit_and_no_file(base, picture, tmp_path, monkeypatch, capsys, flags, message):
@@ -119,3 +119,9 @@ def test_quantised_weights_without_their_library_end_with_one_sentence(base, mon
     assert main([*base, "--query", "Why?", "--load-4bit"]) == 1
     told = capsys.readouterr().err
     assert 'pip install "bitsandbytes>=0.50,<0.51"' in told and "Traceback" not in told
+
+
+def test_of_several_files_the_broken_one_is_named(base, picture, tmp_path, capsys):
+    (broken := tmp_path / "broken.png").write_bytes(b"no image")
+    assert main([*base, "--image-file", f"{picture};{broken}", "--sep", ";", "--query", "Why?"]) == 1
+    assert f"error: {broken}: the 8 bytes are not a readable image" in capsys.readouterr().err
