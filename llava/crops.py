@@ -133,8 +133,8 @@ def get_anyres_image_grid_shape(
 def resize(image: Image.Image, size: Size, resample: int = Image.Resampling.BICUBIC) -> Image.Image:
     """Scale an RGB image to (width, height) `size`, to the same pixels with every version of Pillow.
 
-    Pillow scales columns and rows one after the other and rounds to 8 bits in between, so that the order shows, by up to 12
-    of 255 levels in small noisy images. Version 13 has rows come first where they shrink by more than twice what the columns
+    Pillow scales columns and rows one after the other and rounds to 8 bits in between, so that the order shows, by 14 of
+    255 levels in small noisy images. Version 13 has rows come first where they shrink by more than twice what the columns
     do; earlier ones always have columns first. Here it is version 13's order.
     """
     width, height = size
