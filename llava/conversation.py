@@ -6,19 +6,17 @@ the model's input.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import enum
 import html
 import re
 from collections.abc import Iterator, Sequence
-from io import BytesIO
-from typing import Any, NamedTuple, TypeAlias
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
-from llava.crops import expand2square
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 ImageMessage: TypeAlias = "tuple[str, Image.Image | None, str]"
 """A message with a picture: text, picture, and how `get_images` prepares it (Pad, Default, Crop or Resize)."""
@@ -31,9 +29,6 @@ _IMAGE_MARK = re.compile(
     f"({DEFAULT_IM_START_TOKEN}(?={DEFAULT_IMAGE_TOKEN})|{DEFAULT_IMAGE_TOKEN}|(?<={DEFAULT_IMAGE_TOKEN}){DEFAULT_IM_END_TOKEN})"
 )
 """An image's place, and the tokens that some models have around it."""
-_PAD_COLOR = (122, 116, 104)  # CLIP's mean pixel
-_RESIZE_SIDE = 336
-_MAX_SENT_SIDE, _MAX_SENT_SHORT_SIDE = 1344, 672  # larger pictures are shrunk before they travel to a worker
 
 
 class Span(NamedTuple):
@@ -195,23 +190,27 @@ class Conversation:
         Args:
             return_pil: give PIL images; otherwise base64 texts of PNG files, as the worker takes them.
         """
+        from llava.conversation_images import process_image, to_base64  # loads torch, which prompts do without
+
         pictures = [
             process_image(message[1], message[2])
             for role, message in self.messages[self.offset :]
             if role == self.roles[0] and isinstance(message, tuple) and message[1] is not None
         ]
-        return pictures if return_pil else [_to_base64(picture, "PNG") for picture in pictures]
+        return pictures if return_pil else [to_base64(picture, "PNG") for picture in pictures]
 
     def to_gradio_chatbot(self) -> list[_Fields]:
         """Return the turns after the template's examples as Gradio's list of `{"role", "content"}` messages.
 
         A picture comes before its text as an `<img>` element with its own data; an open turn is left out.
         """
+        from llava.conversation_images import process_image, to_base64
+
         shown = []
         for i, (_, message) in enumerate(self.messages[self.offset :]):
             content = _text_of(message).replace(DEFAULT_IMAGE_TOKEN, "").strip() if i % 2 == 0 else _text_of(message)
             if isinstance(message, tuple) and message[1] is not None:
-                data = _to_base64(process_image(message[1], "Default"), "JPEG")
+                data = to_base64(process_image(message[1], "Default"), "JPEG")
                 content = f'<img src="data:image/jpeg;base64,{data}" alt="{html.escape(content)}">\n{content}'
             if content:
                 shown.append({"role": "assistant" if i % 2 else "user", "content": content})
@@ -252,37 +251,6 @@ def _text_of(message: Message) -> str:
     if isinstance(message, tuple):
         return message[0]
     return message or ""
-
-
-def process_image(image: Image.Image, mode: str) -> Image.Image:
-    """Prepare a picture for the journey to a worker.
-
-    Args:
-        mode: "Pad" centres it on a square, "Resize" squeezes it to 336 x 336, "Default" and "Crop" keep its shape.
-
-    Returns:
-        The picture, shrunk to 1344 pixels on its long and 672 on its short side where its long side exceeds 1344.
-
-    Raises:
-        ValueError: another `mode`.
-    """
-    if mode == "Pad":
-        image = expand2square(image, _PAD_COLOR)
-    elif mode == "Resize":
-        image = image.resize((_RESIZE_SIDE, _RESIZE_SIDE))
-    elif mode not in ("Default", "Crop"):
-        raise ValueError(f"image mode {mode!r} is unknown: use Pad, Default, Crop or Resize")
-    long_side, short_side = max(image.size), min(image.size)
-    if long_side <= _MAX_SENT_SIDE:
-        return image
-    scale = min(_MAX_SENT_SIDE / long_side, _MAX_SENT_SHORT_SIDE / short_side)
-    return image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))))
-
-
-def _to_base64(image: Image.Image, file_format: str) -> str:
-    buffer = BytesIO()
-    image.convert("RGB").save(buffer, format=file_format)
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 _HUMAN_SYSTEM = (

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from llava.inference import Options
-from llava.model.routing import RoutingRequest
+from llava.messages import RoutingRequest
 
 LOADING: dict[str, Any] = {"model_path": None, "model_base": None, "load_8bit": False, "load_4bit": False, "device": None}
 """Flags about loading, and their defaults."""

@@ -20,12 +20,12 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from llava.conversation import SeparatorStyle, get_template
-from llava.messages import Message, prompt_spans
+from llava.messages import Message, RoutingRequest, prompt_spans
 from llava.messages import write_prompt as write_prompt  # whoever looks for it looks here
 from llava.mm_utils import process_images, tokenize_spans
 from llava.model.builder import load_pretrained_model
 from llava.model.llava_arch import EncodedRow
-from llava.model.routing import RoutingReport, RoutingRequest
+from llava.model.routing import RoutingReport
 from llava.model.splice import SplicedInputs, SplicedRow, pad_rows, prompt_rows
 from llava.text_stream import TextStream, cut_at_stop
 from llava.timing import StageTimer

@@ -6,11 +6,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Literal
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.conversation import Conversation, Span, get_template, spans_between
 
 ROLES = ("system", "user", "assistant")
+Detail = Literal["low", "high"]
+"""Of an image, by the names of OpenAI's API."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,28 @@ class Message:
 
     role: str
     text: str
+
+
+@dataclass(frozen=True)
+class RoutingRequest:
+    """What a caller asks of one call.
+
+    granularity: `None` lets the router choose (full granularity where the model has none), a number fixes the tokens per view (any
+        number above the finest level means the finest: scripts ask every LLaVA for 576), a list limits the choice.
+    max_visual_tokens: a budget for all images of one prompt together.
+    bias: added to the router's logits per log2 of an image's tokens over its coarsest level's; negative is cheaper.
+    details: one per image of the prompt, or none at all. Within what `granularity` leaves open, `low` takes the coarsest level and `high`
+        the finest, or where a budget is given the finest that it has room for; `None` is the router's choice.
+    """
+
+    granularity: int | Sequence[int] | None = None
+    max_visual_tokens: int | None = None
+    bias: float = 0.0
+    details: tuple[Detail | None, ...] = ()
+
+    def detail_of(self, image: int) -> Detail | None:
+        """The detail of one of the prompt's images."""
+        return self.details[image] if self.details else None
 
 
 def images_first(parts: Sequence[str]) -> list[str]:

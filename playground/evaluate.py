@@ -28,7 +28,7 @@ from llava.eval.report.outcomes import Outcomes
 from llava.eval.report.tasks import read_task
 from llava.images import load_image
 from llava.inference import Assistant, Options
-from llava.model.routing import RoutingRequest
+from llava.messages import RoutingRequest
 from playground.world import COARSE_FAMILIES, FAMILIES, FINE_FAMILIES
 
 LONGEST_ANSWER = 14

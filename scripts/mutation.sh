@@ -2,7 +2,7 @@
 # Would the tests notice? Changes one thing at a time in a copy of the code, runs its tests, and says which changes nobody saw.
 #
 #   bash scripts/mutation.sh [--sample N] [--seed N] [--processes N] FILE... [TEST...]
-#   bash scripts/mutation.sh llava/serve/admission.py                                    # 12 changes, against tests/serve/test_admission.py
+#   bash scripts/mutation.sh llava/serve/engine/scheduling.py                                    # 12 changes, against tests/serve/engine/test_scheduling.py
 #   bash scripts/mutation.sh --sample 0 llava/model/splice.py tests/model/test_llava_arch.py  # all changes, against these tests
 #
 # FILE   a file of llava/; its tests are those of the same name and place under tests/, unless TEST names others.

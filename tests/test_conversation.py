@@ -17,8 +17,8 @@ from llava.conversation import (
     conv_templates,
     default_conversation,
     get_template,
-    process_image,
 )
+from llava.conversation_images import process_image
 
 RECORD = json.loads((Path(__file__).parent / "oracle" / "conversations.json").read_text())
 QUESTION, ANSWER, QUESTION_2, ANSWER_2 = RECORD["exchange"]

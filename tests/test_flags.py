@@ -9,7 +9,7 @@ import pytest
 
 from llava.flags import DEFAULTS, add_model_and_options, granularity_argument, options_of
 from llava.inference import Options
-from llava.model.routing import RoutingRequest
+from llava.messages import RoutingRequest
 
 
 def parse(*flags: str, terminal: bool = False) -> argparse.Namespace:

@@ -24,7 +24,7 @@ from llava.inference import (
     cached_assistant,
     write_prompt,
 )
-from llava.model.routing import RoutingRequest
+from llava.messages import RoutingRequest
 from llava.text_stream import TextStream, cut_at_stop
 
 QUESTION = "What is written on the sign?"

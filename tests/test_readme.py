@@ -13,7 +13,7 @@ import pytest
 
 from llava.eval.run_llava import build_parser, eval_model
 from llava.inference import MICRO_MODEL
-from llava.model.routing import RoutingRequest
+from llava.messages import RoutingRequest
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md")

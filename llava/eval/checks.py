@@ -7,8 +7,9 @@ from typing import Any
 
 from llava.conversation import get_template
 from llava.inference import Assistant, Options, Question
+from llava.messages import RoutingRequest
 from llava.model.llava_arch import LlavaMetaForCausalLM
-from llava.model.routing import RoutingRequest, allowed_levels
+from llava.model.routing import allowed_levels
 from llava.model.splice import prompt_rows
 
 TRIED = 100

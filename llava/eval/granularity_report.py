@@ -45,8 +45,8 @@ from llava.eval.report.tasks import TASKS, Item, Task, open_task, read_task
 from llava.eval.report.ways import Way, Wishes, check_wishes, ways_of_choosing, wishes_of
 from llava.inference import Assistant, micro_model_path
 from llava.interrupts import keeping, run_program
-from llava.model.routing import RoutingRequest
-from llava.utils import setup_logging
+from llava.log import setup_logging
+from llava.messages import RoutingRequest
 
 logger = logging.getLogger(__name__)
 

@@ -38,8 +38,9 @@ from llava.flags import add_flag, add_model_and_options, options_of
 from llava.images import load_image
 from llava.inference import Answer, Assistant, Options, Question, micro_model_path
 from llava.interrupts import keeping, run_program
+from llava.log import setup_logging
 from llava.mm_utils import get_model_name_from_path
-from llava.utils import pick_device, setup_logging
+from llava.utils import pick_device
 
 logger = logging.getLogger(__name__)
 

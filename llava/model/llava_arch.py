@@ -26,12 +26,13 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.crops import get_anyres_image_grid_shape
+from llava.messages import RoutingRequest
 from llava.model.config import LlavaConfig
 from llava.model.granularity import Granularity, pool
 from llava.model.merge import MergedLayout, merge_views, merged_layout
 from llava.model.projector import build_projector
 from llava.model.router import GranularityRouter, select_text
-from llava.model.routing import RoutingReport, RoutingRequest, allowed_levels, check_budget, choose_levels, levels_per_image
+from llava.model.routing import RoutingReport, allowed_levels, check_budget, choose_levels, levels_per_image
 from llava.model.splice import PromptRow, SplicedInputs, SplicedRow, images_of_rows, pad_rows, prompt_rows, splice, splice_rows
 from llava.model.vision_tower import CLIPVisionTower
 

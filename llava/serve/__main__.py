@@ -15,11 +15,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from llava.serve.http_guard import HostNames, TypedNotFound
-from llava.serve.http_server import OPEN_PAGE_SECONDS, check_address, run_program, shown_url
+from llava.serve.api.worker_app import create_worker_app, run_worker
+from llava.serve.http.middleware import HostNames, TypedNotFound
+from llava.serve.http.server import OPEN_PAGE_SECONDS, check_address, run_program, shown_url
 from llava.serve.model_worker import add_batch_flags, add_model_flags, batch_rows, check_arguments, load_engine
 from llava.serve.page.flags import add_page_flags, check_port, read_names
-from llava.serve.worker_base import create_worker_app, run_worker
 from llava.serve.worker_flags import add_guard_flags, read_api_keys, read_limits, start_logging
 
 logger = logging.getLogger("llava.serve")

@@ -21,9 +21,9 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.flags import add_model_and_options, granularity_argument, options_of
 from llava.images import ImageError, load_images
 from llava.inference import Answer, Assistant, Options
-from llava.messages import Message
-from llava.model.routing import RoutingRequest, allowed_levels
-from llava.utils import setup_logging
+from llava.log import setup_logging
+from llava.messages import Message, RoutingRequest
+from llava.model.routing import allowed_levels
 
 HELP = """\
 /image PATH [PATH ...]     images for the next question (files, or http(s) addresses);

@@ -10,9 +10,9 @@ import logging
 import os
 import sys
 
-from llava.serve.flag_checks import check_at_least
-from llava.serve.http_guard import TypedNotFound
-from llava.serve.http_server import OPEN_PAGE_SECONDS, check_address, make_server, run_program, run_server, shown_url
+from llava.serve.http.flag_checks import check_at_least
+from llava.serve.http.middleware import TypedNotFound
+from llava.serve.http.server import OPEN_PAGE_SECONDS, check_address, make_server, run_program, run_server, shown_url
 from llava.serve.page.app import PageOptions, create_page_app
 from llava.serve.page.flags import add_page_flags, check_port, read_names
 

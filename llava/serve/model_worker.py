@@ -14,10 +14,10 @@ from fastapi import FastAPI
 
 from llava.inference import Assistant, micro_model_path
 from llava.mm_utils import get_model_name_from_path
-from llava.serve.engine import EmbeddedEngine
-from llava.serve.flag_checks import too_small
-from llava.serve.http_server import check_address, run_program
-from llava.serve.worker_base import DEFAULT_PLACES, create_worker_app, run_worker
+from llava.serve.api.worker_app import DEFAULT_PLACES, create_worker_app, run_worker
+from llava.serve.engine.embedded import EmbeddedEngine
+from llava.serve.http.flag_checks import too_small
+from llava.serve.http.server import check_address, run_program
 from llava.serve.worker_flags import add_guard_flags, add_network_flags, read_api_keys, read_limits, read_registration, start_logging
 
 logger = logging.getLogger("llava.serve.model_worker")  # also when run as a program

@@ -17,8 +17,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from llava.messages import Message
-from llava.model.routing import RoutingRequest
+from llava.messages import Message, RoutingRequest
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"

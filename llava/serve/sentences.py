@@ -1,7 +1,7 @@
 """What only a worker can find wrong with a request, since it alone has the model and knows its own flags: sentences with holes.
 
-A controller does not trust its workers' words, see `llava.serve.refusals`. What is one of these sentences, with numbers, the field to
-blame and keywords of JSON Schema in its holes, it passes on: nothing else can be said with them.
+A controller does not trust its workers' words, see `llava.serve.cluster.refusals`. What is one of these sentences, with numbers, the field
+to blame and keywords of JSON Schema in its holes, it passes on: nothing else can be said with them.
 """
 
 from __future__ import annotations

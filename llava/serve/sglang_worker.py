@@ -21,14 +21,14 @@ from dataclasses import replace
 
 from fastapi import FastAPI
 
-from llava.serve.flag_checks import check_at_least
-from llava.serve.http_server import check_address, run_program
-from llava.serve.keys import read_secrets
-from llava.serve.outbound import BrokenOff, Outbound, Patience, Unreachable
+from llava.serve.api.worker_app import create_worker_app, run_worker
+from llava.serve.backend.openai_engine import Backend, RemoteEngine, list_models
+from llava.serve.cluster.registration import Registration
+from llava.serve.http.client import BrokenOff, Outbound, Patience, Unreachable
+from llava.serve.http.flag_checks import check_at_least
+from llava.serve.http.keys import read_secrets
+from llava.serve.http.server import check_address, run_program
 from llava.serve.protocol import ErrorKind, Limits
-from llava.serve.registration import Registration
-from llava.serve.remote_engine import Backend, RemoteEngine, list_models
-from llava.serve.worker_base import create_worker_app, run_worker
 from llava.serve.worker_flags import add_guard_flags, add_network_flags, read_api_keys, read_limits, read_registration, start_logging
 
 logger = logging.getLogger("llava.serve.sglang_worker")  # also when run as a program

@@ -6,12 +6,12 @@ import argparse
 import logging
 
 from llava.fetch import FetchError, split_url
-from llava.serve.flag_checks import add_body_flags, body_limits, check_at_least, check_body_flags
-from llava.serve.http_server import shown_url
-from llava.serve.keys import read_secrets
+from llava.log import setup_logging
+from llava.serve.cluster.registration import Registration
+from llava.serve.http.flag_checks import add_body_flags, body_limits, check_at_least, check_body_flags
+from llava.serve.http.keys import read_secrets
+from llava.serve.http.server import shown_url
 from llava.serve.protocol import Limits
-from llava.serve.registration import Registration
-from llava.utils import setup_logging
 
 
 def add_network_flags(parser: argparse.ArgumentParser, port: int = 21002) -> None:

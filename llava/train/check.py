@@ -30,13 +30,13 @@ from llava.conversation import conv_templates
 from llava.durable import whole_file, write_whole
 from llava.images import ImageError
 from llava.interrupts import run_program
+from llava.log import setup_logging
 from llava.model.builder import MODEL_CLASSES
 from llava.model.processing import AvgLlavaProcessor
 from llava.train.arguments import DataArguments, ModelArguments
 from llava.train.dataset import BadSampleError, ConversationDataset, RowTooLongError, UnreadKeyError, image_names
 from llava.train.mixture import Mixture, open_rows
 from llava.train.shards import MissingPictureError
-from llava.utils import setup_logging
 
 logger = logging.getLogger(__name__)
 

@@ -27,10 +27,10 @@ from transformers import CLIPVisionConfig, HfArgumentParser
 
 from llava.crops import get_anyres_image_grid_shape
 from llava.durable import write_whole
+from llava.log import setup_logging
 from llava.model.builder import MODEL_CLASSES
 from llava.model.loading import read_stored_config, read_tower_config, resolve_tower
 from llava.train.stages import PARTS, STAGES, Stage, apply_stage, get_stage, part_of
-from llava.utils import setup_logging
 
 logger = logging.getLogger(__name__)
 

@@ -33,13 +33,14 @@ from transformers import HfArgumentParser
 from llava.conversation import conv_templates
 from llava.durable import held_alone, room_for, whole_file
 from llava.interrupts import keeping, run_program
+from llava.log import setup_logging
 from llava.train.dataset import Collator, ConversationDataset, check_rows, row_columns
 from llava.train.features import FeatureCache
 from llava.train.index import Row
 from llava.train.mixture import Mixture
 from llava.train.objectives import granularities, image_features, score_rows
 from llava.train.stages import part_of
-from llava.utils import pick_device, setup_logging
+from llava.utils import pick_device
 
 if TYPE_CHECKING:
     from torch import nn

@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from llava.conversation import conv_templates
 from llava.crops import get_anyres_image_grid_shape
 from llava.interrupts import keeping, run_program
+from llava.log import setup_logging
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, check_arguments
 from llava.train.build import load_model
 from llava.train.dataset import Collator, ConversationDataset, RowReader, check_rows
@@ -31,7 +32,6 @@ from llava.train.run_folder import go_on, held, kept, prepare
 from llava.train.score_granularities import GranularityScores, data_fingerprint, model_fingerprint
 from llava.train.shards import PictureFolder, open_pictures
 from llava.train.stages import apply_stage, log_training_table
-from llava.utils import setup_logging
 
 logger = logging.getLogger(__name__)
 

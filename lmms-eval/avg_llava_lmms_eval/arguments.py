@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from llava.conversation import get_template
-from llava.model.routing import RoutingRequest
+from llava.messages import RoutingRequest
 
 DTYPES = {
     "auto": None,

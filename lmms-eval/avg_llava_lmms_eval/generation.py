@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava.inference import Options
-from llava.model.routing import RoutingRequest
+from llava.messages import RoutingRequest
 
 KNOWN = ("until", "max_new_tokens", "temperature", "top_p", "num_beams", "do_sample")
 MAX_NEW_TOKENS = 1024

@@ -13,7 +13,7 @@ from PIL import Image
 from llava.eval.checks import TRIED, check_questions, check_routing
 from llava.images import ImageError
 from llava.inference import Assistant, Options, Question
-from llava.model.routing import RoutingRequest
+from llava.messages import RoutingRequest
 
 SMALL = Image.new("RGB", (64, 64), "red")
 LARGE = Image.new("RGB", (256, 256), "red")

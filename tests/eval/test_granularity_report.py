@@ -28,7 +28,7 @@ from llava.eval.report.ways import ways_of_choosing
 from llava.eval.report.words import NO_ROUTER, cards, markdown
 from llava.images import load_image
 from llava.inference import MICRO_MODEL, Assistant, Options
-from llava.model.routing import RoutingRequest
+from llava.messages import RoutingRequest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EVALUATION = REPOSITORY / "playground" / "eval"

@@ -7,7 +7,7 @@ import torch
 from avg_llava_lmms_eval.arguments import name_of, parse_arguments, read_granularity
 from avg_llava_lmms_eval.generation import MAX_NEW_TOKENS, read_options
 
-from llava.model.routing import RoutingRequest
+from llava.messages import RoutingRequest
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from avg_llava_lmms_eval.sample_log import SampleLog, output_folder
 from PIL import Image
 
 from llava.inference import Options, Question
-from llava.model.routing import RoutingRequest
+from llava.messages import RoutingRequest
 
 PLAYGROUND = Path(__file__).resolve().parents[2] / "playground"
 ROWS = [json.loads(line) for line in (PLAYGROUND / "eval" / "test.jsonl").read_text().splitlines()[:12]]

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from llava.model.routing import RoutingError, RoutingRequest, allowed_levels, choose_levels
+from llava.messages import RoutingRequest
+from llava.model.routing import RoutingError, allowed_levels, choose_levels
 
 LEVELS = [36, 72, 144]
 COSTS = [40, 80, 160]

@@ -12,7 +12,7 @@ from types import TracebackType
 
 from fastapi import FastAPI
 
-from llava.serve.http_server import DrainingServer, make_server
+from llava.serve.http.server import DrainingServer, make_server
 
 
 class RunningApp:

@@ -22,13 +22,14 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from llava.inference import MICRO_MODEL
-from llava.serve.controller import create_controller_app, settings_from
-from llava.serve.engine import EmbeddedEngine
-from llava.serve.metrics import Metrics
+from llava.serve.api.worker_app import create_worker_app
+from llava.serve.cluster.controller_app import create_controller_app
+from llava.serve.controller import settings_from
+from llava.serve.engine.embedded import EmbeddedEngine
+from llava.serve.http.metrics import Metrics
 from llava.serve.model_worker import build_parser as worker_parser
 from llava.serve.model_worker import check_arguments, load_engine
 from llava.serve.protocol import EngineStats, ErrorKind, Limits
-from llava.serve.worker_base import create_worker_app
 from llava.serve.worker_flags import read_limits, read_registration
 from tests.serve.running import RunningApp
 
@@ -318,7 +319,7 @@ def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
 
 
 def test_units_give_running_answers_their_time() -> None:
-    from llava.serve import http_server
+    from llava.serve.http import server as http_server
 
     for path in UNITS:
         found = re.search(r"^TimeoutStopSec=(\d+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)

@@ -31,14 +31,14 @@ import torch
 from PIL import Image
 
 from llava.inference import MICRO_MODEL, Answer, Assistant, Options
-from llava.model.routing import RoutingRequest
-from llava.serve import worker_base
-from llava.serve.controller import create_controller_app
-from llava.serve.engine import EmbeddedEngine
-from llava.serve.joining import JoinedPieces
+from llava.messages import RoutingRequest
+from llava.serve.api import worker_app as worker_base
+from llava.serve.api.joining import JoinedPieces
+from llava.serve.api.worker_app import create_worker_app
+from llava.serve.cluster.controller_app import create_controller_app
+from llava.serve.cluster.registration import Registration
+from llava.serve.engine.embedded import EmbeddedEngine
 from llava.serve.protocol import ErrorKind, Limits
-from llava.serve.registration import Registration
-from llava.serve.worker_base import create_worker_app
 from tests.serve.bodies import CHAT, WORKER
 from tests.serve.ports import free_port
 from tests.serve.running import RunningApp, wait_until
@@ -141,7 +141,8 @@ def gauge(url: str, name: str) -> float:
 
 _HOLDING = """
 import os, sys, time
-from llava.serve import engine, model_worker
+from llava.serve import model_worker
+from llava.serve.engine import embedded as engine
 step = engine.EmbeddedEngine._step
 def unless_held(self):
     if os.path.exists(sys.argv[1]) and any(len(task.stream.ids) > 1 for task in self.batch.tasks):

@@ -23,9 +23,9 @@ import pytest
 from fastapi import FastAPI
 
 from llava.fetch import FetchError
-from llava.serve.controller import create_controller_app
+from llava.serve.api.worker_app import create_worker_app
+from llava.serve.cluster.controller_app import create_controller_app
 from llava.serve.protocol import COMPLETIONS_PATH, DETOKENIZE_PATH, RESPONSES_PATH, TOKENIZE_PATH, Limits
-from llava.serve.worker_base import create_worker_app
 from tests.serve.bodies import CHAT, WORKER, chat_body, data_url, picture, worker_body
 from tests.serve.fake_engine import FakeEngine
 

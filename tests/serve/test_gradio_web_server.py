@@ -23,7 +23,7 @@ from PIL import Image
 from starlette.responses import PlainTextResponse
 
 from llava.serve import gradio_web_server
-from llava.serve.chat_client import ChatClient, ChatError, ModelInfo, Outcome
+from llava.serve.backend.chat_client import ChatClient, ChatError, ModelInfo, Outcome
 from llava.serve.page import guard
 from llava.serve.page.app import PageOptions, create_page_app
 from llava.serve.page.catalogue import Catalogue, ModelList

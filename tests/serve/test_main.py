@@ -17,9 +17,9 @@ import pytest
 from llava.serve import __main__ as main_module
 from llava.serve import gradio_web_server, model_worker
 from llava.serve.__main__ import Split, build_app, build_parser, join_apps, main
-from llava.serve.http_server import check_address, make_server, run_server, shown_url
+from llava.serve.api.worker_app import create_worker_app
+from llava.serve.http.server import check_address, make_server, run_server, shown_url
 from llava.serve.page.app import PageOptions, create_page_app
-from llava.serve.worker_base import create_worker_app
 from tests.serve.fake_backend import HTTP
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.page_backend import running
@@ -110,7 +110,7 @@ def test_the_page_alone_answers_programs_so_too(monkeypatch):
 _SLOW_PROGRAM = """
 import signal, sys
 from llava.serve import __main__, model_worker
-from llava.serve.http_server import run_program
+from llava.serve.http.server import run_program
 from tests.serve.fake_engine import FakeEngine
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, as tests may be, is started deaf to Ctrl-C
 program = {"all": __main__, "worker": model_worker}[sys.argv.pop(1)]

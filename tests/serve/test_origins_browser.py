@@ -8,7 +8,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 
-from llava.serve.worker_base import create_worker_app
+from llava.serve.api.worker_app import create_worker_app
 from tests.serve.bodies import CHAT, chat_body
 from tests.serve.browser import chromium
 from tests.serve.fake_engine import FakeEngine

@@ -36,22 +36,23 @@ from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
 from llava import fetch as fetching
-from llava.serve import gradio_web_server, http_server
-from llava.serve import pictures as pictures_page
-from llava.serve.controller import ControllerSettings, create_controller_app
+from llava.serve import gradio_web_server
+from llava.serve.api import image_loader as pictures_page
+from llava.serve.api.image_loader import PictureLoader
+from llava.serve.api.worker_app import create_worker_app
+from llava.serve.cluster.controller_app import ControllerSettings, create_controller_app
+from llava.serve.http import server as http_server
 from llava.serve.page import uploads
 from llava.serve.page.app import PageOptions, create_page_app
 from llava.serve.page.guard import PageGuard
-from llava.serve.pictures import PictureLoader
 from llava.serve.protocol import Limits
-from llava.serve.worker_base import create_worker_app
+from tests.serve.api.test_worker_app import BAD_PICTURES, told_of
 from tests.serve.bodies import CHAT, WORKER, chat_body, data_url, picture, worker_body
+from tests.serve.cluster.test_controller_app import FOREIGN, MALFORMED, STATUS, RecordingConnector, no_names, settings
 from tests.serve.fake_engine import FakeEngine
+from tests.serve.http.test_middleware import raw_exchange
 from tests.serve.page_backend import running as running_page
 from tests.serve.running import RunningApp, forget_peak_memory, peak_memory, wait_until
-from tests.serve.test_controller import FOREIGN, MALFORMED, STATUS, RecordingConnector, no_names, settings
-from tests.serve.test_http_guard import raw_exchange
-from tests.serve.test_worker_base import BAD_PICTURES, told_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 60.0

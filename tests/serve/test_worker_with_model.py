@@ -19,10 +19,10 @@ from pydantic import BaseModel, Field
 
 from llava.inference import Assistant, Options, write_prompt
 from llava.inference import Message as Turn
-from llava.model.routing import RoutingRequest
-from llava.serve.engine import EmbeddedEngine
+from llava.messages import RoutingRequest
+from llava.serve.api.worker_app import create_worker_app
+from llava.serve.engine.embedded import EmbeddedEngine
 from llava.serve.protocol import Limits
-from llava.serve.worker_base import create_worker_app
 from tests.serve.bodies import CHAT, WORKER, data_url
 from tests.serve.running import RunningApp
 

@@ -26,8 +26,9 @@ from llava.eval.questions import NO_FAMILY
 from llava.eval.report.tasks import Item
 from llava.images import load_image
 from llava.inference import Assistant, Options
+from llava.messages import RoutingRequest
 from llava.model.llava_arch import EncodedRow
-from llava.model.routing import RoutingReport, RoutingRequest
+from llava.model.routing import RoutingReport
 from llava.model.splice import PromptRow, prompt_rows
 
 logger = logging.getLogger(__name__)

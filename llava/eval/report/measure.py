@@ -22,7 +22,7 @@ from tqdm import tqdm
 from llava.eval.report.answers import Record
 from llava.images import load_image
 from llava.inference import Answer, Assistant, Options
-from llava.model.routing import RoutingRequest
+from llava.messages import RoutingRequest
 
 PARTS = ("views", "vision", "router", "splice", "prefill", "decode", "other")
 """Where an answer's time goes, in order; `other` is what the parts leave of the whole: tokenising, decoding text, bookkeeping."""

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from llava.eval.report.answers import Record
-from llava.model.routing import RoutingRequest, allowed_levels, choose_levels
+from llava.messages import RoutingRequest
+from llava.model.routing import allowed_levels, choose_levels
 
 RESAMPLES = 2000
 FEWEST_PICTURES = 20

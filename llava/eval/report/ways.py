@@ -15,7 +15,7 @@ from llava.eval.report.outcomes import Outcomes
 from llava.eval.report.tasks import Item, Task
 from llava.images import load_image
 from llava.inference import Assistant, Options, Question
-from llava.model.routing import RoutingRequest
+from llava.messages import RoutingRequest
 
 DEFAULT_BIASES = (-1.0, -0.5, 0.5, 1.0)
 FLAGS = {"fixed": "--granularities", "bias": "--biases", "budget": "--budgets"}

@@ -16,8 +16,8 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from llava.images import MAX_BYTES
-from llava.serve.chat_client import ChatClient
-from llava.serve.http_guard import HostNames
+from llava.serve.backend.chat_client import ChatClient
+from llava.serve.http.middleware import HostNames
 from llava.serve.page.catalogue import Catalogue, ListMode
 from llava.serve.page.chat import Chat
 from llava.serve.page.conversation import Conversations

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from llava.serve.chat_client import ChatClient, ChatError, ModelInfo
+from llava.serve.backend.chat_client import ChatClient, ChatError, ModelInfo
 
 ListMode = Literal["once", "reload"]
 

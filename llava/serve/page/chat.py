@@ -14,7 +14,7 @@ from contextlib import aclosing
 from pathlib import Path
 
 from llava.images import ImageError
-from llava.serve.chat_client import ChatClient, ChatError, Delta, Outcome
+from llava.serve.backend.chat_client import ChatClient, ChatError, Delta, Outcome
 from llava.serve.page.catalogue import Catalogue
 from llava.serve.page.conversation import (
     MAX_QUESTION_CHARACTERS,

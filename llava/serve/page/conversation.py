@@ -15,7 +15,7 @@ from PIL import Image
 
 from llava.image_structure import image_format
 from llava.images import open_image
-from llava.serve.chat_client import ChatError, Outcome
+from llava.serve.backend.chat_client import ChatError, Outcome
 
 THUMBNAIL = 384
 """Longest side of the small copy that the page shows."""

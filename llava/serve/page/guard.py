@@ -20,14 +20,14 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llava.serve.bodies import BodyBounds, BoundedBodies
-from llava.serve.errors import plain_error
-from llava.serve.gate import Gate
-from llava.serve.http_guard import is_own_page
+from llava.serve.http.bodies import BodyBounds, BoundedBodies
+from llava.serve.http.errors import plain_error
+from llava.serve.http.gate import Gate
+from llava.serve.http.middleware import is_own_page
+from llava.serve.http.scopes import cut_connection
+from llava.serve.http.watchdog import patient
 from llava.serve.page.uploads import upload_bounds
 from llava.serve.protocol import Limits, ServeError
-from llava.serve.scopes import cut_connection
-from llava.serve.watchdog import patient
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import gradio as gr
 from gradio.blocks import Block
 
-from llava.serve.chat_client import ModelInfo
+from llava.serve.backend.chat_client import ModelInfo
 from llava.serve.page.catalogue import ListMode, ModelList
 from llava.serve.page.chat import BUDGET_LABEL, Chat, Refusal
 from llava.serve.page.conversation import Conversation, Settings

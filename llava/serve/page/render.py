@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llava.serve.chat_client import ChatError
+from llava.serve.backend.chat_client import ChatError
 from llava.serve.page.catalogue import ModelList
 from llava.serve.page.conversation import Picture, Reply, Turn
 

@@ -21,9 +21,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from llava.image_structure import image_format
 from llava.images import MAX_BYTES, ImageError, open_image
-from llava.serve.bodies import BodyBounds
-from llava.serve.errors import plain_error
-from llava.serve.gate import Gate
+from llava.serve.http.bodies import BodyBounds
+from llava.serve.http.errors import plain_error
+from llava.serve.http.gate import Gate
 from llava.serve.protocol import Limits, ServeError
 
 MAX_FILES = 8

@@ -1,0 +1,59 @@
+"""The endpoints whose bodies name a model: what each takes, how it is read, and how its answer is written; for worker and controller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from llava.serve.api.calls import Call, StreamWriter
+from llava.serve.api.llava import WorkerRequest, WorkerWriter, read_worker_request
+from llava.serve.api.openai_chat import ChatCompletion, ChatRequest, ChatWriter, TextCompletion, read_chat
+from llava.serve.api.openai_completions import CompletionRequest, CompletionWriter, read_completion
+from llava.serve.api.openai_responses import ResponseRequest, ResponseWriter, read_response
+from llava.serve.api.tokenize import DetokenizeRequest, TokenizeRequest, read_detokenize, read_tokenize
+from llava.serve.protocol import (
+    CHAT_PATH,
+    COMPLETIONS_PATH,
+    DETOKENIZE_PATH,
+    RESPONSES_PATH,
+    TOKENIZE_PATH,
+    WORKER_PATH,
+    Limits,
+    ModelCard,
+)
+
+
+@dataclass(frozen=True)
+class Answering:
+    """An endpoint that generates.
+
+    body, answer: schemas. read: from the body's values to a call. writer: for a request id, a model's name and a call.
+    """
+
+    body: type[BaseModel]
+    answer: type[BaseModel] | None
+    read: Callable[[Any, ModelCard, Limits], Call]
+    writer: Callable[[str, str, Call], StreamWriter]
+
+
+ANSWERING: Mapping[str, Answering] = {
+    CHAT_PATH: Answering(ChatRequest, ChatCompletion, read_chat, ChatWriter),
+    COMPLETIONS_PATH: Answering(CompletionRequest, TextCompletion, read_completion, CompletionWriter),
+    RESPONSES_PATH: Answering(ResponseRequest, None, read_response, ResponseWriter),
+    WORKER_PATH: Answering(WorkerRequest, None, read_worker_request, WorkerWriter),
+}
+BODIES: Mapping[str, type[BaseModel]] = {
+    **{path: endpoint.body for path, endpoint in ANSWERING.items()},
+    TOKENIZE_PATH: TokenizeRequest,
+    DETOKENIZE_PATH: DetokenizeRequest,
+}
+"""Path to schema. A request to any of these takes a place."""
+READERS: Mapping[str, Callable[[Any, ModelCard, Limits], object]] = {
+    **{path: endpoint.read for path, endpoint in ANSWERING.items()},
+    TOKENIZE_PATH: read_tokenize,
+    DETOKENIZE_PATH: read_detokenize,
+}
+"""Path to what reads a body, and says what is wrong with it."""

@@ -1,0 +1,126 @@
+"""LLaVA's worker protocol as data: finished prompts and base64 pictures in, null-separated JSON out.
+
+Each part of a stream holds the whole text so far, prompt included, and an `error_code` that is 0 while all is well. Beyond LLaVA's fields
+there are those about granularity; the first part tells what the pictures cost, the last one what the whole answer took.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from llava.serve.api.calls import Call
+from llava.serve.api.openai_chat import (
+    Granularity,
+    RoutingFields,
+    check_model,
+    read_routing,
+    report_fields,
+    usage_fields,
+    validate,
+)
+from llava.serve.api.openai_completions import Images, read_images
+from llava.serve.api.sampling_fields import longest_answer, read_stop
+from llava.serve.http.errors import FieldError, error_body
+from llava.serve.http.json_writer import compact_json
+from llava.serve.protocol import Finished, Limits, ModelCard, Sampling, ServeError, Started, TokenScore
+
+GREEDY_BELOW = 0.001
+"""LLaVA samples only above this temperature."""
+NEW_TOKENS = 256
+"""Of an answer at most, where a request does not say."""
+
+
+class WorkerRequest(RoutingFields):
+    """A prompt to continue."""
+
+    model: str | None = Field(None, max_length=512)
+    prompt: str = Field(min_length=1, description="Written by a conversation template; one `<image>` per picture.")
+    images: Images | None = Field(None, description="Base64, or data URLs.")
+    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
+    max_new_tokens: int | None = Field(None, ge=1, description="256 when missing.")
+    stop: str | Annotated[list[str], Field(max_length=1024, fail_fast=True)] | None = None
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    echo: bool = Field(True, description="Whether the prompt stands before the text of each part.")
+    vis_token_granularity: Granularity | None = Field(None, description="Another name of `granularity`.")
+
+
+def read_worker_request(value: Any, card: ModelCard, limits: Limits) -> Call:
+    """Read the JSON values of a worker request.
+
+    Raises:
+        FieldError: what cannot be done, and in which field.
+    """
+    request = validate(WorkerRequest, value)
+    if request.model:
+        check_model(request.model, card)
+    sources = read_images((request.prompt,), request.images, card, limits)
+    name = "granularity" if request.vis_token_granularity is None else "vis_token_granularity"
+    longest = longest_answer(request.max_new_tokens, limits, "max_new_tokens", NEW_TOKENS)
+    return Call(
+        prompts=(request.prompt,),
+        sources=sources,
+        sampling=Sampling(
+            temperature=request.temperature if request.temperature > GREEDY_BELOW and request.top_p else 0.0,
+            top_p=request.top_p or 1.0,
+            max_new_tokens=longest,
+            seed=request.seed,
+            stop=read_stop(request.stop, limits),
+        ),
+        routing=read_routing(_one_granularity(request), card, sources, name),
+        stream=True,
+        fields={"granularity": name},
+        echo=request.echo,
+    )
+
+
+def _one_granularity(request: WorkerRequest) -> RoutingFields:
+    """The routing fields, whichever of its two names the granularity came under."""
+    old, new = request.vis_token_granularity, request.granularity
+    if old is not None and new is not None and old != new:
+        raise FieldError("vis_token_granularity and granularity differ, but mean the same; give one.", "granularity")
+    return RoutingFields(
+        granularity=new if old is None else old,
+        max_visual_tokens=request.max_visual_tokens,
+        granularity_bias=request.granularity_bias,
+    )
+
+
+class WorkerWriter:
+    """Writes the parts of one stream.
+
+    Args:
+        call: of one prompt; says whether that stands before each text.
+    """
+
+    media_type = "application/octet-stream"
+
+    def __init__(self, request_id: str, model: str, call: Call) -> None:
+        self.text = call.prompts[0] if call.echo else ""
+
+    def opening(self, index: int, event: Started) -> bytes:
+        """The first part: no text yet, but what the pictures cost."""
+        return null_ended({"text": self.text, "error_code": 0, "avg_llava": report_fields(event)})
+
+    def piece(self, index: int, text: str, scores: Sequence[TokenScore]) -> bytes:
+        self.text += text
+        return null_ended({"text": self.text, "error_code": 0})
+
+    def ending(self, index: int, event: Finished) -> bytes:
+        """The last part."""
+        report = {"finish_reason": event.finish_reason, "usage": usage_fields([event]), "avg_llava": report_fields(event)}
+        return null_ended({"text": self.text, "error_code": 0, **report})
+
+    def closing(self, endings: Mapping[int, Finished]) -> bytes:
+        return b""
+
+    def failure(self, error: ServeError, request_id: str) -> bytes:
+        return null_ended(error_body(error, request_id, worker_protocol=True))
+
+
+def null_ended(value: Any) -> bytes:
+    """One part of a stream."""
+    return compact_json(value) + b"\0"

@@ -1,0 +1,156 @@
+"""OpenAI's text completions as data: finished prompts in, their continuations out, with images as LLaVA's own protocol takes them."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.serve.api.calls import Call, ImageSource
+from llava.serve.api.neutral_fields import OF_COMPLETION, with_neutral
+from llava.serve.api.openai_chat import (
+    LOWEST_LOG_PROBABILITY,
+    AnswerFields,
+    ChatWriter,
+    check_model,
+    check_pictures,
+    check_prompt_length,
+    read_count,
+    read_include_usage,
+    read_routing,
+    validate,
+)
+from llava.serve.api.sampling_fields import longest_answer, read_sampling
+from llava.serve.http.errors import FieldError, field_path
+from llava.serve.protocol import Limits, ModelCard, TokenScore, token_bytes
+
+NEW_TOKENS = 16
+"""Of an answer at most, where a request does not say; OpenAI's number."""
+Images = Annotated[list[str], Field(max_length=1024, fail_fast=True)]
+
+
+@with_neutral(OF_COMPLETION)
+class CompletionRequest(AnswerFields):
+    """Prompts to continue, as they stand: no conversation template is written around them."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1024, fail_fast=True)] = Field(
+        description="One text or several; token ids are not taken. One `<image>` stands for each of `images`."
+    )
+    images: Images | None = Field(
+        None, description="Of a single prompt: base64, data URLs, or web addresses where the server fetches those."
+    )
+    max_tokens: int | None = Field(None, ge=1, description="16 when missing.")
+    logprobs: int | None = Field(None, ge=0, description="How many of the likeliest tokens to tell beside each one's own.")
+
+
+def read_completion(value: Any, card: ModelCard, limits: Limits) -> Call:
+    """Read the JSON values of a completion request.
+
+    Raises:
+        FieldError: what cannot be done, and in which field.
+    """
+    request = validate(CompletionRequest, value)
+    check_model(request.model, card)
+    prompts = (request.prompt,) if isinstance(request.prompt, str) else tuple(request.prompt)
+    sources = read_images(prompts, request.images, card, limits)
+    n = read_count(request.n, limits)
+    if n * len(prompts) > limits.max_n:
+        raise FieldError(f"There are {len(prompts)} prompts with {n} answers each, expected at most {limits.max_n} answers.", "prompt")
+    if (request.logprobs or 0) > limits.max_logprobs:
+        raise FieldError(f"logprobs is {request.logprobs}, expected at most {limits.max_logprobs}.", "logprobs")
+    longest = longest_answer(request.max_tokens, limits, "max_tokens", NEW_TOKENS)
+    return Call(
+        prompts=prompts,
+        sources=sources,
+        sampling=read_sampling(request, limits, longest, request.logprobs),
+        routing=read_routing(request, card, sources),
+        n=n,
+        stream=bool(request.stream),
+        include_usage=read_include_usage(request),
+        user=request.user,
+    )
+
+
+def read_images(prompts: Sequence[str], images: Sequence[str] | None, card: ModelCard, limits: Limits) -> tuple[ImageSource, ...]:
+    """The images of finished prompts, and whether their places agree with them; LLaVA's protocol has the same rules.
+
+    Raises:
+        FieldError: what cannot be done, and in which field.
+    """
+    sources = tuple(ImageSource(text, field_path(("images", place)), plain_base64=True) for place, text in enumerate(images or ()))
+    check_pictures(len(sources), card, limits, "images")
+    check_prompt_length(sum(map(len, prompts)), limits, "prompt")
+    if sources and len(prompts) > 1:
+        raise FieldError(f"There are images, but {len(prompts)} prompts; send each prompt that has images by itself.", "images")
+    places = sum(prompt.count(DEFAULT_IMAGE_TOKEN) for prompt in prompts)
+    if places != len(sources):
+        raise FieldError(f"The prompt has {places} {DEFAULT_IMAGE_TOKEN}, but there are {len(sources)} images; make them agree.", "images")
+    return sources
+
+
+class CompletionWriter(ChatWriter):
+    """Writes the bodies of one call's answer, whose choices are plain texts."""
+
+    kind, whole, part, text_field = "cmpl", "text_completion", "text_completion", "text"
+
+    def __init__(self, request_id: str, model: str, call: Call) -> None:
+        super().__init__(request_id, model, call)
+        self._places = [_TextPlaces() for _ in range(call.count)]
+
+    def whole_text(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def first_text(self) -> dict[str, Any]:
+        return {"text": ""}
+
+    def next_text(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def last_text(self) -> dict[str, Any]:
+        return {"text": ""}
+
+    def scores(self, index: int, text: str, scores: Sequence[TokenScore]) -> dict[str, Any] | None:
+        """OpenAI's older form: one list per kind of value, with where each token's text begins in the answer."""
+        if not self.scored:
+            return None
+        return {
+            "tokens": [_shown(score.text) for score in scores],
+            "token_logprobs": [_finite(score.log_probability) for score in scores],
+            "top_logprobs": [{_shown(text): _finite(value) for text, value in score.alternatives} for score in scores],
+            "text_offset": self._places[index].of(text, scores),
+        }
+
+
+class _TextPlaces:
+    """Where the tokens of one answer begin in its text, in characters.
+
+    A part of a character counts nothing until the last one comes. Nor does white space of the first tokens that the text lacks: the
+    embedded engine's answers begin with their first word.
+    """
+
+    def __init__(self) -> None:
+        self.place = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_stripped: bool | None = None  # not known before the first text
+
+    def of(self, text: str, scores: Sequence[TokenScore]) -> list[int]:
+        """The places of the next tokens. text: the answer's next."""
+        if self._is_stripped is None and text:
+            self._is_stripped = not text[0].isspace()
+        places = []
+        for score in scores:
+            places.append(self.place)
+            letters = self._decoder.decode(score.data)
+            self.place += len(letters.lstrip() if self.place == 0 and self._is_stripped else letters)
+        return places
+
+
+def _shown(text: str) -> str:
+    return token_bytes(text).decode("utf-8", "replace")
+
+
+def _finite(log_probability: float) -> float:
+    return max(log_probability, LOWEST_LOG_PROBABILITY)

@@ -1,0 +1,297 @@
+"""OpenAI's Responses API as data, stateless: nothing of a response is kept, so that a conversation comes with each request, as items."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from llava.serve.api.body_fields import Closed
+from llava.serve.api.calls import Call, ImageSource, WholeAnswer
+from llava.serve.api.guide_fields import FormatType, JsonSchema, guide_of_format
+from llava.serve.api.neutral_fields import OF_INPUT_IMAGE, OF_MESSAGE, OF_RESPONSE, OF_STREAM_OPTIONS, OF_TEXT, with_neutral
+from llava.serve.api.openai_chat import (
+    DETAIL_DESCRIPTION,
+    DETAILS,
+    ClientFields,
+    ImageDetail,
+    RoutingFields,
+    Spoken,
+    check_model,
+    read_routing,
+    read_turns,
+    report_fields,
+    score_fields,
+    usage_fields,
+    validate,
+)
+from llava.serve.api.sampling_fields import SamplingFields, longest_answer, read_sampling
+from llava.serve.http.errors import FieldError, error_fields
+from llava.serve.http.json_writer import compact_json
+from llava.serve.protocol import Finished, Guide, Limits, ModelCard, ServeError, Started, TokenScore
+
+
+@with_neutral(OF_TEXT)
+class InputText(Closed):
+    """Text within a message."""
+
+    type: Literal["input_text"]
+    text: str
+
+
+@with_neutral(OF_TEXT)
+class OutputText(Closed):
+    """Text of an earlier answer, as it came."""
+
+    type: Literal["output_text"]
+    text: str
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    logprobs: list[Any] | None = Field(None, description="Not read.")
+    parsed: Any = Field(None, description="Not read: what OpenAI's SDK made of an earlier answer's text.")
+
+
+@with_neutral(OF_INPUT_IMAGE)
+class InputImage(Closed):
+    """An image within a user's message."""
+
+    type: Literal["input_image"]
+    image_url: str = Field(description="A data URL, or a web address where the server fetches those.")
+    detail: ImageDetail | None = Field(None, description=DETAIL_DESCRIPTION)
+
+
+InputPart = Annotated[InputText | InputImage | OutputText, Field(discriminator="type")]
+
+
+@with_neutral(OF_MESSAGE)
+class InputMessage(Closed):
+    """One turn, a user's or an earlier answer as it came. `developer` means `system`. Images go into users' turns."""
+
+    type: Literal["message"] | None = None
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[InputPart], Field(max_length=1024, fail_fast=True)]
+    id: str | None = Field(None, max_length=256, description="Not read.")
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+    phase: Literal["commentary", "final_answer"] | None = None
+
+
+class TextFormat(Closed):
+    """Plain text, any JSON object, or JSON that follows a schema."""
+
+    type: FormatType
+    name: str | None = Field(None, max_length=256)
+    schema_: JsonSchema | None = Field(None, alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextFields(Closed):
+    """What the text has to be, and how it is written."""
+
+    format: TextFormat | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+@with_neutral(OF_STREAM_OPTIONS)
+class ResponseStreamOptions(Closed):
+    """Of a stream; there is nothing to choose."""
+
+
+@with_neutral(OF_RESPONSE)
+class ResponseRequest(SamplingFields, RoutingFields, ClientFields):
+    """A conversation to answer."""
+
+    model: str = Field(max_length=512)
+    input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
+    instructions: str | None = Field(None, description="A system message before the others.")
+    max_output_tokens: int | None = Field(None, ge=1)
+    stream: bool | None = None
+    stream_options: ResponseStreamOptions | None = None
+    text: TextFields | None = None
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = Field(
+        None, description="Log probabilities of the answer's tokens; there is no reasoning to include."
+    )
+    top_logprobs: int | None = Field(None, ge=0)
+
+
+def read_response(value: Any, card: ModelCard, limits: Limits) -> Call:
+    """Read the JSON values of a request to the Responses API.
+
+    Raises:
+        FieldError: what cannot be done, and in which field.
+    """
+    request = validate(ResponseRequest, value)
+    check_model(request.model, card)
+    turns, sources = read_turns(_spoken(request), card, limits, "input")
+    longest = longest_answer(request.max_output_tokens, limits, "max_output_tokens")
+    return Call(
+        turns=turns,
+        sources=sources,
+        sampling=read_sampling(request, limits, longest, _read_logprobs(request, limits), _read_format(request.text, limits)),
+        routing=read_routing(request, card, sources),
+        stream=bool(request.stream),
+        user=request.user,
+        fields={"messages": "input"},
+        told={
+            "instructions": request.instructions,
+            "metadata": request.metadata or {},
+            "max_output_tokens": request.max_output_tokens,
+            "text": _told_text(request.text),
+        },
+    )
+
+
+def _spoken(request: ResponseRequest) -> list[Spoken]:
+    system = [] if request.instructions is None else [Spoken("system", [request.instructions], "instructions")]
+    if isinstance(request.input, str):
+        return [*system, Spoken("user", [request.input], "input")]
+    return [*system, *(_turn(message, f"input[{index}].content") for index, message in enumerate(request.input))]
+
+
+def _turn(message: InputMessage, param: str) -> Spoken:
+    if isinstance(message.content, str):
+        return Spoken(message.role, [message.content], param)
+    parts = [
+        ImageSource(part.image_url, f"{param}[{place}].image_url", DETAILS.get(part.detail)) if isinstance(part, InputImage) else part.text
+        for place, part in enumerate(message.content)
+    ]
+    return Spoken(message.role, parts, param)
+
+
+def _read_format(text: TextFields | None, limits: Limits) -> Guide | None:
+    wanted = text.format if text else None
+    return None if wanted is None else guide_of_format(wanted.type, wanted.schema_, ("text.format", "schema"), limits)
+
+
+def _told_text(text: TextFields | None) -> dict[str, Any]:
+    """`text` as an answer repeats it, with what is meant where nothing is said."""
+    wanted = text.format if text else None
+    told = {"type": "text"} if wanted is None else wanted.model_dump(by_alias=True, exclude_unset=True)
+    return {"format": told, "verbosity": "medium"}
+
+
+def _read_logprobs(request: ResponseRequest, limits: Limits) -> int | None:
+    """How many alternatives to tell per token; `None` where no log probabilities are asked for."""
+    if (request.top_logprobs or 0) > limits.max_logprobs:
+        raise FieldError(f"top_logprobs is {request.top_logprobs}, expected at most {limits.max_logprobs}.", "top_logprobs")
+    wanted = "message.output_text.logprobs" in (request.include or ()) or bool(request.top_logprobs)
+    return (request.top_logprobs or 0) if wanted else None
+
+
+class ResponseWriter:
+    """Writes the body or the events of one response.
+
+    Args:
+        request_id: names the response and its one item. model: as served. call: of one answer.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, request_id: str, model: str, call: Call) -> None:
+        self.call = call
+        self.place = {"item_id": f"msg_{request_id}", "output_index": 0, "content_index": 0}
+        self._head = {"id": f"resp_{request_id}", "object": "response", "created_at": int(time.time()), "model": model}
+        self._count = 0  # events so far
+        self._texts: list[str] = []
+        self._scores: list[TokenScore] = []
+
+    def completion(self, answers: Sequence[WholeAnswer]) -> dict[str, Any]:
+        [(text, scores, ending)] = answers
+        return self._response(_status(ending), [self._item(_status(ending), text, scores)], ending)
+
+    def opening(self, index: int, event: Started) -> bytes:
+        """The events before all text; the response in them already tells what the images cost."""
+        begun = {**self._response("in_progress", []), "avg_llava": report_fields(event)}
+        empty = {**self._item("in_progress", "", ()), "content": []}
+        return (
+            self._event("response.created", response=begun)
+            + self._event("response.in_progress", response=begun)
+            + self._event("response.output_item.added", output_index=0, item=empty)
+            + self._event("response.content_part.added", **self.place, part=self._part("", ()))
+        )
+
+    def piece(self, index: int, text: str, scores: Sequence[TokenScore]) -> bytes:
+        self._texts.append(text)
+        self._scores.extend(scores)
+        return self._event("response.output_text.delta", **self.place, delta=text, logprobs=self._logprobs(scores))
+
+    def ending(self, index: int, event: Finished) -> bytes:
+        status, text = _status(event), "".join(self._texts)
+        item = self._item(status, text, self._scores)
+        return (
+            self._event("response.output_text.done", **self.place, text=text, logprobs=self._logprobs(self._scores))
+            + self._event("response.content_part.done", **self.place, part=self._part(text, self._scores))
+            + self._event("response.output_item.done", output_index=0, item=item)
+            + self._event(f"response.{status}", response=self._response(status, [item], event))
+        )
+
+    def closing(self, endings: Any) -> bytes:
+        return b""
+
+    def failure(self, error: ServeError, request_id: str) -> bytes:
+        return error_event(error, request_id, self._count)
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        self._count += 1
+        return _typed(kind, self._count - 1, **fields)
+
+    def _response(self, status: str, output: list[dict[str, Any]], ending: Finished | None = None) -> dict[str, Any]:
+        sampling = self.call.sampling
+        return {
+            **self._head,
+            "status": status,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            **self.call.told,
+            "output": output,
+            "parallel_tool_calls": False,
+            "tool_choice": "none",
+            "tools": [],
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_logprobs": sampling.logprobs or 0,
+            "truncation": "disabled",
+            "background": False,
+            "previous_response_id": None,
+            "reasoning": {"effort": None, "summary": None},
+            "store": False,
+            "user": self.call.user,
+            "usage": None if ending is None else _usage(ending),
+            **({} if ending is None else {"completed_at": int(time.time()), "avg_llava": report_fields(ending)}),
+        }
+
+    def _item(self, status: str, text: str, scores: Sequence[TokenScore]) -> dict[str, Any]:
+        content = [self._part(text, scores)]
+        return {"id": self.place["item_id"], "type": "message", "role": "assistant", "status": status, "content": content}
+
+    def _part(self, text: str, scores: Sequence[TokenScore]) -> dict[str, Any]:
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": self._logprobs(scores)}
+
+    def _logprobs(self, scores: Sequence[TokenScore]) -> list[dict[str, Any]]:
+        return list(score_fields(scores)["content"])
+
+
+def error_event(error: ServeError, request_id: str, sequence_number: int = 0) -> bytes:
+    """OpenAI's `error` event; some of its clients read the fields beside `type`, others those in `error`."""
+    fields = error_fields(error, request_id)
+    return _typed("error", sequence_number, **{name: fields[name] for name in ("code", "message", "param")}, error=fields)
+
+
+def _typed(kind: str, sequence_number: int, **fields: Any) -> bytes:
+    return b"event: " + kind.encode() + b"\ndata: " + compact_json({"type": kind, "sequence_number": sequence_number, **fields}) + b"\n\n"
+
+
+def _status(ending: Finished) -> str:
+    return "incomplete" if ending.finish_reason == "length" else "completed"
+
+
+def _usage(ending: Finished) -> dict[str, Any]:
+    usage = usage_fields([ending])
+    return {
+        "input_tokens": usage.pop("prompt_tokens"),
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "output_tokens": usage.pop("completion_tokens"),
+        "output_tokens_details": {"reasoning_tokens": 0},
+        **usage,
+    }

@@ -1,0 +1,104 @@
+"""`/tokenize` and `/detokenize` as data, in vLLM's form: what a prompt's tokens are, and what tokens say."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
+
+from llava.serve.api.body_fields import Closed
+from llava.serve.api.calls import Call
+from llava.serve.api.neutral_fields import OF_TOKENIZE, with_neutral
+from llava.serve.api.openai_chat import ChatMessage, RoutingFields, check_model, read_messages, read_routing, validate
+from llava.serve.api.openai_completions import Images, read_images
+from llava.serve.http.errors import FieldError
+from llava.serve.protocol import Limits, ModelCard, PromptTokens
+
+
+@with_neutral(OF_TOKENIZE)
+class TokenizeRequest(RoutingFields):
+    """A prompt as it stands, or a conversation that the model's template is written around."""
+
+    model: str | None = Field(None, max_length=512)
+    prompt: str | None = Field(None, description="A finished prompt, with one `<image>` for each of `images`.")
+    images: Images | None = Field(None, description="Of the prompt: base64, data URLs, or web addresses where the server fetches those.")
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)] | None = None
+    add_special_tokens: bool | None = Field(None, description="Whether a prompt's tokens begin with the one that begins every text.")
+    return_token_strs: bool | None = Field(None, description="Also tell each token's text.")
+
+
+class DetokenizeRequest(Closed):
+    """Tokens to be written as text."""
+
+    model: str | None = Field(None, max_length=512)
+    tokens: list[int]
+
+
+class VisualTokens(BaseModel):
+    """What an image may take in place of its id; both numbers are the same where nothing is left to the router."""
+
+    least: int
+    most: int
+
+
+class Tokens(BaseModel):
+    """A prompt's tokens, one id of -200 for each image. `count` has each image at the most that it may take."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+    visual_tokens: list[VisualTokens] | None = None
+
+
+def read_tokenize(value: Any, card: ModelCard, limits: Limits) -> tuple[Call, TokenizeRequest]:
+    """Read the JSON values of a request for tokens.
+
+    Returns:
+        The call whose prompt is meant, and the request itself.
+
+    Raises:
+        FieldError: what cannot be done, and in which field.
+    """
+    request = validate(TokenizeRequest, value)
+    if request.model is not None:
+        check_model(request.model, card)
+    if (request.prompt is None) == (request.messages is None):
+        raise FieldError("There has to be a prompt or messages, and not both.", "prompt")
+    if request.messages is None:
+        prompts = (request.prompt or "",)
+        sources = read_images(prompts, request.images, card, limits)
+        return Call(prompts=prompts, sources=sources, routing=read_routing(request, card, sources)), request
+    if request.images:
+        raise FieldError("images belong to a prompt; in messages, send each as a part.", "images")
+    if request.add_special_tokens:
+        raise FieldError("add_special_tokens is true, but the template writes them already; leave it out.", "add_special_tokens")
+    turns, sources = read_messages(request.messages, card, limits)
+    return Call(turns=turns, sources=sources, routing=read_routing(request, card, sources)), request
+
+
+def token_fields(found: PromptTokens, card: ModelCard, with_texts: bool) -> dict[str, Any]:
+    """The values of `Tokens`."""
+    fields: dict[str, Any] = {
+        "count": found.most_positions,
+        "max_model_len": card.context_length,
+        "tokens": list(found.ids),
+        "token_strs": list(found.texts) if with_texts else None,
+    }
+    if found.visual_tokens:
+        fields["visual_tokens"] = [{"least": least, "most": most} for least, most in found.visual_tokens]
+    return fields
+
+
+def read_detokenize(value: Any, card: ModelCard, limits: Limits) -> list[int]:
+    """Read the JSON values of a request for text: the ids.
+
+    Raises:
+        FieldError: what cannot be done, and in which field.
+    """
+    request = validate(DetokenizeRequest, value)
+    if request.model is not None:
+        check_model(request.model, card)
+    if len(request.tokens) > limits.max_prompt_characters:
+        raise FieldError(f"There are {len(request.tokens)} tokens, expected at most {limits.max_prompt_characters}.", "tokens")
+    return request.tokens

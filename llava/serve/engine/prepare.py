@@ -1,0 +1,190 @@
+"""From a request to ids and views, and every check that needs no computation by the model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import monotonic
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.images import ImageError
+from llava.inference import Assistant
+from llava.mm_utils import text_of_ids, tokenizer_image_token
+from llava.model.llava_arch import RoutingPlan
+from llava.model.routing import RoutingError
+from llava.model.splice import prompt_rows
+from llava.serve.engine.caches import TensorCache, picture_key
+from llava.serve.engine.task import Prepared
+from llava.serve.protocol import EngineImage, ErrorKind, GenerationRequest, PromptTokens, Sampling, ServeError
+from llava.serve.sentences import NO_IMAGES, NO_SUCH_TOKEN, TOKEN_BEYOND, TOO_LONG, TOO_LONG_WITH_IMAGES
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """An image as the engine takes it.
+
+    key: in the cache of features. tensor: features (C, P, D) if they were `known`, else views (C, 3, S, S).
+    """
+
+    key: str
+    tensor: Tensor
+    known: bool
+
+
+class Preparer:
+    """Prepares requests one by one; may be called in several threads at once.
+
+    Args:
+        assistant: the loaded model.
+        features: encoded pictures that are known. revision: of the weights, for its keys.
+        longest_row: positions that one request may take, its answer included.
+    """
+
+    def __init__(self, assistant: Assistant, features: TensorCache, revision: str, longest_row: int) -> None:
+        self.assistant, self.model = assistant, assistant.model
+        self.features, self.revision, self.longest_row = features, revision, longest_row
+        self._tokenizing = threading.Lock()
+
+    def prepare_image(self, image: Image.Image) -> EngineImage:
+        """The image's features where they are known, else its views; see `protocol.Engine`."""
+        start = monotonic()
+        if self.model.get_model().vision_tower is None:
+            raise ServeError(ErrorKind.INVALID_REQUEST, NO_IMAGES)
+        key = picture_key(image, self.revision)
+        kept = self.features.peek(key)
+        try:
+            tensor = kept[0] if kept else self.model.prepare_views([self.assistant.views(image)])[0]
+        except ImageError as error:
+            raise ServeError(ErrorKind.INVALID_IMAGE) from error
+        return EngineImage(image.size, ImageInput(key, tensor, kept is not None), tensor.nbytes, monotonic() - start)
+
+    def prepare(self, request: GenerationRequest) -> Prepared:
+        """
+        Raises:
+            ServeError: the request cannot work, with a sentence that says why.
+        """
+        check_token_ids(request.sampling, self.model.config.vocab_size)
+        prepared = self._prepared(request)
+        self._check_length(request, prepared)
+        return prepared
+
+    def tokens(self, request: GenerationRequest, special: bool) -> PromptTokens:
+        """The tokens of a prompt, however long it is.
+
+        Args:
+            special: whether they begin with the one that begins every text.
+
+        Raises:
+            ServeError: the request cannot work, with a sentence that says why.
+        """
+        prepared = self._prepared(request)
+        plan = self._plan(request, prepared)
+        costs = [[costs[level] for level in levels] for costs, levels in zip(plan.costs(0), plan.levels(0), strict=True)]
+        ids, tokenizer = prepared.prompt.ids.tolist(), self.assistant.tokenizer
+        if not special and ids[:1] == [tokenizer.bos_token_id]:
+            ids = ids[1:]
+        with self._tokenizing:
+            texts = [DEFAULT_IMAGE_TOKEN if number == IMAGE_TOKEN_INDEX else str(tokenizer.convert_ids_to_tokens(number)) for number in ids]
+        return PromptTokens(tuple(ids), tuple(texts), tuple((min(own), max(own)) for own in costs))
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text that ids stand for, special tokens included, with `<image>` for an image's place.
+
+        Raises:
+            ServeError: an id that is not in the vocabulary.
+        """
+        tokenizer = self.assistant.tokenizer
+        for place, number in enumerate(ids):
+            if number != IMAGE_TOKEN_INDEX and not 0 <= number < len(tokenizer):
+                told = NO_SUCH_TOKEN.format(number=number, count=len(tokenizer))
+                raise ServeError(ErrorKind.INVALID_REQUEST, told, f"tokens[{place}]")
+        with self._tokenizing:
+            return text_of_ids(ids, tokenizer)
+
+    def _prepared(self, request: GenerationRequest) -> Prepared:
+        try:
+            prompt = prompt_rows(self._ids(request)[None].to(self.model.device), None, None)[0]
+        except ValueError as error:  # the sentence is this package's own and holds counts and roles only
+            raise ServeError(ErrorKind.INVALID_REQUEST, str(error), _text_field(request)) from error
+        inputs: list[ImageInput] = [image.content for image in request.images]
+        known = [self.features.get(each.key) if each.key in self.features else None for each in inputs]
+        pictures = tuple(kept[0] if kept else each.tensor for kept, each in zip(known, inputs, strict=True))
+        cached = tuple(kept is not None or each.known for kept, each in zip(known, inputs, strict=True))
+        return Prepared(prompt, tuple(each.key for each in inputs), pictures, cached)
+
+    def _ids(self, request: GenerationRequest) -> Tensor:
+        with self._tokenizing:
+            if request.prompt is None:
+                return self.assistant.prompt_ids(request.messages, len(request.images))
+            if not request.prompt.strip():
+                raise ValueError("The prompt is empty; give a question.")
+            return torch.as_tensor(tokenizer_image_token(request.prompt, self.assistant.tokenizer))
+
+    def _plan(self, request: GenerationRequest, prepared: Prepared) -> RoutingPlan:
+        try:
+            return plan_of(self.assistant, [request], [prepared], [len(picture) for picture in prepared.pictures])
+        except RoutingError as error:
+            raise ServeError(ErrorKind.INVALID_REQUEST, str(error), ROUTING_FIELDS[error.field], error.least) from error
+        except ValueError as error:  # as above: a count of placeholders
+            raise ServeError(ErrorKind.INVALID_REQUEST, str(error), _text_field(request)) from error
+
+    def _check_length(self, request: GenerationRequest, prepared: Prepared) -> None:
+        """Whether the prompt fits at the cheapest of the granularities that it may have."""
+        plan = self._plan(request, prepared)
+        cheapest = sum(min(costs[level] for level in levels) for costs, levels in zip(plan.costs(0), plan.levels(0), strict=True))
+        text = len(prepared.prompt.ids) - len(prepared.keys)
+        if text + cheapest >= self.longest_row:
+            raise too_long(request, self.longest_row, by_pictures=text < self.longest_row)
+
+
+ROUTING_FIELDS = {
+    "granularity": "granularity",
+    "max_visual_tokens": "max_visual_tokens",
+    "bias": "granularity_bias",
+    "details": "images",
+}
+"""What clients call the fields of `RoutingRequest`."""
+
+
+def _text_field(request: GenerationRequest) -> str:
+    return "messages" if request.prompt is None else "prompt"
+
+
+def check_token_ids(sampling: Sampling, size: int) -> None:
+    """Refuse ids that are not in the vocabulary.
+
+    Raises:
+        ServeError: with the field.
+    """
+    for param, ids in (("logit_bias", [token for token, _ in sampling.logit_bias]), ("stop_token_ids", list(sampling.stop_token_ids))):
+        if beyond := [token for token in ids if token >= size]:
+            told = TOKEN_BEYOND.format(param=param, number=beyond[0], count=size)
+            raise ServeError(ErrorKind.INVALID_REQUEST, told, param)
+
+
+def plan_of(
+    assistant: Assistant, requests: Sequence[GenerationRequest], prepared: Sequence[Prepared], num_views: Sequence[int]
+) -> RoutingPlan:
+    """What each picture of the requests would keep at each granularity, and which of them each request may have.
+
+    Raises:
+        ValueError: a granularity, a budget or a count of placeholders that cannot work.
+    """
+    sizes = [image.size for request in requests for image in request.images]
+    rows, wishes = [each.prompt for each in prepared], [request.routing for request in requests]
+    return assistant.model.plan(rows, num_views, sizes, wishes, assistant.merge_type)
+
+
+def too_long(request: GenerationRequest, longest_row: int, by_pictures: bool = True) -> ServeError:
+    """A prompt that leaves no room for an answer.
+
+    Args:
+        by_pictures: whether the text alone would have fitted, so that a coarser granularity may help.
+    """
+    told = (TOO_LONG_WITH_IMAGES if by_pictures else TOO_LONG).format(positions=longest_row)
+    return ServeError(ErrorKind.CONTEXT_LENGTH, told, _text_field(request))

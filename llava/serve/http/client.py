@@ -1,0 +1,223 @@
+"""Calls from one server to another: to addresses already checked, without redirects, with a cap on size and on silence.
+
+What the other side sends is not believed: a body may be endless, never come, break off or be compressed to a bomb. A call that fails
+says how far it got, because that decides whether another server may be asked instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import anyio
+import httpx
+
+from llava.serve.http.addresses import Endpoint
+from llava.serve.http.watchdog import Watchdog
+
+MAX_FRAME_BYTES = 4_000_000
+"""Largest event or frame of a stream."""
+
+
+class Unreachable(Exception):
+    """No connection came about, so the request was not begun."""
+
+
+class BrokenOff(Exception):
+    """The other side ended early, fell silent, sent too much or something that HTTP does not know."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds: to connect; until the answer's head; between two pieces of its body; and for all of it."""
+
+    connect: float = 3.0
+    head: float = 600.0
+    piece: float = 120.0
+    total: float = 3600.0
+
+
+class Reply:
+    """The head of an answer, and its body as it comes."""
+
+    def __init__(self, response: httpx.Response, patience: Patience, max_bytes: int, ends_at: float) -> None:
+        self.status = response.status_code
+        self.content_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+        self.retry_after = response.headers.get("retry-after")
+        self._response = response
+        self._patience, self._max_bytes, self._ends_at = patience, max_bytes, ends_at
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body's bytes.
+
+        Raises:
+            BrokenOff: it ended early, was too slow, too long or compressed.
+        """
+        if self._response.headers.get("content-encoding", "identity").lower() != "identity":
+            raise BrokenOff("the body is compressed although that was not asked for")
+        parts = self._response.aiter_raw()
+        seen = 0
+        with Watchdog() as watchdog:
+            while True:
+                seconds = min(self._patience.piece, self._ends_at - anyio.current_time())
+                try:
+                    chunk = await watchdog.wait(anext(parts, b""), seconds)
+                except TimeoutError as error:
+                    raise BrokenOff(f"nothing came for {seconds:.0f} seconds") from error
+                except (httpx.HTTPError, httpx.StreamError, ssl.SSLError, OSError) as error:
+                    raise BrokenOff(f"the body broke off: {type(error).__name__}") from error
+                if not chunk:
+                    return
+                seen += len(chunk)
+                if seen > self._max_bytes:
+                    raise BrokenOff(f"the body is longer than {self._max_bytes:,} bytes")
+                yield chunk
+
+    async def body(self) -> bytes:
+        """The whole body; raises as `chunks`."""
+        return b"".join([chunk async for chunk in self.chunks()])
+
+    async def json(self) -> Any:
+        """The body as JSON.
+
+        Raises:
+            BrokenOff: as `chunks`, or it is not JSON.
+        """
+        data = await self.body()
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise BrokenOff("the body is not JSON") from error
+
+    async def frames(self, delimiter: bytes) -> AsyncIterator[bytes]:
+        """The body cut at a delimiter; what follows the last one is given too, unless it is empty.
+
+        Raises:
+            BrokenOff: as `chunks`, or a frame is too long.
+        """
+        rest = b""
+        async for chunk in self.chunks():
+            *whole, rest = (rest + chunk).split(delimiter)
+            for frame in whole:
+                yield frame
+            if len(rest) > MAX_FRAME_BYTES:
+                raise BrokenOff(f"a frame is longer than {MAX_FRAME_BYTES:,} bytes")
+        if rest.strip():
+            yield rest
+
+    async def events(self) -> AsyncIterator[str]:
+        """The data of server-sent events; comments and other fields are left out.
+
+        Raises:
+            BrokenOff: as `frames`, or the text is not UTF-8.
+        """
+        data: list[str] = []
+        held = 0
+        async for line in self.frames(b"\n"):
+            try:
+                text = line.decode().rstrip("\r")
+            except UnicodeDecodeError as error:
+                raise BrokenOff("the stream is not UTF-8") from error
+            if text.startswith("data:"):
+                data.append(text[5:].removeprefix(" "))
+                held += len(line)
+                if held > MAX_FRAME_BYTES:
+                    raise BrokenOff(f"an event is longer than {MAX_FRAME_BYTES:,} bytes")
+            elif not text and data:
+                yield "\n".join(data)
+                data, held = [], 0
+        if data:
+            yield "\n".join(data)
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """Whom TLS trusts; reading the list takes longer than many a call."""
+    return httpx.create_ssl_context(trust_env=False)
+
+
+class Outbound:
+    """Calls other servers over one pool of connections.
+
+    Args:
+        transport: what carries the requests; the network unless another is given. Environment's proxies are not used: another machine would
+            do the resolving.
+        max_connections: at most so many at once.
+    """
+
+    def __init__(self, transport: httpx.AsyncBaseTransport | None = None, max_connections: int = 1024) -> None:
+        limits = httpx.Limits(max_connections=max_connections, max_keepalive_connections=32, keepalive_expiry=5.0)
+        self._client = httpx.AsyncClient(
+            transport=transport or httpx.AsyncHTTPTransport(verify=_certificates(), trust_env=False, limits=limits),
+            trust_env=False,
+            follow_redirects=False,
+        )
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    @asynccontextmanager
+    async def call(
+        self,
+        method: str,
+        target: Endpoint,
+        path: str,
+        *,
+        patience: Patience,
+        max_bytes: int,
+        content: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> AsyncIterator[Reply]:
+        """Send a request and give the head of the answer; leaving the block closes the connection unless the body was read to its end.
+
+        Raises:
+            Unreachable: no address of the target takes connections. BrokenOff: the head did not come, or is a redirect.
+        """
+        ends_at = anyio.current_time() + patience.total
+        response = await self._first_answer(method, target, path, patience, content, headers or {})
+        try:
+            if 300 <= response.status_code < 400:
+                raise BrokenOff(f"it answered with a redirect ({response.status_code}), which is not followed")
+            yield Reply(response, patience, max_bytes, ends_at)
+        finally:
+            with anyio.move_on_after(2, shield=True):  # the caller may be cancelled already; the connection still has to go
+                await response.aclose()
+
+    async def _first_answer(
+        self, method: str, target: Endpoint, path: str, patience: Patience, content: bytes | None, headers: Mapping[str, str]
+    ) -> httpx.Response:
+        problem: Exception | None = None
+        for address in target.addresses:
+            request = self._client.build_request(
+                method,
+                target.base(address) + path,
+                content=content,
+                headers={**headers, "Host": target.url.authority, "Accept-Encoding": "identity"},
+                # httpx's own clocks run per read; the scope below covers the whole head
+                timeout=httpx.Timeout(None, connect=patience.connect, pool=patience.connect, write=patience.piece),
+                extensions={"sni_hostname": target.url.host},
+            )
+            try:
+                with anyio.fail_after(patience.head):
+                    return await self._client.send(request, stream=True)
+            except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+                problem = error
+            except TimeoutError as error:
+                raise BrokenOff(f"no answer began within {patience.head:.0f} seconds") from error
+            except (httpx.HTTPError, ssl.SSLError, OSError) as error:
+                raise BrokenOff(f"it broke off before its answer: {type(error).__name__}") from error
+        raise Unreachable("no connection to any of its addresses") from problem
+
+
+def parse_json_object(text: str | bytes) -> dict[str, Any] | None:
+    """A JSON object, or `None` where the text is anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else None

@@ -1,0 +1,92 @@
+"""What goes wrong in a request, as a client reads it: OpenAI's error body, and LLaVA's beside it. The details stay in the log."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import Scope
+
+from llava.serve.http.json_writer import JsonResponse
+from llava.serve.protocol import LLAVA_PATHS, ErrorKind, ServeError
+
+logger = logging.getLogger(__name__)
+
+
+class FieldError(ServeError):
+    """What is wrong with one field of a request.
+
+    Args:
+        param: the field, as `field_path` writes it.
+    """
+
+    def __init__(self, detail: str, param: str | None = None, kind: ErrorKind = ErrorKind.INVALID_REQUEST) -> None:
+        super().__init__(kind, detail, param)
+
+
+def field_path(parts: Sequence[str | int]) -> str:
+    """A place in a body as OpenAI's errors write it: `messages[0].content[1].image_url.url`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
+
+
+def request_id_of(scope: Scope) -> str:
+    """The id that `RequestIds` gave this request."""
+    return str(scope.get("state", {}).get("request_id", "-"))
+
+
+def error_fields(error: ServeError, request_id: str) -> dict[str, Any]:
+    """The value of `error` in OpenAI's error body."""
+    return {
+        "message": error.detail,
+        "type": error.kind.fault.type,
+        "param": error.param,
+        "code": error.kind.value,
+        "request_id": request_id,
+        **({} if error.least is None else {"least": error.least}),
+    }
+
+
+def error_body(error: ServeError, request_id: str, worker_protocol: bool = False) -> dict[str, Any]:
+    """An error as JSON: OpenAI's, and for LLaVA's protocol with its `text` and `error_code` beside it."""
+    body: dict[str, Any] = {"error": error_fields(error, request_id)}
+    if worker_protocol:
+        body = {"text": f"{error.detail} (request {request_id})", "error_code": error.kind.fault.code, **body}
+    return body
+
+
+def error_response(error: ServeError, scope: Scope, status: int | None = None, headers: dict[str, str] | None = None) -> Response:
+    """An error as a response.
+
+    Args:
+        status: in place of the kind's own.
+    """
+    fault = error.kind.fault
+    extra = dict(headers or {})
+    if fault.retry_after is not None:
+        extra.setdefault("Retry-After", str(fault.retry_after))
+    if error.kind is ErrorKind.UNAUTHORIZED:
+        extra["WWW-Authenticate"] = "Bearer"
+    if error.kind is ErrorKind.ENCODED:
+        extra["Accept-Encoding"] = "identity"
+    body = error_body(error, request_id_of(scope), scope["path"] in LLAVA_PATHS)
+    return JsonResponse(body, status or fault.status, extra)
+
+
+def plain_error(error: ServeError) -> Response:
+    """An error as a sentence, for what the page's own scripts ask."""
+    wait = error.kind.fault.retry_after
+    return PlainTextResponse(error.detail, error.kind.fault.status, {} if wait is None else {"Retry-After": str(wait)})
+
+
+def typed_error(raised: Exception, request_id: str) -> ServeError:
+    """Whatever was raised as an error that a client may read; the rest is written to the log."""
+    if isinstance(raised, ServeError):
+        logger.info("request %s failed: %s: %r", request_id, raised.kind.value, raised.detail)
+        return raised
+    if isinstance(raised, ClientDisconnect):
+        return ServeError(ErrorKind.CANCELLED)
+    logger.error("request %s failed inside", request_id, exc_info=raised)
+    return ServeError(ErrorKind.INTERNAL)
