@@ -190,7 +190,7 @@ class Conversation:
         Args:
             return_pil: give PIL images; otherwise base64 texts of PNG files, as the worker takes them.
         """
-        from llava.conversation_images import process_image, to_base64  # loads torch, which prompts do without
+        from llava.conversation_images import process_image, to_base64  # and Pillow, which prompts do without
 
         pictures = [
             process_image(message[1], message[2])

@@ -7,7 +7,7 @@ from io import BytesIO
 
 from PIL import Image
 
-from llava.crops import expand2square
+from llava.images import expand2square
 
 _PAD_COLOR = (122, 116, 104)  # CLIP's mean pixel
 _RESIZE_SIDE = 336

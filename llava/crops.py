@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
+from llava.images import expand2square
 from llava.rules import shown
 
 Size: TypeAlias = "tuple[int, int]"
@@ -170,17 +171,6 @@ def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
         )
     corners = [(x, y) for y in range(0, image.height, patch_size) for x in range(0, image.width, patch_size)]
     return [image.crop((x, y, x + patch_size, y + patch_size)) for x, y in corners]
-
-
-def expand2square(pil_img: Image.Image, background_color: tuple[int, ...] | int) -> Image.Image:
-    """Centre a picture on a square of one colour whose side is the picture's longer side."""
-    width, height = pil_img.size
-    if width == height:
-        return pil_img
-    side = max(width, height)
-    square = Image.new(pil_img.mode, (side, side), background_color)
-    square.paste(pil_img, ((side - width) // 2, (side - height) // 2))
-    return square
 
 
 def view_size(processor: ImageProcessor) -> int:

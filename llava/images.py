@@ -404,3 +404,14 @@ _URL_SAFE = str.maketrans("-_", "+/")
 def _check_characters(text: str, max_bytes: int) -> None:
     if len(text) > 2 * max_bytes:  # four characters for three bytes, and room for line breaks
         raise ImageError(f"the encoded image has {len(text):,} characters, too many for {max_bytes:,} bytes")
+
+
+def expand2square(pil_img: Image.Image, background_color: tuple[int, ...] | int) -> Image.Image:
+    """Centre an image on a square of one colour whose side is the image's longer side."""
+    width, height = pil_img.size
+    if width == height:
+        return pil_img
+    side = max(width, height)
+    square = Image.new(pil_img.mode, (side, side), background_color)
+    square.paste(pil_img, ((side - width) // 2, (side - height) // 2))
+    return square

@@ -14,13 +14,12 @@ from transformers import StoppingCriteria
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import Span
 from llava.crops import (
-    expand2square,
     get_anyres_image_grid_shape,
     process_anyres_image,
     process_image_for_mode,
     select_best_resolution,
 )
-from llava.images import check_aspect_ratio, load_image_from_base64, to_rgb
+from llava.images import check_aspect_ratio, expand2square, load_image_from_base64, to_rgb
 from llava.tokenizer import plain_tokenizer, special_texts
 
 __all__ = [

@@ -8,7 +8,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from llava.crops import expand2square, resize_and_pad_image, select_best_resolution
+from llava.crops import resize_and_pad_image, select_best_resolution
+from llava.images import expand2square
 from llava.model.granularity import Granularity
 from llava.model.merge import MergedLayout, merged_layout
 from llava.model.routing import RoutingReport

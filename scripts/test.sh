@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every check a reviewer would run: ruff, mypy, pytest.
+# Every check a reviewer would run: ruff, mypy, import-linter, pytest.
 #
 #   bash scripts/test.sh [--slow] [arguments of pytest]
 #
@@ -33,6 +33,9 @@ say "ruff"
 
 say "mypy"
 "$python" -m mypy
+
+say "import-linter"
+"${python%/*}/lint-imports" --no-cache
 
 say "pytest"
 "$python" -m pytest -n "${PYTEST_WORKERS:-2}" "${selection[@]}" "$@"

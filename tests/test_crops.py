@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessorPil
 
-from llava import crops
+from llava import crops, images
 
 ORACLE = Path(__file__).parent / "oracle"
 CHOICES = json.loads((ORACLE / "resolution_choice.json").read_text())
@@ -135,7 +135,7 @@ def test_a_canvas_that_is_no_whole_number_of_tiles_is_refused() -> None:
 
 @pytest.mark.parametrize(("size", "box"), [((4, 2), (0, 1, 4, 3)), ((2, 5), (1, 0, 3, 5)), ((3, 3), (0, 0, 3, 3))])
 def test_square_around_a_picture(size: tuple[int, int], box: tuple[int, int, int, int]) -> None:
-    square = crops.expand2square(Image.new("RGB", size, "white"), (1, 2, 3))
+    square = images.expand2square(Image.new("RGB", size, "white"), (1, 2, 3))
     assert square.size == (max(size), max(size))
     assert square.getbbox() == (0, 0, max(size), max(size))
     assert square.crop(box).getextrema() == ((255, 255),) * 3
