@@ -30,6 +30,7 @@ DISTRIBUTIONS = {
     "google": "protobuf",
     "yaml": "pyyaml",
     "prometheus_client": "prometheus-client",
+    "httpx_sse": "httpx-sse",
     "pydantic_core": "pydantic",
 }
 """Distributions that are not called like what they are imported as, or that come with another in the version that fits."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from types import TracebackType
 
-_EXTRA = ("fastapi", "starlette", "pydantic", "anyio", "uvicorn", "h11", "gradio", "httpx", "openai", "prometheus_client")
+_EXTRA = ("fastapi", "starlette", "pydantic", "anyio", "uvicorn", "h11", "gradio", "httpx", "httpx_sse", "openai", "prometheus_client")
 """What the `serve` extra brings."""
 
 

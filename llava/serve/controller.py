@@ -14,8 +14,9 @@ from collections.abc import Sequence
 
 from llava.constants import CONTROLLER_HEART_BEAT_EXPIRATION
 from llava.log import setup_logging
-from llava.serve.cluster.controller_app import ControllerSettings, create_controller_app
+from llava.serve.cluster.controller_app import create_controller_app
 from llava.serve.cluster.dispatch import DispatchMethod
+from llava.serve.cluster.settings import ControllerSettings
 from llava.serve.http.addresses import AddressRules, parse_network
 from llava.serve.http.flag_checks import add_body_flags, body_limits, check_at_least, check_body_flags
 from llava.serve.http.keys import read_secrets

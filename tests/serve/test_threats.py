@@ -40,7 +40,8 @@ from llava.serve import gradio_web_server
 from llava.serve.api import image_loader as pictures_page
 from llava.serve.api.image_loader import PictureLoader
 from llava.serve.api.worker_app import create_worker_app
-from llava.serve.cluster.controller_app import ControllerSettings, create_controller_app
+from llava.serve.cluster.controller_app import create_controller_app
+from llava.serve.cluster.settings import ControllerSettings
 from llava.serve.http import server as http_server
 from llava.serve.page import uploads
 from llava.serve.page.app import PageOptions, create_page_app

@@ -258,18 +258,18 @@ async def read_stream(reply: Reply, begun: float, queued: float) -> AsyncIterato
     Raises:
         BrokenOff: the stream is not one, or ends before the answer does. ServeError: the backend reports an error.
     """
-    story = _Story(begun, queued)
-    async for data in reply.events():
-        if data.strip() == "[DONE]":
+    parser = _StreamParser(begun, queued)
+    async for event in reply.events():
+        if event.data.strip() == "[DONE]":
             break
-        chunk = parse_json_object(data)
+        chunk = parse_json_object(event.data)
         if chunk is None:
             raise BrokenOff("the stream holds something else than JSON objects")
         if "error" in chunk:
             raise _reported(chunk)
-        for event in story.take(chunk):
-            yield event
-    yield story.end()
+        for answered in parser.take(chunk):
+            yield answered
+    yield parser.end()
 
 
 def _reported(chunk: dict[str, Any]) -> ServeError:
@@ -277,8 +277,12 @@ def _reported(chunk: dict[str, Any]) -> ServeError:
     return ServeError(_PASSED_ON.get(_error_code(chunk), ErrorKind.BACKEND_FAILED))
 
 
-class _Story:
-    """What the chunks of one answer have said so far."""
+class _StreamParser:
+    """Turns the chunks of one answer into events.
+
+    Args:
+        begun, queued: when the request came, and when its turn at the backend came; monotonic seconds.
+    """
 
     def __init__(self, begun: float, queued: float) -> None:
         self._begun, self._queued = begun, queued

@@ -1,4 +1,4 @@
-"""What workers and operators send to a controller, besides the APIs that it relays."""
+"""Bodies of requests to a controller, besides those of the APIs that it relays."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llava.serve.http.errors import FieldError
 
 
 class LenientModel(BaseModel):
-    """A body whose other fields are left alone: LLaVA's workers and clients send some that mean nothing here."""
+    """A body whose further fields are ignored: LLaVA's workers and clients send some that mean nothing here."""
 
     model_config = ConfigDict(extra="ignore", strict=True, hide_input_in_errors=True)
 
@@ -20,7 +20,7 @@ Name = Annotated[str, Field(min_length=1, max_length=512)]
 
 
 class StatusFields(LenientModel):
-    """What a worker says of itself. speed: relative to other workers. queue_length: requests it has now."""
+    """A worker's status. speed: relative to other workers. queue_length: requests it has now."""
 
     model_names: Annotated[list[Name], Field(min_length=1, max_length=64)]
     speed: float = Field(1.0, ge=1e-6, le=1e6, allow_inf_nan=False)
@@ -36,7 +36,7 @@ class RegisterRequest(LenientModel):
     token: Name | None = Field(None, description="The controller's worker token; may stand in the Authorization header instead.")
 
 
-class HeartBeat(LenientModel):
+class HeartbeatRequest(LenientModel):
     """A worker is alive."""
 
     worker_name: Name
@@ -44,24 +44,24 @@ class HeartBeat(LenientModel):
     token: Name | None = None
 
 
-class Leave(LenientModel):
+class UnregisterRequest(LenientModel):
     """A worker takes no more requests."""
 
     worker_name: Name
     token: Name | None = None
 
 
-class ModelName(LenientModel):
-    """Which model is meant."""
+class ModelRequest(LenientModel):
+    """The part of a request that names its model."""
 
     model: Name
 
 
 def read_status(fields: StatusFields) -> WorkerStatus:
-    """What a worker says of itself.
+    """A worker's status as the table keeps it.
 
     Raises:
-        FieldError: a name that cannot be shown.
+        FieldError: a name that cannot be printed.
     """
     if not all(name.isprintable() for name in fields.model_names):
         raise FieldError("A name holds characters that cannot be printed.", "model_names")

@@ -1,4 +1,4 @@
-"""The controller's table of workers: who is there, who is alive, and who gets the next request. No network, and a clock from outside."""
+"""The table of registered workers: which are alive, and which one gets the next request. No network, and the clock is passed in."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from llava.serve.http.addresses import Endpoint
 MAX_WORKERS = 256
 MAX_REMEMBERED_MODELS = 1024
 DOWN_SECONDS = 5.0
-"""How long a worker that could not be reached is passed over while another one has the model."""
+"""How long a worker that could not be reached is skipped while another one serves the model."""
 
 
 class DispatchMethod(Enum):
-    """How one of several workers is chosen: `LOTTERY` draws by speed, `SHORTEST_QUEUE` takes the least work per speed."""
+    """How one of several workers is chosen: `LOTTERY` draws at random, weighted by speed; `SHORTEST_QUEUE` takes the least load."""
 
     LOTTERY = "lottery"
     SHORTEST_QUEUE = "shortest_queue"
@@ -26,7 +26,7 @@ class DispatchMethod(Enum):
 
 @dataclass(frozen=True)
 class WorkerStatus:
-    """What a worker says of itself. models: names it serves. speed: relative to others, above 0. queue_length: requests it has now."""
+    """What a worker reports. models: names it serves. speed: relative to other workers, above 0. queue_length: requests it has now."""
 
     models: tuple[str, ...]
     speed: float = 1.0
@@ -34,14 +34,14 @@ class WorkerStatus:
 
 
 @dataclass
-class Worker:
+class RegisteredWorker:
     """A registered worker.
 
-    name: its URL in one spelling. check_heart_beat: whether silence ends its registration. last_beat: when it was last heard of.
-    in_flight: requests this controller has sent it. others: what it had besides these when it last told; clients that ask it themselves
-    bring such work. handed_out: times its address was given to a client since the last heart beat. registered_from: the peer that
-    registered it. down_until: it is passed over until then. last_chosen: number of the choice that fell on it last. silent: it has not
-    answered for too long, and nobody gets it until it does again. on_lost: called once when it goes silent or is forgotten for it.
+    name: its normalised URL. check_heart_beat: whether missing heartbeats end its registration. last_heard: when it last gave a sign of
+    life. in_flight: requests this controller has sent it. other_requests: what it had besides these in its last report, from clients that
+    call it directly. handed_out: times its address was given to a client since the last report. registered_from: the peer that registered
+    it. down_until: it is skipped until then. last_chosen: number of the last choice that fell on it. silent: it has not answered for too
+    long and gets no requests until it does. on_lost: called once when it goes silent or its registration expires.
     """
 
     name: str
@@ -49,9 +49,9 @@ class Worker:
     status: WorkerStatus
     check_heart_beat: bool
     registered_from: str | None
-    last_beat: float
+    last_heard: float
     in_flight: int = 0
-    others: int = 0
+    other_requests: int = 0
     handed_out: int = 0
     down_until: float = 0.0
     last_chosen: int = 0
@@ -61,15 +61,15 @@ class Worker:
     @property
     def load(self) -> float:
         """Work ahead of a new request, in units of this worker's speed."""
-        return (self.in_flight + self.others + self.handed_out) / self.status.speed
+        return (self.in_flight + self.other_requests + self.handed_out) / self.status.speed
 
-    def tell(self, status: WorkerStatus) -> None:
-        """Note what the worker says of itself now.
+    def note_status(self, status: WorkerStatus) -> None:
+        """Take over what the worker reports now.
 
-        Of its queue only the others' work is kept: ours is counted as it comes and goes, and a number told at a burst's top would outlive
-        the burst by a whole heart beat.
+        Only other clients' share of its queue is kept: ours is counted as requests start and end, and a length reported at the peak of a
+        burst would outlive the burst by a whole heartbeat interval.
         """
-        self.status, self.others = status, max(0, status.queue_length - self.in_flight)
+        self.status, self.other_requests = status, max(0, status.queue_length - self.in_flight)
 
 
 class WorkerTable:
@@ -77,10 +77,10 @@ class WorkerTable:
 
     Args:
         method: how one of several is chosen.
-        expiry_seconds: silence after which a worker is forgotten.
-        clock: seconds that only grow.
-        draw: source of the lottery's numbers.
-        on_lost: told of each worker that is lost: silent for too long, or not there any more.
+        expiry_seconds: silence after which a registration expires.
+        clock: monotonic seconds.
+        draw: source of randomness of the lottery.
+        on_lost: called with each worker that is lost: silent for too long, or gone.
     """
 
     def __init__(
@@ -89,14 +89,14 @@ class WorkerTable:
         expiry_seconds: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
         draw: random.Random | None = None,
-        on_lost: Callable[[Worker], None] = lambda worker: None,
+        on_lost: Callable[[RegisteredWorker], None] = lambda worker: None,
     ) -> None:
         self.method = method
         self.expiry_seconds = expiry_seconds
         self._clock = clock
         self._draw = draw or random.Random()
         self._on_lost = on_lost
-        self._workers: dict[str, Worker] = {}
+        self._workers: dict[str, RegisteredWorker] = {}
         self._remembered: dict[str, None] = {}
         self._choices = 0
 
@@ -104,23 +104,23 @@ class WorkerTable:
         return len(self._workers)
 
     @property
-    def workers(self) -> list[Worker]:
-        """The living ones, in the order of their first registration."""
+    def workers(self) -> list[RegisteredWorker]:
+        """Those that are alive, in the order of their first registration."""
         self.expire()
         return [worker for worker in self._workers.values() if not worker.silent]
 
     @property
-    def unbeating(self) -> list[Worker]:
-        """Those that send no heart beats, and have to be asked whether they are alive; the silent ones too."""
+    def without_heartbeat(self) -> list[RegisteredWorker]:
+        """Those that send no heartbeats and have to be probed instead, the silent ones included."""
         return [worker for worker in self._workers.values() if not worker.check_heart_beat]
 
     def register(
         self, endpoint: Endpoint, status: WorkerStatus, check_heart_beat: bool = True, registered_from: str | None = None
-    ) -> Worker:
-        """Add a worker, or renew it; what this controller knows of its own requests stays.
+    ) -> RegisteredWorker:
+        """Add a worker or renew its registration; the count of requests in flight stays.
 
         Args:
-            registered_from: the peer that speaks for it.
+            registered_from: address of the peer that registered it.
 
         Raises:
             OverflowError: the table is full.
@@ -131,77 +131,73 @@ class WorkerTable:
         if known is None and len(self._workers) >= MAX_WORKERS:
             raise OverflowError(f"There are {MAX_WORKERS} workers already, expected fewer; stop one or start a second controller.")
         if known is None:
-            known = Worker(name, endpoint, status, check_heart_beat, registered_from, self._clock())
+            known = RegisteredWorker(name, endpoint, status, check_heart_beat, registered_from, self._clock())
             self._workers[name] = known
         known.endpoint, known.check_heart_beat, known.registered_from = endpoint, check_heart_beat, registered_from
-        known.tell(status)
-        self.heard_of(known)
+        known.note_status(status)
+        self.responded(known)
         for model in status.models:
             if len(self._remembered) < MAX_REMEMBERED_MODELS:
                 self._remembered[model] = None
         return known
 
-    def find(self, name: str) -> Worker | None:
+    def find(self, name: str) -> RegisteredWorker | None:
         """A registered worker by its name."""
         self.expire()
         return self._workers.get(name)
 
-    def beat(self, name: str, queue_length: int) -> bool:
-        """Note a heart beat; `False` where the worker is not known and has to register again."""
+    def heartbeat(self, name: str, queue_length: int) -> bool:
+        """Record a heartbeat; `False` where the worker is unknown and has to register again."""
         worker = self.find(name)
         if worker is None:
             return False
-        worker.tell(replace(worker.status, queue_length=queue_length))
-        self.heard_of(worker)
+        worker.note_status(replace(worker.status, queue_length=queue_length))
+        self.responded(worker)
         return True
 
-    def heard_of(self, worker: Worker) -> None:
-        """Note a sign of life."""
-        worker.last_beat, worker.down_until, worker.handed_out, worker.silent = self._clock(), 0.0, 0, False
+    def responded(self, worker: RegisteredWorker) -> None:
+        """Record a sign of life."""
+        worker.last_heard, worker.down_until, worker.handed_out, worker.silent = self._clock(), 0.0, 0, False
 
-    def not_heard_of(self, worker: Worker) -> None:
-        """Note that a worker that sends no heart beats did not answer; after too long it counts as silent.
+    def did_not_respond(self, worker: RegisteredWorker) -> None:
+        """Record that a worker without heartbeats failed a probe; after `expiry_seconds` of silence it gets no requests.
 
         It stays registered: nobody would register it again when it comes back.
         """
-        if not worker.silent and worker.last_beat < self._clock() - self.expiry_seconds:
+        if not worker.silent and worker.last_heard < self._clock() - self.expiry_seconds:
             worker.silent = True
-            self._lose(worker)
+            self._announce_lost(worker)
 
-    def _lose(self, worker: Worker) -> None:
+    def _announce_lost(self, worker: RegisteredWorker) -> None:
         self._on_lost(worker)
         for call in tuple(worker.on_lost):
             call()
 
-    def update(self, worker: Worker, status: WorkerStatus) -> None:
-        """Note what a worker says of itself when it is asked; no heart beat."""
-        worker.tell(status)
-
     def remove(self, name: str) -> None:
-        """Forget a worker, if it is known; what it is answering goes on."""
+        """Unregister a worker, if it is known; its running requests go on."""
         self._workers.pop(name, None)
 
-    def lose(self, worker: Worker) -> None:
-        """Forget a worker that is not there any more."""
+    def drop_lost(self, worker: RegisteredWorker) -> None:
+        """Unregister a worker that is gone; its running requests are aborted."""
         if self._workers.get(worker.name) is worker:
             del self._workers[worker.name]
-            self._lose(worker)
+            self._announce_lost(worker)
 
     def expire(self) -> None:
-        """Forget the workers that were silent for too long."""
+        """Drop the workers whose heartbeats stopped `expiry_seconds` ago."""
         oldest = self._clock() - self.expiry_seconds
-        for worker in [w for w in self._workers.values() if w.check_heart_beat and w.last_beat < oldest]:
-            self.lose(worker)
+        for worker in [w for w in self._workers.values() if w.check_heart_beat and w.last_heard < oldest]:
+            self.drop_lost(worker)
 
     def models(self) -> list[str]:
-        """Names of all models that somebody serves, sorted."""
+        """Names of all models that are served now, sorted."""
         return sorted({model for worker in self.workers for model in worker.status.models})
 
-    def was_known(self, model: str) -> bool:
+    def was_served(self, model: str) -> bool:
         """Whether somebody has served this model since the controller started."""
         return model in self._remembered
 
-    def choose(self, model: str, excluded: Collection[str] = ()) -> Worker | None:
+    def choose(self, model: str, excluded: Collection[str] = ()) -> RegisteredWorker | None:
         """The worker for the next request, or `None`.
 
         Args:
@@ -228,12 +224,12 @@ class WorkerTable:
         worker.handed_out += 1
         return worker.name
 
-    def mark_down(self, worker: Worker) -> None:
-        """Pass a worker over for a while, until its next heart beat at most: it could not be reached or broke off."""
+    def mark_down(self, worker: RegisteredWorker) -> None:
+        """Pass a worker over for a while, until its next heartbeat at most: it could not be reached or broke off."""
         worker.down_until = self._clock() + DOWN_SECONDS
 
     @contextmanager
-    def using(self, worker: Worker, on_lost: Callable[[], None] = lambda: None) -> Iterator[None]:
+    def using(self, worker: RegisteredWorker, on_lost: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Count a request as sent to a worker while the block runs; `on_lost` is called if the worker is lost meanwhile."""
         worker.in_flight += 1
         worker.on_lost.append(on_lost)

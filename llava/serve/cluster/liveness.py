@@ -1,6 +1,6 @@
-"""Whether the controller's workers are alive: silence is noticed as it happens, and those that send no heart beats are asked.
+"""Which of the controller's workers are alive: expired heartbeats are noticed in time, and workers that send none are probed.
 
-A worker that hangs keeps its connections open. Whoever waits for its answer learns from here that none will come.
+A worker that hangs keeps its connections open; requests that wait for it are aborted when the table drops it.
 """
 
 from __future__ import annotations
@@ -8,36 +8,36 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from llava.serve.cluster.dispatch import Worker, WorkerTable
+from llava.serve.cluster.dispatch import RegisteredWorker, WorkerTable
 
-LOOK_SECONDS = 0.5
-"""Between two looks for workers that have been silent for too long."""
+EXPIRE_SECONDS = 0.5
+"""Between two searches for workers whose heartbeats have stopped."""
 PROBE_SECONDS = 5.0
-"""Between two questions to a worker that sends no heart beats, and for one answer."""
+"""Between two probes of a worker that sends no heartbeats, and for one answer."""
 
 
-async def watch(table: WorkerTable, answers: Callable[[Worker, float], Awaitable[bool]]) -> None:
-    """Look after the workers of a table until cancelled.
+async def watch(table: WorkerTable, is_alive: Callable[[RegisteredWorker, float], Awaitable[bool]]) -> None:
+    """Keep a table up to date until cancelled.
 
     Args:
-        answers: asks a worker whether it is alive, and waits for so many seconds.
+        is_alive: probes a worker, waiting at most so many seconds.
     """
-    often = table.expiry_seconds / 4  # a worker is asked several times before its silence is too long
+    often = table.expiry_seconds / 4  # several probes before a worker's silence is too long
 
-    async def look() -> None:
+    async def expire() -> None:
         while True:
             table.expire()
-            await asyncio.sleep(min(LOOK_SECONDS, often))
+            await asyncio.sleep(min(EXPIRE_SECONDS, often))
 
-    async def ask() -> None:
+    async def probe_all() -> None:
         seconds = min(PROBE_SECONDS, often)
         while True:
-            await asyncio.gather(asyncio.sleep(seconds), *(probe(worker, seconds) for worker in table.unbeating))
+            await asyncio.gather(asyncio.sleep(seconds), *(probe(worker, seconds) for worker in table.without_heartbeat))
 
-    async def probe(worker: Worker, seconds: float) -> None:
-        if await answers(worker, seconds):
-            table.heard_of(worker)
+    async def probe(worker: RegisteredWorker, seconds: float) -> None:
+        if await is_alive(worker, seconds):
+            table.responded(worker)
         else:
-            table.not_heard_of(worker)
+            table.did_not_respond(worker)
 
-    await asyncio.gather(look(), ask())
+    await asyncio.gather(expire(), probe_all())

@@ -1,10 +1,10 @@
-"""What clients are told when a worker refuses: words that the controller can answer for, whatever the worker wrote.
+"""What clients read when a worker refuses: text that the controller can vouch for, whatever the worker wrote.
 
-Whoever has the worker token may register a worker, and its answers are its own. But an error speaks in the service's name: a worker that
-lies could send clients to another site, ask for their keys, or repeat what others have asked. So of a worker's error the controller takes
-the kind, by its code, the field that is to blame, where it is one of the request's, and the least value of it, a number. What is wrong
-with a request the controller finds out for itself, by reading it as the worker does; what only a worker can know it passes on where it is
-one of the sentences that there are for it, `llava.serve.sentences`. Any other words of the worker are in its log, under the request's id.
+Whoever has the worker token may register a worker, and what it answers is its own. But an error speaks in the service's name: a malicious
+worker could send clients to another site, ask for their keys, or repeat what others have asked. So the controller takes from a worker's
+error only its kind (by the code), the field it blames (if the request has such a field) and the smallest value that would do (a number).
+What is wrong with the request itself the controller finds by reading it as the worker does. What only a worker can know passes if it is
+one of the sentences of `llava.serve.sentences`. Anything else that the worker wrote stays in its log, under the request's id.
 """
 
 from __future__ import annotations
@@ -34,47 +34,47 @@ _BY_STATUS = {
     429: ErrorKind.OVERLOADED,
     503: ErrorKind.OVERLOADED,
 }
-"""What a refusal of a server that is not ours means, whose codes are its own."""
+"""The kind of a refusal without a code of ours, from a server that is not ours."""
 _MAX_PARAM = 200
 _COUNT = Integer(1, 10**9)
 _ANY_LENGTH = 2**63
-"""Longest answer of a worker that the controller knows no such limit of."""
+"""No limit on new tokens: the controller does not know the worker's."""
 _PATH = re.compile(r"[A-Za-z_]\w*(\[\d{1,4}\]|\.\w+)*", re.ASCII)
 
 
-def told_kind(told: dict[str, Any], status: int | None = None) -> ErrorKind:
-    """The kind of a worker's error; where its code is none of ours, by the status, else `BACKEND_FAILED`."""
-    error = told.get("error")
-    codes = (error.get("code") if isinstance(error, dict) else None, told.get("error_code"))
+def error_kind(answer: dict[str, Any], status: int | None = None) -> ErrorKind:
+    """The kind of the error that a worker answers with: by its code, else by the HTTP status, else `BACKEND_FAILED`."""
+    error = answer.get("error")
+    codes = (error.get("code") if isinstance(error, dict) else None, answer.get("error_code"))
     found = next((_KINDS[code] for code in codes if isinstance(code, str | int) and code in _KINDS), None)
     return found or _BY_STATUS.get(status or 0, ErrorKind.BACKEND_FAILED)
 
 
-def own_words(kind: ErrorKind, told: dict[str, Any], path: str, body: bytes, card: ModelCard | None = None) -> ServeError:
-    """A worker's refusal in words that the controller can answer for.
+def client_error(kind: ErrorKind, answer: dict[str, Any], path: str, body: bytes, card: ModelCard | None = None) -> ServeError:
+    """The error that a client gets for a worker's refusal.
 
     Args:
-        told: the worker's answer. path, body: of the request. card: of the worker's model, where it is known.
+        kind: of the refusal. answer: the worker's. path, body: of the request. card: of the worker's model, where it is known.
     """
     if (schema := BODIES.get(path)) is None:
         return ServeError(kind)
-    found = _found_here(path, body, card)
+    found = _error_in_request(path, body, card)
     if found is not None and found.kind is kind:
         return found
-    error: Any = told.get("error")
+    error: Any = answer.get("error")
     error = error if isinstance(error, dict) else {}
     param = error.get("param")
     param = param if isinstance(param, str) and _is_field(param, schema) else None
     if kind is ErrorKind.INVALID_REQUEST and param is not None and _COUNT.accepts(least := error.get("least")):
         return ServeError(kind, f"{param} is too small here; the smallest value that would do is {least}.", param, least)
-    if _is_ours(text := error.get("message"), param):
+    if _is_known_sentence(text := error.get("message"), param):
         return ServeError(kind, text, param)
     unnamed = kind is not ErrorKind.INVALID_REQUEST or param is None
     return ServeError(kind, None if unnamed else f"The worker refuses {param}; its log has the reason under this request id.", param)
 
 
-def _found_here(path: str, body: bytes, card: ModelCard | None) -> ServeError | None:
-    """What is wrong with a request, as the worker's own reading of it would find; without a card, of its form alone."""
+def _error_in_request(path: str, body: bytes, card: ModelCard | None) -> ServeError | None:
+    """What a worker's own reading of the request would refuse; without a card, its form alone is checked."""
     try:
         value = parse_json(body)
         if card is None:
@@ -86,17 +86,17 @@ def _found_here(path: str, body: bytes, card: ModelCard | None) -> ServeError | 
     return None
 
 
-def _is_ours(text: Any, param: str | None) -> bool:
-    """Whether a worker's words are a sentence of ours."""
+def _is_known_sentence(text: Any, param: str | None) -> bool:
+    """Whether a worker's message is a sentence of `llava.serve.sentences`, filled in."""
     return isinstance(text, str) and (text in IMAGE_SENTENCES or any(is_filled(text, sentence, param) for sentence in SENTENCES))
 
 
 def _is_field(param: str, schema: type[BaseModel]) -> bool:
-    """Whether a path is made of names that stand in the description of the request, and of numbers."""
+    """Whether a path consists of numbers and of names in the request's schema, beginning with a field of the request."""
     if len(param) > _MAX_PARAM or not _PATH.fullmatch(param):
         return False
-    words = re.findall(r"\w+", param)
-    return words[0] in schema.model_fields and all(word.isdigit() or word in _names(schema) for word in words)
+    parts = re.findall(r"\w+", param)
+    return parts[0] in schema.model_fields and all(part.isdigit() or part in _names(schema) for part in parts)
 
 
 @functools.cache

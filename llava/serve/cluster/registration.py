@@ -1,4 +1,4 @@
-"""How a worker makes itself known to a controller, stays known, whichever of the two starts first or starts again, and says good-bye."""
+"""A worker's side of its registration: it registers, sends heartbeats, registers again with a restarted controller, and unregisters."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ import httpx
 
 logger = logging.getLogger(__name__)
 
-HEART_BEAT_SECONDS = 5.0
-"""Between two heart beats, a third of LLaVA's: within it, a controller that was started again knows its workers."""
+HEARTBEAT_SECONDS = 5.0
+"""Between two heartbeats, a third of LLaVA's: a restarted controller knows its workers again after that long."""
 CALL_SECONDS = 5.0
 """For one call to the controller."""
 RETRY_SECONDS = 1.0
-"""After the first call that failed; doubled up to the interval of the heart beats."""
+"""After the first failed call; doubled with each further one, up to the heartbeat interval."""
 
 
 @dataclass(frozen=True)
 class Registration:
     """Where to register and as what.
 
-    controller_url, worker_url: as in `http://localhost:10000`; the controller calls the worker back at the second. token: what the
-    controller asks of workers, or `None`. interval: seconds between two heart beats.
+    controller_url, worker_url: as in `http://localhost:10000`; the controller calls the worker at the second. token: the controller's
+    worker token, or `None`. interval: seconds between two heartbeats.
     """
 
     controller_url: str
     worker_url: str
     token: str | None = None
-    interval: float = HEART_BEAT_SECONDS
+    interval: float = HEARTBEAT_SECONDS
 
     async def run(self, status: Callable[[], dict[str, Any]], leaving: Awaitable[None]) -> None:
-        """Register, send heart beats, and register again when the controller has forgotten us; never raising.
+        """Register, send heartbeats, and register again whenever the controller does not know this worker; raises nothing.
 
         Args:
             status: `model_names`, `speed` and `queue_length` as of now.
-            leaving: done when this worker takes no more requests; the controller is told so, and this ends.
+            leaving: done when this worker takes no more requests; then it unregisters, and this ends.
         """
         known, failures = False, 0
         end = asyncio.ensure_future(leaving)
-        # the token travels in the head: a controller need not take a body to judge it
+        # in the head, where a controller checks it before it reads the body
         headers = {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
         async with httpx.AsyncClient(base_url=self.controller_url, timeout=CALL_SECONDS, trust_env=False, headers=headers) as client:
             while not end.done():
                 try:
-                    known = await self._beat(client, status()) if known else await self._register(client, status())
+                    known = await self._heartbeat(client, status()) if known else await self._register(client, status())
                     failures, pause = 0, self.interval if known else 0.0
                 except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
                     pause = min(RETRY_SECONDS * 2 ** min(failures, 10), self.interval)
@@ -57,12 +57,12 @@ class Registration:
                     logger.log(level, "the controller at %s cannot be used (%s); trying again", self.controller_url, _reason(error))
                 await asyncio.wait({end}, timeout=pause)
             if known:
-                await self._leave(client)
+                await self._unregister(client)
 
-    async def _leave(self, client: httpx.AsyncClient) -> None:
-        with suppress(httpx.HTTPError):  # a controller that is gone, or too old to know this call, finds out by our silence
+    async def _unregister(self, client: httpx.AsyncClient) -> None:
+        with suppress(httpx.HTTPError):  # a controller that is gone, or too old to know this call, notices missing heartbeats
             (await client.post("/unregister_worker", json=self._named({}))).raise_for_status()
-            logger.info("left the controller %s", self.controller_url)
+            logger.info("unregistered from the controller %s", self.controller_url)
 
     async def _register(self, client: httpx.AsyncClient, status: dict[str, Any]) -> bool:
         body = self._named({"check_heart_beat": True, "worker_status": status})
@@ -73,12 +73,12 @@ class Registration:
     def _named(self, body: dict[str, Any]) -> dict[str, Any]:
         return {"worker_name": self.worker_url, **body}
 
-    async def _beat(self, client: httpx.AsyncClient, status: dict[str, Any]) -> bool:
+    async def _heartbeat(self, client: httpx.AsyncClient, status: dict[str, Any]) -> bool:
         body = self._named({"queue_length": status["queue_length"]})
         response = (await client.post("/receive_heart_beat", json=body)).raise_for_status()
         if bool(response.json()["exist"]):
             return True
-        logger.info("the controller %s does not know us any more; registering again", self.controller_url)
+        logger.info("the controller %s does not know this worker any more; registering again", self.controller_url)
         return False
 
 
@@ -86,7 +86,7 @@ _HINTS = {
     401: ": it asks for a token, give its own with --registration-token or --registration-token-file",
     403: ": it does not allow this worker's address, start it with --worker-token or --allow-worker",
 }
-"""What to do about a registration that was refused."""
+"""By status of a refused registration: what to do."""
 
 
 def _reason(error: Exception) -> str:

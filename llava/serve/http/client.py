@@ -16,8 +16,10 @@ from typing import Any, cast
 
 import anyio
 import httpx
+from httpx_sse import ServerSentEvent
 
 from llava.serve.http.addresses import Endpoint
+from llava.serve.http.sse import server_sent_events
 from llava.serve.http.watchdog import Watchdog
 
 MAX_FRAME_BYTES = 4_000_000
@@ -110,29 +112,17 @@ class Reply:
         if rest.strip():
             yield rest
 
-    async def events(self) -> AsyncIterator[str]:
-        """The data of server-sent events; comments and other fields are left out.
+    async def events(self) -> AsyncIterator[ServerSentEvent]:
+        """The body's server-sent events that hold data.
 
         Raises:
-            BrokenOff: as `frames`, or the text is not UTF-8.
+            BrokenOff: as `chunks`, or an event is too long or not UTF-8.
         """
-        data: list[str] = []
-        held = 0
-        async for line in self.frames(b"\n"):
-            try:
-                text = line.decode().rstrip("\r")
-            except UnicodeDecodeError as error:
-                raise BrokenOff("the stream is not UTF-8") from error
-            if text.startswith("data:"):
-                data.append(text[5:].removeprefix(" "))
-                held += len(line)
-                if held > MAX_FRAME_BYTES:
-                    raise BrokenOff(f"an event is longer than {MAX_FRAME_BYTES:,} bytes")
-            elif not text and data:
-                yield "\n".join(data)
-                data, held = [], 0
-        if data:
-            yield "\n".join(data)
+        try:
+            async for event in server_sent_events(self.chunks(), MAX_FRAME_BYTES):
+                yield event
+        except ValueError as error:
+            raise BrokenOff(f"the stream cannot be read: {error}") from error
 
 
 @functools.cache

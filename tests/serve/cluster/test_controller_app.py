@@ -30,9 +30,10 @@ from openai import BadRequestError, OpenAI
 
 from llava import __version__
 from llava.serve.api.worker_app import create_worker_app
-from llava.serve.cluster.controller_app import ControllerSettings, create_controller_app
+from llava.serve.cluster.controller_app import create_controller_app
 from llava.serve.cluster.dispatch import DispatchMethod
 from llava.serve.cluster.registration import Registration
+from llava.serve.cluster.settings import ControllerSettings
 from llava.serve.controller import build_parser, main, settings_from
 from llava.serve.http.addresses import AddressRules, parse_network
 from llava.serve.protocol import ErrorKind, Limits, ServeError
@@ -292,7 +293,7 @@ def test_a_listed_network_may_register_itself_but_not_the_controllers_own_machin
     assert controller.register("http://10.1.0.5:40000", peer="10.2.0.5").status_code == 403
 
 
-def test_heart_beats_count_from_where_the_worker_registered_or_with_the_token() -> None:
+def test_heartbeats_count_from_where_the_worker_registered_or_with_the_token() -> None:
     controller = Called(settings(tokens=("secret",)))
     beat = {"worker_name": "http://10.0.0.7:40000/", "queue_length": 3}
     assert controller.post("/receive_heart_beat", beat, "10.0.0.7").json() == {"exist": False}
@@ -858,7 +859,7 @@ def test_a_worker_that_says_good_bye_finishes_what_it_has() -> None:
         assert answers[0].json()["choices"][0]["message"]["content"] == "one two three "
 
 
-def test_workers_without_heart_beats_are_asked_for_their_health(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_without_heartbeats_are_asked_for_their_health(monkeypatch: pytest.MonkeyPatch) -> None:
     """One answers, one says that it has no such address, one takes connections and says nothing; none of them beats."""
     monkeypatch.setattr("llava.serve.cluster.liveness.PROBE_SECONDS", 0.2)
     now, hung = [0.0], threading.Event()
@@ -876,7 +877,7 @@ def test_workers_without_heart_beats_are_asked_for_their_health(monkeypatch: pyt
             HTTP.post(stack.url + "/register_worker", json=body).raise_for_status()
         table = running.app.state.controller.table
         now[0] += 31
-        wait_until(lambda: all(worker.last_beat == 31 for worker in table.unbeating))
+        wait_until(lambda: all(worker.last_heard == 31 for worker in table.without_heartbeat))
         with asked(lambda: [stack.chat().status_code for _ in range(2)]) as answers:  # one of them at each
             wait_until(lambda: bad.requests)
             hung.set()

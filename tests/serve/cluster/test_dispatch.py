@@ -33,12 +33,12 @@ def test_a_worker_is_forgotten_after_too_long_a_silence_and_a_beat_keeps_it() ->
     workers.register(endpoint(1), WorkerStatus(("a",)))
     workers.register(endpoint(2), WorkerStatus(("b",)), check_heart_beat=False)
     clock.now += 29
-    assert workers.beat("http://127.0.0.1:1", 3) and workers.models() == ["a", "b"]
+    assert workers.heartbeat("http://127.0.0.1:1", 3) and workers.models() == ["a", "b"]
     clock.now += 29
     assert workers.models() == ["a", "b"]
     clock.now += 2
-    assert workers.models() == ["b"] and not workers.beat("http://127.0.0.1:1", 0)
-    assert workers.was_known("a") and not workers.was_known("c")
+    assert workers.models() == ["b"] and not workers.heartbeat("http://127.0.0.1:1", 0)
+    assert workers.was_served("a") and not workers.was_served("c")
 
 
 def test_the_shortest_queue_counts_reports_and_own_requests_per_speed() -> None:
@@ -57,8 +57,8 @@ def test_a_number_told_at_a_bursts_top_does_not_outlive_the_burst() -> None:
     busy = workers.register(endpoint(1), WorkerStatus(("a",)))
     idle = workers.register(endpoint(2), WorkerStatus(("a",)))
     busy.in_flight = 30
-    workers.beat(busy.name, 30)
-    assert (busy.others, busy.load) == (0, 30)
+    workers.heartbeat(busy.name, 30)
+    assert (busy.other_requests, busy.load) == (0, 30)
     busy.in_flight = 0  # the burst is over, the next beat seconds away
     assert (busy.load, idle.load) == (0, 0)
     chosen = []
@@ -76,14 +76,14 @@ def test_work_of_others_counts_beside_our_own_until_the_next_number() -> None:
     assert worker.load == 2  # 4 of others, at twice the speed
     worker.in_flight = 3
     assert worker.load == 3.5  # 4 of others and 3 of ours
-    workers.beat(worker.name, 9)
-    assert (worker.others, worker.load) == (6, 4.5)  # 9 told, 3 of them ours
+    workers.heartbeat(worker.name, 9)
+    assert (worker.other_requests, worker.load) == (6, 4.5)  # 9 told, 3 of them ours
     worker.in_flight = 1
     assert worker.load == 3.5
-    workers.update(worker, WorkerStatus(("a",), speed=1, queue_length=0))  # told before our request got there
-    assert (worker.others, worker.load) == (0, 1)
+    worker.note_status(WorkerStatus(("a",), speed=1, queue_length=0))  # told before our request got there
+    assert (worker.other_requests, worker.load) == (0, 1)
     workers.register(endpoint(1), WorkerStatus(("a",), speed=1, queue_length=6))
-    assert (worker.others, worker.load) == (5, 6)
+    assert (worker.other_requests, worker.load) == (5, 6)
 
 
 def test_equal_queues_take_turns() -> None:
@@ -99,7 +99,7 @@ def test_handed_out_addresses_count_until_the_next_beat() -> None:
     for port in (1, 2):
         workers.register(endpoint(port), WorkerStatus(("a",)))
     assert sorted(workers.hand_out("a") for _ in range(4)) == ["http://127.0.0.1:1"] * 2 + ["http://127.0.0.1:2"] * 2
-    workers.beat("http://127.0.0.1:2", 0)
+    workers.heartbeat("http://127.0.0.1:2", 0)
     assert [workers.hand_out("a"), workers.hand_out("a"), workers.hand_out("b")] == ["http://127.0.0.1:2"] * 2 + [""]
 
 
@@ -121,7 +121,7 @@ def test_a_worker_that_is_down_is_passed_over_while_there_is_another() -> None:
     clock.now += DOWN_SECONDS
     assert workers.choose("a") is one
     workers.mark_down(one)
-    workers.beat(one.name, 0)
+    workers.heartbeat(one.name, 0)
     assert workers.choose("a") is one
 
 
@@ -134,11 +134,11 @@ def test_registering_again_renews_and_keeps_what_is_in_flight() -> None:
     assert worker.in_flight == 0
 
 
-def test_what_a_worker_says_when_asked_is_no_heart_beat() -> None:
+def test_what_a_worker_says_when_asked_is_no_heartbeat() -> None:
     workers, clock = table()
     worker = workers.register(endpoint(1), WorkerStatus(("a",)), registered_from="10.0.0.7")
     clock.now += 20
-    workers.update(worker, WorkerStatus(("a", "b"), queue_length=3))
+    worker.note_status(WorkerStatus(("a", "b"), queue_length=3))
     assert workers.models() == ["a", "b"] and worker.load == 3 and worker.registered_from == "10.0.0.7"
     clock.now += 11
     assert workers.models() == []
@@ -184,29 +184,29 @@ def test_a_worker_that_leaves_by_its_own_word_finishes_and_one_that_is_gone_does
     leaving, gone = workers.register(endpoint(1), WorkerStatus(("a",))), workers.register(endpoint(2), WorkerStatus(("a",)))
     with workers.using(leaving, lambda: told.append("leaving")), workers.using(gone, lambda: told.append("gone")):
         workers.remove(leaving.name)
-        workers.lose(gone)
-        workers.lose(gone)
+        workers.drop_lost(gone)
+        workers.drop_lost(gone)
     assert told == ["gone"] and lost == [gone.name] and workers.workers == []
 
 
-def test_a_worker_without_heart_beats_falls_silent_and_comes_back() -> None:
+def test_a_worker_without_heartbeats_falls_silent_and_comes_back() -> None:
     workers, clock, lost = lost_ones()
     asked = workers.register(endpoint(1), WorkerStatus(("a",)), check_heart_beat=False)
-    assert workers.unbeating == [asked]
+    assert workers.without_heartbeat == [asked]
     told: list[int] = []
     with workers.using(asked, lambda: told.append(1)):
         clock.now += 20
-        workers.heard_of(asked)
+        workers.responded(asked)
         clock.now += 30
-        workers.not_heard_of(asked)
+        workers.did_not_respond(asked)
         assert workers.workers == [asked] and told == []
         clock.now += 1
-        workers.not_heard_of(asked)
-        workers.not_heard_of(asked)
+        workers.did_not_respond(asked)
+        workers.did_not_respond(asked)
     assert told == [1] and lost == [asked.name] and asked.silent
-    assert workers.workers == workers.models() == [] and workers.choose("a") is None and workers.was_known("a")
-    assert workers.unbeating == [asked] and len(workers) == 1
-    workers.heard_of(asked)
+    assert workers.workers == workers.models() == [] and workers.choose("a") is None and workers.was_served("a")
+    assert workers.without_heartbeat == [asked] and len(workers) == 1
+    workers.responded(asked)
     assert workers.choose("a") is asked
     clock.now += 31
     assert workers.workers == [asked]  # nobody has asked it meanwhile

@@ -9,14 +9,14 @@ from contextlib import suppress
 import pytest
 
 from llava.serve.cluster import liveness
-from llava.serve.cluster.dispatch import Worker, WorkerStatus, WorkerTable
+from llava.serve.cluster.dispatch import RegisteredWorker, WorkerStatus, WorkerTable
 from llava.serve.cluster.liveness import watch
 from tests.serve.cluster.test_dispatch import Clock, endpoint
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(liveness, "LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(liveness, "EXPIRE_SECONDS", 0.001)
     monkeypatch.setattr(liveness, "PROBE_SECONDS", 0.001)
 
 
@@ -28,12 +28,12 @@ class Watched:
         self.asked: list[tuple[int, float]] = []
         self.table = WorkerTable(expiry_seconds=30.0, clock=self.clock)
 
-    async def answers(self, worker: Worker, seconds: float) -> bool:
+    async def is_alive(self, worker: RegisteredWorker, seconds: float) -> bool:
         self.asked.append((worker.endpoint.url.port, seconds))
         return worker.endpoint.url.port not in self.hung
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        watching = asyncio.ensure_future(watch(self.table, self.answers))
+        watching = asyncio.ensure_future(watch(self.table, self.is_alive))
         while not condition():
             assert not watching.done()
             await asyncio.sleep(0.001)
@@ -55,12 +55,12 @@ def test_silence_is_noticed_though_nobody_asks_for_a_worker() -> None:
     assert watched.asked == []
 
 
-def test_workers_without_heart_beats_are_asked_and_those_that_hang_are_lost() -> None:
+def test_workers_without_heartbeats_are_asked_and_those_that_hang_are_lost() -> None:
     watched = Watched()
     good, bad = (watched.table.register(endpoint(port), WorkerStatus(("a",)), check_heart_beat=False) for port in (1, 2))
     watched.hung.add(2)
     watched.clock.now += 31
-    watched.run(lambda: good.last_beat == watched.clock.now and bad.silent)
+    watched.run(lambda: good.last_heard == watched.clock.now and bad.silent)
     assert watched.table.workers == [good]
     watched.hung.clear()
     watched.run(lambda: not bad.silent)

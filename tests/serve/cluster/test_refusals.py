@@ -9,7 +9,7 @@ import pytest
 
 from llava.serve import sentences
 from llava.serve.api.image_loader import NOT_FETCHED
-from llava.serve.cluster.refusals import own_words, told_kind
+from llava.serve.cluster.refusals import client_error, error_kind
 from llava.serve.protocol import CHAT_PATH, WORKER_PATH, ErrorKind, ServeError
 from tests.serve.bodies import chat_body, worker_body
 from tests.serve.fake_engine import CARD
@@ -22,20 +22,20 @@ def told(code: Any, param: Any = None, **more: Any) -> dict[str, Any]:
 
 
 def words(kind: ErrorKind, param: Any, body: Any = None, path: str = CHAT_PATH) -> ServeError:
-    error = own_words(kind, told(kind.value, param), path, json.dumps(chat_body() if body is None else body).encode())
+    error = client_error(kind, told(kind.value, param), path, json.dumps(chat_body() if body is None else body).encode())
     assert "evil" not in f"{error.detail} {error.param}"
     return error
 
 
 def test_kinds_are_known_by_our_codes_and_else_by_the_status() -> None:
     for kind in ErrorKind:
-        assert told_kind(told(kind.value)) is told_kind(told(None, error_code=kind.fault.code)) is kind
+        assert error_kind(told(kind.value)) is error_kind(told(None, error_code=kind.fault.code)) is kind
     unknown: list[Any] = ["BadRequest", 400, None, [], {}, True, -1]
     for code in unknown:
-        assert told_kind(told(code), 400) is ErrorKind.INVALID_REQUEST
-        assert told_kind(told(code), 503) is ErrorKind.OVERLOADED
-        assert told_kind(told(code), 418) is told_kind(told(code)) is ErrorKind.BACKEND_FAILED
-    assert told_kind({"error": LIE}, 413) is ErrorKind.TOO_LARGE
+        assert error_kind(told(code), 400) is ErrorKind.INVALID_REQUEST
+        assert error_kind(told(code), 503) is ErrorKind.OVERLOADED
+        assert error_kind(told(code), 418) is error_kind(told(code)) is ErrorKind.BACKEND_FAILED
+    assert error_kind({"error": LIE}, 413) is ErrorKind.TOO_LARGE
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_kinds_are_known_by_our_codes_and_else_by_the_status() -> None:
 def test_the_least_value_that_would_do_is_taken_as_a_number(least: Any, taken: int | None) -> None:
     refusal = told("invalid_request_error", "max_visual_tokens")
     refusal["error"]["least"] = least
-    error = own_words(ErrorKind.INVALID_REQUEST, refusal, CHAT_PATH, json.dumps(chat_body(max_visual_tokens=5)).encode())
+    error = client_error(ErrorKind.INVALID_REQUEST, refusal, CHAT_PATH, json.dumps(chat_body(max_visual_tokens=5)).encode())
     assert error.least == taken and error.param == "max_visual_tokens" and "evil" not in error.detail
     assert ("is 192." in error.detail) == (taken == 192)
 
@@ -98,7 +98,7 @@ def test_fields_are_told_where_the_request_has_them(param: Any, is_told: bool) -
 
 
 def test_of_a_path_without_a_description_only_the_kind_is_told() -> None:
-    error = own_words(ErrorKind.INVALID_REQUEST, told("invalid_request", "granularity"), "/nowhere", b"not json")
+    error = client_error(ErrorKind.INVALID_REQUEST, told("invalid_request", "granularity"), "/nowhere", b"not json")
     assert (error.detail, error.param) == (ErrorKind.INVALID_REQUEST.fault.text, None)
 
 
@@ -114,10 +114,10 @@ def test_of_a_path_without_a_description_only_the_kind_is_told() -> None:
 )
 def test_a_request_is_read_as_the_worker_reads_it(fields: dict[str, Any], kind: ErrorKind, param: str, said: str) -> None:
     body, refusal = json.dumps(chat_body(**fields)).encode(), told(kind.value, "messages")
-    error = own_words(kind, refusal, CHAT_PATH, body, CARD)
+    error = client_error(kind, refusal, CHAT_PATH, body, CARD)
     assert error.param == param and said in error.detail
-    assert said not in own_words(kind, refusal, CHAT_PATH, body).detail  # without the model it cannot be known
-    other = own_words(ErrorKind.NOT_FINITE, refusal, CHAT_PATH, body, CARD)
+    assert said not in client_error(kind, refusal, CHAT_PATH, body).detail  # without the model it cannot be known
+    other = client_error(ErrorKind.NOT_FINITE, refusal, CHAT_PATH, body, CARD)
     assert other.detail == ErrorKind.NOT_FINITE.fault.text  # that was not what the worker minded
 
 
@@ -137,11 +137,11 @@ KEYWORDS = sentences.NOT_FOLLOWED_KEYWORDS.format(param="response_format", keywo
 def test_what_only_a_worker_knows_is_told_in_sentences_of_ours(kind: ErrorKind, param: str, text: str) -> None:
     refusal, body = told(kind.value, param), json.dumps(chat_body()).encode()
     refusal["error"]["message"] = text
-    error = own_words(kind, refusal, CHAT_PATH, body, CARD)
+    error = client_error(kind, refusal, CHAT_PATH, body, CARD)
     assert (error.kind, error.detail, error.param) == (kind, text, param)
     for lie in (f"{text} {LIE}", text.replace("s", "s evil.example ", 1), text.upper() + "evil", ["evil", text], {"evil": text}):
         refusal["error"]["message"] = lie
-        assert "evil" not in own_words(kind, refusal, CHAT_PATH, body, CARD).detail
+        assert "evil" not in client_error(kind, refusal, CHAT_PATH, body, CARD).detail
 
 
 @pytest.mark.parametrize(
