@@ -24,9 +24,10 @@ from llava.messages import Message, RoutingRequest, prompt_spans
 from llava.messages import write_prompt as write_prompt  # whoever looks for it looks here
 from llava.mm_utils import process_images, tokenize_spans
 from llava.model.builder import load_pretrained_model
-from llava.model.llava_arch import EncodedRow
+from llava.model.compose import ComposedRow, ImageInput
+from llava.model.llava_arch import image_inputs
 from llava.model.routing import RoutingReport
-from llava.model.splice import SplicedInputs, SplicedRow, pad_rows, prompt_rows
+from llava.model.splice import PromptRow, SplicedInputs, SplicedRow, pad_rows, prompt_row
 from llava.text_stream import TextStream, cut_at_stop
 from llava.timing import StageTimer
 
@@ -235,6 +236,50 @@ class Assistant:
         tokenizer, model, image_processor, _ = load_pretrained_model(model_path or micro_model_path(), model_base, **options)
         return cls(tokenizer, model, image_processor)
 
+    # ---- from images and messages to the model's inputs ----------------------------------------------------------------------
+
+    def compose(self, questions: Sequence[Question], options: Options, timer: StageTimer) -> list[ComposedRow]:
+        """Questions as rows that the language model can read, with a report per image; see `Composer.compose`.
+
+        Args:
+            timer: counts `views` and what `Composer.compose` does.
+
+        Raises:
+            ValueError: input that cannot work.
+        """
+        prompts = [self.prompt_row(question.messages, len(question.images), options.conv_mode) for question in questions]
+        return self._compose(prompts, questions, options, timer)
+
+    def _compose(
+        self, prompts: Sequence[PromptRow], questions: Sequence[Question], options: Options, timer: StageTimer
+    ) -> list[ComposedRow]:
+        images = [image for question in questions for image in question.images]
+        with timer("views"):
+            inputs = {key: self.image_input(image) for key, image in {id(image): image for image in images}.items()}
+        return self.model.compose(prompts, [inputs[id(image)] for image in images], options.routing, timer)
+
+    def prompt_row(self, messages: str | Sequence[Message], num_images: int, conv_mode: str | None = None) -> PromptRow:
+        """`prompt_ids` as a row on the model's device."""
+        return prompt_row(self.prompt_ids(messages, num_images, conv_mode).to(self.model.device))
+
+    def prompt_ids(
+        self, messages: str | Sequence[Message], num_images: int, conv_mode: str | None = None, answer: str | None = None
+    ) -> torch.Tensor:
+        """(L,) ids of a conversation's prompt, with one placeholder per image; arguments and errors as in `prompt_spans`.
+
+        What the turns say is text, whatever it spells: see `llava.mm_utils.tokenize_spans`.
+        """
+        turns = [Message("user", messages)] if isinstance(messages, str) else messages
+        config = self.model.config
+        spans = prompt_spans(turns, num_images, conv_mode or config.conv_version, config.mm_use_im_start_end, answer)
+        return torch.tensor(tokenize_spans(spans, self.tokenizer))
+
+    def image_input(self, image: Image.Image) -> ImageInput:
+        """One image cut into views, as the model takes it."""
+        return image_inputs(process_images([image], self.image_processor, self.model.config), [image.size])[0]
+
+    # ---- answers -------------------------------------------------------------------------------------------------------------
+
     def answer(self, images: Sequence[Image.Image], messages: str | Sequence[Message], options: Options | None = None) -> Answer:
         """Answer the last turn of a conversation.
 
@@ -271,8 +316,8 @@ class Assistant:
         clock, text = _Clock(), TextStream(self.tokenizer, stop)
         criteria = [clock, *self._text_criteria([text], options, hand_on), *([] if cancelled is None else [_Cancelled(cancelled)])]
         with torch.inference_mode():
-            encoded = self._encode_questions([Question(images, messages)], options, timer)
-            inputs = pad_rows([encoded[0].row], "left")
+            [composed] = self.compose([Question(images, messages)], options, timer)
+            inputs = pad_rows([composed.row], "left")
             room = self._room(inputs.inputs_embeds.shape[1])
             start = perf_counter()
             ids = self._new_tokens(inputs, options, min(options.max_new_tokens, room), criteria)[0]
@@ -282,7 +327,7 @@ class Assistant:
         first = clock.first_token or end
         milliseconds = {**timer.milliseconds, "prefill": 1000 * (first - start), "decode": 1000 * (end - first)}
         milliseconds["ttft"] = sum(milliseconds.values()) - milliseconds["decode"]
-        return self._answer(ids, stop, encoded[0], milliseconds)
+        return self._answer(ids, stop, composed, milliseconds)
 
     def _text_criteria(
         self, texts: Sequence[TextStream], options: Options, hand_on: Callable[[str], None] | None = None
@@ -312,25 +357,25 @@ class Assistant:
         options = options or Options()
         timer = StageTimer(self.model.device)
         with torch.inference_mode():
-            encoded = self._encode_questions(questions, options, timer)
-        return self.answer_rows(encoded, options, timer)
+            rows = self.compose(questions, options, timer)
+        return self.answer_rows(rows, options, timer)
 
-    def answer_rows(self, encoded: Sequence[EncodedRow], options: Options, timer: StageTimer | None = None) -> list[Answer]:
-        """Answer prompts that are encoded already, in one batch; what `answer_batch` does after encoding.
+    def answer_rows(self, composed: Sequence[ComposedRow], options: Options, timer: StageTimer | None = None) -> list[Answer]:
+        """Answer prompts that are composed already, in one batch.
 
         Args:
-            timer: goes on counting, where the encoding was timed too.
+            timer: the one that timed their composition; a new one by default.
         """
         timer = timer or StageTimer(self.model.device)
         stop = self._stop_texts(options)
         with torch.inference_mode():
-            inputs = pad_rows([each.row for each in encoded], "left")
-            rooms = [min(options.max_new_tokens, self._room(each.row.length)) for each in encoded]
-            criteria = self._text_criteria([TextStream(self.tokenizer, stop) for _ in encoded], options)
+            inputs = pad_rows([each.row for each in composed], "left")
+            rooms = [min(options.max_new_tokens, self._room(each.row.length)) for each in composed]
+            criteria = self._text_criteria([TextStream(self.tokenizer, stop) for _ in composed], options)
             with timer("generate"):
                 rows = self._new_tokens(inputs, options, max(rooms), criteria)
         ended = [self._until_end(ids, stop)[:room] for ids, room in zip(rows, rooms, strict=True)]
-        return [self._answer(ids, stop, each, dict(timer.milliseconds)) for ids, each in zip(ended, encoded, strict=True)]
+        return [self._answer(ids, stop, each, dict(timer.milliseconds)) for ids, each in zip(ended, composed, strict=True)]
 
     def log_likelihoods(
         self, questions: Sequence[Question], continuations: Sequence[str], options: Options | None = None
@@ -353,15 +398,15 @@ class Assistant:
         targets = [answer for _, answer in pairs]
         timer = StageTimer(self.model.device)
         with torch.inference_mode():
-            encoded = self._encode([prompt for prompt, _ in pairs], [question.images for question in questions], options, timer)
-            over = [each.row.length + len(ids) for each, ids in zip(encoded, targets, strict=True)]
+            composed = self._compose([prompt_row(prompt) for prompt, _ in pairs], questions, options, timer)
+            over = [each.row.length + len(ids) for each, ids in zip(composed, targets, strict=True)]
             if max(over) > self.model.config.context_length:
                 raise ValueError(
                     f"Question {over.index(max(over))} and its continuation have {max(over)} tokens, but the context of this model is "
                     f"{self.model.config.context_length}; shorten the text or choose a coarser granularity."
                 )
             with timer("score"):
-                scores = self._answer_log_probabilities([each.row for each in encoded], targets)  # one (T, V) each
+                scores = self._answer_log_probabilities([each.row for each in composed], targets)  # one (T, V) each
         return [
             Likelihood(
                 log_probability=float(rows.gather(1, ids[:, None]).sum()),
@@ -370,7 +415,7 @@ class Assistant:
                 reports=each.reports,
                 milliseconds=dict(timer.milliseconds),
             )
-            for rows, ids, each in zip(scores, targets, encoded, strict=True)
+            for rows, ids, each in zip(scores, targets, composed, strict=True)
         ]
 
     def _scored_ids(self, question: Question, text: str, conv_mode: str | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -414,10 +459,10 @@ class Assistant:
             raise ValueError(f"The prompt takes all {length} positions of the context; shorten it or choose a coarser granularity.")
         return room
 
-    def _answer(self, ids: list[int], stop: Sequence[str], encoded: EncodedRow, milliseconds: dict[str, float]) -> Answer:
+    def _answer(self, ids: list[int], stop: Sequence[str], composed: ComposedRow, milliseconds: dict[str, float]) -> Answer:
         text, stopped = cut_at_stop(str(self.tokenizer.decode(ids, skip_special_tokens=True)), stop)
         finished = stopped or (bool(ids) and ids[-1] in end_ids(self.model))
-        return Answer(text.strip(), ids, "stop" if finished else "length", encoded.row.length, encoded.reports, milliseconds)
+        return Answer(text.strip(), ids, "stop" if finished else "length", composed.row.length, composed.reports, milliseconds)
 
     def _until_end(self, ids: list[int], stop: Sequence[str]) -> list[int]:
         """A row of a batch without what follows its own end: padding, while longer rows went on."""
@@ -429,48 +474,6 @@ class Assistant:
             if token in ends or text.stopped:
                 return ids[:count]
         return ids
-
-    def prompt_ids(
-        self, messages: str | Sequence[Message], num_images: int, conv_mode: str | None = None, answer: str | None = None
-    ) -> torch.Tensor:
-        """(L,) ids of a conversation's prompt, with one placeholder per image; arguments and errors as in `prompt_spans`.
-
-        What the turns say is text, whatever it spells: see `llava.mm_utils.tokenize_spans`.
-        """
-        turns = [Message("user", messages)] if isinstance(messages, str) else messages
-        config = self.model.config
-        spans = prompt_spans(turns, num_images, conv_mode or config.conv_version, config.mm_use_im_start_end, answer)
-        return torch.tensor(tokenize_spans(spans, self.tokenizer))
-
-    def views(self, image: Image.Image) -> torch.Tensor:
-        """One picture as the vision tower's input: (C, 3, S, S), or (3, S, S) where the model cuts no tiles."""
-        return process_images([image], self.image_processor, self.model.config)[0]
-
-    @property
-    def merge_type(self) -> str | None:
-        """How pictures are laid out, where that differs from the config's: LLaVA puts no newline vector after pictures without tiles."""
-        return None if self.model.config.image_aspect_ratio == "anyres" else "flat"
-
-    def _encode_questions(self, questions: Sequence[Question], options: Options, timer: StageTimer) -> list[EncodedRow]:
-        ids = [self.prompt_ids(question.messages, len(question.images), options.conv_mode) for question in questions]
-        return self._encode([row.to(self.model.device) for row in ids], [question.images for question in questions], options, timer)
-
-    def _encode(
-        self, prompts: Sequence[torch.Tensor], images_of: Sequence[Sequence[Image.Image]], options: Options, timer: StageTimer
-    ) -> list[EncodedRow]:
-        """Prompts (L,) and each one's pictures as rows for the language model; a picture object is encoded once."""
-        model = self.model
-        rows = [prompt_rows(ids[None], None, None)[0] for ids in prompts]
-        images = [image for owned in images_of for image in owned]
-        different = {id(image): image for image in images}
-        with timer("views"):
-            views = {key: self.views(image) for key, image in different.items()}
-        prepared = dict(zip(views, model.prepare_views(list(views.values())), strict=True))
-        num_views = [len(prepared[id(image)]) for image in images]
-        plan = model.plan(rows, num_views, [image.size for image in images], options.routing, self.merge_type)
-        with timer("vision"):
-            features = dict(zip(prepared, model.encode_views(list(prepared.values())), strict=True))
-        return model.encode_rows(rows, [features[id(image)] for image in images], plan, timer)
 
     def _new_tokens(
         self, inputs: SplicedInputs, options: Options, max_new_tokens: int, criteria: Sequence[StoppingCriteria]

@@ -340,7 +340,7 @@ def test_a_batch_encodes_a_shared_picture_once(assistant, mixed, monkeypatch):
     monkeypatch.setattr(assistant.model, "encode_images", lambda views: seen.append(len(views)) or original(views))
     picture = mixed[0].images[0]
     assistant.answer_batch([Question([picture], "One?"), Question([picture], "Two?")], SHORT)
-    assert seen == [len(assistant.views(picture))]
+    assert seen == [len(assistant.image_input(picture).views)]
 
 
 def test_the_likelihood_of_the_greedy_answer_is_what_generation_saw(micro, scene):

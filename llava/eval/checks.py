@@ -10,7 +10,6 @@ from llava.inference import Assistant, Options, Question
 from llava.messages import RoutingRequest
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.routing import allowed_levels
-from llava.model.splice import prompt_rows
 
 TRIED = 100
 """So many questions that cannot be asked, and none that can, are no accident."""
@@ -81,11 +80,10 @@ def check_question(assistant: Assistant, question: Question, options: Options) -
         get_template(options.conv_mode or model.config.conv_version)
     except ValueError as error:
         raise ValueError(f"{error} (conv_version in config.json, unless --conv-mode is given).") from error
-    row = prompt_rows(assistant.prompt_ids(question.messages, len(images), options.conv_mode)[None], None, None)[0]
-    views = [len(view) for view in model.prepare_views([assistant.views(image) for image in images])]
-    plan = model.plan([row], views, [image.size for image in images], options.routing, assistant.merge_type)
-    cheapest = sum(min(costs[level] for level in plan.allowed[0]) for costs in plan.costs(0))
-    positions, context = len(row.ids) - len(images) + cheapest, model.config.context_length
+    row = assistant.prompt_row(question.messages, len(images), options.conv_mode)
+    plan = model.plan([row], [assistant.image_input(image) for image in images], options.routing)
+    cheapest = sum(fewest for fewest, _ in plan.cost_ranges(0))
+    positions, context = row.num_text_tokens + cheapest, model.config.context_length
     if positions >= context:
         raise ValueError(
             f"its prompt takes {positions} positions, {cheapest} of them visual tokens, but the context has {context} "

@@ -1,49 +1,33 @@
-"""The page that composes the model: read this first.
+"""LLaVA's face on the composer: its parts under their released names, and its contract.
 
-    images ──prepare_views──> views ──encode_views──> features ──route_logits──> logits ──decide──> a granularity per image
-                                         │                                                             │
-                                         └───────────────visual_tokens (pool, merge)<─────────────────┘
-    prompt ids ──prompt_rows──> rows ──splice──> embeddings, mask, positions, labels ──> the language model
+LLaVA marks an image's place by one id that is no token (-200), takes images in several containers, and generates new tokens only. What
+happens between prompt and language model is in `compose.py`.
 
-Every caller (training, generation, evaluation, serving) takes these steps in this order and encodes an image once, however many
-granularities it then looks at. Each step is a file of its own that imports none of its neighbours; here is no arithmetic.
-
-Legend: B rows, N images of a batch, C views of an image, P patches, T visual tokens, G granularities, D width, L positions.
+Legend: as in `compose.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from llava.crops import get_anyres_image_grid_shape
 from llava.messages import RoutingRequest
+from llava.model.compose import Composer, ImageInput, Size, Timer, untimed
 from llava.model.config import LlavaConfig
-from llava.model.granularity import Granularity, pool
-from llava.model.merge import MergedLayout, merge_views, merged_layout
 from llava.model.projector import build_projector
-from llava.model.router import GranularityRouter, select_text
-from llava.model.routing import RoutingReport, allowed_levels, check_budget, choose_levels, levels_per_image
-from llava.model.splice import PromptRow, SplicedInputs, SplicedRow, images_of_rows, pad_rows, prompt_rows, splice, splice_rows
+from llava.model.router import GranularityRouter
+from llava.model.routing import RoutingReport
+from llava.model.splice import SplicedInputs, SplicedRow, pad_rows, prompt_rows
 from llava.model.vision_tower import CLIPVisionTower
 
 Images = Tensor | Sequence[Tensor]
-Size = tuple[int, int]
-Timer = Callable[[str], AbstractContextManager[None]]
-
-
-def untimed(stage: str) -> AbstractContextManager[None]:
-    """A timer that measures nothing."""
-    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -54,38 +38,27 @@ class EncodedPrompt:
     reports: list[RoutingReport]
 
 
-@dataclass(frozen=True)
-class EncodedRow:
-    """One prompt before padding, and one report per image of it."""
+def image_inputs(images: Images | None, image_sizes: Sequence[Sequence[int]] | None = None) -> list[ImageInput]:
+    """Bring LLaVA's image containers to one form.
 
-    row: SplicedRow
-    reports: list[RoutingReport]
+    Args:
+        images: N of them: (N, C, 3, S, S), a list of (C, 3, S, S) or (3, S, S), or (N, 3, S, S). LLaVA lays the single views of the last
+            form out flat, without the newline vector; this is what `process_images` gives for a model that cuts no tiles.
+        image_sizes: N (width, height) in pixels.
 
-
-@dataclass(frozen=True)
-class RoutingPlan:
-    """What is known about B rows and their N images before a pixel is looked at.
-
-    owners: for each row, the indices of its images. requests: the callers' wishes, one per row. allowed: level indices each row may take.
-    layouts: what each image keeps at each level.
+    Raises:
+        ValueError: another shape, or another number of sizes.
     """
-
-    owners: list[range]
-    requests: list[RoutingRequest]
-    allowed: list[list[int]]
-    layouts: list[list[MergedLayout]]
-
-    def costs(self, row: int) -> list[list[int]]:
-        """Visual tokens of each image of a row at each level."""
-        return [[layout.num_tokens for layout in self.layouts[image]] for image in self.owners[row]]
-
-    def levels(self, row: int) -> list[Sequence[int]]:
-        """Level indices that each image of a row may get."""
-        return levels_per_image(self.allowed[row], self.requests[row], len(self.owners[row]))
-
-    def asks_router(self, row: int) -> bool:
-        """Whether there is an image in a row whose level is the router's to choose."""
-        return any(len(levels) > 1 and self.requests[row].detail_of(image) is None for image, levels in enumerate(self.levels(row)))
+    if images is None:
+        return []
+    is_flat = isinstance(images, Tensor) and images.ndim == 4
+    views = [image if is_flat or image.ndim == 4 else image[None] for image in images]
+    if wrong := [tuple(view.shape) for view in views if view.ndim != (3 if is_flat else 4)]:
+        raise ValueError(f"Images have shapes {wrong}, expected (views, 3, side, side) each; prepare them with process_images.")
+    sizes = [None] * len(views) if image_sizes is None else [(int(width), int(height)) for width, height in image_sizes]
+    if len(sizes) != len(views):
+        raise ValueError(f"{len(views)} images came with {len(sizes)} image_sizes; give one (width, height) per image.")
+    return [ImageInput(view, size) for view, size in zip(views, sizes, strict=True)]
 
 
 class LlavaMetaModel(nn.Module):
@@ -160,8 +133,8 @@ class RefuseNonFinite(LogitsProcessor):
         return scores
 
 
-class LlavaMetaForCausalLM:
-    """Mixed into a causal language model: from prompts with placeholders and images to its inputs."""
+class LlavaMetaForCausalLM(Composer):
+    """Mixed into a causal language model: from prompts with placeholders and images to its inputs, its loss and its answers."""
 
     config: LlavaConfig
     model: Any
@@ -183,153 +156,23 @@ class LlavaMetaForCausalLM:
         return self.model.vision_tower
 
     @property
-    def levels(self) -> tuple[Granularity, ...]:
-        """The granularities of this model, coarse to fine."""
-        return self.config.levels
+    def router(self) -> GranularityRouter | None:  # type: ignore[override]
+        return self.model.router
 
-    # ---- image to features: once per image -----------------------------------------------------------------------------------
+    @property
+    def newline(self) -> Tensor | None:  # type: ignore[override]
+        return getattr(self.model, "image_newline", None)
 
-    def prepare_views(self, images: Images) -> list[Tensor]:
-        """Bring LLaVA's image containers to one form.
-
-        Args:
-            images: (N, 3, S, S) single views; (N, C, 3, S, S); or a list of (C, 3, S, S) or (3, S, S).
-
-        Returns:
-            N tensors (C, 3, S, S).
-        """
-        views = [image if image.ndim == 4 else image[None] for image in images]
-        wrong = [tuple(view.shape) for view in views if view.ndim != 4]
-        if wrong:
-            raise ValueError(f"Images have shapes {wrong}, expected (views, 3, side, side) each; prepare them with process_images.")
-        return views
-
-    def encode_images(self, images: Tensor) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:  # type: ignore[override]
         """Encode and project views: (N, 3, S, S) -> (N, P, D)."""
-        return self.model.mm_projector(self.get_vision_tower()(images))
+        features = self.get_vision_tower()(images)
+        return self.model.mm_projector(features)
 
-    def encode_views(self, views: Sequence[Tensor]) -> list[Tensor]:
-        """Encode all views of all images in one call of the tower: (C_i, 3, S, S) each -> (C_i, P, D) each."""
-        if not views:
-            return []
-        tower = self.get_vision_tower()
-        stacked = torch.cat([view.to(tower.device, tower.dtype) for view in views])
-        return list(self.encode_images(stacked).split([len(view) for view in views]))
+    def embed_text(self, ids: Tensor) -> Tensor:  # type: ignore[override]
+        """Token ids (L,) -> (L, D)."""
+        return self.model.embed_tokens(ids)
 
-    # ---- features to a granularity -------------------------------------------------------------------------------------------
-
-    def route_logits(
-        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, features: Sequence[Tensor]
-    ) -> Tensor:
-        """The router's logits for every image.
-
-        Args:
-            input_ids, attention_mask, labels: (B, L); what has a label is an answer and hidden from the router.
-            features: N tensors (C, P, D) from `encode_views`.
-
-        Returns:
-            (N, G), coarse to fine.
-
-        Raises:
-            ValueError: the model has no router, or images and placeholders disagree.
-        """
-        return self._route_rows(prompt_rows(input_ids, attention_mask, labels), features)
-
-    def _route_rows(self, rows: Sequence[PromptRow], features: Sequence[Tensor]) -> Tensor:
-        router = self.model.router
-        if router is None:
-            raise ValueError("This model has no router; give a vis_token_granularity.")
-        config = self.config
-        text_ids = [row.ids[~row.is_image] for row in rows]
-        words_of_rows = self.model.embed_tokens(torch.cat(text_ids)).split([len(ids) for ids in text_ids])
-        fill = config.router_text_fill == "answer"
-        texts: list[Tensor] = []
-        for row, words, owned in zip(rows, words_of_rows, images_of_rows(rows, len(features)), strict=True):
-            eligible = row.labels[~row.is_image] < 0
-            texts += [select_text(words, eligible, features[index][0], config.filtered_text_num, fill) for index in owned]
-        return router(pad_sequence(list(features), batch_first=True), torch.stack(texts), [len(image) for image in features])
-
-    def layouts(self, num_views: int, image_size: Size | None, merge_type: str | None = None) -> list[MergedLayout]:
-        """What an image keeps at each level, coarse to fine.
-
-        Args:
-            num_views: its views, the whole view included.
-            image_size: (width, height) in pixels; only a tiled image needs it.
-        """
-        config = self.config
-        tiles = None
-        if num_views > 1 and (merge_type or config.mm_patch_merge_type) != "flat":
-            if image_size is None:
-                raise ValueError(f"An image of {num_views} views came without its size; give image_sizes=[(width, height), ...].")
-            across, down = get_anyres_image_grid_shape(image_size, config.image_grid_pinpoints, config.vision_config["image_size"])  # type: ignore[arg-type, index]
-            tiles = (down, across)
-        return [
-            merged_layout(level, num_views, tiles, image_size or (1, 1), merge_type or config.mm_patch_merge_type, config.unpad_rule)
-            for level in self.levels
-        ]
-
-    def num_visual_tokens(self, image_size: Size, granularity: int, num_views: int) -> int:
-        """What an image costs at one granularity, newlines included."""
-        index = [level.tokens for level in self.levels].index(granularity)
-        return self.layouts(num_views, image_size)[index].num_tokens
-
-    # ---- a granularity to visual tokens --------------------------------------------------------------------------------------
-
-    def visual_tokens(self, features: Tensor, level_index: int, layout: MergedLayout) -> Tensor:
-        """One image's (C, P, D) features at one level: (T, D)."""
-        level = self.levels[level_index]
-        newline = getattr(self.model, "image_newline", None)
-        pooled = pool(features, self.config.patch_grid, level)
-        return merge_views(pooled, level, layout, features.new_zeros(0) if newline is None else newline)
-
-    def splice(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        labels: Tensor | None,
-        features: Sequence[Tensor],
-        image_sizes: Sequence[Size] | None,
-        granularities: Sequence[int],
-        padding_side: str = "right",
-    ) -> SplicedInputs:
-        """The language model's inputs with every image at a given granularity.
-
-        Args:
-            features: N tensors (C, P, D). image_sizes: N (width, height). granularities: N tokens per view.
-        """
-        tokens = self._tokens_at(features, image_sizes, [granularities])
-        rows = prompt_rows(input_ids, attention_mask, labels)
-        return splice(rows, tokens, self.model.embed_tokens, self.config.context_length, padding_side)
-
-    def splice_levels(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        labels: Tensor | None,
-        features: Sequence[Tensor],
-        image_sizes: Sequence[Size] | None,
-        granularities: Sequence[int],
-    ) -> list[list[SplicedRow]]:
-        """Every row at every one of the given granularities, before padding: [granularity][row]. Arguments as in `splice`."""
-        tokens = self._tokens_at(features, image_sizes, [[granularity] * len(features) for granularity in granularities])
-        rows = prompt_rows(input_ids, attention_mask, labels)
-        spliced = splice_rows(rows * len(granularities), tokens, self.model.embed_tokens, self.config.context_length)
-        return [spliced[start : start + len(rows)] for start in range(0, len(spliced), len(rows))]
-
-    def _tokens_at(
-        self, features: Sequence[Tensor], image_sizes: Sequence[Size] | None, choices: Sequence[Sequence[int]]
-    ) -> list[Tensor]:
-        """Visual tokens of all N images for each choice of N granularities, choice after choice."""
-        names = [level.tokens for level in self.levels]
-        sizes: Sequence[Size | None] = image_sizes or [None] * len(features)
-        layouts = [self.layouts(len(image), size) for image, size in zip(features, sizes, strict=True)]
-        return [
-            self.visual_tokens(image, names.index(granularity), kept[names.index(granularity)])
-            for choice in choices
-            for image, kept, granularity in zip(features, layouts, choice, strict=True)
-        ]
-
-    # ---- the whole path ------------------------------------------------------------------------------------------------------
+    # ---- prompts as tensors --------------------------------------------------------------------------------------------------
 
     def encode_prompt(
         self,
@@ -343,121 +186,49 @@ class LlavaMetaForCausalLM:
         timer: Timer = untimed,
         always_route: bool = False,
     ) -> EncodedPrompt:
-        """Prompts and images become the language model's inputs: encode once, route, pool, merge, splice.
+        """`compose` for prompts and images as LLaVA gives them, padded.
 
         Args:
             input_ids: (B, L) with one placeholder per image. attention_mask, labels: (B, L).
-            images: N images, see `prepare_views`. image_sizes: N (width, height) in pixels.
-            request: the caller's wishes; by default the router chooses.
-            timer: called with `vision`, `router` and `splice` around the three parts.
-            always_route: ask the router even where the request leaves it no choice.
+            images, image_sizes: see `image_inputs`.
+            request, timer, always_route: see `compose`.
 
         Raises:
-            ValueError: counts that disagree, a granularity or budget that cannot be met, or a row longer than the context.
+            ValueError: as `image_inputs` and `compose`.
         """
         rows = prompt_rows(input_ids, attention_mask, labels)
-        views = [] if images is None else self.prepare_views(images)
-        # LLaVA lays single views given as one 4-D tensor out plainly, without the newline vector.
-        merge_type = "flat" if isinstance(images, Tensor) and images.ndim == 4 else None
-        plan = self.plan(rows, [len(view) for view in views], image_sizes, request or RoutingRequest(), merge_type)
-        with timer("vision"):
-            features = self.encode_views(views)
-        encoded = self.encode_rows(rows, features, plan, timer, always_route)
-        inputs = pad_rows([each.row for each in encoded], padding_side)
-        return EncodedPrompt(inputs, [report for each in encoded for report in each.reports])
+        composed = self.compose(rows, image_inputs(images, image_sizes), request, timer, always_route)
+        inputs = pad_rows([each.row for each in composed], padding_side)
+        return EncodedPrompt(inputs, [report for each in composed for report in each.reports])
 
-    def plan(
+    def route_logits(
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, features: Sequence[Tensor]
+    ) -> Tensor:
+        """`router_logits` for prompts as (B, L) tensors and the (C, P, D) features of their images: (N, G)."""
+        return self.router_logits(prompt_rows(input_ids, attention_mask, labels), features)
+
+    def splice_levels(
         self,
-        rows: Sequence[PromptRow],
-        num_views: Sequence[int],
-        image_sizes: Sequence[Size] | None,
-        requests: RoutingRequest | Sequence[RoutingRequest],
-        merge_type: str | None = None,
-    ) -> RoutingPlan:
-        """Check B prompts, their N images and the callers' wishes against each other, before any of them is computed.
-
-        Args:
-            rows: from `prompt_rows`. num_views: views of each image. image_sizes: N (width, height) in pixels.
-            requests: one for all rows, or one per row.
-            merge_type: instead of the config's.
-
-        Raises:
-            ValueError: counts that disagree, or a granularity or budget that cannot be met.
-        """
-        wishes = [requests] * len(rows) if isinstance(requests, RoutingRequest) else list(requests)
-        owners = images_of_rows(rows, len(num_views))
-        sizes: Sequence[Size | None] = image_sizes if image_sizes is not None else [None] * len(num_views)
-        if len(sizes) != len(num_views):
-            raise ValueError(f"{len(num_views)} images came with {len(sizes)} image_sizes; give one (width, height) per image.")
-        names = [level.tokens for level in self.levels] if num_views else []
-        allowed = [
-            allowed_levels(names, wish, has_router=self.model.router is not None) if owned else []
-            for wish, owned in zip(wishes, owners, strict=True)
-        ]
-        layouts = [self.layouts(views, _size(size), merge_type) for views, size in zip(num_views, sizes, strict=True)]
-        plan = RoutingPlan(owners, wishes, allowed, layouts)
-        for index, wish in enumerate(wishes):
-            plan.levels(index)
-            check_budget(plan.costs(index), allowed[index], wish)
-        return plan
-
-    def encode_rows(
-        self,
-        rows: Sequence[PromptRow],
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
         features: Sequence[Tensor],
-        plan: RoutingPlan,
-        timer: Timer = untimed,
-        always_route: bool = False,
-    ) -> list[EncodedRow]:
-        """From encoded images to the language model's rows, before padding: route, pool, merge, splice.
+        image_sizes: Sequence[Size] | None,
+        granularities: Sequence[int],
+    ) -> list[list[SplicedRow]]:
+        """Every row at every one of the given granularities, before padding: [granularity][row].
 
         Args:
-            rows: B rows. features: N tensors (C, P, D) from `encode_views`. plan: of these rows and images.
-
-        Raises:
-            ValueError: a row longer than the context.
+            features: N tensors (C, P, D). image_sizes: N (width, height). granularities: tokens per view.
         """
-        logits = self._logits_where_asked(rows, features, plan, timer, always_route)
-        chosen: list[int] = []
-        for index, owned in enumerate(plan.owners):
-            row_logits = [None if (scores := logits.get(image)) is None else scores.tolist() for image in owned]
-            chosen += choose_levels(row_logits, plan.costs(index), plan.allowed[index], plan.requests[index])
-        with timer("splice"):
-            tokens = [
-                self.visual_tokens(image, level, layouts[level])
-                for image, level, layouts in zip(features, chosen, plan.layouts, strict=True)
-            ]
-            spliced = splice_rows(rows, tokens, self.model.embed_tokens, self.config.context_length)
-        reports = [
-            self._report(level, layouts, logits.get(image))
-            for image, (level, layouts) in enumerate(zip(chosen, plan.layouts, strict=True))
-        ]
-        return [EncodedRow(row, [reports[image] for image in owned]) for row, owned in zip(spliced, plan.owners, strict=True)]
-
-    def _logits_where_asked(
-        self, rows: Sequence[PromptRow], features: Sequence[Tensor], plan: RoutingPlan, timer: Timer, always_route: bool
-    ) -> dict[int, Tensor]:
-        """The router's (G,) logits by image, for the rows whose granularity is still open."""
-        if self.model.router is None:
-            return {}
-        asked = [index for index, owned in enumerate(plan.owners) if owned and (always_route or plan.asks_router(index))]
-        if not asked:
-            return {}
-        images = [image for index in asked for image in plan.owners[index]]
-        with timer("router"):
-            logits = self._route_rows([rows[index] for index in asked], [features[image] for image in images]).detach().float().cpu()
-        return dict(zip(images, logits, strict=True))
-
-    def _report(self, level: int, layouts: Sequence[MergedLayout], logits: Tensor | None) -> RoutingReport:
-        costs = {granularity.tokens: layout.num_tokens for granularity, layout in zip(self.levels, layouts, strict=True)}
-        return RoutingReport(
-            logits=logits,
-            probabilities=None if logits is None else logits.softmax(-1),
-            granularity=self.levels[level].tokens,
-            num_visual_tokens=layouts[level].num_tokens,
-            full_visual_tokens=layouts[-1].num_tokens,
-            tokens_per_level=costs,
-        )
+        rows = prompt_rows(input_ids, attention_mask, labels)
+        sizes: Sequence[Size | None] = image_sizes or [None] * len(features)
+        images = [ImageInput(image, size, is_encoded=True) for image, size in zip(features, sizes, strict=True)]
+        layouts = [self.layouts(len(image), size) for image, size in zip(features, sizes, strict=True)]
+        levels = [self.level_of(granularity) for granularity in granularities for _ in images]
+        times = len(granularities)
+        spliced = self.splice_at(rows * times, images * times, levels, layouts * times)
+        return [spliced[start : start + len(rows)] for start in range(0, len(spliced), len(rows))]
 
     @torch.no_grad()
     def route(
@@ -586,6 +357,3 @@ class LlavaMetaForCausalLM:
         output = super().generate(attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
         return (output, reports) if output_routing else output
 
-
-def _size(size: Sequence[int] | None) -> Size | None:
-    return None if size is None else (int(size[0]), int(size[1]))

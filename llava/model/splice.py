@@ -43,32 +43,49 @@ class SplicedRow:
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One row without its padding: `ids` (L,) with placeholders, `labels` (L,)."""
+    """One row without its padding: `ids` (L,), `labels` (L,), and `is_image` (L,), true where an image goes."""
 
     ids: Tensor
     labels: Tensor
-
-    @property
-    def is_image(self) -> Tensor:
-        """(L,) bool, true at placeholders."""
-        return self.ids == IMAGE_TOKEN_INDEX
+    is_image: Tensor
 
     @property
     def num_images(self) -> int:
         return int(self.is_image.sum())
 
+    @property
+    def num_text_tokens(self) -> int:
+        return len(self.ids) - self.num_images
 
-def prompt_rows(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> list[PromptRow]:
+    def followed_by(self, ids: Tensor) -> PromptRow:
+        """The row with further ids (L',) behind it: text without labels."""
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        is_image = torch.zeros_like(ids, dtype=torch.bool)
+        return PromptRow(torch.cat([self.ids, ids]), torch.cat([self.labels, labels]), torch.cat([self.is_image, is_image]))
+
+
+class ContextLengthError(ValueError):
+    """A row that is longer than the language model's context."""
+
+
+def prompt_row(ids: Tensor) -> PromptRow:
+    """A prompt of ids (L,) without labels."""
+    return prompt_rows(ids[None], None, None)[0]
+
+
+def prompt_rows(
+    input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, image_token: int = IMAGE_TOKEN_INDEX
+) -> list[PromptRow]:
     """Take the padding, left or right, off every row.
 
     Args:
         input_ids: (B, L). attention_mask: (B, L), true on real positions; `None`: all are. labels: (B, L) or `None`.
+        image_token: the id that stands where an image goes, once per image.
     """
     labels = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
-    if attention_mask is None:
-        return [PromptRow(ids, row_labels) for ids, row_labels in zip(input_ids, labels, strict=True)]
-    keep = attention_mask.bool()
-    return [PromptRow(ids[mask], row_labels[mask]) for ids, row_labels, mask in zip(input_ids, labels, keep, strict=True)]
+    kept = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    rows = [(ids[keep], own[keep]) for ids, own, keep in zip(input_ids, labels, kept, strict=True)]
+    return [PromptRow(ids, own, ids == image_token) for ids, own in rows]
 
 
 def images_of_rows(rows: Sequence[PromptRow], num_images: int) -> list[range]:
@@ -81,38 +98,27 @@ def images_of_rows(rows: Sequence[PromptRow], num_images: int) -> list[range]:
     if sum(counts) != num_images:
         raise ValueError(
             f"The prompts hold {sum(counts)} image placeholders ({counts} by row), but {num_images} images were given; "
-            "write one <image> per picture."
+            "write one <image> per image."
         )
     starts = [sum(counts[:index]) for index in range(len(counts))]
     return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
 
 
-def splice(
-    rows: Sequence[PromptRow],
-    visual_tokens: Sequence[Tensor],
-    embed: Callable[[Tensor], Tensor],
-    max_length: int,
-    padding_side: str,
-) -> SplicedInputs:
-    """Put each image's tokens in place of its placeholder and pad the rows to one length.
+def splice_rows(
+    rows: Sequence[PromptRow], visual_tokens: Sequence[Tensor], embed: Callable[[Tensor], Tensor], max_length: int
+) -> list[SplicedRow]:
+    """Put each image's tokens in place of its placeholder, row by row.
 
     Args:
         rows: B rows from `prompt_rows`.
         visual_tokens: one (T, D) per placeholder, in reading order over the batch.
-        embed: token ids (N,) -> (N, D).
+        embed: token ids (L,) -> (L, D).
         max_length: the language model's context; a longer row is refused, never cut.
-        padding_side: `left` to generate, `right` to train.
 
     Raises:
-        ValueError: images that do not match the placeholders, or a row longer than the context.
+        ValueError: images that do not match the placeholders.
+        ContextLengthError: a row longer than the context.
     """
-    return pad_rows(splice_rows(rows, visual_tokens, embed, max_length), padding_side)
-
-
-def splice_rows(
-    rows: Sequence[PromptRow], visual_tokens: Sequence[Tensor], embed: Callable[[Tensor], Tensor], max_length: int
-) -> list[SplicedRow]:
-    """Put each image's tokens in place of its placeholder, row by row; arguments and errors as in `splice`."""
     owners = images_of_rows(rows, len(visual_tokens))
     text = [row.ids[~row.is_image] for row in rows]
     embedded = embed(torch.cat(text)).split([len(ids) for ids in text])
@@ -122,7 +128,7 @@ def splice_rows(
     lengths = [row.length for row in built]
     if max(lengths) > max_length:
         row_index = lengths.index(max(lengths))
-        raise ValueError(
+        raise ContextLengthError(
             f"Row {row_index} has {lengths[row_index]} tokens ({sum(len(visual_tokens[i]) for i in owners[row_index])} of them visual), "
             f"but the context of this model is {max_length}; shorten the text or choose a coarser granularity."
         )
@@ -130,7 +136,7 @@ def splice_rows(
 
 
 def pad_rows(rows: Sequence[SplicedRow], padding_side: str) -> SplicedInputs:
-    """Pad rows to one length, on the `left` or on the `right`."""
+    """Pad rows to one length, on the `left` to generate, on the `right` to train."""
     pad: dict[str, Any] = {"batch_first": True, "padding_side": padding_side}
     device = rows[0].labels.device
     mask = pad_sequence([torch.ones(row.length, dtype=torch.bool, device=device) for row in rows], padding_value=False, **pad)

@@ -268,10 +268,10 @@ def test_a_report_sees_the_pixels_that_every_other_command_sees(micro: Assistant
     clear.save(tmp_path / "clear.png")
     items = [Item(name, name, "What is the background colour?", "beige") for name in ("rotated.jpg", "clear.png")]
     encoded = Encoder(micro, tmp_path)(items)
-    for item, size, features in zip(items, encoded.sizes, encoded.features, strict=True):
+    for item, image in zip(items, encoded.images, strict=True):
         picture = load_image(tmp_path / item.image)
-        assert size == picture.size == (240, 120) and picture.mode == "RGB"
-        assert torch.allclose(features, micro.model.encode_images(micro.views(picture)), atol=1e-5)
+        assert image.size == picture.size == (240, 120) and picture.mode == "RGB"
+        assert torch.allclose(image.features, micro.model.encode_images(micro.image_input(picture).views), atol=1e-5)
     assert load_image(tmp_path / "clear.png").getpixel((5, 5)) == (255, 255, 255)
 
 

@@ -94,8 +94,7 @@ def test_an_image_is_encoded_once_however_many_granularities_are_scored(new_mode
     assert calls == [8]  # both images' views in one call
     calls.clear()
     features = new_model.encode_views(views[:2])
-    for granularity in (4, 8, 16, 32, 64):
-        new_model.splice(ids, None, None, features, sizes[:2], [granularity, granularity])
+    new_model.splice_levels(ids, None, None, features, sizes[:2], [4, 8, 16, 32, 64])
     new_model.route_logits(ids, None, None, features)
     assert calls == [8]
 

@@ -73,12 +73,12 @@ def test_the_answer_is_hidden_from_the_router_while_scoring_candidates(released,
     prompt, views, sizes = [1, -200, 302, 267, 322, 270], images.views(["wide"]), images.sizes_of(["wide"])
     released.config.router_text_fill = "zeros"
     try:
-        logits = []
+        features, logits = released.encode_views(views), []
         for answer in ([300, 376, 2], [5, 6, 2], [7, 8, 9, 2]):
             ids = torch.tensor([prompt + answer])
             labels = ids.clone()
             labels[0, : len(prompt)] = -100
-            logits.append(released.route_logits(ids, None, labels, released.encode_views(released.prepare_views(views))))
+            logits.append(released.route_logits(ids, None, labels, features))
         alone = released.route(torch.tensor([prompt]), views, sizes)[0].logits
     finally:
         released.config.router_text_fill = "answer"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.model.splice import PromptRow, SplicedRow, images_of_rows, pad_rows, prompt_rows, splice, splice_rows
+from llava.model.splice import ContextLengthError, PromptRow, SplicedRow, images_of_rows, pad_rows, prompt_row, prompt_rows, splice_rows
 
 HERE, X = IMAGE_TOKEN_INDEX, IGNORE_INDEX
 
@@ -22,7 +22,8 @@ def image(length: int, value: float) -> Tensor:
 
 
 def row(*ids: int) -> PromptRow:
-    return PromptRow(torch.tensor(ids), torch.tensor(ids))
+    """A row whose labels are its ids."""
+    return prompt_rows(torch.tensor([ids]), None, torch.tensor([ids]))[0]
 
 
 def test_padding_on_either_side_is_taken_off():
@@ -35,6 +36,14 @@ def test_padding_on_either_side_is_taken_off():
     bare = prompt_rows(ids, None, None)
     assert [each.ids.tolist() for each in bare] == ids.tolist()
     assert [each.labels.tolist() for each in bare] == [[X] * 3] * 2
+
+
+def test_an_image_may_be_marked_by_another_id_and_text_may_follow_a_row():
+    [marked] = prompt_rows(torch.tensor([[1, 7, 2]]), None, None, image_token=7)
+    assert marked.is_image.tolist() == [False, True, False] and marked.num_text_tokens == 2
+    longer = prompt_row(torch.tensor([1, HERE])).followed_by(torch.tensor([5, 6]))
+    assert (longer.ids.tolist(), longer.labels.tolist()) == ([1, HERE, 5, 6], [X] * 4)
+    assert longer.is_image.tolist() == [False, True, False, False]
 
 
 def test_images_go_to_rows_in_reading_order():
@@ -60,7 +69,7 @@ def test_the_embeddings_give_the_dtype():
 def test_a_row_may_fill_the_context_and_no_more():
     rows = [row(1), row(5, HERE, 6)]
     assert splice_rows(rows, [image(4, 0.5)], embed, 6)[1].length == 6
-    with pytest.raises(ValueError, match=r"Row 1 has 6 tokens \(4 of them visual\), but the context of this model is 5"):
+    with pytest.raises(ContextLengthError, match=r"Row 1 has 6 tokens \(4 of them visual\), but the context of this model is 5"):
         splice_rows(rows, [image(4, 0.5)], embed, 5)
 
 
@@ -77,8 +86,6 @@ def test_rows_are_padded_to_one_length(side, mask, positions, labels):
     assert padded.attention_mask.dtype == torch.bool and padded.attention_mask.long().tolist() == mask
     assert padded.position_ids.tolist() == positions and padded.labels.tolist() == labels
     assert padded.inputs_embeds[..., 0].tolist() == mask
-    whole = splice([row(4), row(1, 2, 3)], [], embed, 3, side)
-    assert whole.labels.tolist() == labels and whole.inputs_embeds[1].tolist() == [[1, -1], [2, -2], [3, -3]]
 
 
 def test_everything_is_made_on_the_rows_device():

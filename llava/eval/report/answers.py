@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from llava.eval.journal import Journal
@@ -27,9 +26,9 @@ from llava.eval.report.tasks import Item
 from llava.images import load_image
 from llava.inference import Assistant, Options
 from llava.messages import RoutingRequest
-from llava.model.llava_arch import EncodedRow
+from llava.model.compose import ImageInput
 from llava.model.routing import RoutingReport
-from llava.model.splice import PromptRow, prompt_rows
+from llava.model.splice import PromptRow
 
 logger = logging.getLogger(__name__)
 
@@ -84,45 +83,31 @@ def batches(items: Sequence[Item], size: int) -> Iterator[list[int]]:
 
 @dataclass(frozen=True)
 class EncodedItems:
-    """B questions ready to be spliced at any granularity: rows, features (C, P, D) and size of each one's picture."""
+    """B questions ready to be composed at any granularity: their prompts, and each one's encoded image."""
 
     items: list[Item]
     rows: list[PromptRow]
-    features: list[Tensor]
-    sizes: list[tuple[int, int]]
-    merge_type: str | None
+    images: list[ImageInput]
 
 
 class Encoder:
-    """Encodes questions' pictures, each once as long as questions about it follow each other."""
+    """Encodes questions' images, each once as long as questions about it follow each other."""
 
     def __init__(self, assistant: Assistant, folder: Path) -> None:
         self.assistant, self.folder = assistant, folder
-        self._kept: dict[str, tuple[Tensor, tuple[int, int], bool]] = {}
+        self._kept: dict[str, ImageInput] = {}
 
     @torch.inference_mode()
     def __call__(self, items: Sequence[Item]) -> EncodedItems:
-        """Encode a batch; pictures of the batch before are kept if they come again."""
-        assistant = self.assistant
-        names = list(dict.fromkeys(item.image for item in items))
-        kept = {name: self._kept[name] for name in names if name in self._kept}
-        new = [name for name in names if name not in kept]
-        pictures = [load_image(self.folder / name) for name in new]
-        views = [assistant.views(picture) for picture in pictures]
-        # each image by itself: in a batch its last digits would depend on its neighbours, which a run that goes on may not have
-        features = [assistant.model.encode_views(assistant.model.prepare_views([view]))[0] for view in views]
-        for name, picture, view, encoded in zip(new, pictures, views, features, strict=True):
-            kept[name] = (encoded, picture.size, view.ndim == 3)
-        self._kept = kept
-        device = assistant.model.device
-        return EncodedItems(
-            list(items),
-            [prompt_rows(assistant.prompt_ids(item.text, 1).to(device)[None], None, None)[0] for item in items],
-            [kept[item.image][0] for item in items],
-            [kept[item.image][1] for item in items],
-            # LLaVA lays pictures without tiles out plainly, without the newline vector; see Assistant.
-            "flat" if any(single for _, _, single in kept.values()) else None,
-        )
+        """Encode a batch; images of the batch before are kept if they come again."""
+        names = dict.fromkeys(item.image for item in items)
+        self._kept = {name: self._kept[name] if name in self._kept else self._encoded(name) for name in names}
+        rows = [self.assistant.prompt_row(item.text, 1) for item in items]
+        return EncodedItems(list(items), rows, [self._kept[item.image] for item in items])
+
+    def _encoded(self, name: str) -> ImageInput:
+        """One image by itself: in a batch its last digits would depend on its neighbours, which a run that goes on may not have."""
+        return self.assistant.model.with_features([self.assistant.image_input(load_image(self.folder / name))])[0]
 
 
 @torch.inference_mode()
@@ -132,15 +117,13 @@ def ask(assistant: Assistant, batch: EncodedItems, levels: Sequence[int], max_ne
     Args:
         levels: tokens per view, coarse to fine.
     """
-    model = assistant.model
+    options = Options(max_new_tokens=max_new_tokens)
     said: list[list[str]] = []
-    reports: list[Any] = []
+    reports: list[RoutingReport] = []
     for level in levels:
-        views = [len(features) for features in batch.features]
-        plan = model.plan(batch.rows, views, batch.sizes, RoutingRequest(level), batch.merge_type)
-        encoded = model.encode_rows(batch.rows, batch.features, plan, always_route=not reports)
-        reports = reports or [each.reports[0] for each in encoded]
-        said.append(_generate(assistant, [each.row for each in encoded], max_new_tokens))
+        composed = assistant.model.compose(batch.rows, batch.images, RoutingRequest(level), always_route=not reports)
+        reports = reports or [each.reports[0] for each in composed]
+        said.append([answer.text for answer in assistant.answer_rows(composed, options)])
     records = []
     for index, (item, report) in enumerate(zip(batch.items, reports, strict=True)):
         texts = [answers[index] for answers in said]
@@ -159,11 +142,6 @@ def ask(assistant: Assistant, batch: EncodedItems, levels: Sequence[int], max_ne
 def _of_levels(report: RoutingReport, levels: Sequence[int]) -> list[float]:
     logits = dict(zip(report.tokens_per_level, report.logits.tolist(), strict=True))  # type: ignore[union-attr]
     return [logits[level] for level in levels]
-
-
-def _generate(assistant: Assistant, rows: Sequence[Any], max_new_tokens: int) -> list[str]:
-    encoded = [EncodedRow(row, []) for row in rows]
-    return [answer.text for answer in assistant.answer_rows(encoded, Options(max_new_tokens=max_new_tokens))]
 
 
 def ask_all(
@@ -245,10 +223,9 @@ def router_logits(assistants: Sequence[Assistant], items: Sequence[Item], folder
     rows: list[dict[int, Tensor]] = [{} for _ in assistants]
     for batch in tqdm(list(batches(items, batch_size)), desc="routing", unit="batch"):
         encoded = encoder([items[place] for place in batch])
-        ids = pad_sequence([row.ids for row in encoded.rows], batch_first=True)
-        mask = pad_sequence([torch.ones_like(row.ids) for row in encoded.rows], batch_first=True)
+        features = [image.features for image in encoded.images]
         for own, assistant in zip(rows, assistants, strict=True):
-            logits = assistant.model.route_logits(ids, mask, None, encoded.features).float().cpu()
+            logits = assistant.model.router_logits(encoded.rows, features).float().cpu()
             own |= dict(zip(batch, logits, strict=True))
     return [torch.stack([own[place] for place in range(len(items))]).numpy() for own in rows]
 

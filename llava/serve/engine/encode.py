@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
-from torch import Tensor
 
-from llava.constants import IMAGE_TOKEN_INDEX
 from llava.inference import Assistant
-from llava.model.llava_arch import EncodedRow
+from llava.model.compose import ComposedRow, ImageInput
 from llava.model.routing import RoutingReport
-from llava.model.splice import PromptRow, SplicedRow, prompt_rows, splice_rows
+from llava.model.splice import ContextLengthError, SplicedRow
 from llava.serve.engine.caches import TensorCache, prefix_key
-from llava.serve.engine.prepare import plan_of, too_long
+from llava.serve.engine.prepare import too_long
 from llava.serve.engine.task import Encoded, Prepared, Unread
 from llava.serve.protocol import GenerationRequest, ImageReport
 from llava.timing import StageTimer
@@ -39,15 +38,15 @@ class Encoder:
             ServeError: a prompt that is too long at the granularity the router chose.
         """
         timer = StageTimer(self.model.device)
-        features, cached = self._features(prepared, timer)
-        plan = plan_of(self.assistant, requests, prepared, [len(each) for each in features])
+        images, cached = self._encoded_images(prepared, timer)
         try:
-            rows = self.model.encode_rows([each.prompt for each in prepared], features, plan, timer)
-        except ValueError as error:  # a row that is longer than the context
+            rows = self.model.compose([each.prompt for each in prepared], images, [request.routing for request in requests], timer)
+        except ContextLengthError as error:
             raise too_long(requests[0], self.longest_row) from error
+        each_cached = iter(cached)
         return [
-            self._finished(request, each, [cached[image] for image in images], row, timer.milliseconds)
-            for request, each, images, row in zip(requests, prepared, plan.owners, rows, strict=True)
+            self._finished(request, each, list(islice(each_cached, len(each.keys))), row, timer.milliseconds)
+            for request, each, row in zip(requests, prepared, rows, strict=True)
         ]
 
     def encode_again(self, request: GenerationRequest, prepared: Prepared, encoded: Encoded, written: Sequence[int]) -> Unread:
@@ -56,18 +55,11 @@ class Encoder:
         Args:
             written: ids.
         """
-        features, _ = self._features([prepared], StageTimer(self.model.device))
-        plan = plan_of(self.assistant, [request], [prepared], [len(each) for each in features])
-        names = [level.tokens for level in self.model.levels] if features else []
-        levels = [names.index(report.granularity) for report in encoded.reports]
-        tokens = [
-            self.model.visual_tokens(image, level, layouts[level])
-            for image, level, layouts in zip(features, levels, plan.layouts, strict=True)
-        ]
-        answer = torch.tensor([list(written)], device=prepared.prompt.ids.device)
-        [behind] = prompt_rows(answer, None, None)
-        whole = PromptRow(torch.cat([prepared.prompt.ids, behind.ids]), torch.cat([prepared.prompt.labels, behind.labels]))
-        [row] = splice_rows([whole], tokens, self.model.get_input_embeddings(), self.model.config.context_length)
+        images, _ = self._encoded_images([prepared], StageTimer(self.model.device))
+        layouts = self.model.plan([prepared.prompt], images, request.routing).layouts
+        levels = [self.model.level_of(report.granularity) for report in encoded.reports]
+        whole = prepared.prompt.followed_by(torch.tensor(written, dtype=torch.long, device=prepared.prompt.ids.device))
+        [row] = self.model.splice_at([whole], images, levels, layouts)
         return self._unread(row, encoded.beginnings)
 
     def _unread(self, row: SplicedRow, beginnings: Sequence[tuple[str, int]]) -> Unread:
@@ -76,32 +68,33 @@ class Encoder:
         skip = known[0].shape[1] if known else 0
         return Unread(SplicedRow(row.inputs_embeds[skip:], row.labels[skip:]), known)
 
-    def _features(self, prepared: Sequence[Prepared], timer: StageTimer) -> tuple[list[Tensor], list[bool]]:
-        """Features (C, P, D) of all pictures, in order, and whether they were known."""
-        known: dict[str, Tensor] = {}
-        missing: dict[str, Tensor] = {}
+    def _encoded_images(self, prepared: Sequence[Prepared], timer: StageTimer) -> tuple[list[ImageInput], list[bool]]:
+        """All images, encoded, in order, and whether each one's features were known; those that were not are kept from now on."""
+        by_key: dict[str, ImageInput] = {}
         cached: list[bool] = []
         for each in prepared:
-            for key, picture, have in zip(each.keys, each.pictures, each.cached, strict=True):
-                if not have and key not in missing and (kept := self.features.get(key)) is not None:
-                    picture, have = kept[0], True  # another request brought it in the meantime
-                (known if have else missing)[key] = picture
-                cached.append(have)
+            for key, image in zip(each.keys, each.images, strict=True):
+                found = by_key.get(key)
+                if not image.is_encoded and (found is None or found.is_encoded) and (kept := self.features.get(key)) is not None:
+                    image = ImageInput(kept[0], image.size, is_encoded=True)  # another request brought it in the meantime
+                if found is None or image.is_encoded:
+                    by_key[key] = image
+                cached.append(image.is_encoded)
         with timer("vision"):
-            for key, features in zip(missing, self.model.encode_views(list(missing.values())), strict=True):
-                known[key] = features
-                if features.isfinite().all():  # what broke down once is not remembered
-                    self.features.put(key, features)
-        return [known[key] for each in prepared for key in each.keys], cached
+            encoded = dict(zip(by_key, self.model.with_features(list(by_key.values())), strict=True))
+            for key, image in encoded.items():
+                if not by_key[key].is_encoded and image.tensor.isfinite().all():  # what broke down once is not remembered
+                    self.features.put(key, image.tensor)
+        return [encoded[key] for each in prepared for key in each.keys], cached
 
     def _finished(
-        self, request: GenerationRequest, prepared: Prepared, cached: Sequence[bool], encoded: EncodedRow, milliseconds: dict[str, float]
+        self, request: GenerationRequest, prepared: Prepared, cached: Sequence[bool], composed: ComposedRow, milliseconds: dict[str, float]
     ) -> tuple[Encoded, Unread]:
-        row, room = encoded.row, self.longest_row - encoded.row.length
+        row, room = composed.row, self.longest_row - composed.row.length
         if room < 1:
             raise too_long(request, self.longest_row)
         reports = tuple(
-            self._plain(report, have, image.size) for report, have, image in zip(encoded.reports, cached, request.images, strict=True)
+            self._plain(report, have, image.size) for report, have, image in zip(composed.reports, cached, request.images, strict=True)
         )
         beginnings = self._beginnings(prepared, reports, row.length)
         known = Encoded(row.length, min(request.sampling.max_new_tokens, room), reports, beginnings, dict(milliseconds))
@@ -123,7 +116,7 @@ class Encoder:
         """Key and length of the prompt up to the end of each of its pictures, longest first."""
         ids = prepared.prompt.ids.tolist()
         pictures = [(key, report.granularity) for key, report in zip(prepared.keys, reports, strict=True)]
-        places = [place for place, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX]
+        places = prepared.prompt.is_image.nonzero().flatten().tolist()
         found, visual = [], 0
         for count, (place, report) in enumerate(zip(places, reports, strict=True), start=1):
             visual += report.visual_tokens

@@ -15,9 +15,9 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.images import ImageError
 from llava.inference import Assistant
 from llava.mm_utils import text_of_ids, tokenizer_image_token
-from llava.model.llava_arch import RoutingPlan
+from llava.model.compose import ImageInput, RoutingPlan
 from llava.model.routing import RoutingError
-from llava.model.splice import prompt_rows
+from llava.model.splice import prompt_row
 from llava.serve.engine.caches import TensorCache, picture_key
 from llava.serve.engine.task import Prepared
 from llava.serve.protocol import EngineImage, ErrorKind, GenerationRequest, PromptTokens, Sampling, ServeError
@@ -25,15 +25,11 @@ from llava.serve.sentences import NO_IMAGES, NO_SUCH_TOKEN, TOKEN_BEYOND, TOO_LO
 
 
 @dataclass(frozen=True)
-class ImageInput:
-    """An image as the engine takes it.
-
-    key: in the cache of features. tensor: features (C, P, D) if they were `known`, else views (C, 3, S, S).
-    """
+class KeyedImage:
+    """An image as the engine takes it, and its key in the cache of features."""
 
     key: str
-    tensor: Tensor
-    known: bool
+    image: ImageInput
 
 
 class Preparer:
@@ -58,10 +54,10 @@ class Preparer:
         key = picture_key(image, self.revision)
         kept = self.features.peek(key)
         try:
-            tensor = kept[0] if kept else self.model.prepare_views([self.assistant.views(image)])[0]
+            taken = ImageInput(kept[0], image.size, is_encoded=True) if kept else self.assistant.image_input(image)
         except ImageError as error:
             raise ServeError(ErrorKind.INVALID_IMAGE) from error
-        return EngineImage(image.size, ImageInput(key, tensor, kept is not None), tensor.nbytes, monotonic() - start)
+        return EngineImage(image.size, KeyedImage(key, taken), taken.tensor.nbytes, monotonic() - start)
 
     def prepare(self, request: GenerationRequest) -> Prepared:
         """
@@ -84,13 +80,12 @@ class Preparer:
         """
         prepared = self._prepared(request)
         plan = self._plan(request, prepared)
-        costs = [[costs[level] for level in levels] for costs, levels in zip(plan.costs(0), plan.levels(0), strict=True)]
         ids, tokenizer = prepared.prompt.ids.tolist(), self.assistant.tokenizer
         if not special and ids[:1] == [tokenizer.bos_token_id]:
             ids = ids[1:]
         with self._tokenizing:
             texts = [DEFAULT_IMAGE_TOKEN if number == IMAGE_TOKEN_INDEX else str(tokenizer.convert_ids_to_tokens(number)) for number in ids]
-        return PromptTokens(tuple(ids), tuple(texts), tuple((min(own), max(own)) for own in costs))
+        return PromptTokens(tuple(ids), tuple(texts), tuple(plan.cost_ranges(0)))
 
     def text_of(self, ids: Sequence[int]) -> str:
         """The text that ids stand for, special tokens included, with `<image>` for an image's place.
@@ -108,14 +103,15 @@ class Preparer:
 
     def _prepared(self, request: GenerationRequest) -> Prepared:
         try:
-            prompt = prompt_rows(self._ids(request)[None].to(self.model.device), None, None)[0]
+            prompt = prompt_row(self._ids(request).to(self.model.device))
         except ValueError as error:  # the sentence is this package's own and holds counts and roles only
             raise ServeError(ErrorKind.INVALID_REQUEST, str(error), _text_field(request)) from error
-        inputs: list[ImageInput] = [image.content for image in request.images]
-        known = [self.features.get(each.key) if each.key in self.features else None for each in inputs]
-        pictures = tuple(kept[0] if kept else each.tensor for kept, each in zip(known, inputs, strict=True))
-        cached = tuple(kept is not None or each.known for kept, each in zip(known, inputs, strict=True))
-        return Prepared(prompt, tuple(each.key for each in inputs), pictures, cached)
+        given: list[KeyedImage] = [image.content for image in request.images]
+        known = [self.features.get(each.key) if each.key in self.features else None for each in given]
+        images = tuple(
+            ImageInput(kept[0], each.image.size, is_encoded=True) if kept else each.image for kept, each in zip(known, given, strict=True)
+        )
+        return Prepared(prompt, tuple(each.key for each in given), images)
 
     def _ids(self, request: GenerationRequest) -> Tensor:
         with self._tokenizing:
@@ -127,7 +123,7 @@ class Preparer:
 
     def _plan(self, request: GenerationRequest, prepared: Prepared) -> RoutingPlan:
         try:
-            return plan_of(self.assistant, [request], [prepared], [len(picture) for picture in prepared.pictures])
+            return self.model.plan([prepared.prompt], prepared.images, request.routing)
         except RoutingError as error:
             raise ServeError(ErrorKind.INVALID_REQUEST, str(error), ROUTING_FIELDS[error.field], error.least) from error
         except ValueError as error:  # as above: a count of placeholders
@@ -135,9 +131,8 @@ class Preparer:
 
     def _check_length(self, request: GenerationRequest, prepared: Prepared) -> None:
         """Whether the prompt fits at the cheapest of the granularities that it may have."""
-        plan = self._plan(request, prepared)
-        cheapest = sum(min(costs[level] for level in levels) for costs, levels in zip(plan.costs(0), plan.levels(0), strict=True))
-        text = len(prepared.prompt.ids) - len(prepared.keys)
+        cheapest = sum(fewest for fewest, _ in self._plan(request, prepared).cost_ranges(0))
+        text = prepared.prompt.num_text_tokens
         if text + cheapest >= self.longest_row:
             raise too_long(request, self.longest_row, by_pictures=text < self.longest_row)
 
@@ -165,19 +160,6 @@ def check_token_ids(sampling: Sampling, size: int) -> None:
         if beyond := [token for token in ids if token >= size]:
             told = TOKEN_BEYOND.format(param=param, number=beyond[0], count=size)
             raise ServeError(ErrorKind.INVALID_REQUEST, told, param)
-
-
-def plan_of(
-    assistant: Assistant, requests: Sequence[GenerationRequest], prepared: Sequence[Prepared], num_views: Sequence[int]
-) -> RoutingPlan:
-    """What each picture of the requests would keep at each granularity, and which of them each request may have.
-
-    Raises:
-        ValueError: a granularity, a budget or a count of placeholders that cannot work.
-    """
-    sizes = [image.size for request in requests for image in request.images]
-    rows, wishes = [each.prompt for each in prepared], [request.routing for request in requests]
-    return assistant.model.plan(rows, num_views, sizes, wishes, assistant.merge_type)
 
 
 def too_long(request: GenerationRequest, longest_row: int, by_pictures: bool = True) -> ServeError:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from llava.model.compose import ImageInput
 from llava.model.splice import PromptRow, SplicedRow
 from llava.serve.engine.guides import AnswerGuide
 from llava.serve.engine.outbox import EngineGeneration
@@ -22,14 +23,12 @@ from llava.text_stream import TextStream
 class Prepared:
     """A request that passed every check which needs no computation by the model.
 
-    keys: of its pictures, in the cache of features. pictures: features (C, P, D) where that cache had them, else views (C, 3, S, S).
-    cached: which of the two.
+    keys: of its images, in the cache of features. images: encoded where that cache had their features.
     """
 
     prompt: PromptRow
     keys: tuple[str, ...]
-    pictures: tuple[Tensor, ...]
-    cached: tuple[bool, ...]
+    images: tuple[ImageInput, ...]
 
 
 @dataclass(frozen=True)

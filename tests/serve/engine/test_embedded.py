@@ -475,7 +475,7 @@ def test_without_a_cache_nothing_is_kept(micro, asked):
         (lambda p: request(p, "word " * 9000), ErrorKind.CONTEXT_LENGTH, "leaves no room for an answer within"),
         (lambda p: request(Image.new("RGB", (900, 2)), "Hi"), ErrorKind.INVALID_IMAGE, "A picture cannot be used"),
         (lambda p: GenerationRequest("e", prompt=""), ErrorKind.INVALID_REQUEST, "The prompt is empty"),
-        (lambda p: GenerationRequest("e", prompt="USER: <image>"), ErrorKind.INVALID_REQUEST, "write one <image> per picture"),
+        (lambda p: GenerationRequest("e", prompt="USER: <image>"), ErrorKind.INVALID_REQUEST, "write one <image> per image"),
     ],
 )
 def test_a_request_that_cannot_work_fails_alone_with_a_sentence(micro, asked, wanted, kind, sentence):
@@ -673,13 +673,8 @@ def test_broken_numbers_fail_their_own_row(micro, asked, tokens):
 def test_broken_numbers_leave_nothing_behind(micro, asked, monkeypatch):
     """Neither in the rows of the batch, nor in what is kept of pictures and prompts: the same picture is answered a moment later."""
     texts = "Hi?", "Tell me more about the colours of the sky and the sea."
-    original, broken = micro.model.encode_views, [True]
-
-    def once(views: Any) -> Any:
-        features = original(views)
-        return [feature * float("nan") for feature in features] if views and broken and broken.pop() else features
-
-    monkeypatch.setattr(micro.model, "encode_views", once)
+    original, broken = micro.model.encode_images, [True]
+    monkeypatch.setattr(micro.model, "encode_images", lambda views: original(views) * (float("nan") if broken and broken.pop() else 1))
 
     async def use(engine: EmbeddedEngine) -> list[Any]:
         first = await attempt(engine, request(*asked[0]))

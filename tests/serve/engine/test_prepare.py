@@ -54,22 +54,22 @@ def about(*pictures: Image.Image, text: str = "What is it?", granularity: int = 
 def test_views_are_prepared_unless_the_features_are_known(micro):
     stages = Stages(micro)
     first = stages.prepare(about(RED))
-    assert (first.cached, first.pictures[0].ndim, first.prompt.num_images) == ((False,), 4, 1)
+    assert (first.images[0].is_encoded, first.images[0].tensor.ndim, first.prompt.num_images) == (False, 4, 1)
     stages.encode(about(RED))
     again = stages.prepare(about(RED, BLUE, text="<image> <image> Which is red?"))
-    assert again.cached == (True, False)
+    assert [image.is_encoded for image in again.images] == [True, False]
     assert again.keys[0] == first.keys[0] != again.keys[1]
-    assert [picture.ndim for picture in again.pictures] == [3, 4]
+    assert [image.tensor.ndim for image in again.images] == [3, 4]
 
 
 def test_features_that_were_known_when_the_image_came_are_used_although_the_cache_has_let_them_go(micro):
     stages = Stages(micro)
     [(first, _)] = stages.encode(about(RED))
     came = stages.preparer.prepare_image(RED)
-    assert came.size == RED.size and came.content.known and came.num_bytes == came.content.tensor.nbytes
+    assert came.size == RED.size and came.content.image.is_encoded and came.num_bytes == came.content.image.tensor.nbytes
     stages.features.clear()
     prepared = stages.preparer.prepare(replace(about(), images=(came,)))
-    assert (prepared.cached, prepared.pictures[0].ndim) == ((True,), 3)
+    assert (prepared.images[0].is_encoded, prepared.images[0].tensor.ndim) == (True, 3)
     with torch.inference_mode():
         [(again, _)] = stages.encoder.encode([replace(about(), images=(came,))], [prepared])
     assert again.length == first.length and again.reports[0].tokens_per_level == first.reports[0].tokens_per_level
@@ -184,16 +184,16 @@ def test_an_answer_gets_the_room_that_its_prompt_leaves(micro):
 
 def test_a_picture_that_two_ask_about_is_encoded_once(micro, monkeypatch):
     seen: list[int] = []
-    original = micro.model.encode_views
-    monkeypatch.setattr(micro.model, "encode_views", lambda views: seen.append(len(views)) or original(views))
+    original = micro.model.encode_images
+    monkeypatch.setattr(micro.model, "encode_images", lambda views: seen.append(len(views)) or original(views))
     stages = Stages(micro)
     prepared = stages.prepare(about(BLUE))  # before the other's picture is known
     together = stages.encode(about(RED), about(RED, text="Which colour?"), about(BLUE))
-    assert seen == [2]
+    assert seen == [2 * len(prepared.images[0].views)]
     assert [encoded.reports[0].cached for encoded, _ in together] == [False] * 3
     with torch.inference_mode():
         [(late, _)] = stages.encoder.encode([about(BLUE)], [prepared])
-    assert seen == [2, 0] and late.reports[0].cached
+    assert len(seen) == 1 and late.reports[0].cached
 
 
 def test_only_what_follows_the_longest_known_beginning_is_left_to_read(micro):

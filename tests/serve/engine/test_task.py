@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.model.splice import PromptRow, SplicedRow
+from llava.model.splice import SplicedRow, prompt_row
 from llava.serve.engine.task import Encoded, Prepared, Task, Unread
 from llava.serve.protocol import GenerationRequest
 from llava.text_stream import TextStream
 
 NOBODY = cast(Any, None)
-PREPARED = Prepared(PromptRow(torch.arange(3), torch.arange(3)), (), (), ())
+PREPARED = Prepared(prompt_row(torch.arange(3)), (), ())
 
 
 def task(submitted: float = 10.0) -> Task:
@@ -47,7 +47,7 @@ def test_each_stage_leaves_what_the_next_one_takes():
 
 def test_the_prompts_text_is_remembered_without_its_images():
     made, ids = task(), torch.tensor([5, IMAGE_TOKEN_INDEX, 6, IMAGE_TOKEN_INDEX])
-    made.was_prepared(Prepared(PromptRow(ids, ids), (), (), ()))
+    made.was_prepared(Prepared(prompt_row(ids), (), ()))
     made.was_encoded(encoded(), unread())
     assert made.text_ids.tolist() == [5, 6]  # penalties for what was said before count them
 
