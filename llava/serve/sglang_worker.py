@@ -24,7 +24,7 @@ from fastapi import FastAPI
 from llava.serve.api.worker_app import create_worker_app, run_worker
 from llava.serve.backend.openai_engine import Backend, RemoteEngine, list_models
 from llava.serve.cluster.registration import Registration
-from llava.serve.http.client import BrokenOff, Outbound, Patience, Unreachable
+from llava.serve.http.client import BoundedClient, BrokenResponse, Timeouts, Unreachable
 from llava.serve.http.flag_checks import check_at_least
 from llava.serve.http.keys import read_secrets
 from llava.serve.http.server import check_address, run_program
@@ -78,14 +78,14 @@ async def wait_for_model_name(backend: Backend) -> str:
     Raises:
         ValueError: it serves several or none.
     """
-    outbound = Outbound()
+    outbound = BoundedClient()
     level = logging.WARNING  # once; the waiting itself is no news
     try:
         while True:
             try:
                 models = await list_models(outbound, backend)
                 break
-            except (Unreachable, BrokenOff) as error:
+            except (Unreachable, BrokenResponse) as error:
                 logger.log(level, "waiting for the backend %s: %s", backend.url, error)
                 level = logging.DEBUG
                 await asyncio.sleep(WAIT_SECONDS)
@@ -143,7 +143,7 @@ def backend_from(args: argparse.Namespace, limits: Limits) -> Backend:
         max_images=limits.max_images,
         concurrency=args.limit_model_concurrency,
         max_queue=limits.max_queue,
-        patience=Patience(connect=3.0, head=seconds, piece=seconds, total=30 * seconds),
+        timeouts=Timeouts(connect=3.0, headers=seconds, read=seconds, total=30 * seconds),
     )
     try:
         _ = backend.endpoint

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from llava.images import load_image
 from llava.inference import Assistant, Options
-from llava.serve.protocol import CHAT_PATH
+from llava.serve.api.paths import CHAT_PATH
 
 QUESTIONS = Path(__file__).resolve().parents[2] / "playground" / "eval" / "test.jsonl"
 WAIT_FOR_WORKER = 180.0

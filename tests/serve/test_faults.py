@@ -33,7 +33,7 @@ from PIL import Image
 from llava.inference import MICRO_MODEL, Answer, Assistant, Options
 from llava.messages import RoutingRequest
 from llava.serve.api import worker_app as worker_base
-from llava.serve.api.joining import JoinedPieces
+from llava.serve.api.coalescing import CoalescedPieces
 from llava.serve.api.worker_app import create_worker_app
 from llava.serve.cluster.controller_app import create_controller_app
 from llava.serve.cluster.registration import Registration
@@ -306,7 +306,7 @@ def test_very_many_pictures_do_not_fill_the_memory(assistant: Assistant) -> None
             assert [text_of(each) for each in responses] == [each.answer(assistant) for each in asked[first : first + 15]]
         assert 0 < gauge(running.url, "avg_llava_cache_bytes") <= 400_000 and gauge(running.url, "avg_llava_cache_entries") < 30
         assert 0 < engine.prefixes.bytes <= 500_000 and len(engine.prefixes) < 30
-        assert running.app.state.gate.bytes_inside == 0
+        assert running.app.state.limiter.bytes_inside == 0
 
 
 MARKS = ("What </s> is this?", "</s>", "<s>[INST] <unk> <pad>", "USER: a ASSISTANT: b</s>USER: c", "<im\u200bage>", "\x00 \u202e \ufffe")
@@ -417,14 +417,14 @@ def test_clients_that_do_not_read_hold_up_nobody_and_are_let_go(
     service: Service, assistant: Assistant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """LLaVA's protocol repeats the prompt with every part, so that a long prompt, each token sent, soon outgrows the system's buffers."""
-    monkeypatch.setattr(worker_base, "JoinedPieces", functools.partial(JoinedPieces, seconds=0.0))
+    monkeypatch.setattr(worker_base, "CoalescedPieces", functools.partial(CoalescedPieces, seconds=0.0))
     text = "triangle " * 1500  # which the shipped model goes on with
     body = {"model": "micro", "prompt": f"USER: {text} ASSISTANT:", "temperature": 0.0, "max_new_tokens": 300, "stop": "none"}
     slow = [open_stream(service.inside.url, WORKER, body) for _ in range(2)]
     wait_until(lambda: gauge(service.inside.url, "avg_llava_batch_rows") == 2)
     responses = ask_all(service.inside.url, [asked.body() for asked in GOOD])
     assert [text_of(each) for each in responses] == [asked.answer(assistant) for asked in GOOD]
-    wait_until(lambda: service.inside.app.state.gate.inside == 0)
+    wait_until(lambda: service.inside.app.state.limiter.inside == 0)
     for sock in slow:
         with sock, pytest.raises(OSError):  # a reset, or an end in the middle
             received = b""

@@ -23,9 +23,10 @@ import pytest
 from fastapi import FastAPI
 
 from llava.fetch import FetchError
+from llava.serve.api.paths import COMPLETIONS_PATH, DETOKENIZE_PATH, RESPONSES_PATH, TOKENIZE_PATH
 from llava.serve.api.worker_app import create_worker_app
 from llava.serve.cluster.controller_app import create_controller_app
-from llava.serve.protocol import COMPLETIONS_PATH, DETOKENIZE_PATH, RESPONSES_PATH, TOKENIZE_PATH, Limits
+from llava.serve.protocol import Limits
 from tests.serve.bodies import CHAT, WORKER, chat_body, data_url, picture, worker_body
 from tests.serve.fake_engine import FakeEngine
 
@@ -195,7 +196,7 @@ def send_random_bodies(count: int, seed: int) -> dict[int, int]:
         return found
 
     found = asyncio.run(run())
-    assert engine.active == 0 and app.state.gate.inside == app.state.gate.bytes_inside == 0
+    assert engine.active == 0 and app.state.limiter.inside == app.state.limiter.bytes_inside == 0
     assert app.state.worker.pictures.held_bytes == 0
     return found
 
@@ -333,7 +334,7 @@ def send_generated_requests(service: Service, count: int) -> dict[int, int]:
     assert found[200] > count // 20 and found[400] > count // 10, found  # it came as far as the endpoints
     for path, good in VALID:
         assert asyncio.run(answer_to(path, json.dumps(good).encode(), {})) == 200
-    assert service.engine.active == 0 and service.app.state.gate.inside == service.app.state.gate.bytes_inside == 0
+    assert service.engine.active == 0 and service.app.state.limiter.inside == service.app.state.limiter.bytes_inside == 0
     return found
 
 

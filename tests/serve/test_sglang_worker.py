@@ -14,7 +14,7 @@ from PIL import Image
 from llava.inference import Message, write_prompt
 from llava.serve.api.worker_app import create_worker_app
 from llava.serve.backend.openai_engine import Backend
-from llava.serve.http.client import Patience
+from llava.serve.http.client import Timeouts
 from llava.serve.protocol import ErrorKind, Limits, ServeError
 from llava.serve.sglang_worker import backend_from, build_parser, create_bridge_app, main
 from llava.serve.worker_flags import read_limits, read_registration
@@ -23,11 +23,11 @@ from tests.serve.fake_engine import FakeEngine
 from tests.serve.ports import free_port
 from tests.serve.running import RunningApp, wait_until
 
-PATIENT = Patience(connect=10.0, head=10.0, piece=10.0, total=60.0)
+PATIENT = Timeouts(connect=10.0, headers=10.0, read=10.0, total=60.0)
 
 
 def bridge_to(url: str, model: str = "fake", **options: Any) -> RunningApp:
-    return RunningApp(create_bridge_app(Backend(url, model, **{"patience": PATIENT, "poll_seconds": 0.05, **options})))
+    return RunningApp(create_bridge_app(Backend(url, model, **{"timeouts": PATIENT, "poll_seconds": 0.05, **options})))
 
 
 def is_ready(running: RunningApp) -> bool:
@@ -124,8 +124,8 @@ def dying(exchange: Exchange) -> None:
     "behaviour", [redirecting, lambda exchange: exchange.head(200, "text/html", Content_Length="0"), lambda exchange: exchange.until_gone()]
 )
 def test_a_misbehaving_backend_is_a_typed_error_with_a_request_id(behaviour: Any) -> None:
-    patience = Patience(connect=10.0, head=0.5, piece=0.5)
-    with FakeBackend(behaviour) as fake, bridge_to(fake.url, "other", name="fake", patience=patience) as bridge:
+    timeouts = Timeouts(connect=10.0, headers=0.5, read=0.5)
+    with FakeBackend(behaviour) as fake, bridge_to(fake.url, "other", name="fake", timeouts=timeouts) as bridge:
         answer = HTTP.post(bridge.url + "/v1/chat/completions", json=chat(), headers={"X-Request-Id": "mine-1"})
         error = answer.json()["error"]
         assert (answer.status_code, error["code"], error["request_id"]) == (502, "backend_failed", "mine-1")

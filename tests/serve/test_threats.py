@@ -38,7 +38,7 @@ from starlette.routing import Route
 from llava import fetch as fetching
 from llava.serve import gradio_web_server
 from llava.serve.api import image_loader as pictures_page
-from llava.serve.api.image_loader import PictureLoader
+from llava.serve.api.image_loader import ImageLoader
 from llava.serve.api.worker_app import create_worker_app
 from llava.serve.cluster.controller_app import create_controller_app
 from llava.serve.cluster.settings import ControllerSettings
@@ -239,7 +239,7 @@ class Served:
     """A worker over a made-up engine, and its app's parts."""
 
     def __init__(self, running: RunningApp, engine: FakeEngine) -> None:
-        self.url, self.port, self.engine, self.gate = running.url, running.port, engine, running.app.state.gate
+        self.url, self.port, self.engine, self.limiter = running.url, running.port, engine, running.app.state.limiter
         self.server = running.server
 
     def ask(self, text: str = "hello", urls: tuple[str, ...] = (), **fields: Any) -> httpx.Response:
@@ -337,7 +337,7 @@ PRIVATE = (
 def test_addresses_of_pictures_are_not_followed_unless_the_operator_says_so(serve: Any) -> None:
     fetched: list[str] = []
     limits = Limits()
-    loader = PictureLoader(limits, FakeEngine().prepare_image, fetch_bytes=lambda url, _: fetched.append(url) or b"")  # type: ignore
+    loader = ImageLoader(limits, FakeEngine().prepare_image, fetch_bytes=lambda url, _: fetched.append(url) or b"")  # type: ignore
     served = serve(limits=limits, pictures=loader)
     for url in (*PRIVATE, "http://public.example/x.png", "https://public.example/x.png", "//public.example/x", "file:///etc/passwd"):
         assert served.ask("q", (url,)).json()["error"]["code"] == "invalid_image"
@@ -364,7 +364,7 @@ def test_followed_addresses_of_pictures_stay_on_the_public_internet(serve: Any, 
 
     monkeypatch.setattr(pictures_page, "resolve_host", resolve)
     limits = Limits(allow_remote_images=True)
-    served = serve(limits=limits, pictures=PictureLoader(limits, FakeEngine().prepare_image, fetch_bytes=fetch))
+    served = serve(limits=limits, pictures=ImageLoader(limits, FakeEngine().prepare_image, fetch_bytes=fetch))
     for url in PRIVATE:
         assert served.ask("q", (url,)).json()["error"]["code"] == "invalid_image"
     assert connected == []
@@ -512,7 +512,7 @@ def test_sizes_and_counts_have_caps(serve: Any) -> None:
         assert served.head(request_head(CHAT, f"Content-Length: {length}")).startswith((b"HTTP/1.1 413", b"HTTP/1.1 400")), length
     headers = [f"X-{number}: y" for number in range(3000)]
     assert served.head(request_head("/health", *headers, method="GET")).startswith((b"HTTP/1.1 400", b"HTTP/1.1 413"))
-    assert served.engine.requests == [] and served.gate.bytes_inside == 0
+    assert served.engine.requests == [] and served.limiter.bytes_inside == 0
 
 
 # ---- keys --------------------------------------------------------------------------------------------------------------------
@@ -720,11 +720,11 @@ def test_bodies_that_drip_in_keep_nobody_out(serve: Any) -> None:
         slow = connections(stack, served.port, 20, request_head(CHAT, f"Content-Length: {len(body)}") + body[:10])
         for _ in range(5):
             assert served.ask("quick").status_code == 200
-        wait_until(lambda: served.gate.inside == 0 and served.gate.bytes_inside == 20 * 10)
+        wait_until(lambda: served.limiter.inside == 0 and served.limiter.bytes_inside == 20 * 10)
         slow[0].sendall(body[10:])
         answer = received(slow[0], b"patient")
         assert answer.startswith(b"HTTP/1.1 200") and b"patient" in answer
-    wait_until(lambda: served.gate.bytes_inside == 0)
+    wait_until(lambda: served.limiter.bytes_inside == 0)
 
 
 def test_a_body_that_does_not_come_in_time_is_given_up(serve: Any) -> None:
@@ -732,7 +732,7 @@ def test_a_body_that_does_not_come_in_time_is_given_up(serve: Any) -> None:
     with ExitStack() as stack:
         for sock in connections(stack, served.port, 3, request_head(CHAT, "Content-Length: 100") + b"{"):
             assert received(sock, b"\r\n\r\n").startswith(b"HTTP/1.1 408")
-    wait_until(lambda: served.gate.bytes_inside == 0)
+    wait_until(lambda: served.limiter.bytes_inside == 0)
 
 
 def test_bodies_that_come_all_at_once_still_find_only_so_many_places(serve: Any) -> None:
@@ -740,13 +740,13 @@ def test_bodies_that_come_all_at_once_still_find_only_so_many_places(serve: Any)
     body = json.dumps(chat_body()).encode()
     with ExitStack() as stack:
         slow = connections(stack, served.port, 8, request_head(CHAT, f"Content-Length: {len(body)}") + body[:-1])
-        wait_until(lambda: served.gate.bytes_inside == 8 * (len(body) - 1))
+        wait_until(lambda: served.limiter.bytes_inside == 8 * (len(body) - 1))
         for sock in slow:
             sock.sendall(body[-1:])
         told = those_told(slow, 5)
         assert [received(sock, b"\r\n\r\n")[:12] for sock in told] == [b"HTTP/1.1 503"] * 5
-        wait_until(lambda: served.gate.inside == len(served.engine.requests) == 3)
-    wait_until(lambda: served.gate.inside == served.gate.bytes_inside == 0)
+        wait_until(lambda: served.limiter.inside == len(served.engine.requests) == 3)
+    wait_until(lambda: served.limiter.inside == served.limiter.bytes_inside == 0)
 
 
 def test_idle_connections_keep_nobody_out_and_are_ended(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:

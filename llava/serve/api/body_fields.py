@@ -10,7 +10,7 @@ SMALLEST_NUMBER = 2.0**-126
 """The smallest number above 0 that float32 holds in full, which is what probabilities and logits are computed in."""
 
 
-class Closed(BaseModel):
+class StrictModel(BaseModel):
     """A body without other fields than those declared, and without conversions between types.
 
     A number so close to 0 that float32 would lose it is read as 0, whichever field it stands in.

@@ -8,26 +8,18 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from llava.serve.api.calls import Call, StreamWriter
 from llava.serve.api.llava import WorkerRequest, WorkerWriter, read_worker_request
 from llava.serve.api.openai_chat import ChatCompletion, ChatRequest, ChatWriter, TextCompletion, read_chat
 from llava.serve.api.openai_completions import CompletionRequest, CompletionWriter, read_completion
 from llava.serve.api.openai_responses import ResponseRequest, ResponseWriter, read_response
+from llava.serve.api.parsed_request import Call, StreamWriter
+from llava.serve.api.paths import CHAT_PATH, COMPLETIONS_PATH, DETOKENIZE_PATH, RESPONSES_PATH, TOKENIZE_PATH, WORKER_PATH
 from llava.serve.api.tokenize import DetokenizeRequest, TokenizeRequest, read_detokenize, read_tokenize
-from llava.serve.protocol import (
-    CHAT_PATH,
-    COMPLETIONS_PATH,
-    DETOKENIZE_PATH,
-    RESPONSES_PATH,
-    TOKENIZE_PATH,
-    WORKER_PATH,
-    Limits,
-    ModelCard,
-)
+from llava.serve.protocol import Limits, ModelCard
 
 
 @dataclass(frozen=True)
-class Answering:
+class GeneratingEndpoint:
     """An endpoint that generates.
 
     body, answer: schemas. read: from the body's values to a call. writer: for a request id, a model's name and a call.
@@ -39,20 +31,20 @@ class Answering:
     writer: Callable[[str, str, Call], StreamWriter]
 
 
-ANSWERING: Mapping[str, Answering] = {
-    CHAT_PATH: Answering(ChatRequest, ChatCompletion, read_chat, ChatWriter),
-    COMPLETIONS_PATH: Answering(CompletionRequest, TextCompletion, read_completion, CompletionWriter),
-    RESPONSES_PATH: Answering(ResponseRequest, None, read_response, ResponseWriter),
-    WORKER_PATH: Answering(WorkerRequest, None, read_worker_request, WorkerWriter),
+GENERATING_ENDPOINTS: Mapping[str, GeneratingEndpoint] = {
+    CHAT_PATH: GeneratingEndpoint(ChatRequest, ChatCompletion, read_chat, ChatWriter),
+    COMPLETIONS_PATH: GeneratingEndpoint(CompletionRequest, TextCompletion, read_completion, CompletionWriter),
+    RESPONSES_PATH: GeneratingEndpoint(ResponseRequest, None, read_response, ResponseWriter),
+    WORKER_PATH: GeneratingEndpoint(WorkerRequest, None, read_worker_request, WorkerWriter),
 }
-BODIES: Mapping[str, type[BaseModel]] = {
-    **{path: endpoint.body for path, endpoint in ANSWERING.items()},
+BODY_SCHEMAS: Mapping[str, type[BaseModel]] = {
+    **{path: endpoint.body for path, endpoint in GENERATING_ENDPOINTS.items()},
     TOKENIZE_PATH: TokenizeRequest,
     DETOKENIZE_PATH: DetokenizeRequest,
 }
 """Path to schema. A request to any of these takes a place."""
-READERS: Mapping[str, Callable[[Any, ModelCard, Limits], object]] = {
-    **{path: endpoint.read for path, endpoint in ANSWERING.items()},
+BODY_READERS: Mapping[str, Callable[[Any, ModelCard, Limits], object]] = {
+    **{path: endpoint.read for path, endpoint in GENERATING_ENDPOINTS.items()},
     TOKENIZE_PATH: read_tokenize,
     DETOKENIZE_PATH: read_detokenize,
 }

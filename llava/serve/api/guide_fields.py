@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from llava.serve.api.body_fields import Closed
-from llava.serve.api.neutral_fields import OF_STRUCTURED_OUTPUTS, with_neutral
+from llava.serve.api.body_fields import StrictModel
+from llava.serve.api.compat_fields import OF_STRUCTURED_OUTPUTS, with_neutral
 from llava.serve.http.errors import FieldError, field_path
 from llava.serve.protocol import Guide, GuideKind, Limits
 
@@ -21,7 +21,7 @@ MAX_DEPTH = 100
 """Of objects and lists within one another, in a schema."""
 
 
-class NamedSchema(Closed):
+class NamedSchema(StrictModel):
     """A JSON schema as OpenAI's API has it. It is followed to the letter, `strict` or not."""
 
     name: str = Field(max_length=256)
@@ -30,7 +30,7 @@ class NamedSchema(Closed):
     strict: bool | None = None
 
 
-class ResponseFormat(Closed):
+class ResponseFormat(StrictModel):
     """Plain text, any JSON object, or JSON that follows a schema."""
 
     type: FormatType
@@ -38,7 +38,7 @@ class ResponseFormat(Closed):
 
 
 @with_neutral(OF_STRUCTURED_OUTPUTS)
-class StructuredOutputs(Closed):
+class StructuredOutputs(StrictModel):
     """vLLM's; one of them."""
 
     json_: str | JsonSchema | None = Field(None, alias="json", description="A JSON schema.")
@@ -48,7 +48,7 @@ class StructuredOutputs(Closed):
     grammar: str | None = Field(None, description="Lark's notation, or GBNF.")
 
 
-class GuideFields(Closed):
+class GuideFields(StrictModel):
     """What the answer has to be; one of them. The older names of vLLM and those of SGLang mean what `structured_outputs` means."""
 
     response_format: ResponseFormat | None = None

@@ -17,7 +17,7 @@ from PIL import Image
 
 from llava.fetch import AddressError, FetchError, Resolver, TooLargeError, fetch, resolve_host
 from llava.images import FETCH_TIMEOUT, MAX_BYTES, SMALL_AT_ONCE, ImageError, OpenedImage, decode_base64, open_image, read_source
-from llava.serve.api.calls import ImageSource
+from llava.serve.api.parsed_request import ImageSource
 from llava.serve.protocol import EngineImage, ErrorKind, Limits, ServeError
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class HostNotAllowed(FetchError):
     """A host that is not on the operator's list."""
 
 
-TOLD: dict[type[FetchError], str] = {
+FETCH_ERROR_TEXTS: dict[type[FetchError], str] = {
     HostNotAllowed: "The image's address is at a host from which nothing is fetched here: send the image as a data URL, or ask the "
     "operator, who can allow the host.",
     AddressError: "The image's address cannot be read: expected http(s)://host/path without a user name, spaces or backslashes.",
@@ -53,13 +53,13 @@ NO_IMAGE_THERE = (
     "What is at the image's address cannot be used: expected a whole PNG, JPEG, GIF, WebP, BMP, TIFF, PPM or AVIF file of at most 20 MB "
     "and 64 megapixels, its sides at most 200-fold apart."
 )
-IMAGE_SENTENCES = (*TOLD.values(), NO_IMAGE_THERE, NOT_FETCHED, NOT_READ, TOO_MUCH)
-"""All that clients are told of images, besides the kinds' own texts; see `llava.serve.sentences`."""
+IMAGE_ERROR_TEXTS = (*FETCH_ERROR_TEXTS.values(), NO_IMAGE_THERE, NOT_FETCHED, NOT_READ, TOO_MUCH)
+"""All that clients are told of images, besides the kinds' own texts; see `llava.serve.protocol.error_templates`."""
 
 
-class PictureLoader:
+class ImageLoader:
     """Decodes pictures off the event loop; what is wrong with one's bytes, clients are not told: one sentence for all. The
-    others are about its address, see `TOLD`.
+    others are about its address, see `FETCH_ERROR_TEXTS`.
 
     Args:
         limits: whether web addresses are fetched, and from which hosts.
@@ -171,7 +171,7 @@ def _told(error: Exception) -> str | None:
     """What clients read of an error; `None` is the kind's own sentence."""
     if isinstance(error, _Unwanted):
         return str(error)
-    return next((text for kind, text in TOLD.items() if isinstance(error, kind)), None)
+    return next((text for kind, text in FETCH_ERROR_TEXTS.items() if isinstance(error, kind)), None)
 
 
 def _fetch(url: str, resolve: Resolver) -> bytes:

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from llava.serve.api.calls import Call
 from llava.serve.api.openai_chat import (
     Granularity,
     RoutingFields,
@@ -22,9 +21,10 @@ from llava.serve.api.openai_chat import (
     validate,
 )
 from llava.serve.api.openai_completions import Images, read_images
+from llava.serve.api.parsed_request import Call
 from llava.serve.api.sampling_fields import longest_answer, read_stop
 from llava.serve.http.errors import FieldError, error_body
-from llava.serve.http.json_writer import compact_json
+from llava.serve.http.json_response import compact_json
 from llava.serve.protocol import Finished, Limits, ModelCard, Sampling, ServeError, Started, TokenScore
 
 GREEDY_BELOW = 0.001

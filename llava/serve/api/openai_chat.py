@@ -17,12 +17,12 @@ from pydantic import BaseModel, Field, ValidationError
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.messages import Detail, Message, RoutingRequest, normalise_turns, text_of_parts
-from llava.serve.api.body_fields import Closed
-from llava.serve.api.calls import Call, ImageSource, WholeAnswer
-from llava.serve.api.neutral_fields import OF_CHAT, OF_IMAGE, OF_IMAGE_URL, OF_MESSAGE, OF_STREAM_OPTIONS, OF_TEXT, with_neutral
+from llava.serve.api.body_fields import StrictModel
+from llava.serve.api.compat_fields import OF_CHAT, OF_IMAGE, OF_IMAGE_URL, OF_MESSAGE, OF_STREAM_OPTIONS, OF_TEXT, with_neutral
+from llava.serve.api.parsed_request import Call, FullAnswer, ImageSource
 from llava.serve.api.sampling_fields import SamplingFields, longest_answer, read_sampling
 from llava.serve.http.errors import FieldError, error_fields, field_path
-from llava.serve.http.json_writer import compact_json
+from llava.serve.http.json_response import compact_json
 from llava.serve.protocol import (
     ErrorKind,
     Finished,
@@ -41,7 +41,7 @@ LOWEST_LOG_PROBABILITY = -9999.0
 
 
 @with_neutral(OF_TEXT)
-class TextPart(Closed):
+class TextPart(StrictModel):
     """Text within a message."""
 
     type: Literal["text"]
@@ -57,7 +57,7 @@ DETAIL_DESCRIPTION = (
 
 
 @with_neutral(OF_IMAGE_URL)
-class ImageUrl(Closed):
+class ImageUrl(StrictModel):
     """Where a picture is: a data URL (`data:image/png;base64,...`), or a web address where the server fetches those."""
 
     url: str
@@ -65,7 +65,7 @@ class ImageUrl(Closed):
 
 
 @with_neutral(OF_IMAGE)
-class ImagePart(Closed):
+class ImagePart(StrictModel):
     """A picture within a user's message."""
 
     type: Literal["image_url"]
@@ -76,7 +76,7 @@ ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 @with_neutral(OF_MESSAGE)
-class ChatMessage(Closed):
+class ChatMessage(StrictModel):
     """One turn, empty ones among them. `developer` means `system`. Pictures go into users' turns."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -86,7 +86,7 @@ class ChatMessage(Closed):
 
 
 @with_neutral(OF_STREAM_OPTIONS)
-class StreamOptions(Closed):
+class StreamOptions(StrictModel):
     """What a stream holds besides the answer."""
 
     include_usage: bool | None = Field(None, description="End with a chunk that holds `usage` and no choices.")
@@ -95,7 +95,7 @@ class StreamOptions(Closed):
 Granularity = Literal["auto"] | int | Annotated[list[int], Field(min_length=1, max_length=64, fail_fast=True)]
 
 
-class RoutingFields(Closed):
+class RoutingFields(StrictModel):
     """How many visual tokens the pictures may cost."""
 
     granularity: Granularity | None = Field(
@@ -107,7 +107,7 @@ class RoutingFields(Closed):
     )
 
 
-class ClientFields(Closed):
+class ClientFields(StrictModel):
     """For the client's own records; nothing of an answer depends on them."""
 
     user: str | None = Field(None, max_length=256, description="Written to the log beside the request's id.")
@@ -344,7 +344,7 @@ def check_model(name: str, card: ModelCard) -> None:
 
 
 @dataclass(frozen=True)
-class Spoken:
+class ChatTurn:
     """One turn as a client sent it. parts: texts and images in its own order. param: the field of its content."""
 
     role: str
@@ -357,7 +357,7 @@ def read_messages(
 ) -> tuple[tuple[Message, ...], tuple[ImageSource, ...]]:
     """The messages of a chat, see `read_turns`."""
     places = [f"messages[{index}].content" for index in range(len(messages))]
-    spoken = [Spoken(message.role, _parts(message.content, param), param) for message, param in zip(messages, places, strict=True)]
+    spoken = [ChatTurn(message.role, _parts(message.content, param), param) for message, param in zip(messages, places, strict=True)]
     return read_turns(spoken, card, limits, "messages")
 
 
@@ -373,7 +373,7 @@ def _parts(content: str | list[ContentPart] | None, param: str) -> list[str | Im
 
 
 def read_turns(
-    spoken: Sequence[Spoken], card: ModelCard, limits: Limits, param: str
+    spoken: Sequence[ChatTurn], card: ModelCard, limits: Limits, param: str
 ) -> tuple[tuple[Message, ...], tuple[ImageSource, ...]]:
     """A conversation as the engine has it, with a placeholder for each image, and the images in that order.
 
@@ -387,7 +387,7 @@ def read_turns(
         raise FieldError(f"There are {len(spoken)} messages, expected at most {limits.max_messages}.", param)
     turns = [Message("system" if turn.role == "developer" else turn.role, _text_of(turn)) for turn in spoken]
     sources = tuple(part for turn in spoken for part in turn.parts if isinstance(part, ImageSource))
-    check_pictures(len(sources), card, limits, param)
+    check_images(len(sources), card, limits, param)
     check_prompt_length(sum(len(turn.text) for turn in turns), limits, param)
     try:
         return tuple(normalise_turns(turns, len(sources))), sources
@@ -395,7 +395,7 @@ def read_turns(
         raise FieldError(str(error), param) from error
 
 
-def _text_of(turn: Spoken) -> str:
+def _text_of(turn: ChatTurn) -> str:
     """A turn's text, with a placeholder for each image; the images keep their own order."""
     if turn.role != "user" and any(isinstance(part, ImageSource) for part in turn.parts):
         raise FieldError(f"A message of role {turn.role} holds a picture; only users' messages may.", turn.param)
@@ -406,7 +406,7 @@ def _text_of(turn: Spoken) -> str:
     return text_of_parts([part if isinstance(part, str) else DEFAULT_IMAGE_TOKEN for part in turn.parts])
 
 
-def check_pictures(count: int, card: ModelCard, limits: Limits, param: str) -> None:
+def check_images(count: int, card: ModelCard, limits: Limits, param: str) -> None:
     """Refuse more pictures than the model or the server takes."""
     most = min(limits.max_images, card.max_images) if card.takes_images else 0
     if count > most:
@@ -538,7 +538,7 @@ class ChatWriter:
         self._no_usage: dict[str, Any] = {"usage": None} if call.include_usage else {}
         self._frames: dict[int, tuple[bytes, bytes]] = {}
 
-    def completion(self, answers: Sequence[WholeAnswer]) -> dict[str, Any]:
+    def completion(self, answers: Sequence[FullAnswer]) -> dict[str, Any]:
         choices = [
             self._choice(index, self.whole_text(text), self.scores(index, text, scores), ending.finish_reason)
             for index, (text, scores, ending) in enumerate(answers)

@@ -9,20 +9,20 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.serve.api.calls import Call, ImageSource
-from llava.serve.api.neutral_fields import OF_COMPLETION, with_neutral
+from llava.serve.api.compat_fields import OF_COMPLETION, with_neutral
 from llava.serve.api.openai_chat import (
     LOWEST_LOG_PROBABILITY,
     AnswerFields,
     ChatWriter,
+    check_images,
     check_model,
-    check_pictures,
     check_prompt_length,
     read_count,
     read_include_usage,
     read_routing,
     validate,
 )
+from llava.serve.api.parsed_request import Call, ImageSource
 from llava.serve.api.sampling_fields import longest_answer, read_sampling
 from llava.serve.http.errors import FieldError, field_path
 from llava.serve.protocol import Limits, ModelCard, TokenScore, token_bytes
@@ -81,7 +81,7 @@ def read_images(prompts: Sequence[str], images: Sequence[str] | None, card: Mode
         FieldError: what cannot be done, and in which field.
     """
     sources = tuple(ImageSource(text, field_path(("images", place)), plain_base64=True) for place, text in enumerate(images or ()))
-    check_pictures(len(sources), card, limits, "images")
+    check_images(len(sources), card, limits, "images")
     check_prompt_length(sum(map(len, prompts)), limits, "prompt")
     if sources and len(prompts) > 1:
         raise FieldError(f"There are images, but {len(prompts)} prompts; send each prompt that has images by itself.", "images")

@@ -8,17 +8,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from llava.serve.api.body_fields import Closed
-from llava.serve.api.calls import Call, ImageSource, WholeAnswer
+from llava.serve.api.body_fields import StrictModel
+from llava.serve.api.compat_fields import OF_INPUT_IMAGE, OF_MESSAGE, OF_RESPONSE, OF_STREAM_OPTIONS, OF_TEXT, with_neutral
 from llava.serve.api.guide_fields import FormatType, JsonSchema, guide_of_format
-from llava.serve.api.neutral_fields import OF_INPUT_IMAGE, OF_MESSAGE, OF_RESPONSE, OF_STREAM_OPTIONS, OF_TEXT, with_neutral
 from llava.serve.api.openai_chat import (
     DETAIL_DESCRIPTION,
     DETAILS,
+    ChatTurn,
     ClientFields,
     ImageDetail,
     RoutingFields,
-    Spoken,
     check_model,
     read_routing,
     read_turns,
@@ -27,14 +26,15 @@ from llava.serve.api.openai_chat import (
     usage_fields,
     validate,
 )
+from llava.serve.api.parsed_request import Call, FullAnswer, ImageSource
 from llava.serve.api.sampling_fields import SamplingFields, longest_answer, read_sampling
 from llava.serve.http.errors import FieldError, error_fields
-from llava.serve.http.json_writer import compact_json
+from llava.serve.http.json_response import compact_json
 from llava.serve.protocol import Finished, Guide, Limits, ModelCard, ServeError, Started, TokenScore
 
 
 @with_neutral(OF_TEXT)
-class InputText(Closed):
+class InputText(StrictModel):
     """Text within a message."""
 
     type: Literal["input_text"]
@@ -42,7 +42,7 @@ class InputText(Closed):
 
 
 @with_neutral(OF_TEXT)
-class OutputText(Closed):
+class OutputText(StrictModel):
     """Text of an earlier answer, as it came."""
 
     type: Literal["output_text"]
@@ -53,7 +53,7 @@ class OutputText(Closed):
 
 
 @with_neutral(OF_INPUT_IMAGE)
-class InputImage(Closed):
+class InputImage(StrictModel):
     """An image within a user's message."""
 
     type: Literal["input_image"]
@@ -65,7 +65,7 @@ InputPart = Annotated[InputText | InputImage | OutputText, Field(discriminator="
 
 
 @with_neutral(OF_MESSAGE)
-class InputMessage(Closed):
+class InputMessage(StrictModel):
     """One turn, a user's or an earlier answer as it came. `developer` means `system`. Images go into users' turns."""
 
     type: Literal["message"] | None = None
@@ -76,7 +76,7 @@ class InputMessage(Closed):
     phase: Literal["commentary", "final_answer"] | None = None
 
 
-class TextFormat(Closed):
+class TextFormat(StrictModel):
     """Plain text, any JSON object, or JSON that follows a schema."""
 
     type: FormatType
@@ -86,7 +86,7 @@ class TextFormat(Closed):
     strict: bool | None = None
 
 
-class TextFields(Closed):
+class TextFields(StrictModel):
     """What the text has to be, and how it is written."""
 
     format: TextFormat | None = None
@@ -94,7 +94,7 @@ class TextFields(Closed):
 
 
 @with_neutral(OF_STREAM_OPTIONS)
-class ResponseStreamOptions(Closed):
+class ResponseStreamOptions(StrictModel):
     """Of a stream; there is nothing to choose."""
 
 
@@ -142,21 +142,21 @@ def read_response(value: Any, card: ModelCard, limits: Limits) -> Call:
     )
 
 
-def _spoken(request: ResponseRequest) -> list[Spoken]:
-    system = [] if request.instructions is None else [Spoken("system", [request.instructions], "instructions")]
+def _spoken(request: ResponseRequest) -> list[ChatTurn]:
+    system = [] if request.instructions is None else [ChatTurn("system", [request.instructions], "instructions")]
     if isinstance(request.input, str):
-        return [*system, Spoken("user", [request.input], "input")]
+        return [*system, ChatTurn("user", [request.input], "input")]
     return [*system, *(_turn(message, f"input[{index}].content") for index, message in enumerate(request.input))]
 
 
-def _turn(message: InputMessage, param: str) -> Spoken:
+def _turn(message: InputMessage, param: str) -> ChatTurn:
     if isinstance(message.content, str):
-        return Spoken(message.role, [message.content], param)
+        return ChatTurn(message.role, [message.content], param)
     parts = [
         ImageSource(part.image_url, f"{param}[{place}].image_url", DETAILS.get(part.detail)) if isinstance(part, InputImage) else part.text
         for place, part in enumerate(message.content)
     ]
-    return Spoken(message.role, parts, param)
+    return ChatTurn(message.role, parts, param)
 
 
 def _read_format(text: TextFields | None, limits: Limits) -> Guide | None:
@@ -196,7 +196,7 @@ class ResponseWriter:
         self._texts: list[str] = []
         self._scores: list[TokenScore] = []
 
-    def completion(self, answers: Sequence[WholeAnswer]) -> dict[str, Any]:
+    def completion(self, answers: Sequence[FullAnswer]) -> dict[str, Any]:
         [(text, scores, ending)] = answers
         return self._response(_status(ending), [self._item(_status(ending), text, scores)], ending)
 

@@ -11,7 +11,7 @@ from llava.serve.api.body_fields import as_float32
 from llava.serve.api.guide_fields import GuideFields, read_guide
 from llava.serve.http.errors import FieldError
 from llava.serve.protocol import Guide, Limits, Sampling
-from llava.serve.sentences import AT_MOST
+from llava.serve.protocol.error_templates import AT_MOST
 
 TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]

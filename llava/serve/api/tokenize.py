@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from llava.serve.api.body_fields import Closed
-from llava.serve.api.calls import Call
-from llava.serve.api.neutral_fields import OF_TOKENIZE, with_neutral
+from llava.serve.api.body_fields import StrictModel
+from llava.serve.api.compat_fields import OF_TOKENIZE, with_neutral
 from llava.serve.api.openai_chat import ChatMessage, RoutingFields, check_model, read_messages, read_routing, validate
 from llava.serve.api.openai_completions import Images, read_images
+from llava.serve.api.parsed_request import Call
 from llava.serve.http.errors import FieldError
 from llava.serve.protocol import Limits, ModelCard, PromptTokens
 
@@ -27,7 +27,7 @@ class TokenizeRequest(RoutingFields):
     return_token_strs: bool | None = Field(None, description="Also tell each token's text.")
 
 
-class DetokenizeRequest(Closed):
+class DetokenizeRequest(StrictModel):
     """Tokens to be written as text."""
 
     model: str | None = Field(None, max_length=512)

@@ -19,25 +19,23 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from llava import __version__
-from llava.serve.api.calls import Call, StreamWriter, Writer
-from llava.serve.api.endpoints import ANSWERING, BODIES, Answering
-from llava.serve.api.image_loader import PictureLoader
-from llava.serve.api.joining import JoinedPieces, Numbered, merged
+from llava.serve.api.coalescing import CoalescedPieces, IndexedEvent, merged
+from llava.serve.api.endpoints import BODY_SCHEMAS, GENERATING_ENDPOINTS, GeneratingEndpoint
+from llava.serve.api.image_loader import ImageLoader
 from llava.serve.api.openai_chat import ErrorBody, ModelFields, ModelList, check_model, model_fields
+from llava.serve.api.parsed_request import Call, StreamWriter, Writer
+from llava.serve.api.paths import DETOKENIZE_PATH, STATUS_PATH, TOKENIZE_PATH
 from llava.serve.api.tokenize import Tokens, read_detokenize, read_tokenize, token_fields
 from llava.serve.http.errors import error_response, request_id_of, typed_error
-from llava.serve.http.gate import HELD_BODIES, Gate
-from llava.serve.http.json_writer import JsonResponse
+from llava.serve.http.json_response import JsonResponse
 from llava.serve.http.metrics import CONTENT_TYPE, Metrics
-from llava.serve.http.middleware import guard_app, unless_gone
+from llava.serve.http.middleware import cancel_on_disconnect, guard_app
 from llava.serve.http.openapi import describe_bodies
+from llava.serve.http.request_limiter import HELD_BODIES, RequestLimiter
 from llava.serve.http.server import DRAIN_SECONDS, make_server, run_server
 from llava.serve.http.strict_json import read_json
-from llava.serve.http.watchdog import patient
+from llava.serve.http.watchdog import with_send_timeout
 from llava.serve.protocol import (
-    DETOKENIZE_PATH,
-    STATUS_PATH,
-    TOKENIZE_PATH,
     Engine,
     ErrorKind,
     Event,
@@ -64,21 +62,21 @@ class Worker:
     """Answers the calls of all protocols.
 
     Args:
-        engine: makes the answers. limits: of one request. gate: counts the requests inside. pictures: decodes. metrics: counts.
-        stream_interval: tokens between two parts of a stream, see `JoinedPieces`. report_cache_hits: see `create_worker_app`.
+        engine: makes the answers. limits: of one request. limiter: counts the requests inside. pictures: decodes. metrics: counts.
+        stream_interval: tokens between two parts of a stream, see `CoalescedPieces`. report_cache_hits: see `create_worker_app`.
     """
 
     def __init__(
         self,
         engine: Engine,
         limits: Limits,
-        gate: Gate,
-        pictures: PictureLoader,
+        limiter: RequestLimiter,
+        pictures: ImageLoader,
         metrics: Metrics,
         stream_interval: int = 1,
         report_cache_hits: bool = False,
     ) -> None:
-        self.engine, self.limits, self.gate = engine, limits, gate
+        self.engine, self.limits, self.limiter = engine, limits, limiter
         self.pictures, self.metrics, self.stream_interval = pictures, metrics, stream_interval
         self.report_cache_hits = report_cache_hits
         self.created = int(time.time())
@@ -86,13 +84,13 @@ class Worker:
     @property
     def is_ready(self) -> bool:
         """Whether a request sent now would be worked on."""
-        return self.engine.ready and not self.gate.draining
+        return self.engine.ready and not self.limiter.draining
 
     def status(self) -> dict[str, Any]:
         """What LLaVA's controller wants to know."""
-        return {"model_names": [self.engine.card.name], "speed": 1, "queue_length": self.gate.inside}
+        return {"model_names": [self.engine.card.name], "speed": 1, "queue_length": self.limiter.inside}
 
-    async def answer(self, request: Request, endpoint: Answering) -> Response:
+    async def answer(self, request: Request, endpoint: GeneratingEndpoint) -> Response:
         """Answer a request of one of the APIs: with a stream where one is asked for, else with one body.
 
         What goes wrong before a stream's first event has a status of its own.
@@ -102,10 +100,10 @@ class Worker:
         writer = endpoint.writer(request_id, self.engine.card.name, call)
         events = self._call_events(call, request_id)
         if not call.stream:
-            answers = await unless_gone(request.receive, _collected(events, call.count))
+            answers = await cancel_on_disconnect(request.receive, _collected(events, call.count))
             return JsonResponse(cast(Writer, writer).completion(answers))
-        first = await unless_gone(request.receive, anext(events))
-        return Streamed(self._parts(call, writer, first, events, request_id), writer.media_type, self.limits.send_seconds)
+        first = await cancel_on_disconnect(request.receive, anext(events))
+        return StreamedResponse(self._parts(call, writer, first, events, request_id), writer.media_type, self.limits.send_seconds)
 
     async def tokenize(self, request: Request) -> dict[str, Any]:
         """Answer `/tokenize`."""
@@ -114,7 +112,7 @@ class Worker:
         async with self.pictures.loaded(call.sources) as images:
             [wanted] = call.requests(request_id_of(request.scope), images)
             try:
-                found = await unless_gone(request.receive, self.engine.tokenize(wanted, asked.add_special_tokens is not False))
+                found = await cancel_on_disconnect(request.receive, self.engine.tokenize(wanted, asked.add_special_tokens is not False))
             except ServeError as error:
                 raise call.named(error) from error
         return token_fields(found, card, bool(asked.return_token_strs))
@@ -122,7 +120,7 @@ class Worker:
     async def detokenize(self, request: Request) -> dict[str, str]:
         """Answer `/detokenize`."""
         ids = read_detokenize(await read_json(request), self.engine.card, self.limits)
-        return {"prompt": await unless_gone(request.receive, self.engine.detokenize(ids))}
+        return {"prompt": await cancel_on_disconnect(request.receive, self.engine.detokenize(ids))}
 
     def server_info(self) -> dict[str, Any]:
         """What routers in front of servers ask for, under the names that SGLang gives it."""
@@ -132,7 +130,7 @@ class Worker:
             "version": __version__,
             "dp_size": 1,
             "tp_size": 1,
-            "max_running_requests": self.gate.capacity - self.limits.max_queue,
+            "max_running_requests": self.limiter.capacity - self.limits.max_queue,
             "context_length": card.context_length,
         }
 
@@ -148,10 +146,10 @@ class Worker:
             "max_context_length": card.context_length,
         }
 
-    async def _call_events(self, call: Call, request_id: str) -> AsyncGenerator[Numbered, None]:
+    async def _call_events(self, call: Call, request_id: str) -> AsyncGenerator[IndexedEvent, None]:
         if call.user is not None:
             logger.info("request %s is of user %r", request_id, call.user)
-        with self.gate.more_places(call.count - 1):
+        with self.limiter.more_places(call.count - 1):
             async with self.pictures.loaded(call.sources) as images:
                 try:
                     async with aclosing(self._events(call.requests(request_id, images), call.stream)) as events:
@@ -161,7 +159,7 @@ class Worker:
                     raise call.named(error) from error
 
     async def _parts(
-        self, call: Call, writer: StreamWriter, first: Numbered, events: AsyncGenerator[Numbered, None], request_id: str
+        self, call: Call, writer: StreamWriter, first: IndexedEvent, events: AsyncGenerator[IndexedEvent, None], request_id: str
     ) -> AsyncGenerator[bytes, None]:
         endings: dict[int, Finished] = {}
         tail = b""
@@ -187,14 +185,14 @@ class Worker:
         self.metrics.failed(error.kind)
         return error
 
-    async def _events(self, requests: Sequence[GenerationRequest], streamed: bool) -> AsyncGenerator[Numbered, None]:
+    async def _events(self, requests: Sequence[GenerationRequest], streamed: bool) -> AsyncGenerator[IndexedEvent, None]:
         """The events of all of one call's generations as they come; what is left of them at the end is cancelled."""
         running: list[Generation] = []
         try:
             for request in requests:
                 running.append(self.engine.submit(request))
             found = merged(running)
-            async with aclosing(JoinedPieces(found, self.stream_interval).events() if streamed else found) as events:
+            async with aclosing(CoalescedPieces(found, self.stream_interval).events() if streamed else found) as events:
                 async for index, event in events:
                     self._count(event)
                     yield index, event if self.report_cache_hits else _without_cache_hits(event)
@@ -215,13 +213,13 @@ def _without_cache_hits(event: Event) -> Event:
     return replace(event, images=tuple(replace(image, cached=None) for image in event.images))
 
 
-async def _with_first(first: Numbered, rest: AsyncIterator[Numbered]) -> AsyncIterator[Numbered]:
+async def _with_first(first: IndexedEvent, rest: AsyncIterator[IndexedEvent]) -> AsyncIterator[IndexedEvent]:
     yield first
     async for event in rest:
         yield event
 
 
-async def _collected(events: AsyncGenerator[Numbered, None], count: int) -> list[tuple[str, list[TokenScore], Finished]]:
+async def _collected(events: AsyncGenerator[IndexedEvent, None], count: int) -> list[tuple[str, list[TokenScore], Finished]]:
     """Every choice's text, scores and ending."""
     texts: list[list[str]] = [[] for _ in range(count)]
     scores: list[list[TokenScore]] = [[] for _ in range(count)]
@@ -236,7 +234,7 @@ async def _collected(events: AsyncGenerator[Numbered, None], count: int) -> list
     return [("".join(texts[index]), scores[index], endings[index]) for index in range(count)]
 
 
-class Streamed(Response):
+class StreamedResponse(Response):
     """A response whose parts go out one by one, each at once.
 
     Args:
@@ -249,11 +247,11 @@ class Streamed(Response):
         self.parts, self.send_seconds = parts, send_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await unless_gone(receive, self._send_all(send))
+        await cancel_on_disconnect(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
         async with aclosing(self.parts):
-            with patient(send, self.send_seconds) as sending:
+            with with_send_timeout(send, self.send_seconds) as sending:
                 await sending({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                 async for part in self.parts:
                     await sending({"type": "http.response.body", "body": part, "more_body": True})
@@ -279,7 +277,7 @@ def create_worker_app(
     stream_interval: int = 1,
     not_ready: ErrorKind = ErrorKind.OVERLOADED,
     open_prefixes: Sequence[str] = (),
-    pictures: PictureLoader | None = None,
+    pictures: ImageLoader | None = None,
     report_cache_hits: bool = False,
 ) -> FastAPI:
     """The app of one worker.
@@ -291,26 +289,26 @@ def create_worker_app(
         allowed_origins: of web sites whose pages may ask from a browser.
         registration: a controller to register at, or `None`.
         places: requests that the engine answers at once; with `limits.max_queue` more waiting, the next is refused.
-        stream_interval: tokens between two parts of a stream, see `JoinedPieces`.
+        stream_interval: tokens between two parts of a stream, see `CoalescedPieces`.
         not_ready: what `/ready` says where the engine takes no requests.
         open_prefixes: paths that need no key, such as those of a page mounted into this app.
         pictures: decodes and fetches; one by `limits` when missing.
         report_cache_hits: tell in answers which images' features were there already, and with that what others have asked about.
 
     Returns:
-        The app; `app.state.worker` is its `Worker` and `app.state.gate` its `Gate`.
+        The app; `app.state.worker` is its `Worker` and `app.state.limiter` its `RequestLimiter`.
     """
     limits = limits or Limits()
-    gate = Gate(places + limits.max_queue, HELD_BODIES * limits.max_body_bytes)
+    limiter = RequestLimiter(places + limits.max_queue, HELD_BODIES * limits.max_body_bytes)
     metrics = Metrics(engine.stats)
-    pictures = pictures or PictureLoader(limits, engine.prepare_image)
-    worker = Worker(engine, limits, gate, pictures, metrics, stream_interval, report_cache_hits)
+    pictures = pictures or ImageLoader(limits, engine.prepare_image)
+    worker = Worker(engine, limits, limiter, pictures, metrics, stream_interval, report_cache_hits)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        beats = asyncio.create_task(registration.run(worker.status, gate.wait_draining())) if registration is not None else None
+        beats = asyncio.create_task(registration.run(worker.status, limiter.wait_draining())) if registration is not None else None
         yield
-        gate.drain()  # if no signal said so before
+        limiter.start_draining()  # if no signal said so before
         if beats is not None:
             await beats
         with suppress(asyncio.TimeoutError):  # the server has waited for running answers, by its own `drain_seconds`
@@ -329,14 +327,14 @@ def create_worker_app(
     app.state.worker = worker
     app.state.failed = lambda: engine.stats().failed is not None
     _add_routes(app, worker, metrics, not_ready)
-    describe_bodies(app, BODIES, guarded=bool(api_keys))
+    describe_bodies(app, BODY_SCHEMAS, guarded=bool(api_keys))
     guard_app(
         app,
-        gate,
+        limiter,
         limits,
         api_keys=api_keys,
         allowed_origins=allowed_origins,
-        generating_paths=tuple(BODIES),
+        generating_paths=tuple(BODY_SCHEMAS),
         open_prefixes=open_prefixes,
         on_error=metrics.failed,
     )
@@ -346,7 +344,7 @@ def create_worker_app(
 def _add_routes(app: FastAPI, worker: Worker, metrics: Metrics, not_ready: ErrorKind) -> None:
     errors: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorBody, "description": "What went wrong."}}
 
-    for path, endpoint in ANSWERING.items():
+    for path, endpoint in GENERATING_ENDPOINTS.items():
         _add_answering(app, path, worker, endpoint, errors)
 
     @app.post(TOKENIZE_PATH, response_model=None, responses={200: {"model": Tokens}, **errors})
@@ -388,7 +386,7 @@ def _add_routes(app: FastAPI, worker: Worker, metrics: Metrics, not_ready: Error
     async def ready(request: Request) -> Response:
         if worker.is_ready:
             return JsonResponse({"status": "ready"})
-        if worker.gate.draining:
+        if worker.limiter.draining:
             return error_response(ServeError(ErrorKind.DRAINING), request.scope)
         if failed := worker.engine.stats().failed:
             return error_response(ServeError(failed), request.scope)
@@ -400,7 +398,7 @@ def _add_routes(app: FastAPI, worker: Worker, metrics: Metrics, not_ready: Error
         return Response(metrics.render(), media_type=CONTENT_TYPE)
 
 
-def _add_answering(app: FastAPI, path: str, worker: Worker, endpoint: Answering, errors: dict[int | str, dict[str, Any]]) -> None:
+def _add_answering(app: FastAPI, path: str, worker: Worker, endpoint: GeneratingEndpoint, errors: dict[int | str, dict[str, Any]]) -> None:
     told: dict[int | str, dict[str, Any]] = {200: {"model": endpoint.answer}} if endpoint.answer is not None else {}
 
     @app.post(path, name=path.strip("/").replace("/", "_"), response_model=None, responses={**told, **errors})

@@ -18,25 +18,14 @@ from PIL import Image
 
 from llava.messages import RoutingRequest
 from llava.rules import Text
+from llava.serve.api.paths import CHAT_PATH, DETOKENIZE_PATH, TOKENIZE_PATH
 from llava.serve.backend.openai_stream import chat_body, check_head, check_sampling, data_url, is_count, read_stream
 from llava.serve.backend.token_ids import prompt_tokens, tokenize_body
 from llava.serve.http.addresses import Endpoint, parse_worker_url
-from llava.serve.http.client import BrokenOff, Outbound, Patience, Unreachable
-from llava.serve.http.json_writer import compact_json
-from llava.serve.protocol import (
-    CHAT_PATH,
-    DETOKENIZE_PATH,
-    TOKENIZE_PATH,
-    EngineImage,
-    EngineStats,
-    ErrorKind,
-    Event,
-    GenerationRequest,
-    ModelCard,
-    PromptTokens,
-    ServeError,
-)
-from llava.serve.sentences import NO_GRANULARITIES_BEHIND, NO_TOKENS_BEHIND
+from llava.serve.http.client import BoundedClient, BrokenResponse, Timeouts, Unreachable
+from llava.serve.http.json_response import compact_json
+from llava.serve.protocol import EngineImage, EngineStats, ErrorKind, Event, GenerationRequest, ModelCard, PromptTokens, ServeError
+from llava.serve.protocol.error_templates import BACKEND_LACKS_GRANULARITIES, BACKEND_LACKS_TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +44,7 @@ class Backend:
     name: what our clients call the model; by default the same.
     context_length: what is told to clients where the backend does not say. max_images: per request.
     concurrency: requests the backend gets at once; the next ones wait here, at most max_queue of them.
-    patience: seconds for an answer. poll_seconds: between two looks at its model list.
+    timeouts: seconds for an answer. poll_seconds: between two looks at its model list.
     """
 
     url: str
@@ -66,7 +55,7 @@ class Backend:
     max_images: int = 8
     concurrency: int = 32
     max_queue: int = 64
-    patience: Patience = field(default_factory=lambda: Patience(connect=3.0, head=300.0, piece=120.0, total=1800.0))
+    timeouts: Timeouts = field(default_factory=lambda: Timeouts(connect=3.0, headers=300.0, read=120.0, total=1800.0))
     poll_seconds: float = 5.0
 
     @property
@@ -99,22 +88,22 @@ class BackendModel:
     description: str | None = None
 
 
-async def list_models(outbound: Outbound, backend: Backend) -> list[BackendModel]:
+async def list_models(outbound: BoundedClient, backend: Backend) -> list[BackendModel]:
     """Ask a backend for its models.
 
     Raises:
-        Unreachable: it is not there. BrokenOff: it does not answer, or not with a list of models.
+        Unreachable: it is not there. BrokenResponse: it does not answer, or not with a list of models.
     """
-    patience = Patience(connect=3.0, head=5.0, piece=5.0, total=10.0)
+    timeouts = Timeouts(connect=3.0, headers=5.0, read=5.0, total=10.0)
     async with outbound.call(
-        "GET", backend.endpoint, "/v1/models", patience=patience, max_bytes=_MAX_LIST_BYTES, headers=backend.headers
+        "GET", backend.endpoint, "/v1/models", timeouts=timeouts, max_bytes=_MAX_LIST_BYTES, headers=backend.headers
     ) as reply:
         if reply.status != 200:
-            raise BrokenOff(f"it answered with status {reply.status} when asked for its models")
+            raise BrokenResponse(f"it answered with status {reply.status} when asked for its models")
         listed = await reply.json()
     entries = listed.get("data") if isinstance(listed, dict) else None
     if not isinstance(entries, list):
-        raise BrokenOff("its answer is not a list of models")
+        raise BrokenResponse("its answer is not a list of models")
     return [_backend_model(entry) for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
 
 
@@ -140,9 +129,9 @@ class RemoteEngine:
         outbound: carries the calls; the network unless another is given.
     """
 
-    def __init__(self, backend: Backend, outbound: Outbound | None = None) -> None:
+    def __init__(self, backend: Backend, outbound: BoundedClient | None = None) -> None:
         self.backend = backend
-        self.outbound = outbound or Outbound()
+        self.outbound = outbound or BoundedClient()
         self._model: BackendModel | None = None
         self._places = asyncio.Semaphore(backend.concurrency)
         self._generations: set[RemoteGeneration] = set()
@@ -175,7 +164,7 @@ class RemoteEngine:
         """Ask the backend for its models once; returns whether ours is among them, and notes what it can do."""
         try:
             models = await list_models(self.outbound, self.backend)
-        except (Unreachable, BrokenOff) as error:
+        except (Unreachable, BrokenResponse) as error:
             self._note(None, f"the backend {self.backend.url} cannot be used: {error}")
             return False
         found = next((model for model in models if model.name == self.backend.model), None)
@@ -219,7 +208,7 @@ class RemoteEngine:
         body = await asyncio.to_thread(tokenize_body, request, special, self.backend.model)
         try:
             return prompt_tokens(await self._asked(TOKENIZE_PATH, body))
-        except BrokenOff as error:
+        except BrokenResponse as error:
             raise ServeError(ErrorKind.BACKEND_FAILED) from error
 
     async def detokenize(self, ids: Sequence[int]) -> str:
@@ -235,18 +224,18 @@ class RemoteEngine:
                 "POST",
                 self.backend.endpoint,
                 path,
-                patience=self.backend.patience,
+                timeouts=self.backend.timeouts,
                 max_bytes=_MAX_TOKENS_BYTES,
                 content=compact_json(body),
                 headers={**self.backend.headers, "Content-Type": "application/json"},
             ) as reply:
                 if reply.status in (404, 405):
-                    raise ServeError(ErrorKind.NOT_FOUND, NO_TOKENS_BEHIND)
+                    raise ServeError(ErrorKind.NOT_FOUND, BACKEND_LACKS_TOKENS)
                 await check_head(reply, "application/json")
                 answer = await reply.json()
         except Unreachable as error:
             raise ServeError(ErrorKind.BACKEND_UNREACHABLE) from error
-        except BrokenOff as error:
+        except BrokenResponse as error:
             raise ServeError(ErrorKind.BACKEND_FAILED) from error
         if not isinstance(answer, dict):
             raise ServeError(ErrorKind.BACKEND_FAILED)
@@ -284,7 +273,7 @@ class RemoteEngine:
                 "POST",
                 self.backend.endpoint,
                 CHAT_PATH,
-                patience=self.backend.patience,
+                timeouts=self.backend.timeouts,
                 max_bytes=_MAX_STREAM_BYTES,
                 content=content,
                 headers={**self.backend.headers, "Content-Type": "application/json", "Accept": "text/event-stream"},
@@ -301,7 +290,7 @@ class RemoteEngine:
         check_sampling(request.sampling, self._owner)
         asked = replace(request.routing, details=()) != RoutingRequest()
         if asked and not self.card.granularities:
-            raise ServeError(ErrorKind.INVALID_REQUEST, NO_GRANULARITIES_BEHIND, "granularity")
+            raise ServeError(ErrorKind.INVALID_REQUEST, BACKEND_LACKS_GRANULARITIES, "granularity")
         if len(request.images) > self.backend.max_images:
             raise ServeError(
                 ErrorKind.INVALID_REQUEST, f"The request holds {len(request.images)} pictures, expected at most {self.backend.max_images}."
@@ -350,7 +339,7 @@ class RemoteGeneration:
             return error
         except Unreachable as error:
             return self._failed(ErrorKind.BACKEND_UNREACHABLE, error)
-        except BrokenOff as error:
+        except BrokenResponse as error:
             return self._failed(ErrorKind.BACKEND_FAILED, error)
         except Exception:
             logger.exception("request %s failed in the bridge", self.request.request_id)

@@ -1,7 +1,7 @@
 """An answer of an OpenAI-compatible server, read as events: the wire of `llava.serve.backend.openai_engine`.
 
-What is read here was written by somebody else's server. Whatever is not what it should be raises `BrokenOff`; what it says of an error is
-logged, and clients get the constant texts of `llava.serve.protocol`.
+What is read here was written by somebody else's server. Whatever is not what it should be raises `BrokenResponse`; what it says of an error
+is logged, and clients get the constant texts of `llava.serve.protocol`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.messages import Detail, Message, RoutingRequest, normalise_turns
 from llava.serve.api.guide_fields import ANY_OBJECT
 from llava.serve.api.read_prompt import read_prompt
-from llava.serve.http.client import BrokenOff, Reply, parse_json_object
+from llava.serve.http.client import BrokenResponse, Reply, parse_json_object
 from llava.serve.protocol import (
     EngineImage,
     ErrorKind,
@@ -38,7 +38,7 @@ from llava.serve.protocol import (
     Started,
     TokenScore,
 )
-from llava.serve.sentences import NOT_KNOWN_BEHIND, UNKNOWN_TEMPLATE
+from llava.serve.protocol.error_templates import BACKEND_LACKS_FIELD, UNKNOWN_TEMPLATE
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def check_sampling(sampling: Sampling, owner: str) -> None:
     if sampling.guide is not None and owner not in _KNOW_BEYOND and sampling.guide.kind is not GuideKind.JSON:
         unknown.append(sampling.guide.param)
     if unknown:
-        raise ServeError(ErrorKind.INVALID_REQUEST, NOT_KNOWN_BEHIND.format(param=unknown[0]), unknown[0])
+        raise ServeError(ErrorKind.INVALID_REQUEST, BACKEND_LACKS_FIELD.format(param=unknown[0]), unknown[0])
 
 
 def guide_body(guide: Guide, owner: str) -> dict[str, Any]:
@@ -213,12 +213,12 @@ async def check_head(reply: Reply, media_type: str = "text/event-stream") -> Non
     """Let an answer of the type that is expected through.
 
     Raises:
-        ServeError: the backend answered with an error. BrokenOff: it answered with something else.
+        ServeError: the backend answered with an error. BrokenResponse: it answered with something else.
     """
     if reply.status != 200:
         raise await _refusal(reply)
     if reply.content_type != media_type:
-        raise BrokenOff(f"it answered with {reply.content_type or 'no type'}, not with {media_type}")
+        raise BrokenResponse(f"it answered with {reply.content_type or 'no type'}, not with {media_type}")
 
 
 async def _refusal(reply: Reply) -> ServeError:
@@ -241,7 +241,7 @@ async def _short_body(reply: Reply) -> bytes:
             body += chunk
             if len(body) > _MAX_ERROR_BYTES:
                 break
-    except BrokenOff:
+    except BrokenResponse:
         pass  # the status has been read, and the text is for the log alone
     return body[:_MAX_ERROR_BYTES]
 
@@ -256,7 +256,7 @@ async def read_stream(reply: Reply, begun: float, queued: float) -> AsyncIterato
     """Events of an answer from the chunks of a chat completion.
 
     Raises:
-        BrokenOff: the stream is not one, or ends before the answer does. ServeError: the backend reports an error.
+        BrokenResponse: the stream is not one, or ends before the answer does. ServeError: the backend reports an error.
     """
     parser = _StreamParser(begun, queued)
     async for event in reply.events():
@@ -264,7 +264,7 @@ async def read_stream(reply: Reply, begun: float, queued: float) -> AsyncIterato
             break
         chunk = parse_json_object(event.data)
         if chunk is None:
-            raise BrokenOff("the stream holds something else than JSON objects")
+            raise BrokenResponse("the stream holds something else than JSON objects")
         if "error" in chunk:
             raise _reported(chunk)
         for answered in parser.take(chunk):
@@ -299,11 +299,11 @@ class _StreamParser:
             self._report = report
         choices = chunk.get("choices")
         if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
-            raise BrokenOff("a chunk of the stream has no list of choices")
+            raise BrokenResponse("a chunk of the stream has no list of choices")
         events: list[Event] = self._start() if self._report else []
         for choice in choices:
             if choice.get("index", 0) != 0:
-                raise BrokenOff("the stream holds a second answer that was not asked for")
+                raise BrokenResponse("the stream holds a second answer that was not asked for")
             events += self._take_choice(choice)
         return events
 
@@ -311,12 +311,12 @@ class _StreamParser:
         reason = choice.get("finish_reason")
         if reason is not None:
             if reason == "abort" or not isinstance(reason, str):
-                raise BrokenOff(f"the answer ended with {str(reason)[:40]!r}")
+                raise BrokenResponse(f"the answer ended with {str(reason)[:40]!r}")
             self._reason = "length" if reason == "length" else "stop"
         delta = choice.get("delta")
         text = (delta.get("content") if isinstance(delta, dict) else None) or ""
         if not isinstance(text, str):
-            raise BrokenOff("a chunk's content is not a text")
+            raise BrokenResponse("a chunk's content is not a text")
         scores = _scores(choice.get("logprobs"))
         if not text and not scores:
             return []
@@ -331,7 +331,7 @@ class _StreamParser:
 
     def end(self) -> Finished:
         if self._reason is None:
-            raise BrokenOff("the stream ended before the answer did")
+            raise BrokenResponse("the stream ended before the answer did")
         now = monotonic()
         milliseconds = self._milliseconds(self._first or now)
         milliseconds |= {"decode": 1000 * (now - (self._first or now)), "total": 1000 * (now - self._begun)}
@@ -367,7 +367,7 @@ def _scores(logprobs: object) -> tuple[TokenScore, ...]:
     scores = []
     for token in content:
         if (pair := _token_and_score(token)) is None:
-            raise BrokenOff("a token's log probability cannot be read")
+            raise BrokenResponse("a token's log probability cannot be read")
         others = [_token_and_score(other) for other in token.get("top_logprobs") or []]
         scores.append(TokenScore(*pair, tuple(other for other in others if other is not None)))
     return tuple(scores)

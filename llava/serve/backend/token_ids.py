@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llava.serve.backend.openai_stream import chat_messages, is_count, request_turns, routing_fields
-from llava.serve.http.client import BrokenOff
+from llava.serve.http.client import BrokenResponse
 from llava.serve.protocol import GenerationRequest, PromptTokens
 
 
@@ -29,11 +29,11 @@ def prompt_tokens(answer: dict[str, Any]) -> PromptTokens:
     """A backend's answer.
 
     Raises:
-        BrokenOff: it is none.
+        BrokenResponse: it is none.
     """
     ids, texts = answer.get("tokens"), answer.get("token_strs")
     if not isinstance(ids, list) or not all(type(number) is int for number in ids):
-        raise BrokenOff("its answer holds no list of tokens")
+        raise BrokenResponse("its answer holds no list of tokens")
     if not isinstance(texts, list) or len(texts) != len(ids) or not all(isinstance(text, str) for text in texts):
         texts = [""] * len(ids)  # a server that tells none
     told = answer.get("visual_tokens")
@@ -44,5 +44,5 @@ def prompt_tokens(answer: dict[str, Any]) -> PromptTokens:
 def _bounds(told: dict[str, Any]) -> tuple[int, int]:
     least, most = told.get("least"), told.get("most")
     if not is_count(least) or not is_count(most):
-        raise BrokenOff("its answer does not say what an image may take")
+        raise BrokenResponse("its answer does not say what an image may take")
     return int(least or 0), int(most or 0)

@@ -11,6 +11,7 @@ from fastapi import Request
 
 from llava.fetch import resolve_host
 from llava.serve.api.openai_chat import validate
+from llava.serve.api.paths import CHAT_PATH, COMPLETIONS_PATH, RESPONSES_PATH, WORKER_PATH
 from llava.serve.cluster.bodies import ModelRequest
 from llava.serve.cluster.dispatch import RegisteredWorker, WorkerTable
 from llava.serve.cluster.metrics import ControllerMetrics
@@ -21,11 +22,11 @@ from llava.serve.cluster.settings import ControllerSettings
 from llava.serve.cluster.stream_protocols import EVENTS, FRAMES, TYPED_EVENTS
 from llava.serve.cluster.worker_client import WorkerClient
 from llava.serve.http.addresses import Resolver
-from llava.serve.http.client import Outbound, Patience
+from llava.serve.http.client import BoundedClient, Timeouts
 from llava.serve.http.errors import FieldError
-from llava.serve.http.gate import HELD_BODIES, Gate
+from llava.serve.http.request_limiter import HELD_BODIES, RequestLimiter
 from llava.serve.http.strict_json import read_json
-from llava.serve.protocol import CHAT_PATH, COMPLETIONS_PATH, RESPONSES_PATH, WORKER_PATH, ErrorKind, ServeError
+from llava.serve.protocol import ErrorKind, ServeError
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ STREAM_PROTOCOLS = {CHAT_PATH: EVENTS, COMPLETIONS_PATH: EVENTS, RESPONSES_PATH:
 class Controller:
     """The parts of one controller.
 
-    table: who is registered. registry: the workers' side. relay, cards: the clients' side. gate: how many requests are inside.
+    table: who is registered. registry: the workers' side. relay, cards: the clients' side. limiter: how many requests are inside.
     metrics: what is counted.
 
     Args:
@@ -49,22 +50,22 @@ class Controller:
     def __init__(
         self,
         settings: ControllerSettings,
-        outbound: Outbound | None = None,
+        outbound: BoundedClient | None = None,
         resolve: Resolver = resolve_host,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.outbound = outbound or Outbound()
+        self.outbound = outbound or BoundedClient()
         self.workers = WorkerClient(self.outbound, settings.worker_key)
         self.table = WorkerTable(settings.method, settings.expiry_seconds, clock, on_lost=self._on_lost)
-        self.gate = Gate(settings.max_in_flight, held_bytes=HELD_BODIES * settings.limits.max_body_bytes)
-        self.metrics = ControllerMetrics(self.table, self.gate)
+        self.limiter = RequestLimiter(settings.max_in_flight, held_bytes=HELD_BODIES * settings.limits.max_body_bytes)
+        self.metrics = ControllerMetrics(self.table, self.limiter)
         self.cards = ModelCards(self.workers.models)
         self.registry = WorkerRegistry(self.table, self.workers, settings.rules, settings.worker_tokens, resolve)
         self.relay = Relay(
             self.table,
             self.outbound,
             worker_key=settings.worker_key,
-            patience=Patience(connect=3.0, head=settings.worker_seconds, piece=settings.worker_seconds, total=12 * settings.worker_seconds),
+            timeouts=Timeouts(3.0, settings.worker_seconds, settings.worker_seconds, total=12 * settings.worker_seconds),
             send_seconds=settings.limits.send_seconds,
             on_retry=self.metrics.retried,
             on_error=self.metrics.failed,

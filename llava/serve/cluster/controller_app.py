@@ -20,28 +20,29 @@ from starlette.responses import Response
 
 from llava import __version__
 from llava.fetch import resolve_host
-from llava.serve.api.endpoints import BODIES
+from llava.serve.api.endpoints import BODY_SCHEMAS
 from llava.serve.api.openai_chat import validate
+from llava.serve.api.paths import STATUS_PATH
 from llava.serve.cluster.bodies import HeartbeatRequest, ModelRequest, RegisterRequest, UnregisterRequest
 from llava.serve.cluster.controller import Controller
 from llava.serve.cluster.liveness import watch
 from llava.serve.cluster.settings import ControllerSettings
 from llava.serve.http.addresses import Resolver
-from llava.serve.http.client import Outbound
+from llava.serve.http.client import BoundedClient
 from llava.serve.http.errors import error_response
-from llava.serve.http.json_writer import JsonResponse
+from llava.serve.http.json_response import JsonResponse
 from llava.serve.http.metrics import CONTENT_TYPE
 from llava.serve.http.middleware import guard_app
 from llava.serve.http.openapi import describe_bodies
 from llava.serve.http.strict_json import read_json
-from llava.serve.protocol import STATUS_PATH, ErrorKind, ServeError
+from llava.serve.protocol import ErrorKind, ServeError
 
 _WORKER_SCHEMAS: dict[str, type[BaseModel]] = {
     "/register_worker": RegisterRequest,
     "/receive_heart_beat": HeartbeatRequest,
     "/unregister_worker": UnregisterRequest,
 }
-SCHEMAS: dict[str, type[BaseModel]] = {**BODIES, **_WORKER_SCHEMAS, "/get_worker_address": ModelRequest}
+SCHEMAS: dict[str, type[BaseModel]] = {**BODY_SCHEMAS, **_WORKER_SCHEMAS, "/get_worker_address": ModelRequest}
 """The body of each endpoint that takes one."""
 
 
@@ -58,7 +59,7 @@ def create_controller_app(
         transport: carries all calls to workers. resolve: how a worker's host becomes addresses. clock: of the table. Tests give their own.
     """
     settings = settings or ControllerSettings()
-    controller = Controller(settings, Outbound(transport), resolve, clock)
+    controller = Controller(settings, BoundedClient(transport), resolve, clock)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -76,11 +77,11 @@ def create_controller_app(
     describe_bodies(app, SCHEMAS, guarded=bool(settings.api_keys))
     guard_app(
         app,
-        controller.gate,
+        controller.limiter,
         settings.limits,
         api_keys=settings.api_keys,
         allowed_origins=settings.allowed_origins,
-        generating_paths=tuple(BODIES),
+        generating_paths=tuple(BODY_SCHEMAS),
         small_paths=tuple(_WORKER_SCHEMAS),
         open_paths=("/health", "/ready", *_WORKER_SCHEMAS),  # workers send a token of their own, see `WorkerRegistry.read`
         on_error=controller.metrics.failed,
@@ -135,7 +136,7 @@ def _add_client_endpoints(app: FastAPI, controller: Controller) -> None:
     async def relay(request: Request) -> Response:
         return controller.relay.response(await controller.read_job(request))
 
-    for path in BODIES:
+    for path in BODY_SCHEMAS:
         name = path.strip("/").replace("/", "_")
         app.post(path, name=name, summary="Passed on to a worker of the model", response_model=None)(relay)
 
@@ -147,7 +148,7 @@ def _add_operator_endpoints(app: FastAPI, controller: Controller) -> None:
 
     @app.get("/ready", summary="Some worker is there and requests are taken")
     async def ready(request: Request) -> Response:
-        if controller.gate.draining:
+        if controller.limiter.draining:
             return error_response(ServeError(ErrorKind.DRAINING), request.scope)
         if not controller.table.workers:
             return error_response(ServeError(ErrorKind.BACKEND_UNREACHABLE, "No worker is registered."), request.scope, 503)

@@ -13,7 +13,7 @@ from pydantic import Field
 from llava.serve.api.openai_chat import validate
 from llava.serve.cluster.bodies import LenientModel
 from llava.serve.cluster.dispatch import RegisteredWorker
-from llava.serve.http.client import BrokenOff, Unreachable
+from llava.serve.http.client import BrokenResponse, Unreachable
 from llava.serve.http.errors import FieldError
 from llava.serve.protocol import ModelCard
 
@@ -70,7 +70,7 @@ class ModelCards:
         self._due[worker.name] = time.monotonic() + _FRESH_SECONDS
         try:
             listed = await self._ask(worker)
-        except (Unreachable, BrokenOff) as error:
+        except (Unreachable, BrokenResponse) as error:
             logger.warning("worker %s does not describe its models: %s", worker.name, error)
             return
         entries = listed.get("data") if isinstance(listed, dict) else None

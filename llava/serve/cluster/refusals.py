@@ -4,7 +4,7 @@ Whoever has the worker token may register a worker, and what it answers is its o
 worker could send clients to another site, ask for their keys, or repeat what others have asked. So the controller takes from a worker's
 error only its kind (by the code), the field it blames (if the request has such a field) and the smallest value that would do (a number).
 What is wrong with the request itself the controller finds by reading it as the worker does. What only a worker can know passes if it is
-one of the sentences of `llava.serve.sentences`. Anything else that the worker wrote stays in its log, under the request's id.
+one of the sentences of `llava.serve.protocol.error_templates`. Whatever else the worker wrote stays in its log, under the request's id.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 from pydantic import BaseModel
 
 from llava.rules import Integer
-from llava.serve.api.endpoints import BODIES, READERS
-from llava.serve.api.image_loader import IMAGE_SENTENCES
+from llava.serve.api.endpoints import BODY_READERS, BODY_SCHEMAS
+from llava.serve.api.image_loader import IMAGE_ERROR_TEXTS
 from llava.serve.api.openai_chat import validate
 from llava.serve.http.strict_json import parse_json
 from llava.serve.protocol import ErrorKind, Limits, ModelCard, ServeError
-from llava.serve.sentences import SENTENCES, is_filled
+from llava.serve.protocol.error_templates import ERROR_TEMPLATES, matches_template
 
 _KINDS: dict[Any, ErrorKind] = {kind.value: kind for kind in ErrorKind} | {kind.fault.code: kind for kind in ErrorKind}
 """By OpenAI's `code` and by LLaVA's `error_code`."""
@@ -56,7 +56,7 @@ def client_error(kind: ErrorKind, answer: dict[str, Any], path: str, body: bytes
     Args:
         kind: of the refusal. answer: the worker's. path, body: of the request. card: of the worker's model, where it is known.
     """
-    if (schema := BODIES.get(path)) is None:
+    if (schema := BODY_SCHEMAS.get(path)) is None:
         return ServeError(kind)
     found = _error_in_request(path, body, card)
     if found is not None and found.kind is kind:
@@ -78,17 +78,19 @@ def _error_in_request(path: str, body: bytes, card: ModelCard | None) -> ServeEr
     try:
         value = parse_json(body)
         if card is None:
-            validate(BODIES[path], value)
+            validate(BODY_SCHEMAS[path], value)
         else:
-            READERS[path](value, card, Limits(max_images=card.max_images, max_new_tokens=_ANY_LENGTH))
+            BODY_READERS[path](value, card, Limits(max_images=card.max_images, max_new_tokens=_ANY_LENGTH))
     except ServeError as found:
         return found
     return None
 
 
 def _is_known_sentence(text: Any, param: str | None) -> bool:
-    """Whether a worker's message is a sentence of `llava.serve.sentences`, filled in."""
-    return isinstance(text, str) and (text in IMAGE_SENTENCES or any(is_filled(text, sentence, param) for sentence in SENTENCES))
+    """Whether a worker's message is a sentence of `llava.serve.protocol.error_templates`, filled in."""
+    if not isinstance(text, str):
+        return False
+    return text in IMAGE_ERROR_TEXTS or any(matches_template(text, template, param) for template in ERROR_TEMPLATES)
 
 
 def _is_field(param: str, schema: type[BaseModel]) -> bool:

@@ -21,9 +21,9 @@ from llava.serve.cluster.bodies import HeartbeatRequest, RegisterRequest, Status
 from llava.serve.cluster.dispatch import RegisteredWorker, WorkerTable
 from llava.serve.cluster.worker_client import WorkerClient
 from llava.serve.http.addresses import AddressRules, Caller, Endpoint, Resolver, checked_endpoint, parse_worker_url, peer_may_register
-from llava.serve.http.client import BrokenOff, Unreachable
+from llava.serve.http.client import BrokenResponse, Unreachable
 from llava.serve.http.errors import FieldError
-from llava.serve.http.keys import KeyRing
+from llava.serve.http.keys import KeySet
 from llava.serve.http.strict_json import read_json
 from llava.serve.protocol import ErrorKind, ServeError
 
@@ -53,7 +53,7 @@ class WorkerRegistry:
 
     def __init__(self, table: WorkerTable, client: WorkerClient, rules: AddressRules, tokens: tuple[str, ...], resolve: Resolver) -> None:
         self._table, self._client, self._rules, self._resolve = table, client, rules, resolve
-        self._tokens = KeyRing(tokens)
+        self._tokens = KeySet(tokens)
         self._resolving = anyio.Semaphore(_RESOLVING_AT_ONCE)
         self._refreshing = asyncio.Lock()
         self._refreshed = -math.inf
@@ -128,7 +128,7 @@ class WorkerRegistry:
         """The status of a worker that registered without one, as LLaVA's protocol allows."""
         try:
             return validate(StatusFields, await self._client.status(endpoint))
-        except (Unreachable, BrokenOff) as error:
+        except (Unreachable, BrokenResponse) as error:
             logger.warning("worker %s registered without a status and reports none: %s", endpoint.url.text, error)
             raise ServeError(ErrorKind.BACKEND_UNREACHABLE, "The worker does not answer when asked for its status.") from error
 
@@ -173,7 +173,7 @@ class WorkerRegistry:
             status = read_status(validate(StatusFields, await self._client.status(worker.endpoint)))
         except Unreachable:
             self._table.drop_lost(worker)
-        except (BrokenOff, ServeError) as error:
+        except (BrokenResponse, ServeError) as error:
             logger.warning("worker %s does not report its status: %s", worker.name, error)
             self._table.mark_down(worker)
         else:

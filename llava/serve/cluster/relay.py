@@ -21,10 +21,10 @@ from llava.serve.cluster.dispatch import RegisteredWorker, WorkerTable
 from llava.serve.cluster.refusals import client_error, error_kind
 from llava.serve.cluster.stream_protocols import RETRYABLE, FrameKind, StreamProtocol, reported_error
 from llava.serve.cluster.worker_client import worker_headers
-from llava.serve.http.client import BrokenOff, Outbound, Patience, Reply, Unreachable, parse_json_object
+from llava.serve.http.client import BoundedClient, BrokenResponse, Reply, Timeouts, Unreachable, parse_json_object
 from llava.serve.http.errors import error_response, request_id_of
-from llava.serve.http.middleware import unless_gone
-from llava.serve.http.watchdog import patient
+from llava.serve.http.middleware import cancel_on_disconnect
+from llava.serve.http.watchdog import with_send_timeout
 from llava.serve.protocol import ErrorKind, ModelCard, ServeError
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Relay:
 
     Args:
         table: the workers. outbound: carries the calls. worker_key: see `worker_headers`.
-        patience: with a worker's answer. send_seconds: that a client may take to read one piece.
+        timeouts: with a worker's answer. send_seconds: that a client may take to read one piece.
         on_retry: called for each worker that was replaced by another.
         on_error: called with the kind of each error that reaches a client as a worker's refusal or inside a stream; the others are raised.
         card_of: a worker's description of a model, or `None`; with it refusals can be explained.
@@ -88,17 +88,17 @@ class Relay:
     def __init__(
         self,
         table: WorkerTable,
-        outbound: Outbound,
+        outbound: BoundedClient,
         *,
         worker_key: str | None = None,
-        patience: Patience | None = None,
+        timeouts: Timeouts | None = None,
         send_seconds: float = 60.0,
         on_retry: Callable[[], None] = lambda: None,
         on_error: Callable[[ErrorKind], None] = lambda kind: None,
         card_of: Callable[[RegisteredWorker, str], Awaitable[ModelCard | None]] | None = None,
     ) -> None:
         self.table, self.outbound, self.worker_key = table, outbound, worker_key
-        self.patience = patience or Patience()
+        self.timeouts = timeouts or Timeouts()
         self.send_seconds = send_seconds
         self.on_retry, self.on_error, self.card_of = on_retry, on_error, card_of
 
@@ -116,10 +116,10 @@ class RelayResponse(Response):
         self.begun = False  # whether something has gone out, so that no other worker can answer any more
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await unless_gone(receive, self._answer_patiently(scope, receive, send))
+        await cancel_on_disconnect(receive, self._answer_patiently(scope, receive, send))
 
     async def _answer_patiently(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with patient(send, self.relay.send_seconds) as sending:
+        with with_send_timeout(send, self.relay.send_seconds) as sending:
             await self._answer(scope, receive, sending)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -158,7 +158,7 @@ class RelayResponse(Response):
                     "POST",
                     worker.endpoint,
                     job.path,
-                    patience=relay.patience,
+                    timeouts=relay.timeouts,
                     max_bytes=MAX_ANSWER_BYTES,
                     content=job.body,
                     headers=worker_headers(relay.worker_key, request_id),
@@ -169,11 +169,11 @@ class RelayResponse(Response):
                         return await self._read_body(reply)
                     await self._relay_stream(reply, job.stream, request_id, send)
                     return None
-            raise BrokenOff("it was dropped from the table while it was answering")
+            raise BrokenResponse("it was dropped from the table while it was answering")
         except Unreachable as error:
             relay.table.mark_down(worker)
             raise _TryNextWorker(ServeError(ErrorKind.BACKEND_UNREACHABLE), broken=False) from error
-        except BrokenOff as error:
+        except BrokenResponse as error:
             relay.table.mark_down(worker)
             logger.warning("request %s: worker %s: %s", request_id, worker.name, error)
             if not self.begun or job.stream is None:
@@ -185,7 +185,7 @@ class RelayResponse(Response):
         """A worker's refusal for the client.
 
         Raises:
-            _TryNextWorker: another worker may not refuse. BrokenOff: its body is no readable error.
+            _TryNextWorker: another worker may not refuse. BrokenResponse: its body is no readable error.
         """
         body = await reply.body()
         refused = parse_json_object(body) if len(body) <= MAX_REFUSAL_BYTES else None
@@ -193,7 +193,7 @@ class RelayResponse(Response):
             logger.error("a worker refuses the controller with status %d; check --worker-api-key", reply.status)
             raise _TryNextWorker(ServeError(ErrorKind.BACKEND_FAILED), broken=False)
         if refused is None or not isinstance(refused.get("error"), dict) or reply.status < 400:
-            raise BrokenOff(f"it answered with status {reply.status} and no readable error")
+            raise BrokenResponse(f"it answered with status {reply.status} and no readable error")
         wait = reply.retry_after if reply.retry_after and reply.retry_after.isdecimal() and len(reply.retry_after) < 5 else None
         kind = error_kind(refused, reply.status)
         job, card_of = self.job, self.relay.card_of
@@ -213,7 +213,7 @@ class RelayResponse(Response):
     async def _read_body(self, reply: Reply) -> bytes:
         body = await reply.body()
         if await asyncio.to_thread(parse_json_object, body) is None:
-            raise BrokenOff("its answer is no JSON object")
+            raise BrokenResponse("its answer is no JSON object")
         return body
 
     async def _relay_stream(self, reply: Reply, protocol: StreamProtocol, request_id: str, send: Send) -> None:
@@ -238,7 +238,7 @@ class RelayResponse(Response):
             await _send_piece(send, b"".join(held))
             held.clear()
         if not self.begun or (protocol.is_end is not None and not ended):
-            raise BrokenOff("its stream ended before the answer did")
+            raise BrokenResponse("its stream ended before the answer did")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _end_stream(self, kind: ErrorKind, protocol: StreamProtocol, request_id: str, send: Send, held: bytes = b"") -> None:

@@ -1,6 +1,6 @@
 """How the streams of each API are cut into frames, and what a frame means to a relay that passes it on.
 
-Frames come from a worker that is not trusted: what cannot be read raises `BrokenOff`, and an error is recognised in any disguise.
+Frames come from a worker that is not trusted: what cannot be read raises `BrokenResponse`, and an error is recognised in any disguise.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from llava.serve.api.llava import null_ended
 from llava.serve.api.openai_chat import STREAM_END, server_sent
 from llava.serve.api.openai_responses import error_event
 from llava.serve.cluster.refusals import error_kind
-from llava.serve.http.client import BrokenOff, parse_json_object
+from llava.serve.http.client import BrokenResponse, parse_json_object
 from llava.serve.http.errors import error_body, error_fields
 from llava.serve.http.sse import read_event
 from llava.serve.protocol import ErrorKind, ServeError
@@ -65,7 +65,7 @@ def reported_error(frame: bytes) -> ErrorKind | None:
     """The kind of the error that a frame of any API reports, or `None`; only frames that look like it are parsed.
 
     Raises:
-        BrokenOff: it looks like an error and is no JSON object.
+        BrokenResponse: it looks like an error and is no JSON object.
     """
     if _ERROR.search(frame) is None:
         return None
@@ -83,14 +83,14 @@ def _event(frame: bytes) -> tuple[str, str]:
     try:
         event = read_event(frame)
     except ValueError as error:
-        raise BrokenOff(f"the stream cannot be read: {error}") from error
+        raise BrokenResponse(f"the stream cannot be read: {error}") from error
     return (event.event, event.data) if event is not None else ("", "")
 
 
 def _json_object(text: str | bytes) -> dict[str, Any]:
     value = parse_json_object(text)
     if value is None:
-        raise BrokenOff("the stream holds something else than JSON objects")
+        raise BrokenResponse("the stream holds something else than JSON objects")
     return value
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from llava.serve.api.paths import STATUS_PATH
 from llava.serve.cluster.dispatch import RegisteredWorker
 from llava.serve.http.addresses import Endpoint
-from llava.serve.http.client import BrokenOff, Outbound, Patience, Unreachable
-from llava.serve.protocol import STATUS_PATH
+from llava.serve.http.client import BoundedClient, BrokenResponse, Timeouts, Unreachable
 
-_PATIENCE = Patience(connect=2.0, head=5.0, piece=5.0, total=10.0)
+_PATIENCE = Timeouts(connect=2.0, headers=5.0, read=5.0, total=10.0)
 _MAX_BYTES = 1_000_000
 
 
@@ -30,14 +30,14 @@ class WorkerClient:
         outbound: carries the calls. worker_key: see `worker_headers`.
     """
 
-    def __init__(self, outbound: Outbound, worker_key: str | None = None) -> None:
+    def __init__(self, outbound: BoundedClient, worker_key: str | None = None) -> None:
         self._outbound, self._headers = outbound, worker_headers(worker_key, "controller")
 
     async def status(self, endpoint: Endpoint) -> Any:
         """A worker's answer at `/worker_get_status`, unchecked.
 
         Raises:
-            Unreachable, BrokenOff: see `llava.serve.http.client`.
+            Unreachable, BrokenResponse: see `llava.serve.http.client`.
         """
         return await self._json("POST", endpoint, STATUS_PATH)
 
@@ -47,18 +47,18 @@ class WorkerClient:
 
     async def is_alive(self, worker: RegisteredWorker, seconds: float) -> bool:
         """Whether a worker answers `/health` within so many seconds, be it with an error."""
-        patience = Patience(connect=seconds, head=seconds, piece=seconds, total=seconds)
+        timeouts = Timeouts(connect=seconds, headers=seconds, read=seconds, total=seconds)
         try:
-            async with self._outbound.call("GET", worker.endpoint, "/health", patience=patience, max_bytes=_MAX_BYTES):
+            async with self._outbound.call("GET", worker.endpoint, "/health", timeouts=timeouts, max_bytes=_MAX_BYTES):
                 return True
-        except (Unreachable, BrokenOff):
+        except (Unreachable, BrokenResponse):
             return False
 
     async def _json(self, method: str, endpoint: Endpoint, path: str) -> Any:
         content = b"{}" if method == "POST" else None
         async with self._outbound.call(
-            method, endpoint, path, patience=_PATIENCE, max_bytes=_MAX_BYTES, content=content, headers=self._headers
+            method, endpoint, path, timeouts=_PATIENCE, max_bytes=_MAX_BYTES, content=content, headers=self._headers
         ) as reply:
             if reply.status != 200:
-                raise BrokenOff(f"{path} answered with status {reply.status}")
+                raise BrokenResponse(f"{path} answered with status {reply.status}")
             return await reply.json()

@@ -24,7 +24,13 @@ from llguidance.hf import from_tokenizer
 from torch import Tensor
 
 from llava.serve.protocol import ErrorKind, Guide, GuideKind, ServeError
-from llava.serve.sentences import KEYWORDS, NOT_FOLLOWED, NOT_FOLLOWED_KEYWORDS, NOT_GUIDED, TOO_MUCH_TO_FOLLOW
+from llava.serve.protocol.error_templates import (
+    GUIDE_TOO_COMPLEX,
+    GUIDE_UNSUPPORTED,
+    GUIDE_UNSUPPORTED_KEYWORDS,
+    GUIDES_UNSUPPORTED,
+    UNSUPPORTED_KEYWORDS,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +75,7 @@ class AnswerGuide:
         taken = self.matcher.consume_token(token)
         if not taken or self.matcher.is_error():  # one that has failed takes an end all the same
             logger.warning("a guide cannot go on: %s", self.matcher.get_error()[:500])
-            told = TOO_MUCH_TO_FOLLOW.format(param=self.param)
+            told = GUIDE_TOO_COMPLEX.format(param=self.param)
             raise ServeError(ErrorKind.INVALID_REQUEST, told, self.param)
 
     @property
@@ -129,7 +135,7 @@ class Guides:
             return from_tokenizer(self.tokenizer, n_vocab=self.size, eos_token=self.ends or None)
         except ValueError as error:  # of a kind that the library cannot read
             logger.warning("answers of this model cannot be guided: %s", error)
-            raise ServeError(ErrorKind.INVALID_REQUEST, NOT_GUIDED, guide.param) from error
+            raise ServeError(ErrorKind.INVALID_REQUEST, GUIDES_UNSUPPORTED, guide.param) from error
 
 
 def written(guide: Guide) -> str:
@@ -164,8 +170,8 @@ def _refused(guide: Guide, error: str) -> ServeError:
     """What a client reads; the library's own words go to the log, but for names of JSON Schema."""
     logger.info("a guide was refused (%s): %s", guide.param, error[:500])
     unknown = re.search(r"Unimplemented keys: \[(.*?)\]", error)
-    named = sorted(KEYWORDS & set(re.findall(r"\w+", unknown[1]))) if unknown else []
-    told = (NOT_FOLLOWED_KEYWORDS if named else NOT_FOLLOWED).format(param=guide.param, keywords=", ".join(named))
+    named = sorted(UNSUPPORTED_KEYWORDS & set(re.findall(r"\w+", unknown[1]))) if unknown else []
+    told = (GUIDE_UNSUPPORTED_KEYWORDS if named else GUIDE_UNSUPPORTED).format(param=guide.param, keywords=", ".join(named))
     return ServeError(ErrorKind.INVALID_REQUEST, told, guide.param)
 
 

@@ -21,7 +21,7 @@ from llava.model.splice import prompt_row
 from llava.serve.engine.caches import TensorCache, picture_key
 from llava.serve.engine.task import Prepared
 from llava.serve.protocol import EngineImage, ErrorKind, GenerationRequest, PromptTokens, Sampling, ServeError
-from llava.serve.sentences import NO_IMAGES, NO_SUCH_TOKEN, TOKEN_BEYOND, TOO_LONG, TOO_LONG_WITH_IMAGES
+from llava.serve.protocol.error_templates import NO_IMAGES, NO_SUCH_TOKEN, TOKEN_OUT_OF_VOCABULARY, TOO_LONG, TOO_LONG_WITH_IMAGES
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def check_token_ids(sampling: Sampling, size: int) -> None:
     """
     for param, ids in (("logit_bias", [token for token, _ in sampling.logit_bias]), ("stop_token_ids", list(sampling.stop_token_ids))):
         if beyond := [token for token in ids if token >= size]:
-            told = TOKEN_BEYOND.format(param=param, number=beyond[0], count=size)
+            told = TOKEN_OUT_OF_VOCABULARY.format(param=param, number=beyond[0], count=size)
             raise ServeError(ErrorKind.INVALID_REQUEST, told, param)
 
 

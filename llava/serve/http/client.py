@@ -30,54 +30,54 @@ class Unreachable(Exception):
     """No connection came about, so the request was not begun."""
 
 
-class BrokenOff(Exception):
+class BrokenResponse(Exception):
     """The other side ended early, fell silent, sent too much or something that HTTP does not know."""
 
 
 @dataclass(frozen=True)
-class Patience:
-    """Seconds: to connect; until the answer's head; between two pieces of its body; and for all of it."""
+class Timeouts:
+    """Seconds: to connect; until the response's headers; between two reads of its body; and in total."""
 
     connect: float = 3.0
-    head: float = 600.0
-    piece: float = 120.0
+    headers: float = 600.0
+    read: float = 120.0
     total: float = 3600.0
 
 
 class Reply:
     """The head of an answer, and its body as it comes."""
 
-    def __init__(self, response: httpx.Response, patience: Patience, max_bytes: int, ends_at: float) -> None:
+    def __init__(self, response: httpx.Response, timeouts: Timeouts, max_bytes: int, ends_at: float) -> None:
         self.status = response.status_code
         self.content_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
         self.retry_after = response.headers.get("retry-after")
         self._response = response
-        self._patience, self._max_bytes, self._ends_at = patience, max_bytes, ends_at
+        self._timeouts, self._max_bytes, self._ends_at = timeouts, max_bytes, ends_at
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body's bytes.
 
         Raises:
-            BrokenOff: it ended early, was too slow, too long or compressed.
+            BrokenResponse: it ended early, was too slow, too long or compressed.
         """
         if self._response.headers.get("content-encoding", "identity").lower() != "identity":
-            raise BrokenOff("the body is compressed although that was not asked for")
+            raise BrokenResponse("the body is compressed although that was not asked for")
         parts = self._response.aiter_raw()
         seen = 0
         with Watchdog() as watchdog:
             while True:
-                seconds = min(self._patience.piece, self._ends_at - anyio.current_time())
+                seconds = min(self._timeouts.read, self._ends_at - anyio.current_time())
                 try:
                     chunk = await watchdog.wait(anext(parts, b""), seconds)
                 except TimeoutError as error:
-                    raise BrokenOff(f"nothing came for {seconds:.0f} seconds") from error
+                    raise BrokenResponse(f"nothing came for {seconds:.0f} seconds") from error
                 except (httpx.HTTPError, httpx.StreamError, ssl.SSLError, OSError) as error:
-                    raise BrokenOff(f"the body broke off: {type(error).__name__}") from error
+                    raise BrokenResponse(f"the body broke off: {type(error).__name__}") from error
                 if not chunk:
                     return
                 seen += len(chunk)
                 if seen > self._max_bytes:
-                    raise BrokenOff(f"the body is longer than {self._max_bytes:,} bytes")
+                    raise BrokenResponse(f"the body is longer than {self._max_bytes:,} bytes")
                 yield chunk
 
     async def body(self) -> bytes:
@@ -88,19 +88,19 @@ class Reply:
         """The body as JSON.
 
         Raises:
-            BrokenOff: as `chunks`, or it is not JSON.
+            BrokenResponse: as `chunks`, or it is not JSON.
         """
         data = await self.body()
         try:
             return json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise BrokenOff("the body is not JSON") from error
+            raise BrokenResponse("the body is not JSON") from error
 
     async def frames(self, delimiter: bytes) -> AsyncIterator[bytes]:
         """The body cut at a delimiter; what follows the last one is given too, unless it is empty.
 
         Raises:
-            BrokenOff: as `chunks`, or a frame is too long.
+            BrokenResponse: as `chunks`, or a frame is too long.
         """
         rest = b""
         async for chunk in self.chunks():
@@ -108,7 +108,7 @@ class Reply:
             for frame in whole:
                 yield frame
             if len(rest) > MAX_FRAME_BYTES:
-                raise BrokenOff(f"a frame is longer than {MAX_FRAME_BYTES:,} bytes")
+                raise BrokenResponse(f"a frame is longer than {MAX_FRAME_BYTES:,} bytes")
         if rest.strip():
             yield rest
 
@@ -116,13 +116,13 @@ class Reply:
         """The body's server-sent events that hold data.
 
         Raises:
-            BrokenOff: as `chunks`, or an event is too long or not UTF-8.
+            BrokenResponse: as `chunks`, or an event is too long or not UTF-8.
         """
         try:
             async for event in server_sent_events(self.chunks(), MAX_FRAME_BYTES):
                 yield event
         except ValueError as error:
-            raise BrokenOff(f"the stream cannot be read: {error}") from error
+            raise BrokenResponse(f"the stream cannot be read: {error}") from error
 
 
 @functools.cache
@@ -131,7 +131,7 @@ def _certificates() -> ssl.SSLContext:
     return httpx.create_ssl_context(trust_env=False)
 
 
-class Outbound:
+class BoundedClient:
     """Calls other servers over one pool of connections.
 
     Args:
@@ -158,7 +158,7 @@ class Outbound:
         target: Endpoint,
         path: str,
         *,
-        patience: Patience,
+        timeouts: Timeouts,
         max_bytes: int,
         content: bytes | None = None,
         headers: Mapping[str, str] | None = None,
@@ -166,20 +166,20 @@ class Outbound:
         """Send a request and give the head of the answer; leaving the block closes the connection unless the body was read to its end.
 
         Raises:
-            Unreachable: no address of the target takes connections. BrokenOff: the head did not come, or is a redirect.
+            Unreachable: no address of the target takes connections. BrokenResponse: the head did not come, or is a redirect.
         """
-        ends_at = anyio.current_time() + patience.total
-        response = await self._first_answer(method, target, path, patience, content, headers or {})
+        ends_at = anyio.current_time() + timeouts.total
+        response = await self._first_answer(method, target, path, timeouts, content, headers or {})
         try:
             if 300 <= response.status_code < 400:
-                raise BrokenOff(f"it answered with a redirect ({response.status_code}), which is not followed")
-            yield Reply(response, patience, max_bytes, ends_at)
+                raise BrokenResponse(f"it answered with a redirect ({response.status_code}), which is not followed")
+            yield Reply(response, timeouts, max_bytes, ends_at)
         finally:
             with anyio.move_on_after(2, shield=True):  # the caller may be cancelled already; the connection still has to go
                 await response.aclose()
 
     async def _first_answer(
-        self, method: str, target: Endpoint, path: str, patience: Patience, content: bytes | None, headers: Mapping[str, str]
+        self, method: str, target: Endpoint, path: str, timeouts: Timeouts, content: bytes | None, headers: Mapping[str, str]
     ) -> httpx.Response:
         problem: Exception | None = None
         for address in target.addresses:
@@ -189,18 +189,18 @@ class Outbound:
                 content=content,
                 headers={**headers, "Host": target.url.authority, "Accept-Encoding": "identity"},
                 # httpx's own clocks run per read; the scope below covers the whole head
-                timeout=httpx.Timeout(None, connect=patience.connect, pool=patience.connect, write=patience.piece),
+                timeout=httpx.Timeout(None, connect=timeouts.connect, pool=timeouts.connect, write=timeouts.read),
                 extensions={"sni_hostname": target.url.host},
             )
             try:
-                with anyio.fail_after(patience.head):
+                with anyio.fail_after(timeouts.headers):
                     return await self._client.send(request, stream=True)
             except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
                 problem = error
             except TimeoutError as error:
-                raise BrokenOff(f"no answer began within {patience.head:.0f} seconds") from error
+                raise BrokenResponse(f"no answer began within {timeouts.headers:.0f} seconds") from error
             except (httpx.HTTPError, ssl.SSLError, OSError) as error:
-                raise BrokenOff(f"it broke off before its answer: {type(error).__name__}") from error
+                raise BrokenResponse(f"it broke off before its answer: {type(error).__name__}") from error
         raise Unreachable("no connection to any of its addresses") from problem
 
 

@@ -10,8 +10,9 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Scope
 
-from llava.serve.http.json_writer import JsonResponse
-from llava.serve.protocol import LLAVA_PATHS, ErrorKind, ServeError
+from llava.serve.api.paths import LLAVA_PATHS
+from llava.serve.http.json_response import JsonResponse
+from llava.serve.protocol import ErrorKind, ServeError
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-class KeyRing:
+class KeySet:
     """API keys, compared in constant time: a guess learns neither how much of a key it got right nor which key came close.
 
     Args:

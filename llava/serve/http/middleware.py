@@ -1,7 +1,7 @@
 """What stands before the endpoints of every service: other sites' pages, request ids, errors, keys, admission, and bounds on bodies.
 
 Pure ASGI, one class per rule, outermost first in `guard_app`: a request gets an id, shows its key, is told if there is no place, and only
-then is its body read, within the bounds of `llava.serve.http.bodies`. Whatever goes wrong inside becomes one of
+then is its body read, within the bounds of `llava.serve.http.body_limits`. Whatever goes wrong inside becomes one of
 `llava.serve.protocol.FAULTS`; the details stay in the log, under the request's id.
 """
 
@@ -24,11 +24,11 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava.fetch import literal_address
-from llava.serve.http.bodies import BodyBounds, BoundedBodies
+from llava.serve.http.asgi import abort_connection, header_of
+from llava.serve.http.body_limits import BodyBounds, BoundedBodies
 from llava.serve.http.errors import FieldError, error_response, typed_error
-from llava.serve.http.gate import Gate
-from llava.serve.http.keys import KeyRing
-from llava.serve.http.scopes import cut_connection, header_of
+from llava.serve.http.keys import KeySet
+from llava.serve.http.request_limiter import RequestLimiter
 from llava.serve.protocol import ErrorKind, Limits, ServeError
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class HostNames:
         return _is_fixed(host) or host.rstrip(".") in self.names
 
 
-class Heads:
+class HeadAsGet:
     """Answers HEAD as GET, which supervisors and proxies ask with; the server itself leaves the body away."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -148,7 +148,7 @@ class RequestIds:
             error = typed_error(raised, request_id)
             self.on_error(error.kind)
             if status:  # too late for another answer: an ending that no client takes for a whole one
-                cut_connection(scope)
+                abort_connection(scope)
                 await asyncio.sleep(0)
             else:
                 await error_response(error, scope)(scope, receive, named)
@@ -226,7 +226,7 @@ def _may_ask(origin: str | None, origins: Collection[str]) -> bool:
         return False
 
 
-class ApiKeys:
+class RequireApiKey:
     """Lets in whoever shows a key, and everyone to the open paths; without keys everyone but the pages of other sites.
 
     A site whose name is made to point at this machine (DNS rebinding) speaks through the browser of somebody who may reach this server.
@@ -239,7 +239,7 @@ class ApiKeys:
     def __init__(
         self,
         app: ASGIApp,
-        keys: KeyRing,
+        keys: KeySet,
         origins: Collection[str] = (),
         open_paths: Sequence[str] = ("/health",),
         open_prefixes: Sequence[str] = (),
@@ -263,7 +263,7 @@ class ApiKeys:
         return path in self.open_paths or f"{path}/".startswith(self.open_prefixes)
 
 
-class Admission:
+class LimitRequests:
     """Takes a place for each request that generates, once its body has come, and gives it back at the end.
 
     A full server says so before the body is read. But a body that drips in holds no place: otherwise a handful of slow clients would keep
@@ -273,14 +273,14 @@ class Admission:
         paths: the generating ones.
     """
 
-    def __init__(self, app: ASGIApp, gate: Gate, paths: Sequence[str]) -> None:
-        self.app, self.gate, self.paths = app, gate, frozenset(paths)
+    def __init__(self, app: ASGIApp, limiter: RequestLimiter, paths: Sequence[str]) -> None:
+        self.app, self.limiter, self.paths = app, limiter, frozenset(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self.paths:
             await self.app(scope, receive, send)
             return
-        self.gate.check()
+        self.limiter.check()
         with ExitStack() as held:
             has_come = False
 
@@ -289,7 +289,7 @@ class Admission:
                 message = await receive()
                 if not has_come and message["type"] == "http.request" and not message.get("more_body", False):
                     has_come = True
-                    held.enter_context(self.gate.places())
+                    held.enter_context(self.limiter.places())
                 return message
 
             await self.app(scope, arriving, send)
@@ -297,7 +297,7 @@ class Admission:
 
 def guard_app(
     app: FastAPI,
-    gate: Gate,
+    limiter: RequestLimiter,
     limits: Limits,
     *,
     api_keys: Sequence[str] = (),
@@ -312,12 +312,12 @@ def guard_app(
 
     Args:
         allowed_origins: of web sites whose pages may read the answers, see `flag_checks.check_origins`.
-        generating_paths: take a place of the gate. small_paths: take small bodies, out of a budget of their own: those that are open.
+        generating_paths: take a place of the limiter. small_paths: take small bodies, out of a budget of their own: those that are open.
     """
-    app.state.gate, app.state.drain = gate, gate.finish
+    app.state.limiter, app.state.drain = limiter, limiter.finish
     app.router.redirect_slashes = False  # to an address that is written with the Host header's name, whatever that is
     small = BodyBounds(
-        Gate(0, SMALL_BODIES * SMALL_BODY_BYTES),
+        RequestLimiter(0, SMALL_BODIES * SMALL_BODY_BYTES),
         SMALL_BODY_BYTES,
         seconds=limits.body_seconds,
         rate=limits.body_rate,
@@ -325,10 +325,10 @@ def guard_app(
         client_uploads=SMALL_UPLOADS,
         free_bytes=0,
     )
-    app.add_middleware(Heads)
-    app.add_middleware(BoundedBodies, bounds=BodyBounds.of(limits, gate), small=small, small_paths=small_paths)
-    app.add_middleware(Admission, gate=gate, paths=generating_paths)
-    app.add_middleware(ApiKeys, keys=KeyRing(api_keys), origins=allowed_origins, open_paths=open_paths, open_prefixes=open_prefixes)
+    app.add_middleware(HeadAsGet)
+    app.add_middleware(BoundedBodies, bounds=BodyBounds.of(limits, limiter), small=small, small_paths=small_paths)
+    app.add_middleware(LimitRequests, limiter=limiter, paths=generating_paths)
+    app.add_middleware(RequireApiKey, keys=KeySet(api_keys), origins=allowed_origins, open_paths=open_paths, open_prefixes=open_prefixes)
     app.add_middleware(RequestIds, on_error=on_error)
     if allowed_origins:  # outermost: a preflight has no key, and browsers read errors too only where these headers stand
         app.add_middleware(
@@ -356,7 +356,7 @@ async def wait_for_disconnect(receive: Receive) -> None:
         pass
 
 
-async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
+async def cancel_on_disconnect(receive: Receive, work: Awaitable[T]) -> T:
     """Await `work`, but cancel it when the client goes away.
 
     Raises:

@@ -24,8 +24,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from llava.serve.http.asgi import abort_connection, network_of
 from llava.serve.http.middleware import MAX_HEADER_BYTES
-from llava.serve.http.scopes import cut_connection, network_of
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ class GuardedProtocol(H11Protocol):
         self.transport.abort()
 
 
-class CutShort:
+class AbortOnCancel:
     """Ends what a server cancels when its time is over, without a traceback in the log for what was asked for.
 
     A request's connection is cut, so that no client takes half an answer for a whole one.
@@ -213,7 +213,7 @@ class CutShort:
         except asyncio.CancelledError:  # nobody else cancels the tasks that run an app
             if scope["type"] == "http":
                 logger.warning("%s %r was cut short", scope["method"], scope["path"][:200])
-                cut_connection(scope)
+                abort_connection(scope)
                 await asyncio.sleep(0)  # in which the connection is lost
 
 
@@ -314,7 +314,7 @@ def make_server(
         "proxy_headers": False,
         "log_level": log_level,
     }
-    config = uvicorn.Config(CutShort(app), host=host, port=port, **{**settings, **options})
+    config = uvicorn.Config(AbortOnCancel(app), host=host, port=port, **{**settings, **options})
     return DrainingServer(config, app.state.drain, drain_seconds, on_started, getattr(app.state, "failed", lambda: False))
 
 

@@ -79,7 +79,7 @@ class Watchdog:
 
 
 @contextmanager
-def patient(send: Send, seconds: float) -> Iterator[Send]:
+def with_send_timeout(send: Send, seconds: float) -> Iterator[Send]:
     """A `send` for one response that raises `ServeError` (`CANCELLED`) where the client takes longer than this to read one message."""
     with Watchdog() as watchdog:
 

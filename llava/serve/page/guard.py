@@ -20,12 +20,12 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llava.serve.http.bodies import BodyBounds, BoundedBodies
+from llava.serve.http.asgi import abort_connection
+from llava.serve.http.body_limits import BodyBounds, BoundedBodies
 from llava.serve.http.errors import plain_error
-from llava.serve.http.gate import Gate
 from llava.serve.http.middleware import is_own_page
-from llava.serve.http.scopes import cut_connection
-from llava.serve.http.watchdog import patient
+from llava.serve.http.request_limiter import RequestLimiter
+from llava.serve.http.watchdog import with_send_timeout
 from llava.serve.page.uploads import upload_bounds
 from llava.serve.protocol import Limits, ServeError
 
@@ -77,7 +77,7 @@ class PageGuard:
         send_seconds: float = Limits.send_seconds,
     ) -> None:
         self.app, self.events, self.names, self.send_seconds = app, events, frozenset(names), send_seconds
-        bounds = BodyBounds(Gate(0, HELD_BODIES * MAX_JSON_BYTES), MAX_JSON_BYTES, seconds=body_seconds)
+        bounds = BodyBounds(RequestLimiter(0, HELD_BODIES * MAX_JSON_BYTES), MAX_JSON_BYTES, seconds=body_seconds)
         self._bounded_post = BoundedBodies(self._post, bounds)
         self._bounded_upload = BoundedBodies(self.app, upload_bounds(body_seconds))
         self.headers = {
@@ -93,11 +93,11 @@ class PageGuard:
         if scope["type"] != "http":
             return  # the page has no websockets; the server closes the connection
         try:
-            with patient(send, self.send_seconds) as sending:
+            with with_send_timeout(send, self.send_seconds) as sending:
                 await self._answer(scope, receive, self._with_headers(_giving_up(sending)))
         except _NotReading:
             logger.info("%r was not read and is given up", scope["path"][:200])
-            cut_connection(scope)
+            abort_connection(scope)
             await asyncio.sleep(0)  # in which the connection is lost
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -21,9 +21,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from llava.image_structure import image_format
 from llava.images import MAX_BYTES, ImageError, open_image
-from llava.serve.http.bodies import BodyBounds
+from llava.serve.http.body_limits import BodyBounds
 from llava.serve.http.errors import plain_error
-from llava.serve.http.gate import Gate
+from llava.serve.http.request_limiter import RequestLimiter
 from llava.serve.protocol import Limits, ServeError
 
 MAX_FILES = 8
@@ -39,7 +39,7 @@ CLIENT_UPLOADS = 8
 def upload_bounds(body_seconds: float = Limits.body_seconds) -> BodyBounds:
     """How uploads have to arrive."""
     return BodyBounds(
-        Gate(0, HELD_UPLOADS * MAX_UPLOAD_BYTES),
+        RequestLimiter(0, HELD_UPLOADS * MAX_UPLOAD_BYTES),
         MAX_UPLOAD_BYTES,
         seconds=body_seconds,
         client_bytes=CLIENT_UPLOADS * MAX_UPLOAD_BYTES,

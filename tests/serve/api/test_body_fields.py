@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llava.serve.api.body_fields import SMALLEST_NUMBER, Closed, as_float32
+from llava.serve.api.body_fields import SMALLEST_NUMBER, StrictModel, as_float32
 from llava.serve.api.llava import WorkerRequest
 from llava.serve.api.openai_chat import ChatRequest
 
 SUBNORMAL = (5e-324, 1e-320, 1e-46, 1e-40, SMALLEST_NUMBER * 0.99)
 
 
-class Inner(Closed):
+class Inner(StrictModel):
     weight: float | None = None
 
 
-class Outer(Closed):
+class Outer(StrictModel):
     inner: Inner
     number: float = 1.0
     count: int = 1

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from llava.serve.api.calls import Call
 from llava.serve.api.openai_chat import read_chat
 from llava.serve.api.openai_responses import read_response
+from llava.serve.api.parsed_request import Call
 from llava.serve.http.errors import FieldError
 from llava.serve.protocol import Guide, GuideKind, Limits
 from tests.serve.bodies import chat_body

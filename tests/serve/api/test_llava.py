@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from llava.messages import RoutingRequest
-from llava.serve.api.calls import ImageSource
 from llava.serve.api.llava import read_worker_request
+from llava.serve.api.parsed_request import ImageSource
 from llava.serve.http.errors import FieldError
 from llava.serve.protocol import ErrorKind, Limits, ServeError
 from tests.serve.bodies import worker_body

@@ -11,8 +11,8 @@ import pytest
 
 from llava.inference import Message
 from llava.messages import RoutingRequest
-from llava.serve.api.calls import Call, ImageSource
 from llava.serve.api.openai_chat import ChatWriter, read_chat, score_fields, server_sent
+from llava.serve.api.parsed_request import Call, ImageSource
 from llava.serve.api.worker_app import create_worker_app
 from llava.serve.http.errors import FieldError
 from llava.serve.protocol import ErrorKind, Finished, ImageReport, Limits, Sampling, ServeError, Started, TokenScore

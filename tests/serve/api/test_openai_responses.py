@@ -8,8 +8,8 @@ import openai
 import pytest
 
 from llava.messages import Message, RoutingRequest
-from llava.serve.api.calls import Call, ImageSource
 from llava.serve.api.openai_responses import ResponseWriter, read_response
+from llava.serve.api.parsed_request import Call, ImageSource
 from llava.serve.api.worker_app import create_worker_app
 from llava.serve.http.errors import FieldError
 from llava.serve.protocol import ErrorKind, Limits, Sampling, ServeError

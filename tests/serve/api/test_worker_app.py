@@ -29,12 +29,21 @@ from llava import fetch as fetching
 from llava import images as images_page
 from llava.fetch import AddressError, FetchError, TooLargeError
 from llava.serve.api import image_loader as pictures_page
-from llava.serve.api.calls import ImageSource
-from llava.serve.api.image_loader import NO_IMAGE_THERE, NOT_FETCHED, NOT_READ, REQUEST_SHARE, TOLD, TOO_MUCH, HostNotAllowed, PictureLoader
+from llava.serve.api.image_loader import (
+    FETCH_ERROR_TEXTS,
+    NO_IMAGE_THERE,
+    NOT_FETCHED,
+    NOT_READ,
+    REQUEST_SHARE,
+    TOO_MUCH,
+    HostNotAllowed,
+    ImageLoader,
+)
+from llava.serve.api.parsed_request import ImageSource
 from llava.serve.api.worker_app import create_worker_app, run_worker
 from llava.serve.cluster.registration import Registration
-from llava.serve.http.gate import Gate
 from llava.serve.http.middleware import guard_app
+from llava.serve.http.request_limiter import RequestLimiter
 from llava.serve.protocol import EngineImage, EngineStats, ErrorKind, Limits, ServeError
 from tests.serve import fake_engine
 from tests.serve.bodies import CHAT, WORKER, chat_body, data_url, picture, worker_body
@@ -179,7 +188,7 @@ def test_status_and_readiness():
     engine.ready = False
     assert call(app, "GET", "/ready").json()["error"]["code"] == "overloaded" and call(app, "GET", "/health").status_code == 200
     engine.ready = True
-    app.state.gate.drain()
+    app.state.limiter.start_draining()
     refused = call(app, "GET", "/ready")
     assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down" and refused.headers["retry-after"] == "5"
     assert call(app, "POST", CHAT, json=chat_body()).status_code == 503
@@ -341,7 +350,7 @@ class Network:
     def ask(self, url: str, hosts: tuple[str, ...] = ()) -> httpx.Response:
         limits = Limits(allow_remote_images=True, allowed_hosts=hosts)
         engine = FakeEngine()
-        app = create_worker_app(engine, limits, pictures=PictureLoader(limits, engine.prepare_image, fetch_bytes=self.fetch))
+        app = create_worker_app(engine, limits, pictures=ImageLoader(limits, engine.prepare_image, fetch_bytes=self.fetch))
         return call(app, "POST", CHAT, json=chat_body("q", (url,)))
 
 
@@ -373,7 +382,7 @@ def test_remote_pictures_from_private_addresses_are_refused(monkeypatch, no_conn
     response = network.ask(url)
     error = response.json()["error"]
     assert response.status_code == 400 and error["code"] == "invalid_image" and error["param"] == "messages[0].content[0].image_url.url"
-    assert error["message"] == TOLD[AddressError if any(mark in url for mark in ("@", "\\", ":0/")) else FetchError]
+    assert error["message"] == FETCH_ERROR_TEXTS[AddressError if any(mark in url for mark in ("@", "\\", ":0/")) else FetchError]
     assert network.connected == [] and no_connections == []
 
 
@@ -390,7 +399,7 @@ def test_what_lies_behind_the_server_cannot_be_told_from_its_answers(monkeypatch
     hosts = ("inside.example", "nobody.example", "127.0.0.1:22", "down.example", "error.example", "cut.example")
     bodies = [network.ask(f"http://{host}/x").json()["error"] for host in hosts]
     assert [{**body, "request_id": ""} for body in bodies] == [{**bodies[0], "request_id": ""}] * len(hosts)
-    assert bodies[0]["message"] == TOLD[FetchError] and "10.0" not in str(bodies)
+    assert bodies[0]["message"] == FETCH_ERROR_TEXTS[FetchError] and "10.0" not in str(bodies)
 
 
 def unreachable():
@@ -401,8 +410,8 @@ def test_a_file_at_a_public_address_that_is_no_image_or_too_large_says_so(monkey
     network = Network(monkeypatch, {"a.example": ["93.184.216.1"]}, {"93.184.216.1": http_answer(b"<html>")})
     assert network.ask("http://a.example/").json()["error"]["message"] == NO_IMAGE_THERE
     network.answers["93.184.216.1"] = b"HTTP/1.1 200 OK\r\nContent-Length: 1000001\r\n\r\n"
-    assert network.ask("http://a.example/").json()["error"]["message"] == TOLD[TooLargeError]
-    assert network.ask("http://b.example/", ("a.example",)).json()["error"]["message"] == TOLD[HostNotAllowed]
+    assert network.ask("http://a.example/").json()["error"]["message"] == FETCH_ERROR_TEXTS[TooLargeError]
+    assert network.ask("http://b.example/", ("a.example",)).json()["error"]["message"] == FETCH_ERROR_TEXTS[HostNotAllowed]
 
 
 def test_each_redirect_passes_the_same_door(monkeypatch):
@@ -430,7 +439,7 @@ def source(image: str, place: int = 0) -> ImageSource:
 
 def test_what_is_kept_of_all_requests_images_is_bounded_and_one_request_gets_a_share():
     async def load():
-        loader = PictureLoader(Limits(), FakeEngine().prepare_image, max_held_bytes=600 * REQUEST_SHARE)
+        loader = ImageLoader(Limits(), FakeEngine().prepare_image, max_held_bytes=600 * REQUEST_SHARE)
         async with AsyncExitStack() as stack:
             for _ in range(REQUEST_SHARE):
                 await stack.enter_async_context(loader.loaded([source(picture((30, 20)))]))
@@ -463,7 +472,7 @@ def test_large_images_are_taken_one_after_the_other_in_turn_and_small_ones_pass_
         return EngineImage(image.size, None)
 
     async def load():
-        loader = PictureLoader(Limits(), prepare)
+        loader = ImageLoader(Limits(), prepare)
 
         async def ask(*sizes):
             async with loader.loaded([source(picture(size)) for size in sizes]) as images:
@@ -489,7 +498,7 @@ def test_an_image_that_the_engine_refuses_is_named():
         raise ServeError(ErrorKind.INVALID_REQUEST, "This model takes no pictures.")
 
     async def load():
-        loader = PictureLoader(Limits(), prepare)
+        loader = ImageLoader(Limits(), prepare)
         with pytest.raises(ServeError, match="takes no pictures") as refused:
             async with loader.loaded([source(picture((3, 3)), 5)]):
                 pass
@@ -594,7 +603,7 @@ def test_a_client_that_leaves_ends_its_generation(path, stream, when):
         if stream and when == "between tokens":
             assert sock.recv(100).startswith(b"HTTP/1.1 200")
         sock.close()
-        wait_until(lambda: engine.active == 0 and app.state.gate.inside == 0)
+        wait_until(lambda: engine.active == 0 and app.state.limiter.inside == 0)
         assert len(engine.cancelled) == 1 and engine.served == []
 
 
@@ -604,7 +613,7 @@ def test_a_client_that_does_not_read_is_cut_off():
     with RunningApp(app) as running:
         sock = open_stream(running.port, CHAT, chat_body(stream=True, max_tokens=3000), receive_buffer=4096)
         wait_until(lambda: engine.active == 1)
-        wait_until(lambda: engine.active == 0 and app.state.gate.inside == 0)
+        wait_until(lambda: engine.active == 0 and app.state.limiter.inside == 0)
         assert len(engine.cancelled) == 1
         wait_until(lambda: not running.server.server_state.connections)
         with pytest.raises(OSError), sock:  # reset, or an end in the middle
@@ -728,7 +737,7 @@ class Controller:
         self.shown: set[str | None] = set()
         self.refuse = False
         self.app = FastAPI()
-        guard_app(self.app, Gate(10, 10**6), Limits())
+        guard_app(self.app, RequestLimiter(10, 10**6), Limits())
         self.app.post("/register_worker")(self.register)
         self.app.post("/receive_heart_beat")(self.beat)
         self.app.post("/unregister_worker")(self.leave)
@@ -786,7 +795,7 @@ def test_a_worker_takes_its_leave_when_it_begins_to_drain_and_still_finishes():
             with httpx.stream("POST", worker.url + CHAT, json=chat_body(stream=True), trust_env=False) as answer:
                 lines = answer.iter_lines()
                 next(lines)
-                worker.server.servers[0].get_loop().call_soon_threadsafe(app.state.gate.drain)
+                worker.server.servers[0].get_loop().call_soon_threadsafe(app.state.limiter.start_draining)
                 wait_until(lambda: len(controller.left) == 1, 5)
                 assert "[DONE]" in "".join(lines)
 

@@ -21,7 +21,7 @@ from llava.messages import RoutingRequest
 from llava.serve.api.read_prompt import read_prompt
 from llava.serve.backend.openai_engine import Backend, RemoteEngine
 from llava.serve.backend.openai_stream import chat_body, data_url
-from llava.serve.http.client import Patience
+from llava.serve.http.client import Timeouts
 from llava.serve.protocol import (
     EngineImage,
     ErrorKind,
@@ -38,8 +38,8 @@ from llava.serve.protocol import (
 )
 from tests.serve.fake_backend import Exchange, FakeBackend
 
-PATIENT = Patience(connect=10.0, head=10.0, piece=10.0, total=60.0)
-IMPATIENT = Patience(connect=10.0, head=0.3, piece=0.3, total=60.0)
+PATIENT = Timeouts(connect=10.0, headers=10.0, read=10.0, total=60.0)
+IMPATIENT = Timeouts(connect=10.0, headers=0.3, read=0.3, total=60.0)
 """For backends that hang, and no others: on a busy machine an answer may take longer."""
 RED_IMAGE, BLUE_IMAGE = Image.new("RGB", (3, 2), "red"), Image.new("RGB", (2, 5), "blue")
 RED, BLUE = (EngineImage(image.size, data_url(image)) for image in (RED_IMAGE, BLUE_IMAGE))
@@ -51,7 +51,7 @@ def asking(text: str = "Hello", **fields: Any) -> GenerationRequest:
 
 def with_engine(fake: FakeBackend, work: Callable[[RemoteEngine], Coroutine[Any, Any, Any]], **options: Any) -> Any:
     async def run() -> Any:
-        engine = RemoteEngine(Backend(fake.url, "other", **{"patience": PATIENT, **options}))
+        engine = RemoteEngine(Backend(fake.url, "other", **{"timeouts": PATIENT, **options}))
         try:
             await engine.look()
             return await work(engine)
@@ -65,7 +65,7 @@ async def collected(engine: RemoteEngine, request: GenerationRequest) -> list[Ev
     return [event async for event in engine.submit(request)]
 
 
-def failure_of(answer: Callable[[Exchange], None], patience: Patience = PATIENT) -> tuple[ErrorKind, list[Event]]:
+def failure_of(answer: Callable[[Exchange], None], timeouts: Timeouts = PATIENT) -> tuple[ErrorKind, list[Event]]:
     """How a request fails, and the events before that."""
 
     async def work(engine: RemoteEngine) -> tuple[ErrorKind, list[Event]]:
@@ -78,7 +78,7 @@ def failure_of(answer: Callable[[Exchange], None], patience: Patience = PATIENT)
         return caught.value.kind, events
 
     with FakeBackend(answer) as fake:
-        return with_engine(fake, work, patience=patience)
+        return with_engine(fake, work, timeouts=timeouts)
 
 
 def test_an_answer_is_streamed_with_its_usage() -> None:
@@ -513,7 +513,7 @@ def test_a_backend_that_is_not_there_is_unreachable_and_ready_says_so() -> None:
         url = fake.url
 
     async def run() -> None:
-        engine = RemoteEngine(Backend(url, "other", patience=PATIENT))
+        engine = RemoteEngine(Backend(url, "other", timeouts=PATIENT))
         assert not await engine.look() and not engine.ready
         with pytest.raises(ServeError) as caught:
             await collected(engine, asking())
@@ -602,7 +602,7 @@ def test_the_queue_is_bounded_and_drains() -> None:
         exchange.chat(["a", "b"])
 
     with FakeBackend(answer) as fake:
-        with_engine(fake, work, concurrency=1, max_queue=1, patience=Patience(head=60, piece=60))
+        with_engine(fake, work, concurrency=1, max_queue=1, timeouts=Timeouts(headers=60, read=60))
 
 
 def test_a_slow_reader_holds_the_backend_back() -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from llava.serve import sentences
 from llava.serve.api.image_loader import NOT_FETCHED
+from llava.serve.api.paths import CHAT_PATH, WORKER_PATH
 from llava.serve.cluster.refusals import client_error, error_kind
-from llava.serve.protocol import CHAT_PATH, WORKER_PATH, ErrorKind, ServeError
+from llava.serve.protocol import ErrorKind, ServeError
+from llava.serve.protocol import error_templates as texts
 from tests.serve.bodies import chat_body, worker_body
 from tests.serve.fake_engine import CARD
 
@@ -121,16 +122,16 @@ def test_a_request_is_read_as_the_worker_reads_it(fields: dict[str, Any], kind: 
     assert other.detail == ErrorKind.NOT_FINITE.fault.text  # that was not what the worker minded
 
 
-KEYWORDS = sentences.NOT_FOLLOWED_KEYWORDS.format(param="response_format", keywords="not, then")
+WITH_KEYWORDS = texts.GUIDE_UNSUPPORTED_KEYWORDS.format(param="response_format", keywords="not, then")
 
 
 @pytest.mark.parametrize(
     ("kind", "param", "text"),
     [
         (ErrorKind.INVALID_REQUEST, "max_tokens", "max_tokens is 51, expected at most 50."),
-        (ErrorKind.INVALID_REQUEST, "stop_token_ids", sentences.TOKEN_BEYOND.format(param="stop_token_ids", number=512, count=512)),
-        (ErrorKind.INVALID_REQUEST, "response_format", KEYWORDS),
-        (ErrorKind.CONTEXT_LENGTH, "messages", sentences.TOO_LONG.format(positions=4096)),
+        (ErrorKind.INVALID_REQUEST, "stop_token_ids", texts.TOKEN_OUT_OF_VOCABULARY.format(param="stop_token_ids", number=512, count=512)),
+        (ErrorKind.INVALID_REQUEST, "response_format", WITH_KEYWORDS),
+        (ErrorKind.CONTEXT_LENGTH, "messages", texts.TOO_LONG.format(positions=4096)),
         (ErrorKind.INVALID_IMAGE, "messages[0].content[1].image_url.url", NOT_FETCHED),
     ],
 )
@@ -158,15 +159,15 @@ def test_what_only_a_worker_knows_is_told_in_sentences_of_ours(kind: ErrorKind, 
     ],
 )
 def test_holes_hold_whole_numbers_and_the_errors_own_field(text: str, param: str | None) -> None:
-    assert sentences.is_filled("n is 3, expected at most 2.", sentences.AT_MOST, "n")
-    assert not sentences.is_filled(text, sentences.AT_MOST, param)
+    assert texts.matches_template("n is 3, expected at most 2.", texts.AT_MOST, "n")
+    assert not texts.matches_template(text, texts.AT_MOST, param)
 
 
 def test_of_json_schema_keywords_alone_are_named() -> None:
-    assert sentences.is_filled(KEYWORDS, sentences.NOT_FOLLOWED_KEYWORDS, "response_format")
-    assert not sentences.is_filled(KEYWORDS.replace("then", "evil"), sentences.NOT_FOLLOWED_KEYWORDS, "response_format")
+    assert texts.matches_template(WITH_KEYWORDS, texts.GUIDE_UNSUPPORTED_KEYWORDS, "response_format")
+    assert not texts.matches_template(WITH_KEYWORDS.replace("then", "evil"), texts.GUIDE_UNSUPPORTED_KEYWORDS, "response_format")
 
 
 def test_every_sentence_is_in_the_table() -> None:
-    named = [value for name, value in vars(sentences).items() if name.isupper() and name[0] != "_" and isinstance(value, str)]
-    assert sorted(named) == sorted(sentences.SENTENCES)
+    named = [value for name, value in vars(texts).items() if name.isupper() and name[0] != "_" and isinstance(value, str)]
+    assert sorted(named) == sorted(texts.ERROR_TEMPLATES)

@@ -18,9 +18,9 @@ from fastapi import FastAPI
 from llava.serve.api.worker_app import create_worker_app
 from llava.serve.http import server as http_server
 from llava.serve.http.errors import FieldError
-from llava.serve.http.gate import Gate
-from llava.serve.http.keys import KeyRing, read_secrets
+from llava.serve.http.keys import KeySet, read_secrets
 from llava.serve.http.middleware import HostNames, is_own_page
+from llava.serve.http.request_limiter import RequestLimiter
 from llava.serve.http.server import INTERRUPTED, make_server, run_program, run_server
 from llava.serve.http.strict_json import MAX_JSON_ITEMS, parse_json
 from llava.serve.protocol import ErrorKind, Limits, ServeError
@@ -182,7 +182,7 @@ def test_all_keys_are_compared_in_constant_time_whichever_fits(monkeypatch):
 
     hmac_compare = hmac.compare_digest
     monkeypatch.setattr(hmac, "compare_digest", recording)
-    ring = KeyRing(("first", "second-much-longer", "third"))
+    ring = KeySet(("first", "second-much-longer", "third"))
     for given in ("Bearer first", "Bearer third", "Bearer x", "Bearer " + "y" * 9999, "", None):
         compared.clear()
         ring.accepts(given)
@@ -200,7 +200,7 @@ def test_keys_are_never_logged(caplog):
 @pytest.mark.parametrize("key", ["", "a b", "é", "a\n"])
 def test_keys_that_no_header_can_carry_are_refused(key):
     with pytest.raises(ValueError, match="API key 2"):
-        KeyRing(("good", key))
+        KeySet(("good", key))
 
 
 def test_key_files(tmp_path):
@@ -234,15 +234,15 @@ def test_a_body_that_grows_too_large_is_cut_off():
         app = create_worker_app(FakeEngine(), Limits(max_body_bytes=1000))
         response = call(app, "POST", path, content=endless(), headers={"content-type": "application/json"})
         assert response.status_code == 413 and response.json()["error"]["code"] == "request_too_large"
-        assert app.state.gate.bytes_inside == app.state.gate.inside == 0
+        assert app.state.limiter.bytes_inside == app.state.limiter.inside == 0
 
 
 def test_all_bodies_together_are_bounded():
-    gate = Gate(10, 1000)
-    gate.take_bytes(900)
+    limiter = RequestLimiter(10, 1000)
+    limiter.take_bytes(900)
     with pytest.raises(ServeError) as refused:
-        gate.take_bytes(101)
-    assert refused.value.kind is ErrorKind.OVERLOADED and gate.bytes_inside == 900
+        limiter.take_bytes(101)
+    assert refused.value.kind is ErrorKind.OVERLOADED and limiter.bytes_inside == 900
 
 
 def test_a_body_that_does_not_come_times_out(monkeypatch):
@@ -254,7 +254,7 @@ def test_a_body_that_does_not_come_times_out(monkeypatch):
         answer = raw_exchange(running.port, head.encode())
         assert answer.startswith(b"HTTP/1.1 408") and b'"timeout"' in answer
         assert time.monotonic() - start < 30  # and the connection was closed, although the client never finished
-        wait_until(lambda: app.state.gate.inside == 0)
+        wait_until(lambda: app.state.limiter.inside == 0)
 
 
 def test_headers_that_do_not_come_or_are_too_large_end_the_connection(monkeypatch):
@@ -296,7 +296,7 @@ def test_a_full_server_says_so_before_the_body_comes(path):
         whole = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
         for sock in held:
             sock.sendall(whole)
-        wait_until(lambda: app.state.gate.inside == 2)
+        wait_until(lambda: app.state.limiter.inside == 2)
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n".encode()
         with socket.create_connection(("127.0.0.1", running.port), timeout=60) as sock:
             sock.sendall(head)  # and not one byte of the body
@@ -307,7 +307,7 @@ def test_a_full_server_says_so_before_the_body_comes(path):
         assert HTTP.get(f"{running.url}/health").status_code == 200
         for sock in held:
             sock.close()
-        wait_until(lambda: app.state.gate.inside == 0 and len(engine.cancelled) == 2)
+        wait_until(lambda: app.state.limiter.inside == 0 and len(engine.cancelled) == 2)
         engine.start_delay = 0
         post = HTTP.post(f"{running.url}{CHAT}", json=chat_body())
         assert post.status_code == 200
@@ -320,7 +320,7 @@ def test_refusing_takes_less_than_50_milliseconds():
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
             first = asyncio.create_task(client.post(CHAT, json=chat_body()))
-            while not app.state.gate.inside:
+            while not app.state.limiter.inside:
                 await asyncio.sleep(0.01)
             took = []
             for _ in range(20):
@@ -338,10 +338,10 @@ def test_refusing_takes_less_than_50_milliseconds():
 def test_choices_take_places_of_their_own():
     app = create_worker_app(FakeEngine(), Limits(max_queue=0), places=2)
     assert call(app, "POST", CHAT, json=chat_body(n=2)).status_code == 200
-    with app.state.gate.places():
+    with app.state.limiter.places():
         full = call(app, "POST", CHAT, json=chat_body(n=2))
     assert full.status_code == 503 and full.headers["retry-after"] == "1"
-    assert app.state.gate.inside == 0
+    assert app.state.limiter.inside == 0
 
 
 def test_more_choices_than_all_places_are_refused_for_good():
@@ -351,7 +351,7 @@ def test_more_choices_than_all_places_are_refused_for_good():
         error = refused.json()["error"]
         assert (refused.status_code, error["code"], error["param"]) == (400, "invalid_request", "n")
         assert "n is 3" in error["message"] and "at most 2" in error["message"] and "retry-after" not in refused.headers
-    assert app.state.gate.inside == 0
+    assert app.state.limiter.inside == 0
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/metrics"])
@@ -388,16 +388,16 @@ def test_a_page_is_our_own_by_its_origin(headers, is_own):
 
 
 def test_a_draining_gate_lets_nobody_in_but_those_inside_finish():
-    gate = Gate(5, 0)
-    with gate.places():
-        gate.drain()
-        with pytest.raises(ServeError) as refused, gate.places():
+    limiter = RequestLimiter(5, 0)
+    with limiter.places():
+        limiter.start_draining()
+        with pytest.raises(ServeError) as refused, limiter.places():
             pass
         assert refused.value.kind is ErrorKind.DRAINING
-        with gate.more_places(2):
-            assert gate.inside == 3
-    assert gate.inside == 0
-    asyncio.run(asyncio.wait_for(gate.finish(), 60))
+        with limiter.more_places(2):
+            assert limiter.inside == 3
+    assert limiter.inside == 0
+    asyncio.run(asyncio.wait_for(limiter.finish(), 60))
 
 
 def test_websockets_are_closed():

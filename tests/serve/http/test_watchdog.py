@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 from starlette.types import Message
 
-from llava.serve.http.watchdog import Watchdog, patient
+from llava.serve.http.watchdog import Watchdog, with_send_timeout
 from llava.serve.protocol import ErrorKind, ServeError
 
 
@@ -155,7 +155,7 @@ def test_a_client_that_does_not_read_is_an_error() -> None:
             if len(sent) == 3:
                 await asyncio.sleep(5)
 
-        with patient(send, 0.05) as sending:
+        with with_send_timeout(send, 0.05) as sending:
             await sending({"type": "a"})
             await sending({"type": "b"})
             with pytest.raises(ServeError) as caught:

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 from llava.serve.http.errors import FieldError
 from llava.serve.protocol import ErrorKind, ServeError
-from llava.serve.sentences import TOO_MANY_ANSWERS
+from llava.serve.protocol.error_templates import TOO_MANY_ANSWERS
 
 HELD_BODIES = 8
 """How many bodies of the largest size may be held at once, all requests together."""
 
 
-class Gate:
+class RequestLimiter:
     """Counts the requests that generate, and says no when there are too many or the server is going down.
 
     Args:
@@ -34,7 +34,7 @@ class Gate:
         """Whether the server is going down: what is inside finishes, nobody else gets in."""
         return self._draining.is_set()
 
-    def drain(self) -> None:
+    def start_draining(self) -> None:
         """Let nobody in any more."""
         self._draining.set()
 
@@ -103,5 +103,5 @@ class Gate:
 
     async def finish(self) -> None:
         """Let nobody in any more, and return when nothing is inside."""
-        self.drain()
+        self.start_draining()
         await self._idle.wait()

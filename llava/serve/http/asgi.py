@@ -37,7 +37,7 @@ def network_of(host: str) -> str:
     return str(address.ipv4_mapped or ipaddress.ip_network((int(address) >> _NETWORK_BITS << _NETWORK_BITS, _NETWORK_BITS)))
 
 
-def cut_connection(scope: Scope) -> None:
+def abort_connection(scope: Scope) -> None:
     """Drop the connection without flushing what waits to be sent; where the server offers no handle, do nothing."""
     transport = scope.get("state", {}).get("connection")
     if transport is not None:

@@ -16,10 +16,10 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from llava.serve.api.worker_app import create_worker_app
-from llava.serve.http import bodies
-from llava.serve.http.bodies import FREE_BYTES, Allowance, BodyBounds, BoundedBodies, Shares
-from llava.serve.http.gate import Gate
-from llava.serve.http.scopes import client_of
+from llava.serve.http import body_limits
+from llava.serve.http.asgi import client_of
+from llava.serve.http.body_limits import FREE_BYTES, Allowance, BodyBounds, BoundedBodies, Shares
+from llava.serve.http.request_limiter import RequestLimiter
 from llava.serve.protocol import ErrorKind, Limits, ServeError
 from tests.serve.bodies import CHAT, chat_body
 from tests.serve.fake_backend import HTTP
@@ -112,7 +112,7 @@ def refusal(bounds: BodyBounds, pieces: list[bytes], headers: dict[str, str] | N
 
 
 def bounds_of(max_bytes: int, budget: int = 10**9, **options: Any) -> BodyBounds:
-    return BodyBounds(Gate(0, budget), max_bytes, **options)
+    return BodyBounds(RequestLimiter(0, budget), max_bytes, **options)
 
 
 @pytest.mark.parametrize("pieces", [[b"x" * 1000], [b"x"] * 1000, [b"x" * 400, b"", b"x" * 599, b"x"]])
@@ -122,7 +122,7 @@ def test_a_body_in_chunks_may_be_as_large_as_any_and_not_a_byte_larger(pieces: l
     more = [*pieces, b"y", b"z"]
     assert refusal(bounds, more) is ErrorKind.TOO_LARGE
     assert refusal(bounds, [pieces[0] + b"y" * (1001 - len(pieces[0]))]) is ErrorKind.TOO_LARGE
-    assert bounds.gate.bytes_inside == 0 and bounds.shares.fits(("10.0.0.1", None), 1, True)
+    assert bounds.limiter.bytes_inside == 0 and bounds.shares.fits(("10.0.0.1", None), 1, True)
 
 
 @pytest.mark.parametrize("length", ["1001", "9" * 30, "-1", "+5", "0x5", "1_0", ""])
@@ -144,7 +144,7 @@ def test_a_compressed_body_is_refused_by_name_and_unread(encoding: str) -> None:
         told = HTTP.post(running.url + CHAT, content=body, headers=sent)
         assert told.status_code == 415 and told.json()["error"]["code"] == "unsupported_encoding"
         assert "Content-Encoding" in told.json()["error"]["message"] and told.headers["accept-encoding"] == "identity"
-        assert app.state.gate.bytes_inside == 0
+        assert app.state.limiter.bytes_inside == 0
         assert HTTP.post(running.url + CHAT, json=chat_body(), headers={"Content-Encoding": "identity"}).status_code == 200
 
 
@@ -168,9 +168,9 @@ def test_a_body_that_has_no_room_in_its_clients_share_waits_unread_until_there_i
         assert await of_another_key == b"z" * 900
         assert await run(bounds, [b"s" * 10], {"content-length": "10"}) == b"s" * 10  # needs no share
         assert await run(bounds, [b"m" * 50], {"content-length": "50"}) == b"m" * 50  # finds what large ones have to leave
-        assert not second.done() and bounds.gate.bytes_inside == 450
+        assert not second.done() and bounds.limiter.bytes_inside == 450
         last_piece.set()
-        assert await first == b"x" * 900 and await second == b"y" * 900 and bounds.gate.bytes_inside == 0
+        assert await first == b"x" * 900 and await second == b"y" * 900 and bounds.limiter.bytes_inside == 0
 
     asyncio.run(asyncio.wait_for(story(), 60))
 
@@ -189,14 +189,14 @@ def test_a_body_for_which_no_room_is_made_in_time_is_refused() -> None:
 
 def test_large_bodies_leave_a_quarter_of_the_budget_to_others() -> None:
     bounds = bounds_of(2 * MB, budget=4 * MB)
-    bounds.gate.take_bytes(2 * MB)
+    bounds.limiter.take_bytes(2 * MB)
     assert refusal(bounds, [b"x" * MB, b"x" * (MB // 10)], {"content-length": str(MB + MB // 10)}) is ErrorKind.OVERLOADED
     assert len(asyncio.run(run(bounds, [b"x" * MB], {"content-length": str(MB)}))) == MB
-    bounds.gate.take_bytes(2 * MB - 100 * KB)
+    bounds.limiter.take_bytes(2 * MB - 100 * KB)
     small = {"content-length": str(100 * KB)}
     assert len(asyncio.run(run(bounds, [b"x" * 100 * KB], small))) == 100 * KB
     assert refusal(bounds, [b"x" * 101 * KB], {"content-length": str(101 * KB)}) is ErrorKind.OVERLOADED
-    assert bounds.gate.bytes_inside == 4 * MB - 100 * KB
+    assert bounds.limiter.bytes_inside == 4 * MB - 100 * KB
 
 
 @pytest.mark.parametrize(
@@ -245,17 +245,17 @@ def test_one_clients_stalled_bodies_leave_everybody_their_answers() -> None:
         for _ in range(8):
             sock = stack.enter_context(socket.create_connection(("127.0.0.1", running.port), timeout=60))
             threading.Thread(target=send_what_is_taken, args=(sock, stalled), daemon=True).start()
-        wait_until(lambda: app.state.gate.bytes_inside >= 2 * (size - 2))
+        wait_until(lambda: app.state.limiter.bytes_inside >= 2 * (size - 2))
         long = chat_body("x" * (FREE_BYTES + KB))  # needs a share, but is not large
         for key in ("mine", "yours"):
             for body in (chat_body(), long):
                 told = HTTP.post(running.url + CHAT, json=body, headers={"Authorization": f"Bearer {key}"})
                 assert told.status_code == 200, (key, told.text[:200])
-        wait_until(lambda: app.state.gate.bytes_inside == 2 * (size - 2))  # the other six wait unread
+        wait_until(lambda: app.state.limiter.bytes_inside == 2 * (size - 2))  # the other six wait unread
         image_sized = b'{"a":"' + b"a" * (size - 8) + b'"}'  # of the largest size too
         keyed = {"Authorization": "Bearer yours", "Content-Type": "application/json"}
         assert HTTP.post(running.url + CHAT, content=image_sized, headers=keyed).status_code == 400
-    wait_until(lambda: app.state.gate.bytes_inside == 0)
+    wait_until(lambda: app.state.limiter.bytes_inside == 0)
 
 
 def test_a_stalled_body_is_ended() -> None:
@@ -278,7 +278,7 @@ def test_time_is_given_back_as_the_bytes_come(monkeypatch: pytest.MonkeyPatch, p
         if now > due:
             raise TimeoutError
 
-    monkeypatch.setattr(bodies, "anyio", SimpleNamespace(current_time=lambda: now, fail_after=fail_after))
+    monkeypatch.setattr(body_limits, "anyio", SimpleNamespace(current_time=lambda: now, fail_after=fail_after))
     left = 100
 
     async def receive() -> Message:
@@ -311,8 +311,8 @@ def test_time_is_given_back_as_the_bytes_come(monkeypatch: pytest.MonkeyPatch, p
 def test_a_bodys_size_by_its_head(headers: list[tuple[bytes, bytes]], size: int | None) -> None:
     scope = {"type": "http", "headers": headers}
     if size is not None:
-        assert bodies._size_of(scope, 1000) == size
+        assert body_limits._size_of(scope, 1000) == size
         return
     with pytest.raises(ServeError) as refused:
-        bodies._size_of(scope, 1000)
+        body_limits._size_of(scope, 1000)
     assert refused.value.kind is ErrorKind.TOO_LARGE

@@ -9,7 +9,7 @@ from contextlib import aclosing
 
 import pytest
 
-from llava.serve.api.joining import MAX_JOINED, JoinedPieces, Numbered, merged
+from llava.serve.api.coalescing import MAX_JOINED, CoalescedPieces, IndexedEvent, merged
 from llava.serve.protocol import ErrorKind, Event, Finished, GenerationRequest, Piece, Sampling, ServeError, Started, TokenScore
 from tests.serve.fake_engine import FakeEngine
 
@@ -21,10 +21,10 @@ END = Finished("stop", 1, 1, (), {})
 class Story:
     """Events told one by one, with pauses in seconds between them; an exception is raised where it stands."""
 
-    def __init__(self, told: Sequence[Numbered | float | Exception]) -> None:
+    def __init__(self, told: Sequence[IndexedEvent | float | Exception]) -> None:
         self.told, self.given, self.closed = told, 0, False
 
-    async def events(self) -> AsyncGenerator[Numbered, None]:
+    async def events(self) -> AsyncGenerator[IndexedEvent, None]:
         try:
             for each in self.told:
                 if isinstance(each, Exception):
@@ -38,14 +38,14 @@ class Story:
             self.closed = True
 
 
-def piece(text: str, index: int = 0) -> Numbered:
+def piece(text: str, index: int = 0) -> IndexedEvent:
     return index, Piece(text)
 
 
-async def heard(story: Story, interval: int = 1, seconds: float = LONG) -> tuple[list[tuple[float, Numbered]], Exception | None]:
+async def heard(story: Story, interval: int = 1, seconds: float = LONG) -> tuple[list[tuple[float, IndexedEvent]], Exception | None]:
     """What goes out, each with the seconds since the beginning, and what it ends with."""
     begun, out = time.monotonic(), []
-    async with aclosing(JoinedPieces(story.events(), interval, seconds).events()) as events:
+    async with aclosing(CoalescedPieces(story.events(), interval, seconds).events()) as events:
         try:
             async for each in events:
                 out.append((time.monotonic() - begun, each))
@@ -54,7 +54,7 @@ async def heard(story: Story, interval: int = 1, seconds: float = LONG) -> tuple
     return out, None
 
 
-def texts(out: list[tuple[float, Numbered]], index: int = 0) -> list[str]:
+def texts(out: list[tuple[float, IndexedEvent]], index: int = 0) -> list[str]:
     return [event.text for _, (own, event) in out if own == index and isinstance(event, Piece)]
 
 
@@ -87,7 +87,7 @@ def test_the_interval_counts_pieces_however_slowly_they_come(seconds: float) -> 
 
 
 def test_each_choice_has_its_own_time_and_its_scores_stay_with_its_text() -> None:
-    def scored(text: str, index: int) -> Numbered:
+    def scored(text: str, index: int) -> IndexedEvent:
         return index, Piece(text, (TokenScore(text, -0.5),))
 
     told = [scored(text, index) for text in "abc" for index in (0, 1)]
@@ -115,7 +115,7 @@ def test_a_reader_that_is_slow_holds_the_events_back() -> None:
 
     async def read() -> list[int]:
         given = []
-        async with aclosing(JoinedPieces(story.events(), 1, 60.0).events()) as events:
+        async with aclosing(CoalescedPieces(story.events(), 1, 60.0).events()) as events:
             async for _, event in events:
                 assert isinstance(event, Piece) and len(event.text) <= MAX_JOINED
                 await asyncio.sleep(0.005)
@@ -131,7 +131,7 @@ def test_a_reader_that_leaves_closes_the_events_and_leaves_no_timer() -> None:
     story = Story([piece("a"), piece("b"), 60.0])
 
     async def read() -> None:
-        events = JoinedPieces(story.events(), 1, 0.05).events()
+        events = CoalescedPieces(story.events(), 1, 0.05).events()
         assert await anext(events) == piece("a")
         await asyncio.sleep(0)
         await events.aclose()
@@ -146,9 +146,9 @@ def test_nothing_of_an_engines_answers_is_lost(delay: float) -> None:
     words = tuple(f"w{number} " for number in range(6 if delay else 500))
     engine = FakeEngine(pieces=lambda request: words, piece_delay=delay)
 
-    async def read() -> list[Numbered]:
+    async def read() -> list[IndexedEvent]:
         asked = [GenerationRequest(f"r{index}", prompt="x", sampling=Sampling(logprobs=1)) for index in range(2)]
-        async with aclosing(JoinedPieces(merged([engine.submit(each) for each in asked]), 1).events()) as events:
+        async with aclosing(CoalescedPieces(merged([engine.submit(each) for each in asked]), 1).events()) as events:
             return [each async for each in events]
 
     out = asyncio.run(read())
@@ -162,7 +162,7 @@ def test_nothing_of_an_engines_answers_is_lost(delay: float) -> None:
         assert len(pieces) == len(words) if delay else len(pieces) < 100
 
 
-class Answering:
+class GeneratingEndpoint:
     """A running answer that tells a few events, and takes a while to let go of what it holds."""
 
     def __init__(self, told: Sequence[Event | Exception]) -> None:
@@ -184,14 +184,14 @@ class Answering:
 
 
 def test_one_answer_alone_is_told_as_it_comes() -> None:
-    async def read() -> list[Numbered]:
-        return [each async for each in merged([Answering([Piece("a"), END, ServeError(ErrorKind.OVERLOADED)])])]
+    async def read() -> list[IndexedEvent]:
+        return [each async for each in merged([GeneratingEndpoint([Piece("a"), END, ServeError(ErrorKind.OVERLOADED)])])]
 
     with pytest.raises(ServeError):
         asyncio.run(read())
 
-    async def begin() -> list[Numbered]:
-        async with aclosing(merged([Answering([Piece("a"), END])])) as events:
+    async def begin() -> list[IndexedEvent]:
+        async with aclosing(merged([GeneratingEndpoint([Piece("a"), END])])) as events:
             return [await anext(events), await anext(events)]
 
     assert asyncio.run(begin()) == [piece("a"), (0, END)]
@@ -199,9 +199,9 @@ def test_one_answer_alone_is_told_as_it_comes() -> None:
 
 def test_the_first_failure_ends_all_and_nothing_of_them_is_left_running() -> None:
     async def read() -> None:
-        others = [Answering([Piece("a"), Piece("b")]), Answering([Piece("c")])]
+        others = [GeneratingEndpoint([Piece("a"), Piece("b")]), GeneratingEndpoint([Piece("c")])]
         with pytest.raises(ServeError) as caught:
-            async for _ in merged([*others, Answering([Piece("d"), ServeError(ErrorKind.OUT_OF_MEMORY)])]):
+            async for _ in merged([*others, GeneratingEndpoint([Piece("d"), ServeError(ErrorKind.OUT_OF_MEMORY)])]):
                 pass
         assert caught.value.kind is ErrorKind.OUT_OF_MEMORY
         assert all(other.is_closed for other in others) and len(asyncio.all_tasks()) == 1

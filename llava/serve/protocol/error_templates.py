@@ -18,49 +18,49 @@ TOO_LONG_WITH_IMAGES = (
     "With its pictures the prompt leaves no room for an answer within {positions} positions; shorten it or choose a coarser granularity."
 )
 NO_SUCH_TOKEN = "There is no token {number}; this model's tokenizer has {count}, counted from 0."
-TOKEN_BEYOND = "{param} has the token id {number}, but this model's vocabulary has {count}, counted from 0."
-NOT_FOLLOWED = "What {param} asks for cannot be followed here; the documentation says what can."
-NOT_FOLLOWED_KEYWORDS = "What {param} asks for cannot be followed here: it has {keywords}; the documentation says what can."
-TOO_MUCH_TO_FOLLOW = "What {param} asks for became too much to follow; simplify it."
-NOT_GUIDED = "The answers of this model cannot be held to a form; leave the field out."
-NOT_KNOWN_BEHIND = "The server behind this model is not known to have {param}; leave it out."
-NO_GRANULARITIES_BEHIND = (
+TOKEN_OUT_OF_VOCABULARY = "{param} has the token id {number}, but this model's vocabulary has {count}, counted from 0."
+GUIDE_UNSUPPORTED = "What {param} asks for cannot be followed here; the documentation says what can."
+GUIDE_UNSUPPORTED_KEYWORDS = "What {param} asks for cannot be followed here: it has {keywords}; the documentation says what can."
+GUIDE_TOO_COMPLEX = "What {param} asks for became too much to follow; simplify it."
+GUIDES_UNSUPPORTED = "The answers of this model cannot be held to a form; leave the field out."
+BACKEND_LACKS_FIELD = "The server behind this model is not known to have {param}; leave it out."
+BACKEND_LACKS_GRANULARITIES = (
     "The server behind this model has no granularities to choose from; leave out granularity, max_visual_tokens and granularity_bias."
 )
-NO_TOKENS_BEHIND = "The server behind this model does not tell its tokens."
+BACKEND_LACKS_TOKENS = "The server behind this model does not tell its tokens."
 UNKNOWN_TEMPLATE = (
     "The server behind this model takes turns, and this finished prompt is written with no known template; send turns to "
     "/v1/chat/completions."
 )
-SENTENCES = (
+ERROR_TEMPLATES = (
     AT_MOST,
     TOO_MANY_ANSWERS,
     NO_IMAGES,
     TOO_LONG,
     TOO_LONG_WITH_IMAGES,
     NO_SUCH_TOKEN,
-    TOKEN_BEYOND,
-    NOT_FOLLOWED,
-    NOT_FOLLOWED_KEYWORDS,
-    TOO_MUCH_TO_FOLLOW,
-    NOT_GUIDED,
-    NOT_KNOWN_BEHIND,
-    NO_GRANULARITIES_BEHIND,
-    NO_TOKENS_BEHIND,
+    TOKEN_OUT_OF_VOCABULARY,
+    GUIDE_UNSUPPORTED,
+    GUIDE_UNSUPPORTED_KEYWORDS,
+    GUIDE_TOO_COMPLEX,
+    GUIDES_UNSUPPORTED,
+    BACKEND_LACKS_FIELD,
+    BACKEND_LACKS_GRANULARITIES,
+    BACKEND_LACKS_TOKENS,
     UNKNOWN_TEMPLATE,
 )
 
-KEYWORDS = frozenset(
+UNSUPPORTED_KEYWORDS = frozenset(
     "additionalItems contains dependencies dependentRequired dependentSchemas else if maxContains maxProperties minContains minProperties "
     "not oneOf propertyNames then unevaluatedItems unevaluatedProperties uniqueItems".split()
 )
 """Of JSON Schema, that may be named to clients as those that cannot be followed."""
-_KEYWORD = "|".join(sorted(KEYWORDS, key=len, reverse=True))
+_KEYWORD = "|".join(sorted(UNSUPPORTED_KEYWORDS, key=len, reverse=True))
 _HOLES = {"param": "(?P<param>.{1,200})", "keywords": f"(?:{_KEYWORD})(?:, (?:{_KEYWORD}))*"}
 _NUMBER = r"-?\d{1,19}"
 
 
-def is_filled(text: str, sentence: str, param: str | None) -> bool:
+def matches_template(text: str, sentence: str, param: str | None) -> bool:
     """Whether a text is a sentence with its holes filled.
 
     Args:

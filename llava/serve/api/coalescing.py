@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from llava.serve.protocol import Event, Generation, Piece
 
-Numbered = tuple[int, Event]
+IndexedEvent = tuple[int, Event]
 """An event, and which of the call's choices it belongs to."""
 
 PART_SECONDS = 0.02
@@ -19,7 +19,7 @@ MAX_JOINED = 64
 """Pieces after which a part goes out all the same, so that a client that does not read holds up its generation."""
 
 
-async def merged(running: Sequence[Generation]) -> AsyncGenerator[Numbered, None]:
+async def merged(running: Sequence[Generation]) -> AsyncGenerator[IndexedEvent, None]:
     """The events of several generations as they come; the first failure ends all."""
     if len(running) == 1:
         async for event in running[0]:
@@ -61,7 +61,7 @@ class _Held:
     timer: asyncio.TimerHandle | None = None
 
 
-class JoinedPieces:
+class CoalescedPieces:
     """Joins pieces of the same choice that come in quick succession; other events pass unchanged, each choice's in order.
 
     Each part of a stream costs a call of the system, a hand-over of the interpreter and a wake-up of the client. A choice's pieces go out
@@ -73,14 +73,14 @@ class JoinedPieces:
         interval: pieces that make a part. seconds: between two parts of one choice.
     """
 
-    def __init__(self, events: AsyncGenerator[Numbered, None], interval: int, seconds: float = PART_SECONDS) -> None:
+    def __init__(self, events: AsyncGenerator[IndexedEvent, None], interval: int, seconds: float = PART_SECONDS) -> None:
         self._events, self._interval, self._seconds = events, interval, seconds
         self._most = max(interval, MAX_JOINED)
         self._held: dict[int, _Held] = {}
-        self._ready: deque[Numbered] = deque()
+        self._ready: deque[IndexedEvent] = deque()
         self._news, self._room = asyncio.Event(), asyncio.Event()
 
-    async def events(self) -> AsyncGenerator[Numbered, None]:
+    async def events(self) -> AsyncGenerator[IndexedEvent, None]:
         """What goes out; raises what the events end with."""
         reading = asyncio.create_task(self._read())
         reading.add_done_callback(lambda _: self._news.set())

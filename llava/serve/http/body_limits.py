@@ -2,8 +2,8 @@
 
 A body costs memory from its first byte to the end of its answer, and a client that stops two bytes before the end costs it for nothing. So:
 
-- A body has some seconds of patience. Every byte that comes gives time back, at the least rate that a body has to keep, but never more than
-  the patience: a large upload over a slow line goes on for as long as it comes, a stalled one is ended.
+- A body may stall for some seconds. Every byte that arrives gives time back, at the minimum rate that an upload has to sustain, but never
+  more than those seconds: a large upload over a slow line goes on for as long as it arrives, a stalled one is ended.
 - Bodies that are still arriving count against a share of their client. Where the share is used up, further ones wait unread, so that
   a burst of honest uploads is only spread out; one for which no room is made in time is refused. A large body never takes the last third
   of the share, and small ones need none of it: whoever stalls large uploads does not even keep their own questions out.
@@ -20,8 +20,8 @@ from types import TracebackType
 import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llava.serve.http.gate import Gate
-from llava.serve.http.scopes import Client, client_of, header_of
+from llava.serve.http.asgi import Client, client_of, header_of
+from llava.serve.http.request_limiter import RequestLimiter
 from llava.serve.protocol import ErrorKind, Limits, ServeError
 
 FREE_BYTES = 65_536
@@ -92,7 +92,7 @@ class BodyBounds:
     """What the bodies of one kind of request may take.
 
     Args:
-        gate: holds the bytes of all of them together, from when they come to the end of the answer.
+        limiter: holds the bytes of all of them together, from when they come to the end of the answer.
         max_bytes: of one. seconds, rate: see `Allowance`.
         client_bytes, client_uploads: see `Shares`; without a number of bytes, three of the largest.
         free_bytes: a body of at most this size needs no share.
@@ -100,7 +100,7 @@ class BodyBounds:
 
     def __init__(
         self,
-        gate: Gate,
+        limiter: RequestLimiter,
         max_bytes: int,
         *,
         seconds: float = Limits.body_seconds,
@@ -109,14 +109,14 @@ class BodyBounds:
         client_uploads: int = Limits.client_uploads,
         free_bytes: int = FREE_BYTES,
     ) -> None:
-        self.gate, self.max_bytes, self.seconds, self.rate, self.free_bytes = gate, max_bytes, seconds, rate, free_bytes
+        self.limiter, self.max_bytes, self.seconds, self.rate, self.free_bytes = limiter, max_bytes, seconds, rate, free_bytes
         self.shares = Shares(Limits.client_bodies * max_bytes if client_bytes is None else client_bytes, client_uploads)
 
     @classmethod
-    def of(cls, limits: Limits, gate: Gate) -> BodyBounds:
+    def of(cls, limits: Limits, limiter: RequestLimiter) -> BodyBounds:
         """The bounds that a service's limits ask for."""
         return cls(
-            gate,
+            limiter,
             limits.max_body_bytes,
             seconds=limits.body_seconds,
             rate=limits.body_rate,
@@ -169,7 +169,7 @@ class _Arriving:
 
     def __init__(self, bounds: BodyBounds, client: Client, size: int, receive: Receive) -> None:
         self.bounds, self.client, self.size, self.receive = bounds, client, size, receive
-        self.kept = int(BUDGET_KEPT * bounds.gate.held_bytes) if bounds.is_large(size) else 0
+        self.kept = int(BUDGET_KEPT * bounds.limiter.held_bytes) if bounds.is_large(size) else 0
         self.arrived, self.complete = 0, False
         self.allowance: Allowance | None = None
         self.share = ExitStack()
@@ -179,7 +179,7 @@ class _Arriving:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.share.close()
-        self.bounds.gate.give_bytes(self.arrived)
+        self.bounds.limiter.give_bytes(self.arrived)
 
     async def next(self) -> Message:
         """The app's `receive`.
@@ -218,6 +218,6 @@ class _Arriving:
     def _count(self, count: int, allowance: Allowance) -> None:
         if self.arrived + count > self.bounds.max_bytes:
             raise ServeError(ErrorKind.TOO_LARGE)
-        self.bounds.gate.take_bytes(count, self.kept)
+        self.bounds.limiter.take_bytes(count, self.kept)
         self.arrived += count
         allowance.arrived(count, anyio.current_time())

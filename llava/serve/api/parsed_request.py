@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from llava.messages import Detail, Message, RoutingRequest
 from llava.serve.protocol import EngineImage, Finished, GenerationRequest, Sampling, ServeError, Started, TokenScore
 
-WholeAnswer = tuple[str, Sequence[TokenScore], Finished]
+FullAnswer = tuple[str, Sequence[TokenScore], Finished]
 """Text, scores and ending."""
 
 
@@ -105,6 +105,6 @@ class StreamWriter(Protocol):
 class Writer(StreamWriter, Protocol):
     """Writes one call's answers, streamed or whole."""
 
-    def completion(self, answers: Sequence[WholeAnswer]) -> dict[str, Any]:
+    def completion(self, answers: Sequence[FullAnswer]) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
         ...

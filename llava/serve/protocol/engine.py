@@ -1,0 +1,78 @@
+"""What answers requests: the interface of the embedded engine and of the backends in other servers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+from PIL import Image
+
+from llava.serve.protocol.values import EngineImage, EngineStats, Event, GenerationRequest, ModelCard, PromptTokens
+
+
+class Generation(Protocol):
+    """A running answer: iterate for `Started`, `Piece`s and `Finished`; a `ServeError` may be raised in between. Iterate once.
+
+    Closing the iterator or calling `cancel` frees what is left of the work; both may be done at any time, more than once.
+    """
+
+    def __aiter__(self) -> AsyncIterator[Event]: ...
+
+    def cancel(self) -> None: ...
+
+
+class Engine(Protocol):
+    """Whatever makes answers: the embedded engine, or a bridge to another server."""
+
+    @property
+    def card(self) -> ModelCard: ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request sent now would be worked on."""
+        ...
+
+    def prepare_image(self, image: Image.Image) -> EngineImage:
+        """Take from an RGB image what answering needs, so that its pixels can go; called in any thread.
+
+        Raises:
+            ServeError: no image can be used, or not this one.
+        """
+        ...
+
+    def submit(self, request: GenerationRequest) -> Generation:
+        """Take a request; called within a running event loop, returns at once.
+
+        Raises:
+            ServeError: `OVERLOADED` or `DRAINING`; what is wrong with the request itself is raised by the iterator.
+        """
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    async def tokenize(self, request: GenerationRequest, special: bool = True) -> PromptTokens:
+        """The tokens of a request's prompt, however long it is; nothing is generated.
+
+        Args:
+            special: whether they begin with the one that begins every text.
+
+        Raises:
+            ServeError: the request cannot work.
+        """
+        ...
+
+    async def detokenize(self, ids: Sequence[int]) -> str:
+        """The text that ids stand for, special tokens included.
+
+        Raises:
+            ServeError: an id that is not in the vocabulary.
+        """
+        ...
+
+    async def drain(self) -> None:
+        """Take no more requests and wait until the running ones are done."""
+        ...
+
+    async def close(self) -> None:
+        """Stop; what is still running is cancelled."""
+        ...
