@@ -22,6 +22,7 @@ from llava.serve.api.openai_chat import (
 )
 from llava.serve.api.openai_completions import Images, read_images
 from llava.serve.api.parsed_request import Call
+from llava.serve.api.paths import STATUS_PATH, WORKER_PATH
 from llava.serve.api.sampling_fields import longest_answer, read_stop
 from llava.serve.http.errors import FieldError, error_body
 from llava.serve.http.json_response import compact_json
@@ -118,9 +119,18 @@ class WorkerWriter:
         return b""
 
     def failure(self, error: ServeError, request_id: str) -> bytes:
-        return null_ended(error_body(error, request_id, worker_protocol=True))
+        return null_ended(llava_error_body(error, request_id))
 
 
 def null_ended(value: Any) -> bytes:
     """One part of a stream."""
     return compact_json(value) + b"\0"
+
+
+def llava_error_body(error: ServeError, request_id: str) -> dict[str, Any]:
+    """An error with LLaVA's `text` and `error_code` beside OpenAI's `error`."""
+    return {"text": f"{error.detail} (request {request_id})", "error_code": error.kind.fault.code, **error_body(error, request_id)}
+
+
+LLAVA_ERROR_BODIES = dict.fromkeys((WORKER_PATH, STATUS_PATH), llava_error_body)
+"""By path, for `guard_app`."""

@@ -9,5 +9,3 @@ TOKENIZE_PATH = "/tokenize"
 DETOKENIZE_PATH = "/detokenize"
 WORKER_PATH = "/worker_generate_stream"
 STATUS_PATH = "/worker_get_status"
-LLAVA_PATHS = frozenset((WORKER_PATH, STATUS_PATH))
-"""Where LLaVA's own protocol is spoken, and errors have its form."""

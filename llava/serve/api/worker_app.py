@@ -22,6 +22,7 @@ from llava import __version__
 from llava.serve.api.coalescing import CoalescedPieces, IndexedEvent, merged
 from llava.serve.api.endpoints import BODY_SCHEMAS, GENERATING_ENDPOINTS, GeneratingEndpoint
 from llava.serve.api.image_loader import ImageLoader
+from llava.serve.api.llava import LLAVA_ERROR_BODIES
 from llava.serve.api.openai_chat import ErrorBody, ModelFields, ModelList, check_model, model_fields
 from llava.serve.api.parsed_request import Call, StreamWriter, Writer
 from llava.serve.api.paths import DETOKENIZE_PATH, STATUS_PATH, TOKENIZE_PATH
@@ -337,6 +338,7 @@ def create_worker_app(
         generating_paths=tuple(BODY_SCHEMAS),
         open_prefixes=open_prefixes,
         on_error=metrics.failed,
+        error_bodies=LLAVA_ERROR_BODIES,
     )
     return app
 

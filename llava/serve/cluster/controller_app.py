@@ -21,6 +21,7 @@ from starlette.responses import Response
 from llava import __version__
 from llava.fetch import resolve_host
 from llava.serve.api.endpoints import BODY_SCHEMAS
+from llava.serve.api.llava import LLAVA_ERROR_BODIES
 from llava.serve.api.openai_chat import validate
 from llava.serve.api.paths import STATUS_PATH
 from llava.serve.cluster.bodies import HeartbeatRequest, ModelRequest, RegisterRequest, UnregisterRequest
@@ -85,6 +86,7 @@ def create_controller_app(
         small_paths=tuple(_WORKER_SCHEMAS),
         open_paths=("/health", "/ready", *_WORKER_SCHEMAS),  # workers send a token of their own, see `WorkerRegistry.read`
         on_error=controller.metrics.failed,
+        error_bodies=LLAVA_ERROR_BODIES,
     )
     return app
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from llava.serve.api.llava import null_ended
+from llava.serve.api.llava import llava_error_body, null_ended
 from llava.serve.api.openai_chat import STREAM_END, server_sent
 from llava.serve.api.openai_responses import error_event
 from llava.serve.cluster.refusals import error_kind
 from llava.serve.http.client import BrokenResponse, parse_json_object
-from llava.serve.http.errors import error_body, error_fields
+from llava.serve.http.errors import error_fields
 from llava.serve.http.sse import read_event
 from llava.serve.protocol import ErrorKind, ServeError
 
@@ -168,7 +168,7 @@ def _object_kind(frame: bytes) -> FrameKind:
 
 
 def _object_error(error: ServeError, request_id: str) -> bytes:
-    return null_ended(error_body(error, request_id, worker_protocol=True))
+    return null_ended(llava_error_body(error, request_id))
 
 
 FRAMES = StreamProtocol(b"\0", "application/octet-stream", _object_kind, None, _object_error)

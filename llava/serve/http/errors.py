@@ -1,20 +1,22 @@
-"""What goes wrong in a request, as a client reads it: OpenAI's error body, and LLaVA's beside it. The details stay in the log."""
+"""What goes wrong in a request, as a client reads it: OpenAI's error body, or another one that an API asks for. Details stay in the log."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Scope
 
-from llava.serve.api.paths import LLAVA_PATHS
 from llava.serve.http.json_response import JsonResponse
 from llava.serve.protocol import ErrorKind, ServeError
 
 logger = logging.getLogger(__name__)
+
+ErrorFormat: TypeAlias = "Callable[[ServeError, str], dict[str, Any]]"
+"""From an error and the request's id to a body."""
 
 
 class FieldError(ServeError):
@@ -50,16 +52,13 @@ def error_fields(error: ServeError, request_id: str) -> dict[str, Any]:
     }
 
 
-def error_body(error: ServeError, request_id: str, worker_protocol: bool = False) -> dict[str, Any]:
-    """An error as JSON: OpenAI's, and for LLaVA's protocol with its `text` and `error_code` beside it."""
-    body: dict[str, Any] = {"error": error_fields(error, request_id)}
-    if worker_protocol:
-        body = {"text": f"{error.detail} (request {request_id})", "error_code": error.kind.fault.code, **body}
-    return body
+def error_body(error: ServeError, request_id: str) -> dict[str, Any]:
+    """An error as OpenAI's API has it."""
+    return {"error": error_fields(error, request_id)}
 
 
 def error_response(error: ServeError, scope: Scope, status: int | None = None, headers: dict[str, str] | None = None) -> Response:
-    """An error as a response.
+    """An error as a response, with the body that the request's path asks for (see `RequestIds`).
 
     Args:
         status: in place of the kind's own.
@@ -72,8 +71,8 @@ def error_response(error: ServeError, scope: Scope, status: int | None = None, h
         extra["WWW-Authenticate"] = "Bearer"
     if error.kind is ErrorKind.ENCODED:
         extra["Accept-Encoding"] = "identity"
-    body = error_body(error, request_id_of(scope), scope["path"] in LLAVA_PATHS)
-    return JsonResponse(body, status or fault.status, extra)
+    body: ErrorFormat = scope.get("state", {}).get("error_body", error_body)
+    return JsonResponse(body(error, request_id_of(scope)), status or fault.status, extra)
 
 
 def plain_error(error: ServeError) -> Response:

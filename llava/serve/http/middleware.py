@@ -12,7 +12,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llava.fetch import literal_address
 from llava.serve.http.asgi import abort_connection, header_of
 from llava.serve.http.body_limits import BodyBounds, BoundedBodies
-from llava.serve.http.errors import FieldError, error_response, typed_error
+from llava.serve.http.errors import ErrorFormat, FieldError, error_body, error_response, typed_error
 from llava.serve.http.keys import KeySet
 from llava.serve.http.request_limiter import RequestLimiter
 from llava.serve.protocol import ErrorKind, Limits, ServeError
@@ -115,11 +115,14 @@ class RequestIds:
     A client's own `X-Request-Id` is kept where it is short and plain; every response carries the id.
 
     Args:
-        on_error: told of each error's kind.
+        on_error: called with each error's kind.
+        error_bodies: by path, where an error's body is not `error_body`.
     """
 
-    def __init__(self, app: ASGIApp, on_error: Callable[[ErrorKind], None] = lambda kind: None) -> None:
-        self.app, self.on_error = app, on_error
+    def __init__(
+        self, app: ASGIApp, on_error: Callable[[ErrorKind], None] = lambda kind: None, error_bodies: Mapping[str, ErrorFormat] | None = None
+    ) -> None:
+        self.app, self.on_error, self.error_bodies = app, on_error, error_bodies or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -130,7 +133,7 @@ class RequestIds:
             return
         given = header_of(scope, b"x-request-id")
         request_id = given if given is not None and _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {}).update(request_id=request_id, error_body=self.error_bodies.get(scope["path"], error_body))
         status, start = 0, time.perf_counter()
         extra = [(b"x-request-id", request_id.encode()), *_SAFETY_HEADERS, *(_CLOSING if _is_framed_twice(scope) else ())]
 
@@ -307,11 +310,13 @@ def guard_app(
     open_paths: Sequence[str] = ("/health",),
     open_prefixes: Sequence[str] = (),
     on_error: Callable[[ErrorKind], None] = lambda kind: None,
+    error_bodies: Mapping[str, ErrorFormat] | None = None,
 ) -> None:
     """Put all of this page's rules before an app; `app.state.drain` is for the `DrainingServer` that runs it.
 
     Args:
         allowed_origins: of web sites whose pages may read the answers, see `flag_checks.check_origins`.
+        on_error, error_bodies: see `RequestIds`.
         generating_paths: take a place of the limiter. small_paths: take small bodies, out of a budget of their own: those that are open.
     """
     app.state.limiter, app.state.drain = limiter, limiter.finish
@@ -329,7 +334,7 @@ def guard_app(
     app.add_middleware(BoundedBodies, bounds=BodyBounds.of(limits, limiter), small=small, small_paths=small_paths)
     app.add_middleware(LimitRequests, limiter=limiter, paths=generating_paths)
     app.add_middleware(RequireApiKey, keys=KeySet(api_keys), origins=allowed_origins, open_paths=open_paths, open_prefixes=open_prefixes)
-    app.add_middleware(RequestIds, on_error=on_error)
+    app.add_middleware(RequestIds, on_error=on_error, error_bodies=error_bodies)
     if allowed_origins:  # outermost: a preflight has no key, and browsers read errors too only where these headers stand
         app.add_middleware(
             CORSMiddleware,
