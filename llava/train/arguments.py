@@ -9,14 +9,17 @@ from __future__ import annotations
 import ast
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import transformers
 
-from llava.train.lora import LoraFlags, lora_errors
+from llava.model.adapter import is_adapter
 from llava.train.stages import PARTS, STAGES, Stage, get_stage
 
 PUBLISHED_SCHEDULE = "cosine"
 PUBLISHED_WARMUP = 0.03
+PUBLISHED_LORA: dict[str, Any] = {"lora_r": 64, "lora_alpha": 16, "lora_dropout": 0.05}
+"""LLaVA's defaults of a new adapter."""
 
 
 @dataclass
@@ -128,6 +131,25 @@ class DataArguments:
                 f"--image_grid_pinpoints is {self.image_grid_pinpoints!r}; give a list of (width, height) pairs."
             ) from error
         return canvases
+
+
+@dataclass
+class LoraFlags:
+    """Flags of LoRA and QLoRA."""
+
+    lora_enable: bool = field(default=False, metadata={"help": "Train an adapter of the language model in place of its weights."})
+    lora_r: int | None = field(default=None, metadata={"help": "Rank; 64, or that of the adapter the run starts from."})
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "Scale, divided by the rank; 16, or that of the adapter the run starts from."}
+    )
+    lora_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout in front of the matrices; 0.05, or that of the adapter the run starts from."}
+    )
+    lora_weight_path: str = field(default="", metadata={"help": "Adapter folder to train on, over --model_name_or_path."})
+    lora_bias: str = field(default="none", metadata={"help": "none; the biases of the layers underneath do not learn."})
+    bits: int = field(default=16, metadata={"help": "16, or 8 or 4: quantise the language model and train an adapter on it (QLoRA)."})
+    double_quant: bool = field(default=True, metadata={"help": "Quantise the scales of 4-bit weights too."})
+    quant_type: str = field(default="nf4", metadata={"help": "4-bit numbers: nf4 or fp4."})
 
 
 @dataclass
@@ -323,4 +345,63 @@ def _data_errors(args: DataArguments) -> list[str]:
         errors.append(f"--cache_image_features_gb is {args.cache_image_features_gb}; give 0 or more.")
     if args.image_folder is not None and not args.is_multimodal:
         errors.append("--image_folder is given, but --is_multimodal False lets no row have pictures.")
+    return errors
+
+
+def lora_errors(args: TrainingArguments, model_path: str, projector_given: bool) -> list[str]:
+    """What the flags of LoRA and QLoRA contradict, one sentence each.
+
+    Args:
+        args: all flags of training.
+        model_path: `--model_name_or_path`.
+        projector_given: whether the flags name a projector file to start from.
+    """
+    errors = _lora_value_errors(args)
+    if not args.lora_enable:
+        given = [f"--{name}" for name in PUBLISHED_LORA if getattr(args, name) is not None]
+        given += ["--lora_weight_path"] if args.lora_weight_path else []
+        errors += [f"{flag} is given without --lora_enable True; add that or drop it." for flag in given]
+        if args.bits in (4, 8):
+            errors.append(
+                f"--bits {args.bits} quantises the language model, which then learns through an adapter only; add --lora_enable True."
+            )
+        return errors
+    stage = STAGES.get(args.stage or "")
+    if stage is not None and "llm" not in stage.trains:
+        errors.append(
+            f"--lora_enable True adapts the language model, which stage {stage.name} does not train; drop it (an adapter folder "
+            "given as --model_name_or_path is merged before the stage starts)."
+        )
+    if args.freeze_backbone:
+        errors.append("--lora_enable True adapts the language model, which --freeze_backbone True leaves as it is; drop one of the two.")
+    if args.lora_weight_path and not is_adapter(args.lora_weight_path):
+        errors.append(f"--lora_weight_path is {args.lora_weight_path!r}, which is no adapter folder; give one with adapter_config.json.")
+    places = {"--lora_weight_path": args.lora_weight_path, "--model_name_or_path": model_path}
+    starts = [flag for flag, path in places.items() if path and is_adapter(path)]
+    if len(starts) == 2:
+        errors.append(f"{' and '.join(starts)} both name an adapter; give one of them, or the model underneath as --model_name_or_path.")
+    if starts and projector_given:
+        errors.append(f"--pretrain_mm_mlp_adapter would replace the projector that came with {starts[0]}; drop it.")
+    return errors
+
+
+def _lora_value_errors(args: TrainingArguments) -> list[str]:
+    errors = []
+    if args.bits not in (4, 8, 16):
+        errors.append(f"--bits is {args.bits}; choose 16, 8 or 4.")
+    if args.quant_type not in ("nf4", "fp4"):
+        errors.append(f"--quant_type is {args.quant_type!r}; choose nf4 or fp4.")
+    if args.quant_type == "fp4" and args.bits != 4:
+        errors.append(f"--quant_type fp4 is a kind of 4-bit numbers, but --bits is {args.bits}; give --bits 4.")
+    if args.lora_bias != "none":
+        errors.append(f"--lora_bias is {args.lora_bias!r}; only none can be merged back into the model.")
+    if args.lora_r is not None and args.lora_r < 1:
+        errors.append(f"--lora_r is {args.lora_r}; give 1 or more.")
+    if args.lora_alpha is not None and args.lora_alpha <= 0:
+        errors.append(f"--lora_alpha is {args.lora_alpha}; give more than 0.")
+    if args.lora_dropout is not None and not 0 <= args.lora_dropout < 1:
+        errors.append(f"--lora_dropout is {args.lora_dropout}; give a share from 0 to below 1.")
+    deepspeed = getattr(args, "hf_deepspeed_config", None)
+    if args.bits in (4, 8) and deepspeed is not None and deepspeed.is_zero3():
+        errors.append(f"--bits {args.bits} packs weights in a form that ZeRO-3 cannot share out; use a ZeRO-2 configuration.")
     return errors

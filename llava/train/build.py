@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.conversation import conv_templates
@@ -44,10 +44,37 @@ WEIGHT_FIELDS = ("mm_projector_type", "mm_vision_select_feature")
 ROUTER_FIELDS = ("vis_token_granularity", "router_attention_axis", "router_hidden_size", "filtered_text_num")
 """Fields that decide what weights a trained router holds."""
 
-SIGHT_FIELDS = (
+IMAGE_FIELDS = (
     "image_aspect_ratio", "image_grid_pinpoints", "mm_patch_merge_type", "unpad_rule", "mm_vision_select_layer",
 )  # fmt: skip
-"""Fields that change no weight's shape but what trained weights see of an image."""
+"""Fields that change no weight's shape, but what the trained weights see of an image."""
+
+
+def read_model_config(path: str) -> Any:
+    """The configuration of one of our checkpoints, completed with that of its vision tower; no weights are read.
+
+    Raises:
+        ValueError: not a checkpoint of this package, or one without a vision tower.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(f"no config can be read at {path!r}; give a checkpoint folder or a hub id that can be reached.") from error
+    if config.model_type not in MODEL_CLASSES:
+        raise ValueError(
+            f"{path} is of model type {config.model_type!r}, expected one of {', '.join(MODEL_CLASSES)}; give a checkpoint with a vision "
+            "tower that has the same language model, tokenizer and canvases."
+        )
+    MODEL_CLASSES[config.model_type]._complete_tower(config, path)
+    if config.vision_config is None:
+        raise ValueError(f"{path} has no vision tower; give the checkpoint that training starts from or leads to.")
+    return config
+
+
+def model_outline(config: Any) -> Any:
+    """The model of a configuration without storage: modules, names and shapes on the meta device."""
+    with torch.device("meta"):
+        return MODEL_CLASSES[config.model_type](config)
 
 
 def config_overrides(
@@ -68,7 +95,7 @@ def load_model(
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Load or assemble the model that a stage starts from, with its tokenizer.
 
-    An adapter folder as the model is merged into the model underneath, or, with `--lora_enable`, trained on.
+    An adapter folder is merged into its base model, or, with `--lora_enable`, trained further.
 
     Raises:
         ValueError: flags that do not fit the checkpoint.
@@ -98,9 +125,9 @@ def load_model(
     _check_stage_fits(model, training_args)
     if training_args.router_select is False and model.model.router is not None:
         raise ValueError(f"--router_select is False, but {path} has a router, which stays; drop the flag.")
-    model.config.description = None  # it spoke of what the run starts from
-    words = tokenizer_source(adapter, base) if adapter else path
-    tokenizer = _load_tokenizer(words, model, model_args, training_args)
+    model.config.description = None  # it described the checkpoint that the run starts from
+    tokenizer_path = tokenizer_source(adapter, base) if adapter else path
+    tokenizer = _load_tokenizer(tokenizer_path, model, model_args, training_args)
     if training_args.lora_enable:
         attach_lora(model, training_args, base, adapter, options["dtype"])
     return model, tokenizer
@@ -175,17 +202,17 @@ def _apply_flags(
 
 
 def change_fields(config: Any, path: str, changed: dict[str, Any]) -> None:
-    """Change fields of a checkpoint's configuration, and warn where its weights were trained to see otherwise.
+    """Change fields of a checkpoint's configuration, and warn where its weights were trained with other values.
 
     Raises:
         ValueError: the fields do not fit each other.
     """
     for name, value in changed.items():
         old = getattr(config, name)
-        if name in SIGHT_FIELDS:
+        if name in IMAGE_FIELDS:
             logger.warning(
-                "checkpoint %s was trained with %s %r, but --%s is %r: it sees images otherwise from here on; drop the flag unless that is "
-                "meant", path, name, old, name, value,
+                "checkpoint %s was trained with %s %r, but --%s is %r: from here on it sees images differently; drop the flag unless you "
+                "mean that", path, name, old, name, value,
             )  # fmt: skip
         else:
             logger.info("%s: %r of the checkpoint becomes %r", name, old, value)
@@ -226,7 +253,7 @@ def _load_tokenizer(
 
 
 def _add_image_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, training_args: TrainingArguments) -> None:
-    """LLaVA's extra tokens around pictures; a new token starts as the mean of the old ones."""
+    """Add LLaVA's extra tokens around images; the embedding of a new token is the mean of the old ones."""
     wanted = [DEFAULT_IMAGE_PATCH_TOKEN] if model.config.mm_use_im_patch_token else []
     if model.config.mm_use_im_start_end:
         wanted += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]

@@ -1,10 +1,10 @@
-"""Read every row of a data set on the path that training takes, and say what is broken before a run finds out.
+"""Read every row of a data set as training does, and report what is broken before a run does.
 
     python -m llava.train.dataset --check --model_name_or_path DIR --data_path rows.json --image_folder images --output report
 
 The model's config and tokenizer are enough: no weights are read. Every row of every source is read once, whatever its weight.
-Printed are counts and the first findings; `--output` takes everything as `report.json` and histograms as `report.png`. The exit
-status is not 0 where something is broken. Without `--check` the index is built and the rows are counted, nothing more.
+Counts and the first findings are printed; `--output` writes everything to `report.json`, and histograms to `report.png`. The exit status
+is not 0 if something is broken. Without `--check` the index is built and the rows are counted, nothing more.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import AutoConfig, HfArgumentParser
+from transformers import HfArgumentParser
 
 from llava.constants import IGNORE_INDEX
 from llava.conversation import conv_templates
@@ -31,21 +30,36 @@ from llava.durable import whole_file, write_whole
 from llava.images import ImageError
 from llava.interrupts import run_program
 from llava.log import setup_logging
-from llava.model.builder import MODEL_CLASSES
 from llava.model.processing import AvgLlavaProcessor
 from llava.train.arguments import DataArguments, ModelArguments
-from llava.train.dataset import BadSampleError, ConversationDataset, RowTooLongError, UnreadKeyError, image_names
-from llava.train.mixture import Mixture, open_rows
-from llava.train.shards import MissingPictureError
+from llava.train.build import change_fields, model_outline, read_model_config
+from llava.train.dataset import ConversationDataset, make_dataset
+from llava.train.mixture import Mixture, Source, open_rows
+from llava.train.rows import BadSampleError, RowTooLongError, UnreadKeyError, image_names, visual_token_costs
+from llava.train.shards import MissingImageError
 
 logger = logging.getLogger(__name__)
 
 MISSING, BROKEN, TOO_LONG, BAD_ROW, NO_LABELS = "missing picture", "broken picture", "too long", "broken row", "no labels"
 UNREAD = "unread key "
-"""What can be wrong with a row; a key's name follows the last. Rows without labels are read by training; here they count as broken above
-`--max_bad_share`."""
+"""What can be wrong with a row, as `report.json` has it; a key's name follows the last. Training reads rows without labels; here they count
+as broken above `--max_bad_share`."""
 
-_KIND_OF_ERROR = ((MissingPictureError, MISSING), (ImageError, BROKEN), (RowTooLongError, TOO_LONG))
+_NOUNS = {
+    "rows in the file": ("row in the file", "rows in the file"),
+    "rows per epoch": ("row per epoch", "rows per epoch"),
+    "rows read": ("row read", "rows read"),
+    "pictures": ("image", "images"),
+    "text-only rows": ("text-only row", "text-only rows"),
+    MISSING: ("missing image", "missing images"),
+    BROKEN: ("broken image", "broken images"),
+    TOO_LONG: ("row too long", "rows too long"),
+    BAD_ROW: ("broken row", "broken rows"),
+    NO_LABELS: ("row without labels", "rows without labels"),
+}
+"""A count of `report.json` -> what the terminal calls one and several of them."""
+
+_KIND_OF_ERROR = ((MissingImageError, MISSING), (ImageError, BROKEN), (RowTooLongError, TOO_LONG))
 _BATCH_ROWS = 16
 
 
@@ -53,14 +67,14 @@ _BATCH_ROWS = 16
 class CheckArguments:
     """Flags of the check, beside those of `DataArguments`."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint whose config and tokenizer read the rows."})
-    check: bool = field(default=False, metadata={"help": "Read every row; otherwise the index is built and rows are counted."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint whose config and tokenizer the rows are read with."})
+    check: bool = field(default=False, metadata={"help": "Read every row; without it the index is built and rows are counted."})
     version: str | None = field(default=None, metadata={"help": "Conversation template; the checkpoint's by default."})
-    vis_token_granularity: str | None = field(default=None, metadata={"help": "Levels; the checkpoint's by default."})
+    vis_token_granularity: str | None = field(default=None, metadata={"help": "Granularities; the checkpoint's by default."})
     model_max_length: int | None = field(default=None, metadata={"help": "Longest row; the checkpoint's by default."})
     output: str | None = field(default=None, metadata={"help": "Folder for report.json and report.png."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that read; 0 reads in this one."})
-    show: int = field(default=10, metadata={"help": "Findings that are printed; the report holds all."})
+    num_workers: int = field(default=0, metadata={"help": "Worker processes; 0 reads in this one."})
+    show: int = field(default=10, metadata={"help": "Findings to print; the report holds all."})
 
 
 @dataclass(frozen=True)
@@ -83,27 +97,27 @@ class Finding:
 
 @dataclass(frozen=True)
 class RowFacts:
-    """What reading a row told.
+    """What was found by reading a row.
 
     Attributes:
         length: tokens, text and visual together; `None` where the row could not be read so far.
-        visual: visual tokens of its pictures together at every granularity, coarse to fine.
-        pictures: how many it names.
+        visual: visual tokens of all its images at every granularity, coarse to fine.
+        images: how many it names.
     """
 
     source: str
     length: int | None
     visual: list[int]
-    pictures: int
+    images: int
     finding: Finding | None
 
 
 class RowInspector(Dataset[RowFacts]):
-    """Reads rows and keeps the facts alone, so that workers send no pictures.
+    """Reads rows and returns the facts alone, so that workers send no images.
 
     Args:
         dataset: the rows of a `Mixture`, as training reads them.
-        model: an outline of the model, for what a picture costs.
+        model: an outline of the model, for what an image costs.
     """
 
     def __init__(self, dataset: ConversationDataset, model: Any) -> None:
@@ -116,8 +130,6 @@ class RowInspector(Dataset[RowFacts]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> RowFacts:
-        from llava.train.train import visual_token_costs
-
         source = self.rows.locate(index)[0]
         try:
             item = self.dataset.read(index)
@@ -133,7 +145,7 @@ class RowInspector(Dataset[RowFacts]):
         length = len(item["input_ids"]) - len(costs) + (visual[-1] if visual else 0)
         finding = None
         if not (item["labels"] != IGNORE_INDEX).any():
-            message = f"{self.dataset.describe(index)}: no token of the row is learnt; give an answer that is not empty."
+            message = f"{self.dataset.describe(index)}: no token of the row is supervised; give it a non-empty answer."
             finding = self._finding(index, NO_LABELS, message)
         return RowFacts(source.name, length, visual, len(costs), finding)
 
@@ -152,27 +164,25 @@ class Report:
     """Facts of all rows, added up.
 
     Args:
-        rows: the mixture as it was given, weights and all.
+        rows: the mixture as given, with its weights.
         levels: tokens per view of every granularity, coarse to fine.
-        max_length: the context.
+        max_length: length of the context in tokens.
     """
 
     def __init__(self, rows: Mixture, levels: Sequence[int], max_length: int) -> None:
         self.levels = list(levels)
         self.max_length = max_length
         self.findings: list[Finding] = []
-        self.sources: dict[str, Counter[str]] = {
-            source.name: Counter({"rows in the file": len(source.rows), "rows per epoch": len(source)}) for source in rows.sources
-        }
+        self.sources = {source.name: source_counts(source) for source in rows.sources}
         self._lengths: list[int] = []
         self._visual: list[list[int]] = []
 
     def add(self, facts: RowFacts) -> None:
-        """Take one row in."""
+        """Add the facts of one row."""
         counts = self.sources[facts.source]
         counts["rows read"] += 1
-        counts["pictures"] += facts.pictures
-        counts["text-only rows"] += not facts.pictures
+        counts["pictures"] += facts.images
+        counts["text-only rows"] += not facts.images
         if facts.finding is not None:
             self.findings.append(facts.finding)
             counts[facts.finding.kind] += 1
@@ -192,7 +202,7 @@ class Report:
         return len(self.findings) > totals[NO_LABELS] or totals[NO_LABELS] > max_bad_share * totals["rows read"]
 
     def histograms(self) -> dict[str, Any]:
-        """Tokens per row, and visual tokens per row with pictures at every granularity."""
+        """Tokens per row, and visual tokens per row with images at every granularity."""
         visual = np.array(self._visual, dtype=np.int64).reshape(-1, len(self.levels))
         return {
             "tokens per row": _histogram(np.array(self._lengths, dtype=np.int64)),
@@ -216,12 +226,12 @@ class Report:
         """The report for a terminal, with the first findings."""
         lines = []
         for name, counts in [*self.sources.items(), *([("all", self.totals)] if len(self.sources) > 1 else [])]:
-            lines.append(f"{name}: " + ", ".join(f"{counts[key]:,} {key}" for key in self.totals))
+            lines.append(f"{name}: {_counted({key: counts[key] for key in self.totals})}")
         histograms = self.histograms()
         lines.append(f"tokens per row: {_summary(histograms['tokens per row'])}; the context is {self.max_length}")
         for level, histogram in histograms["visual tokens per row with pictures"].items():
             lines.append(f"visual tokens at granularity {level}: {_summary(histogram)}")
-        lines += [f"{finding.kind}: {finding.message}" for finding in self.findings[:show]]
+        lines += [f"{_noun(finding.kind)}: {finding.message}" for finding in self.findings[:show]]
         if len(self.findings) > show:
             lines.append(f"... and {len(self.findings) - show:,} more")
         return "\n".join(lines)
@@ -231,10 +241,10 @@ def check(check_args: CheckArguments, data_args: DataArguments) -> Report:
     """Read every row of a data set.
 
     Raises:
-        ValueError: a path, flag or checkpoint that cannot work; rows alone never raise.
+        ValueError: a path, flag or checkpoint that cannot work; a broken row is a finding and never raises.
     """
     if check_args.output is not None and find_spec("matplotlib") is None:
-        raise ValueError('the picture of the report needs matplotlib; pip install "avg-llava[train]", or leave --output out.')
+        raise ValueError('report.png needs matplotlib; pip install "avg-llava[train]", or leave --output out.')
     dataset, model, rows = _prepare(check_args, data_args)
     report = Report(rows, [level.tokens for level in model.levels], model.config.tokenizer_model_max_length)
     loader: Iterable[list[RowFacts]] = DataLoader(
@@ -250,37 +260,11 @@ def check(check_args: CheckArguments, data_args: DataArguments) -> Report:
     return report
 
 
-def model_outline(path: str) -> Any:
-    """A checkpoint's model without weights, from its config alone.
-
-    Raises:
-        ValueError: not a checkpoint of this package.
-    """
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except OSError as error:
-        raise ValueError(f"no config can be read at {path!r}; give a checkpoint folder or a hub id that can be reached.") from error
-    if config.model_type not in MODEL_CLASSES:
-        raise ValueError(
-            f"{path} is of model type {config.model_type!r}, expected one of {', '.join(MODEL_CLASSES)}: the rows are read as a model "
-            "with a vision tower reads them, so name one of the same tokenizer and canvases."
-        )
-    model_class = MODEL_CLASSES[config.model_type]
-    model_class._complete_tower(config, path)
-    if config.vision_config is None:
-        raise ValueError(f"{path} has no vision tower; give the checkpoint that training starts from or leads to.")
-    with torch.device("meta"):
-        return model_class(config)
-
-
 def _prepare(check_args: CheckArguments, data_args: DataArguments) -> tuple[ConversationDataset, Any, Mixture]:
-    from llava.train.build import change_fields
-    from llava.train.train import make_dataset
-
     path = check_args.model_name_or_path
     if path is None:
-        raise ValueError("--check reads rows as a model does; name its folder with --model_name_or_path.")
-    model = model_outline(path)
+        raise ValueError("--check reads rows as a model does; give its folder as --model_name_or_path.")
+    model = model_outline(read_model_config(path))
     config = model.config
     levels = ModelArguments(path, vis_token_granularity=check_args.vis_token_granularity).granularities
     changes = {
@@ -294,7 +278,7 @@ def _prepare(check_args: CheckArguments, data_args: DataArguments) -> tuple[Conv
     if version not in conv_templates:
         raise ValueError(f"--version is {version!r}; choose one of {', '.join(conv_templates)}.")
     tokenizer = AvgLlavaProcessor.from_pretrained(path).tokenizer
-    tokenizer.model_max_length = sys.maxsize  # a row that is too long is our finding, not the tokenizer's warning
+    tokenizer.model_max_length = sys.maxsize  # rows that are too long are findings of the check, not warnings of the tokenizer
     dataset = make_dataset(data_args.data_path, model, tokenizer, version, replace(data_args, lazy_preprocess=True))
     assert isinstance(dataset.rows, Mixture)
     rows = dataset.rows
@@ -319,10 +303,10 @@ def _draw(report: Report, path: Path) -> None:
     left, right = figure.subplots(1, 2)
     _stairs(left, histograms["tokens per row"], "")
     left.axvline(report.max_length, color="black", linestyle="--", label=f"context {report.max_length}")
-    left.set(title="Length of rows", xlabel="tokens, visual ones at full granularity included", ylabel="rows")
+    left.set(title="Length of rows", xlabel="tokens, with visual tokens at full granularity", ylabel="rows")
     for level, histogram in histograms["visual tokens per row with pictures"].items():
         _stairs(right, histogram, f"granularity {level}")
-    right.set(title="Visual tokens of rows with pictures", xlabel="visual tokens", ylabel="rows")
+    right.set(title="Visual tokens of rows with images", xlabel="visual tokens", ylabel="rows")
     for panel in (left, right):
         panel.legend()
     figure.savefig(path, dpi=120, format="png")
@@ -334,7 +318,7 @@ def _stairs(panel: Any, histogram: dict[str, Any], label: str) -> None:
 
 
 def _histogram(values: np.ndarray) -> dict[str, Any]:
-    """Counts between whole-numbered edges, with what is asked for first."""
+    """Counts between integer edges, with summary statistics."""
     if not len(values):
         return {"rows": 0, "edges": [], "counts": []}
     low, high = int(values.min()), int(values.max()) + 1
@@ -352,6 +336,22 @@ def _histogram(values: np.ndarray) -> dict[str, Any]:
     }
 
 
+def source_counts(source: Source) -> Counter[str]:
+    """What is known of a source without reading its rows."""
+    return Counter({"rows in the file": len(source.rows), "rows per epoch": len(source)})
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {_noun(key, count)}" for key, count in counts.items())
+
+
+def _noun(key: str, count: int = 1) -> str:
+    """What the terminal calls so many of a count of the report."""
+    if key.startswith(UNREAD):
+        return f"{'row' if count == 1 else 'rows'} with the unread key {key.removeprefix(UNREAD)!r}"
+    return _NOUNS[key][count != 1]
+
+
 def _summary(histogram: dict[str, Any]) -> str:
     if not histogram["rows"]:
         return "none"
@@ -359,7 +359,7 @@ def _summary(histogram: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """The command line: the report, and a status that says whether training can start."""
+    """The command line: the report, and an exit status that says whether training can start."""
     raise SystemExit(run_program(_run))
 
 
@@ -370,7 +370,7 @@ def _run() -> None:
     try:
         if not check_args.check:
             for source in open_rows(data_args.data_path, data_args.index_cache).sources:
-                print(f"{source.name}: {len(source.rows):,} rows in the file, {len(source):,} rows per epoch, sha256 {source.rows.sha256}")
+                print(f"{source.name}: {_counted(source_counts(source))}, sha256 {source.rows.sha256}")
             return
         report = check(check_args, data_args)
     except (ValueError, OSError) as error:
@@ -378,10 +378,10 @@ def _run() -> None:
     print(report.text(check_args.show))
     if report.is_broken(data_args.max_bad_share):
         raise SystemExit(
-            f"broken: {len(report.findings):,} findings; repair the data, or leave such rows out with --on_bad_sample skip and a "
-            f"--max_bad_share that allows for them (it is {data_args.max_bad_share})."
+            f"broken: {len(report.findings):,} findings; repair the data, or train with --on_bad_sample skip, which leaves such rows "
+            f"out, and a --max_bad_share that allows for them (it is {data_args.max_bad_share})."
         )
-    print("every row can be learnt from" if not report.findings else "training can start")
+    print("every row can be trained on" if not report.findings else "training can start")
 
 
 if __name__ == "__main__":

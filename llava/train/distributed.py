@@ -1,7 +1,8 @@
-"""Processes that train together: how they meet, and what is said when one of them is lost.
+"""What the launchers leave to us in a distributed run.
 
-torchrun, deepspeed and SLURM start the processes and end the rest when one ends. What is left for us is what none of them does:
-DeepSpeed on a CPU must be told its backend before the model is made, and the process that notices a loss should say so in words.
+torchrun, deepspeed and SLURM start the processes and end the others when one ends. DeepSpeed on a CPU must be given its backend before the
+model is created, ZeRO-3 must not shard weights before they are loaded, and a process that loses another one should explain that in its
+error.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ _LOST = re.compile(
     r"NCCL.*(remote error|timed out|timeout)|Watchdog caught collective operation timeout",
     re.IGNORECASE,
 )
-"""What Gloo, NCCL and the store say when the process at the other end is gone."""
+"""Errors of Gloo, NCCL and the store when the process at the other end is gone."""
 
 
-def meet(args: TrainingArguments) -> None:
-    """Let the processes of a DeepSpeed run on CPUs meet over Gloo; everything else meets by itself.
+def init_cpu_deepspeed(args: TrainingArguments) -> None:
+    """Initialise the process group of a DeepSpeed run on CPUs, over Gloo; every other run initialises its own.
 
-    Called when the flags are read and before anything is made: DeepSpeed takes itself for the only process until it was
-    initialised, even where torch has a process group. On GPUs transformers initialises it in time.
+    Called after the flags are parsed and before anything is created: until DeepSpeed is initialised it assumes a single process, even
+    where torch has a process group. On GPUs transformers initialises it in time.
     """
     if not args.deepspeed:
         return
-    # DeepSpeed calls collectives by names that torch 2.13 renames, and each call of each step would say so.
+    # DeepSpeed calls collectives by names that torch 2.13 deprecates; each call of each step would warn.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if not args.use_cpu:
         return
@@ -45,12 +46,12 @@ def meet(args: TrainingArguments) -> None:
 
 
 @contextmanager
-def loaded_whole(args: TrainingArguments) -> Iterator[None]:
-    """Inside this block every process reads whole weights, also under ZeRO-3, which shards them when training starts.
+def full_weights_on_load(args: TrainingArguments) -> Iterator[None]:
+    """Inside this block every process loads full weights, also under ZeRO-3, which shards them when training starts.
 
-    Left to itself transformers would create each parameter sharded. Whatever then looks at a parameter finds an empty one:
-    initialisation, a projector that is read from its own file, new tokens, adapters, the digest of the weights that scores belong
-    to. The price is host memory, once: 14 GB a process for a 7B model in bf16. GPUs never hold more than their share.
+    By default transformers creates each parameter sharded, and whatever reads a parameter then finds an empty one: initialisation, a
+    projector loaded from its own file, new tokens, adapters, the fingerprint of the weights that scores belong to. The price is host
+    memory, once: 14 GB per process for a 7B model in bf16. GPUs never hold more than their share.
     """
     if args.deepspeed is None:
         yield
@@ -71,10 +72,10 @@ def is_lost_process(error: BaseException) -> bool:
     return isinstance(error, (dist.DistNetworkError, torch.distributed.DistBackendError)) or bool(_LOST.search(str(error)))
 
 
-def lost_process_sentence(error: BaseException) -> str:
-    """What to tell the user about an error for which `is_lost_process` holds."""
+def lost_process_message(error: BaseException) -> str:
+    """The error message for an error for which `is_lost_process` holds."""
     finding = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip().splitlines()[0])[:200]
     return (
         f"another process of this run ended, or its host cannot be reached ({finding}); look for the first error in its log, then "
-        "go on from the newest checkpoint with --resume_from_checkpoint True."
+        "resume from the newest checkpoint with --resume_from_checkpoint True."
     )

@@ -1,4 +1,4 @@
-"""Features of a frozen vision tower, kept in memory so that a picture is encoded once however often it is asked about."""
+"""Features of a frozen vision tower, kept in memory so that an image is encoded once, however many rows are about it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass
 class FeatureCache:
-    """A bounded store that only grows: what is in it stays, so a data loader's worker may rely on a copy of its keys.
+    """A bounded cache that never evicts, so a data loader's worker may rely on its copy of the keys.
 
     Attributes:
         limit_bytes: nothing is added beyond this.
@@ -28,15 +28,15 @@ class FeatureCache:
         return len(self._features)
 
     def image_size(self, key: str) -> tuple[int, int]:
-        """(width, height) of a stored picture."""
+        """(width, height) of a cached image."""
         return self._sizes[key]
 
     def get(self, key: str) -> Tensor:
-        """Tower features (C, P, Dv) of a stored picture."""
+        """Tower features (C, P, Dv) of a cached image."""
         return self._features[key]
 
     def put(self, key: str, features: Tensor, image_size: tuple[int, int]) -> None:
-        """Keep the tower features (C, P, Dv) of a picture, if there is room."""
+        """Keep the tower features (C, P, Dv) of an image, if there is room."""
         size = features.numel() * features.element_size()
         if key in self._features or self.used_bytes + size > self.limit_bytes:
             return

@@ -1,8 +1,8 @@
 """transformers' Trainer with this model's batches, losses, learning rates and checkpoints.
 
-What is unlike the stock Trainer: the loss comes from the stage's lesson and not from the model's forward; it is a mean over the
-whole step, whatever processes and accumulated batches it is spread over; parameter groups follow the parts of the model; batches
-may be grouped by modality; checkpoints are complete or absent; a loss that is not finite stops the run and says which rows made it.
+Differences from the stock Trainer: the loss comes from the stage's function in `objectives.py`, not from the model's forward; it is a mean
+over the whole step, over all processes and accumulated batches; parameter groups follow the parts of the model; batches may be grouped by
+modality; checkpoints are complete or absent; a loss that is not finite stops the run and names the rows of its batch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from llava.durable import publish, remove_folder, room_for, staging_folder, whol
 from llava.train.arguments import TrainingArguments
 from llava.train.checkpoint import FINISHED, checkpoints, keep_newest, publish_into, restore_weights, save_projector, write_manifest
 from llava.train.features import FeatureCache
-from llava.train.objectives import LESSONS, Batch, Lesson, RouterSettings, count_items, image_features
+from llava.train.objectives import STAGE_LOSSES, Batch, RouterSettings, StageLoss, count_items, image_features
 from llava.train.run_folder import random_state_file
 from llava.train.sampler import GroupedSampler
 from llava.train.stages import part_of
@@ -40,7 +40,7 @@ OWN_RATE_PARTS = ("projector", "vision_tower")
 
 
 def decayed_names(model: nn.Module) -> set[str]:
-    """Parameters that weight decay acts on: all but biases and the weights of normalisation layers."""
+    """Parameters that weight decay applies to: all but biases and the weights of normalisation layers."""
     names = set()
     for module_name, module in model.named_modules():
         if type(module).__name__.endswith("Norm"):
@@ -54,10 +54,10 @@ def decayed_names(model: nn.Module) -> set[str]:
 def optimizer_groups(
     model: nn.Module, learning_rate: float, own_rates: Mapping[str, float], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Parameter groups of what trains: with and without decay, for the model at large and for each part with its own rate.
+    """Parameter groups of the trainable parameters: with and without decay, for each part with its own rate and for the rest.
 
     Args:
-        model: parameters without a gradient are left out, and so are groups without parameters.
+        model: frozen parameters are left out, and so are empty groups.
         learning_rate: of parts without a rate of their own.
         own_rates: part -> learning rate, for some of `OWN_RATE_PARTS`.
         weight_decay: of the decayed half of each pair of groups.
@@ -85,9 +85,9 @@ def optimizer_groups(
 
 
 def call_through(wrapper: nn.Module, bare: nn.Module, work: Callable[[], Tensor]) -> Tensor:
-    """Do `work` as if it were the forward of `bare`, entered through whatever wraps it.
+    """Run `work` as the forward of `bare`, called through whatever wraps it.
 
-    DDP and DeepSpeed prepare their gradient and weight traffic in their own forward; a loss that goes around it is never
+    DDP and DeepSpeed set up gradient and weight communication in their own forward; a loss computed without it is never
     synchronised.
 
     Args:
@@ -109,7 +109,7 @@ def call_through(wrapper: nn.Module, bare: nn.Module, work: Callable[[], Tensor]
 
 
 def peak_memory_gb() -> float:
-    """Most memory this process has held so far: of its GPU where it has one, otherwise resident."""
+    """Peak memory of this process so far: of its GPU where it has one, otherwise resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
@@ -117,13 +117,13 @@ def peak_memory_gb() -> float:
 
 
 class _EpochOfSampler(TrainerCallback):
-    """Tells the sampler which epoch begins: what wraps it in a distributed or resumed run does not pass the number on."""
+    """Tells the sampler which epoch begins, which the wrappers around it in a distributed or resumed run do not."""
 
     def __init__(self, trainer: LlavaTrainer) -> None:
         self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The state's epoch is a fraction in the middle of one, and whole, up to rounding, between two."""
+        """Set the epoch; the state's is a fraction within an epoch and an integer, up to rounding, between two."""
         if self.trainer._sampler is not None:
             self.trainer._sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
@@ -132,13 +132,13 @@ class LlavaTrainer(Trainer):
     """Trains one stage.
 
     Args:
-        router_settings: how stage 4 teaches the router.
-        feature_cache: tower features by picture; the tower must be frozen.
+        router_settings: how stage 4 trains the router.
+        feature_cache: tower features by image; the tower must be frozen.
         kwargs: the stock Trainer's.
 
     Attributes:
-        steps_without_items: steps of this run that taught nothing.
-        lost_state: files of a checkpoint's state that are missing or damaged; what they held starts anew.
+        steps_without_items: steps of this run without any item in the loss.
+        lost_state: state files of a checkpoint that are missing or damaged; that state is initialised again.
     """
 
     args: TrainingArguments
@@ -165,13 +165,13 @@ class LlavaTrainer(Trainer):
         self.lost_state: frozenset[str] = frozenset()
         self._sampler: GroupedSampler | None = None
         self.add_callback(_EpochOfSampler(self))
-        self._vision_learns = any(
+        self._vision_trains = any(
             parameter.requires_grad
             for name, parameter in self.model.named_parameters()
             if part_of(name) in ("projector", "vision_tower")
         )
 
-    # ---- batches and optimiser
+    # ---- batches and optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -186,7 +186,7 @@ class LlavaTrainer(Trainer):
         return self._sampler
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimiser over the groups of `optimizer_groups`."""
+        """Create the optimizer over the groups of `optimizer_groups`."""
         if self.optimizer is None:
             groups = optimizer_groups(
                 self.model if model is None else model,
@@ -207,15 +207,15 @@ class LlavaTrainer(Trainer):
     # ---- the loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
-        """What the loss of a step is a mean over: the items of all accumulated batches of all processes."""
+        """Number of items that the loss of a step is a mean over, in all accumulated batches of all processes."""
         own = sum(count_items(batch, self.args.stage_plan.loss) for batch in batch_samples)
         items = self.accelerator.reduce(torch.tensor(float(own), device=device), reduction="sum")
         if not items:
             self.steps_without_items += 1
             if self.steps_without_items == 1:
                 logger.warning(
-                    "step %d teaches nothing and its loss of 0 measures nothing, as rows %s hold nothing to learn in stage %s; later ones "
-                    "are counted",
+                    "step %d has a loss of 0 and trains nothing, because rows %s have nothing to train on in stage %s; further such "
+                    "steps are only counted",
                     self.state.global_step + 1, [name for batch in batch_samples for name in batch["ids"]], self.args.stage,
                 )  # fmt: skip
         return items
@@ -226,30 +226,30 @@ class LlavaTrainer(Trainer):
         """The stage's loss of one batch; its parts go to the log.
 
         Args:
-            num_items_in_batch: items of the whole step. The processes' gradients are averaged afterwards, so each process
-                contributes its share times their number; without it the loss is the batch's own mean.
+            num_items_in_batch: items of the whole step. The gradients of the processes are averaged afterwards, so each process
+                contributes its share times the number of processes; `None` gives the batch's own mean.
 
         Raises:
             FloatingPointError: the loss is not finite, unless such steps are to be skipped.
         """
         bare = self.accelerator.unwrap_model(model)
-        taught: list[Lesson] = []
+        computed: list[StageLoss] = []
         items = None if num_items_in_batch is None else float(num_items_in_batch) / self.accelerator.num_processes
 
         def work() -> Tensor:
-            taught.append(self._lesson(bare, inputs, items))
-            return taught[0].loss
+            computed.append(self._stage_loss(bare, inputs, items))
+            return computed[0].loss
 
         loss = call_through(model, bare, work)
         self._check_finite(loss, inputs)
-        self._record(taught[0], "" if model.training else "eval_")
+        self._record(computed[0], "" if model.training else "eval_")
         return (loss, {}) if return_outputs else loss
 
-    def _lesson(self, bare: Any, batch: Batch, items: float | None) -> Lesson:
+    def _stage_loss(self, bare: Any, batch: Batch, items: float | None) -> StageLoss:
         with self.accelerator.autocast():
-            with torch.set_grad_enabled(self._vision_learns and torch.is_grad_enabled()):
+            with torch.set_grad_enabled(self._vision_trains and torch.is_grad_enabled()):
                 features = image_features(bare, batch, self.feature_cache)
-            return LESSONS[self.args.stage_plan.loss](bare, batch, features, self.router_settings, items)
+            return STAGE_LOSSES[self.args.stage_plan.loss](bare, batch, features, self.router_settings, items)
 
     def _check_finite(self, loss: Tensor, batch: Batch) -> None:
         value = float(loss.detach())
@@ -260,14 +260,14 @@ class LlavaTrainer(Trainer):
         if self.args.on_nonfinite_loss == "raise":
             raise FloatingPointError(
                 f"{finding}; look at these rows, lower --learning_rate, or use --bf16 instead of --fp16 "
-                "(--on_nonfinite_loss skip goes on without such steps)."
+                "(--on_nonfinite_loss skip drops such steps and continues)."
             )
         logger.warning("skipping a step: %s", finding)
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
-        """One batch forward and backward; where a loss was not finite and is to be skipped, the whole step's gradients are dropped.
+        """One batch forward and backward; with `--on_nonfinite_loss skip`, a loss that is not finite drops the gradients of the whole step.
 
-        The decision is common to all processes, since their gradients are.
+        All processes decide together, since they share their gradients.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.args.on_nonfinite_loss == "raise":
@@ -288,7 +288,7 @@ class LlavaTrainer(Trainer):
         """The loss of one evaluation batch."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            # The stock loop hands over the bare model; under ZeRO-3 its weights are whole in the engine's forward only.
+            # The stock loop passes the bare model; under ZeRO-3 its weights are gathered in the engine's forward only.
             loss = self.compute_loss(self.model_wrapped if self.is_deepspeed_enabled else model, inputs).detach()
         items = count_items(inputs, self.args.stage_plan.loss)
         self._evaluated = [self._evaluated[0] + float(loss) * items, self._evaluated[1] + items]
@@ -311,19 +311,19 @@ class LlavaTrainer(Trainer):
 
     # ---- the log
 
-    def _record(self, lesson: Lesson, prefix: str) -> None:
-        for name, (total, weight) in lesson.metrics.items():
+    def _record(self, loss: StageLoss, prefix: str) -> None:
+        for name, (total, weight) in loss.metrics.items():
             entry = self._metrics[prefix + name]
             entry[0] = entry[0] + total
             entry[1] = entry[1] + weight
-        if not prefix and "padding_share" in lesson.metrics:
-            padding, positions = lesson.metrics["padding_share"]
+        if not prefix and "padding_share" in loss.metrics:
+            padding, positions = loss.metrics["padding_share"]
             self._tokens_read += positions - float(padding)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the means over all processes of what the lessons reported since the last time.
+        """Log, with the mean over all processes of each metric since the last call.
 
-        Beside them: tokens (text and visual) that all processes together read per second, memory, and steps skipped.
+        Also logged: tokens (text and visual) per second of all processes together, memory, and skipped steps.
         """
         for prefix, present in (("eval_", "eval_loss" in logs), ("", "loss" in logs)):
             names = sorted(name for name in self._metrics if name.startswith("eval_") == (prefix == "eval_"))
@@ -340,7 +340,7 @@ class LlavaTrainer(Trainer):
         tokens = self._sum_over_processes([self._tokens_read])[0]
         seconds, self._counted_since, self._tokens_read = now - self._counted_since, now, 0.0
         figures = {"memory_gb": round(peak_memory_gb(), 3)}
-        if tokens:  # stage 4 reads none with the language model when it learns from scores
+        if tokens:  # stage 4 does not run the language model when it trains on scores
             figures["tokens_per_second"] = round(tokens / seconds, 1)
         if self.args.on_nonfinite_loss == "skip":
             figures["steps_skipped"] = float(self.steps_skipped)
@@ -361,7 +361,7 @@ class LlavaTrainer(Trainer):
         """Save a checkpoint under a hidden name and rename it when every process is done with it.
 
         Raises:
-            NoSpaceError: there is no room; nothing half is left.
+            NoSpaceError: the disk is full; nothing incomplete is left.
         """
         name = f"checkpoint-{self.state.global_step}"
         staging = staging_folder(self.args.output_folder / name)
@@ -392,7 +392,7 @@ class LlavaTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if state_dict is not None and not state_dict:
             raise ValueError(
-                "DeepSpeed gave no whole weights to save; set stage3_gather_16bit_weights_on_model_save to true in its configuration."
+                "DeepSpeed gave no full weights to save; set stage3_gather_16bit_weights_on_model_save to true in its configuration."
             )
         super()._save(output_dir, state_dict)
         if self.args.should_save and self.args.stage == "align":
@@ -400,10 +400,10 @@ class LlavaTrainer(Trainer):
             save_projector(weights, Path(output_dir or self.args.output_folder))
 
     def save_final(self) -> None:
-        """Put the finished model, its tokenizer, config and trainer's state into the output folder, complete or not at all.
+        """Write the finished model, its tokenizer, config and trainer state into the output folder, complete or not at all.
 
         Raises:
-            NoSpaceError: there is no room; nothing half is left.
+            NoSpaceError: the disk is full; nothing incomplete is left.
         """
         output = self.args.output_folder
         self.model.config.use_cache = True  # transformers' trainer switches it off while it trains
@@ -416,36 +416,36 @@ class LlavaTrainer(Trainer):
             publish_into(output / FINISHED, output)
         self.accelerator.wait_for_everyone()
 
-    # ---- going on
+    # ---- resuming
 
     def planned_steps(self) -> int:
-        """Steps that this run takes from its beginning to its end."""
+        """Steps of this run from first to last."""
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
-        """An epoch, unless the run was resumed from its last step: the stock loop looks for the end behind a step only."""
+        """An epoch, unless the run was resumed after its last step: the stock loop checks for the end only after a step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*arguments, **options)
 
     def _finalize_training(self, *arguments: Any, **options: Any) -> Any:
-        """The stock end; of checkpoints beside the best one, where one is to be kept, nothing half is left."""
+        """The stock end, after removing, whole or not at all, the checkpoints beside the best one where only one is kept."""
         best = self.state.best_model_checkpoint
         if self.args.should_save and best is not None and self.args.save_total_limit == 1:
             for folder in checkpoints(self.args.output_folder):
                 if folder.name != Path(best).name:
                     remove_folder(folder)
         if self.steps_without_items:
-            logger.warning("%d steps taught nothing; look at the rows, or group them with larger batches", self.steps_without_items)
+            logger.warning("%d steps trained nothing; look at the rows, or group them with larger batches", self.steps_without_items)
         return super()._finalize_training(*arguments, **options)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The stock loading, which takes both or none; where one was lost and that was accepted, the other alone."""
+        """The stock loading, which takes both or neither; where one was lost and that was accepted, load the other alone."""
         if checkpoint is None or not {OPTIMIZER_NAME, SCHEDULER_NAME} & self.lost_state:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        if self.is_deepspeed_enabled:  # it has loaded its own optimiser already, and the schedule is what was lost
+        if self.is_deepspeed_enabled:  # it has already loaded its own optimizer, and the schedule is what was lost
             return
         assert self.optimizer is not None and self.lr_scheduler is not None
         for name, target in ((OPTIMIZER_NAME, self.optimizer), (SCHEDULER_NAME, self.lr_scheduler)):

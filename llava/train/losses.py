@@ -18,7 +18,7 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def mean_over(total: Tensor, count: float) -> Tensor:
-    """A sum over `count` things as their mean; 0, with a gradient of 0, where there are none."""
+    """The mean of `count` items from their sum; 0, with a gradient of 0, where there are none."""
     return total / count if count > 0 else 0.0 * total
 
 
@@ -37,7 +37,7 @@ def cost_adjusted(losses: Tensor, visual_tokens: Tensor, cost_weight: float) -> 
 
 
 def ranking_losses(sorted_logits: Tensor, sorted_losses: Tensor, margin: float) -> Tensor:
-    """Pairwise hinge that asks a better granularity for a higher logit (RGLF), one value per sample.
+    """Pairwise hinge that pushes the logit of a better granularity above that of a worse one (RGLF), one value per sample.
 
     For ranks i < j the margin is `margin * (j - i) * (loss_j - loss_i)`. Pairs of equal distance are averaged, and
     the distances are summed.
@@ -60,10 +60,10 @@ def ranking_losses(sorted_logits: Tensor, sorted_losses: Tensor, margin: float) 
 
 @dataclass(frozen=True)
 class RouterLosses:
-    """The stage-4 losses of N samples and their parts, with what the router should have chosen; the published ones are means.
+    """The stage-4 losses of N samples and their parts, with the best granularity of each; the published losses are their means.
 
     Attributes:
-        total: (N,) weighted sum that is differentiated.
+        total: (N,) weighted sum, to differentiate.
         ranking: (N,) ranking part, unweighted.
         cross_entropy: (N,) cross-entropy part, unweighted.
         best: (N,) index of the granularity ranked first.
@@ -102,12 +102,12 @@ def rglf_losses(
 
 @dataclass(frozen=True)
 class RouterFeedback:
-    """What a batch says about the router, for the log: sums over `rows` samples.
+    """How good the router's choices are, for the log: sums over `rows` samples.
 
     Attributes:
         rows: samples counted.
         chosen: how often each granularity was chosen, (G,).
-        agreements: how often the choice was the best.
+        agreements: how often the best granularity was chosen.
         regret: loss of the choice above the loss of the best, summed (in nats).
         visual_tokens: visual tokens of the choices, summed.
     """
@@ -124,7 +124,7 @@ def router_feedback(router_logits: Tensor, ranked_losses: Tensor, visual_tokens:
 
     Args:
         router_logits: (N, G).
-        ranked_losses: (N, G) what the router is taught to rank, its cost included.
+        ranked_losses: (N, G) the losses that the router is trained to rank, the cost of tokens included.
         visual_tokens: (N, G).
     """
     choice = router_logits.detach().argmax(dim=1, keepdim=True)

@@ -5,15 +5,15 @@ A manifest is YAML; paths in it are relative to it:
     seed: 0                        # which rows a share draws; 0 if left out
     sources:
       - file: captions.json        # required: LLaVA's JSON or JSONL
-        images: pictures           # folder or shard; a list: asked in order; a mapping: by how a name starts
+        images: photos             # folder or shard; a list: asked in order; a mapping: by the prefix of a name
         weight: 0.5                # how often its rows are read per epoch; 1 if left out
         count: 1000                # rows the file must have
         sha256: "9f86d08..."       # checksum the file must have
         name: captions             # in reports and in the draw; the file's name if left out
 
-A weight is a number of copies: 1 reads each row once per epoch, 2 twice, 0.5 reads a half of the rows, drawn by `seed` and
-`name` and the same half in every epoch, and 1.5 each row once and such a half a second time. Sources follow each other in
-the manifest's order; the trainer shuffles.
+A weight is a number of copies: 1 reads each row once per epoch, 2 twice, 0.5 reads half of the rows, drawn by `seed` and
+`name` and the same half in every epoch, and 1.5 reads each row once and such a half a second time. Sources follow each other
+in the manifest's order; the trainer shuffles.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from typing import Any, overload
 import numpy as np
 import yaml
 
-from llava.train.index import Row, RowIndex, open_index
-from llava.train.shards import Pictures, map_pictures, open_pictures
+from llava.train.index import RowIndex, open_index
+from llava.train.rows import Row
+from llava.train.shards import ImageSource, map_images, open_images
 
 ROW_FILES = (".json", ".jsonl")
 MANIFESTS = (".yaml", ".yml")
@@ -50,14 +51,14 @@ class Source:
     Attributes:
         name: in reports.
         rows: the file's rows.
-        pictures: where they have their pictures; `None`: where the run has them.
+        images: where their images are; `None`: the run's `--image_folder`.
         weight: how often a row is read per epoch.
         picks: (N,) numbers of the rows that are read, or `None`: each once.
     """
 
     name: str
     rows: RowIndex
-    pictures: Pictures | None = None
+    images: ImageSource | None = None
     weight: float = 1.0
     picks: np.ndarray | None = None
 
@@ -115,28 +116,28 @@ class Mixture(Sequence[Row]):
         return np.concatenate([source.pick(source.rows.words) for source in self.sources])
 
     @property
-    def pictured(self) -> np.ndarray:
-        """(R,) whether a row has pictures."""
-        return np.concatenate([source.pick(source.rows.pictured) for source in self.sources])
+    def has_image(self) -> np.ndarray:
+        """(R,) whether a row has images."""
+        return np.concatenate([source.pick(source.rows.has_image) for source in self.sources])
 
     @property
-    def picture_groups(self) -> np.ndarray:
-        """(R,) the same number for rows of one source about the same pictures; -1 without a picture."""
+    def image_groups(self) -> np.ndarray:
+        """(R,) the same number for rows of one source about the same images; -1 without an image."""
         groups, start = [], 0
         for source in self.sources:
-            own = source.pick(source.rows.picture_groups)
+            own = source.pick(source.rows.image_groups)
             groups.append(np.where(own < 0, -1, own + start))
             start += len(source.rows) + 1
         return np.concatenate(groups)
 
     @property
     def answered(self) -> np.ndarray:
-        """(R,) whether a row has an answer to learn."""
+        """(R,) whether a row has an answer to train on."""
         return np.concatenate([source.pick(source.rows.answered) for source in self.sources])
 
     @property
     def unread(self) -> np.ndarray:
-        """(R,) the place in `UNREAD_KEYS` of a key that is not read, -1 without one."""
+        """(R,) position in `UNREAD_KEYS` of a key that is not read, -1 without one."""
         return np.concatenate([source.pick(source.rows.unread) for source in self.sources])
 
     @property
@@ -145,8 +146,8 @@ class Mixture(Sequence[Row]):
         digest = hashlib.sha256()
         for source in self.sources:
             picks = b"" if source.picks is None else source.picks.tobytes()
-            pictures = source.pictures.fingerprint if source.pictures else ""
-            digest.update(f"{source.rows.sha256} {hashlib.sha256(picks).hexdigest()} {pictures}\n".encode())
+            images = source.images.fingerprint if source.images else ""
+            digest.update(f"{source.rows.sha256} {hashlib.sha256(picks).hexdigest()} {images}\n".encode())
         return digest.hexdigest()
 
     def unweighted(self) -> Mixture:
@@ -159,17 +160,17 @@ def open_rows(path: str | Path, cache: str | Path | None = None) -> Mixture:
 
     Args:
         path: a `.json` or `.jsonl` file, or a `.yaml` manifest of several.
-        cache: folder for indices, see `llava.train.index.open_index`.
+        cache: folder for indices, see `llava.train.derived_files`.
 
     Raises:
-        ValueError: another ending, a file that does not hold rows, or a manifest that is wrong or does not describe its files.
+        ValueError: an unknown file extension, a file that does not hold rows, or a manifest that is wrong or does not match its files.
     """
     path = Path(path)
     if path.suffix.lower() in MANIFESTS:
         return _open_manifest(path, cache)
     if path.suffix.lower() not in ROW_FILES:
         known = " or ".join(ROW_FILES), " or ".join(MANIFESTS)
-        raise ValueError(f"{path} ends in {path.suffix!r}, expected rows in {known[0]}, or a manifest in {known[1]}.")
+        raise ValueError(f"{path} ends in {path.suffix!r}, expected {known[0]} for rows, or {known[1]} for a manifest.")
     return Mixture([Source(path.name, open_index(path, cache))])
 
 
@@ -199,7 +200,7 @@ def _open_manifest(path: Path, cache: str | Path | None) -> Mixture:
         except ValueError as error:
             errors.append(str(error))
     if errors:
-        raise ValueError(f"{path} does not describe its files:\n- " + "\n- ".join(errors))
+        raise ValueError(f"{path} does not match its files:\n- " + "\n- ".join(errors))
     return Mixture(sources)
 
 
@@ -209,18 +210,18 @@ def _open_source(entry: dict[str, Any], folder: Path, seed: int, cache: str | Pa
     for key, found in (("count", len(rows)), ("sha256", rows.sha256)):
         if entry.get(key, found) != found:
             raise ValueError(f"source {name}: {rows.source} has {key} {found}, but the manifest expects {entry[key]}; get the right file.")
-    pictures = _open_places(entry["images"], folder, cache) if "images" in entry else None
+    images = _open_images(entry["images"], folder, cache) if "images" in entry else None
     weight = entry.get("weight", 1)
-    return Source(name, rows, pictures, weight, draw(weight, len(rows), seed, name))
+    return Source(name, rows, images, weight, draw(weight, len(rows), seed, name))
 
 
-def _open_places(images: str | list[str] | dict[str, Any], folder: Path, cache: str | Path | None) -> Pictures:
-    """Places as a manifest writes them: one, several in order, or by prefix."""
+def _open_images(images: str | list[str] | dict[str, Any], folder: Path, cache: str | Path | None) -> ImageSource:
+    """Image sources as a manifest writes them: one, several in order, or by prefix."""
     if isinstance(images, str):
-        return open_pictures(folder / images, cache)
+        return open_images(folder / images, cache)
     by_prefix = images if isinstance(images, dict) else {"": images}
     listed = {prefix: paths if isinstance(paths, list) else [paths] for prefix, paths in by_prefix.items()}
-    return map_pictures({prefix: [open_pictures(folder / path, cache) for path in paths] for prefix, paths in listed.items()})
+    return map_images({prefix: [open_images(folder / path, cache) for path in paths] for prefix, paths in listed.items()})
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -243,7 +244,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         errors += [f"source {number}: {error}" for error in _source_errors(entry)]
     names = [entry.get("name", entry.get("file")) for entry in manifest["sources"] if isinstance(entry, dict)]
     twice = sorted({str(name) for name in names if names.count(name) > 1})
-    errors += [f"two sources are called {name}; give one of them another name" for name in twice]
+    errors += [f"two sources are called {name}; rename one of them" for name in twice]
     if errors:
         raise ValueError(f"the manifest {path} is wrong:\n- " + "\n- ".join(errors))
     return manifest
@@ -259,13 +260,13 @@ def _source_errors(entry: Any) -> list[str]:
     weight = entry.get("weight", 1)
     if isinstance(weight, (int, float)) and not 0 < weight < 1000:
         errors.append(f"weight is {weight}, expected a number above 0 and below 1000")
-    return errors + _place_errors(entry.get("images", ""))
+    return errors + _image_errors(entry.get("images", ""))
 
 
-def _place_errors(images: Any) -> list[str]:
+def _image_errors(images: Any) -> list[str]:
     by_prefix = images if isinstance(images, dict) else {"": images}
-    places = [place if isinstance(place, list) else [place] for place in by_prefix.values()]
-    texts = [*by_prefix, *(path for paths in places for path in paths)]
-    if places and all(places) and all(isinstance(text, str) for text in texts):
+    listed = [paths if isinstance(paths, list) else [paths] for paths in by_prefix.values()]
+    texts = [*by_prefix, *(path for paths in listed for path in paths)]
+    if listed and all(listed) and all(isinstance(text, str) for text in texts):
         return []
-    return [f"images is {images!r}, expected a path, a list of paths, or a mapping from the start of a name to these"]
+    return [f"images is {images!r}, expected a path, a list of paths, or a mapping from a prefix of names to these"]

@@ -1,11 +1,11 @@
-"""What one batch teaches: from rows and pictures to the loss of a stage.
+"""The loss of each stage for one batch, from rows and images.
 
     views ── features (once) ──┬── every row at every granularity ── language model ── (B, G) answer losses ── mean
                                └── router ── logits ── ranked by the losses of every granularity
 
-Each stage is a function of the same arguments, and they share their parts. Vocabulary logits are made at supervised positions
+Each stage is a function of the same arguments, and they share their parts. Vocabulary logits are computed at supervised positions
 only. Every process of a distributed run makes the same calls of the same modules, whatever its rows hold: under ZeRO-3 each call
-collects weights from all processes. B rows, N images, G granularities, T supervised tokens.
+gathers weights from all processes. B rows, N images, G granularities, T supervised tokens.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.splice import SplicedRow
 from llava.train.features import FeatureCache
 from llava.train.losses import cost_adjusted, mean_over, rglf_losses, router_feedback, token_losses
-from llava.train.packing import NOBODY, pack
+from llava.train.packing import PADDING_OWNER, pack
 
 Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class RouterSettings:
-    """How the router is taught; see `llava.train.losses`.
+    """How the router is trained; see `llava.train.losses`.
 
     Attributes:
-        scores: rows -> ((B, G) answer losses, (B, G) visual tokens) known beforehand; `None` scores online.
+        scores: rows -> ((B, G) answer losses, (B, G) visual tokens) computed beforehand; `None` scores online.
     """
 
     margin: float = 1.0
@@ -45,12 +45,12 @@ class RouterSettings:
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What a batch taught.
+class StageLoss:
+    """The loss of one batch in a stage.
 
     Attributes:
         loss: scalar to differentiate.
-        metrics: name -> (sum, weight); the log shows sums over weights.
+        metrics: name -> (sum, weight); the log shows sum / weight over all batches since the last line.
     """
 
     loss: Tensor
@@ -59,12 +59,12 @@ class Lesson:
 
 @dataclass(frozen=True)
 class AnswerLosses:
-    """What the answers of a batch cost at every granularity.
+    """Cross-entropy of the answers of a batch at every granularity.
 
     Attributes:
         sums: (B, G) cross-entropy summed over the supervised tokens of each row.
         labels: (B,) supervised tokens of each row.
-        positions: positions that the language model read.
+        positions: positions that the language model processed.
         padding: how many of them were padding.
     """
 
@@ -75,18 +75,18 @@ class AnswerLosses:
 
 
 def image_features(model: Any, batch: Batch, cache: FeatureCache | None = None) -> list[Tensor]:
-    """Projected features of every picture of a batch, (C, P, D) each, from one pass of the vision tower.
+    """Projected features of every image of a batch, (C, P, D) each, from one pass of the vision tower.
 
-    A batch without a picture gives the features of one blank view, which no row refers to: the tower and the projector are then
-    called as often as elsewhere, and their gradients are zeros instead of absent.
+    A batch without images gives the features of one blank view, which no row refers to: the tower and the projector are then
+    called as often as in other processes, and their gradients are zero instead of missing.
 
-    With a cache, pictures are encoded one at a time, so that what is stored never depends on a picture's neighbours and a
+    With a cache, images are encoded one at a time, so that cached features never depend on the rest of the batch and a
     resumed run sees the same bits.
 
     Args:
         model: the multimodal language model.
         batch: from `Collator`.
-        cache: tower features by picture name; the tower must be frozen.
+        cache: tower features by image key; the tower must be frozen.
     """
     if not batch["images"]:
         side = model.config.vision_config["image_size"]
@@ -105,7 +105,7 @@ def _tower_features(model: Any, views: Tensor | None, key: str, size: tuple[int,
     tower = model.get_vision_tower()
     if key in cache:
         return cache.get(key).to(tower.device)
-    assert views is not None, f"picture {key} has neither views nor cached features"
+    assert views is not None, f"image {key} has neither views nor cached features"
     with torch.no_grad():
         features = tower(views.to(tower.device, tower.dtype))
     cache.put(key, features, size)
@@ -115,9 +115,9 @@ def _tower_features(model: Any, views: Tensor | None, key: str, size: tuple[int,
 def reads_in_one_pass(model: Any) -> bool:
     """Whether rows of all granularities go through the language model together.
 
-    They do where a kernel for sequences of unequal length makes that free, and where every pass has to collect the weights
-    (ZeRO-3). Elsewhere rows packed side by side need a mask as large as the square of their length, which costs more than it
-    saves; there every granularity is a pass of its own, of rows that are about equally long.
+    They do where an attention kernel for sequences of unequal length (flash attention) makes that free, and where every pass has to
+    gather the weights (ZeRO-3). Otherwise packed rows need a mask as large as the square of their length, which costs more than packing
+    saves, so each granularity is a pass of its own, over rows of about equal length.
     """
     return is_flash_attention_requested(config=model.config) or is_deepspeed_zero3_enabled()
 
@@ -125,10 +125,10 @@ def reads_in_one_pass(model: Any) -> bool:
 def answer_losses(model: Any, batch: Batch, features: Sequence[Tensor], levels: Sequence[int]) -> AnswerLosses:
     """Cross-entropy of every row's answer at some granularities.
 
-    A row without a picture is the same at every granularity and is read once, with the finest.
+    A row without images is the same at every granularity and is computed once, with the finest.
 
     Args:
-        features: tensors (C, P, D) from `image_features`, the batch's pictures first.
+        features: tensors (C, P, D) from `image_features`, the batch's images first.
         levels: visual tokens per view of G granularities.
     """
     blank = _blank(batch, features, model)
@@ -136,13 +136,13 @@ def answer_losses(model: Any, batch: Batch, features: Sequence[Tensor], levels: 
         batch["input_ids"], batch["attention_mask"], batch["labels"], features[: len(batch["images"])], batch["image_sizes"], levels
     )
     per_row, columns, finest = batch["images_per_row"], range(len(levels)), len(levels) - 1
-    read_at = [[row for row, pictures in enumerate(per_row) if pictures or column == finest] for column in columns]
+    read_at = [[row for row, images in enumerate(per_row) if images or column == finest] for column in columns]
     found = AnswerLosses(features[0].new_zeros(len(per_row) * len(levels), dtype=torch.float32), batch["labels"][:, 0], 0, 0)
     for together in [columns] if reads_in_one_pass(model) else [[column] for column in columns]:
         cells = [(row, column) for column in together for row in read_at[column]]
-        rows = [spliced[column][row] for row, column in cells] or [_almost_nothing(spliced[finest][0])]
+        rows = [spliced[column][row] for row, column in cells] or [_one_position(spliced[finest][0])]
         found = _read(model, rows, [row * len(levels) + column for row, column in cells], found, blank)
-    source = torch.tensor([list(columns) if pictures else [finest] * len(levels) for pictures in per_row], device=found.sums.device)
+    source = torch.tensor([list(columns) if images else [finest] * len(levels) for images in per_row], device=found.sums.device)
     sums = found.sums.view(len(per_row), len(levels)).gather(1, source)
     return AnswerLosses(sums, (batch["labels"] != IGNORE_INDEX).sum(dim=1), found.positions, found.padding)
 
@@ -150,9 +150,9 @@ def answer_losses(model: Any, batch: Batch, features: Sequence[Tensor], levels: 
 def _read(
     model: Any, rows: Sequence[SplicedRow], cells: Sequence[int], before: AnswerLosses, blank: Tensor | None
 ) -> AnswerLosses:
-    """One pass of the language model over some rows; their summed losses go to `cells` of what was found `before`.
+    """One pass of the language model over some rows; their summed losses are added to `cells` of the losses `before`.
 
-    `blank` is a zero to be added to the embeddings, or `None`.
+    `blank` is a zero to add to the embeddings, or `None`.
     """
     packed = pack(rows, one_row=is_flash_attention_requested(config=model.config))
     embeddings = packed.inputs_embeds if blank is None else packed.inputs_embeds + blank.to(packed.inputs_embeds.dtype)
@@ -162,15 +162,15 @@ def _read(
     line, column = torch.nonzero(packed.labels[:, 1:] != IGNORE_INDEX, as_tuple=True)
     losses = token_losses(model.lm_head(hidden[line, column]), packed.labels[line, column + 1])
     owners = packed.owners[line, column + 1]
-    # Where nothing is asked the sum is 0, but it still hangs on every weight: a backward pass goes through this pass too.
+    # Without supervised tokens the sum is 0 but still depends on every weight, so the backward pass goes through this pass too.
     sums = before.sums + 0.0 * losses.sum()
     sums = sums.index_add(0, torch.tensor(cells, dtype=torch.long, device=sums.device)[owners], losses)
-    padding = int((packed.owners == NOBODY).sum())
+    padding = int((packed.owners == PADDING_OWNER).sum())
     return AnswerLosses(sums, before.labels, before.positions + packed.owners.numel(), before.padding + padding)
 
 
-def _almost_nothing(row: SplicedRow) -> SplicedRow:
-    """The shortest row there is: one position, and nothing to learn."""
+def _one_position(row: SplicedRow) -> SplicedRow:
+    """The shortest possible row: one position, not supervised."""
     return SplicedRow(row.inputs_embeds[:1], torch.full_like(row.labels[:1], IGNORE_INDEX))
 
 
@@ -180,16 +180,16 @@ def granularities(model: Any) -> list[int]:
 
 
 def count_items(batch: Batch, loss_name: str) -> int:
-    """How many things the loss of a batch is a mean over: supervised tokens, or in stage 4 pictures of rows with an answer."""
+    """How many items the loss of a batch is a mean over: supervised tokens, or in stage 4 images of rows with an answer."""
     if loss_name == "rglf":
         answered = (batch["labels"] != IGNORE_INDEX).any(dim=1).tolist()
         return sum(images for images, answer in zip(batch["images_per_row"], answered, strict=True) if answer)
     return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
 
 
-def token_mean_lesson(
+def token_mean_loss(
     model: Any, batch: Batch, features: Sequence[Tensor], settings: RouterSettings, items: float | None = None
-) -> Lesson:
+) -> StageLoss:
     """Stages 1 and 2: the mean loss over the supervised tokens, at full granularity.
 
     Args:
@@ -197,13 +197,13 @@ def token_mean_lesson(
     """
     answers = answer_losses(model, batch, features, granularities(model)[-1:])
     items = count_items(batch, "token_mean") if items is None else items
-    return Lesson(mean_over(answers.sums.sum(), items), _padding_metrics(answers))
+    return StageLoss(mean_over(answers.sums.sum(), items), _padding_metrics(answers))
 
 
-def multi_granularity_lesson(
+def multi_granularity_loss(
     model: Any, batch: Batch, features: Sequence[Tensor], settings: RouterSettings, items: float | None = None
-) -> Lesson:
-    """Stage 3: the plain mean over the granularities of the token mean; arguments as in `token_mean_lesson`.
+) -> StageLoss:
+    """Stage 3: the plain mean over the granularities of the token mean; arguments as in `token_mean_loss`.
 
     The features, and the gradient into tower and projector, are shared by all granularities: one vision pass, one pass of the
     language model, one backward pass.
@@ -217,18 +217,18 @@ def multi_granularity_lesson(
         f"loss_{level}": (total.detach(), float(own)) for level, total in zip(levels, sums, strict=True)
     }
     loss = mean_over(sums.mean(), items)
-    return Lesson(loss, metrics | _padding_metrics(answers))
+    return StageLoss(loss, metrics | _padding_metrics(answers))
 
 
-def rglf_lesson(
+def rglf_loss(
     model: Any, batch: Batch, features: Sequence[Tensor], settings: RouterSettings, items: float | None = None
-) -> Lesson:
+) -> StageLoss:
     """Stage 4: the router learns to rank the granularities as the frozen language model's losses do.
 
-    Rows without a picture or without labels teach it nothing and are counted. All pictures of a row share its losses.
+    Rows without images or without labels are skipped and counted. All images of a row share its losses.
 
     Args:
-        items: pictures of rows with an answer in the whole step; this batch's own by default.
+        items: images of rows with an answer in the whole step; this batch's own by default.
     """
     per_row = batch["images_per_row"]
     row_of_image = torch.tensor([row for row, count in enumerate(per_row) for _ in range(count)], dtype=torch.long)
@@ -240,41 +240,41 @@ def rglf_lesson(
     own = logits[usable.to(logits.device)]
     losses, tokens = (table[row_of_image[usable].to(table.device)].to(own.device) for table in known)
     ranked = cost_adjusted(losses, tokens, settings.granularity_cost_weight)
-    taught = rglf_losses(own, ranked, settings.margin, settings.rank_loss_weight, settings.ce_loss_weight)
-    # The blank picture of a batch without one has logits too; they count nothing but keep the gradients there.
-    loss = mean_over(taught.total.sum(), len(own) if items is None else items) + 0.0 * logits.sum()
+    parts = rglf_losses(own, ranked, settings.margin, settings.rank_loss_weight, settings.ce_loss_weight)
+    # The blank view of a batch without images has logits too; they add nothing to the loss but keep its gradients defined.
+    loss = mean_over(parts.total.sum(), len(own) if items is None else items) + 0.0 * logits.sum()
     metrics = _router_metrics(granularities(model), own, ranked, losses, tokens)
     metrics["router_rows_skipped"] = (float(skipped), 1.0)
-    metrics["ranking_loss"] = (taught.ranking.sum(), float(len(own)))
-    metrics["cross_entropy"] = (taught.cross_entropy.sum(), float(len(own)))
-    return Lesson(loss, metrics)
+    metrics["ranking_loss"] = (parts.ranking.sum(), float(len(own)))
+    metrics["cross_entropy"] = (parts.cross_entropy.sum(), float(len(own)))
+    return StageLoss(loss, metrics)
 
 
 def _route(model: Any, batch: Batch, features: Sequence[Tensor]) -> Tensor:
-    """(N, G) logits; of a batch without a picture, of the blank one."""
+    """(N, G) logits; those of the blank view for a batch without images."""
     if batch["images"]:
         return model.route_logits(batch["input_ids"], batch["attention_mask"], batch["labels"], features)
     blank_prompt = torch.tensor([[batch["input_ids"][0, 0].item(), IMAGE_TOKEN_INDEX]], device=features[0].device)
     return model.route_logits(blank_prompt, None, None, features)
 
 
-LESSONS: dict[str, Callable[..., Lesson]] = {
-    "token_mean": token_mean_lesson,
-    "multi_granularity": multi_granularity_lesson,
-    "rglf": rglf_lesson,
+STAGE_LOSSES: dict[str, Callable[..., StageLoss]] = {
+    "token_mean": token_mean_loss,
+    "multi_granularity": multi_granularity_loss,
+    "rglf": rglf_loss,
 }
-"""Loss name of a stage -> how its batches are taught."""
+"""Loss name of a stage (`Stage.loss`) -> the function that computes it."""
 
 
 @torch.no_grad()
 def score_rows(model: Any, batch: Batch, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """What the answers of a batch cost at every granularity; dropout is off.
+    """Answer losses and visual tokens of a batch at every granularity; dropout is off.
 
-    Each row's losses are summed and divided by its labels. As in the published code these are counted before the one-step shift,
+    Each row's losses are summed and divided by its labels. As in the published code, labels are counted before the one-step shift,
     which differs from the number of predicted tokens only where a row's very first token is supervised.
 
     Returns:
-        (B, G) answer losses, nan for rows without labels, and (B, G) visual tokens of each row's pictures together.
+        (B, G) answer losses, nan for rows without labels, and (B, G) visual tokens of all images of each row.
     """
     detached = [image.detach() for image in features]
     with evaluating(model):
@@ -283,7 +283,7 @@ def score_rows(model: Any, batch: Batch, features: Sequence[Tensor]) -> tuple[Te
 
 
 def visual_token_counts(model: Any, batch: Batch, features: Sequence[Tensor]) -> Tensor:
-    """(B, G) visual tokens of each row's pictures together, newlines included."""
+    """(B, G) visual tokens of all images of each row, newlines included."""
     levels = granularities(model)
     costs = [
         [model.num_visual_tokens(size, level, len(views)) for level in levels]
@@ -299,10 +299,10 @@ def visual_token_counts(model: Any, batch: Batch, features: Sequence[Tensor]) ->
 
 
 def _blank(batch: Batch, features: Sequence[Tensor], model: Any) -> Tensor | None:
-    """For a batch without a picture a zero that hangs on the newline vector and on whatever made the features; otherwise `None`.
+    """For a batch without images, a zero that depends on the newline vector and on the modules behind the features; otherwise `None`.
 
-    Called before the rows are spliced and added to their embeddings: under ZeRO-3 the newline vector is then collected at the same
-    moment by every process, and its gradient and those of projector and tower arrive in the order that pictures cause elsewhere.
+    It is computed before the rows are spliced, then added to their embeddings: under ZeRO-3 every process gathers the newline vector at
+    the same moment, and its gradient and those of projector and tower arrive in the same order as in processes with images.
     """
     newline = getattr(model.model, "image_newline", None)
     if batch["images"]:

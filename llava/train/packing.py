@@ -1,8 +1,8 @@
-"""Sequences of unequal length side by side in few rows, so that little of a pass is spent on padding.
+"""Packs sequences of unequal length into few rows, so that little of a pass is spent on padding.
 
-Positions start again at 0 where a sequence starts. Given such positions and no mask, transformers keeps the sequences of a row
-from seeing each other, whatever the attention kernel ("packed sequences" in `transformers.masking_utils`). Where every row holds
-one sequence, positions run on through the padding behind it: nothing sees what comes later, so no mask is needed at all.
+Positions restart at 0 with each sequence. Given such positions and no mask, transformers keeps the sequences of a row from attending to
+each other, whatever the attention kernel ("packed sequences" in `transformers.masking_utils`). Where every row holds one sequence,
+positions continue through the padding behind it: attention is causal, so no mask is needed at all.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from llava.constants import IGNORE_INDEX
 from llava.model.splice import SplicedRow
 
-NOBODY = -1
-"""Owner of a position that is padding."""
+PADDING_OWNER = -1
+"""Owner of a padding position."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class PackedRows:
 
     Attributes:
         inputs_embeds: (R, L, D); padding is zeros.
-        position_ids: (R, L), from 0 in every sequence; padding behind several sequences counts as one more.
-        labels: (R, L), `IGNORE_INDEX` on padding and on the first position of every sequence, which nothing predicts.
-        owners: (R, L), number of the sequence, `NOBODY` on padding.
+        position_ids: (R, L), from 0 in every sequence; padding behind several sequences counts as another sequence.
+        labels: (R, L), `IGNORE_INDEX` on padding and on the first position of every sequence, which no position predicts.
+        owners: (R, L), number of the sequence, `PADDING_OWNER` on padding.
     """
 
     inputs_embeds: Tensor
@@ -39,11 +39,11 @@ class PackedRows:
     @property
     def padding_share(self) -> float:
         """Share of the positions that are padding."""
-        return float((self.owners == NOBODY).float().mean())
+        return float((self.owners == PADDING_OWNER).float().mean())
 
 
 def fill_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Deal sequences to rows: longest first, each to the first row with room (first-fit decreasing).
+    """Assign sequences to rows: longest first, each to the first row with enough space (first-fit decreasing).
 
     Args:
         lengths: of the sequences, none longer than `capacity`.
@@ -66,12 +66,12 @@ def fill_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack(sequences: Sequence[SplicedRow], one_row: bool = False) -> PackedRows:
-    """Put sequences into rows as long as the longest of them.
+    """Pack sequences into rows as long as the longest of them.
 
     Args:
         sequences: at least one.
-        one_row: all in a single row: what kernels for sequences of unequal length (flash attention) want, while a kernel with a
-            mask would spend the square of the whole length.
+        one_row: all in a single row, as kernels for sequences of unequal length (flash attention) take them; a kernel with a mask
+            would cost the square of the whole length.
     """
     lengths = [sequence.length for sequence in sequences]
     rows = [list(range(len(sequences)))] if one_row else fill_rows(lengths, max(lengths))
@@ -91,12 +91,12 @@ def pack(sequences: Sequence[SplicedRow], one_row: bool = False) -> PackedRows:
         inputs_embeds=padded.view(len(rows), width, -1),
         position_ids=_padding_positions(rows, lengths, width, device).index_copy(0, places, within).view(len(rows), width),
         labels=labels.new_full((size,), IGNORE_INDEX).index_copy(0, places, labels).view(len(rows), width),
-        owners=owner.new_full((size,), NOBODY).index_copy(0, places, owner).view(len(rows), width),
+        owners=owner.new_full((size,), PADDING_OWNER).index_copy(0, places, owner).view(len(rows), width),
     )
 
 
 def _padding_positions(rows: Sequence[Sequence[int]], lengths: Sequence[int], width: int, device: torch.device) -> Tensor:
-    """Positions (R * L,) that start at 0 where each row's padding starts, or run on; the rest is overwritten."""
+    """Positions (R * L,) that restart at 0 where each row's padding starts, or continue; the others are overwritten."""
     if len(rows) == len(lengths):
         return torch.arange(width, device=device).repeat(len(rows))
     ends = torch.tensor([sum(lengths[index] for index in row) for row in rows], device=device)

@@ -1,7 +1,7 @@
-"""Orders in which rows are read: batches of like length, and of one modality.
+"""Orders in which rows are read: batches of similar length, and of one modality.
 
-Rows of a batch that are about equally long waste little padding, and a batch that holds only pictures or only text
-keeps the ranks of a distributed run busy for about the same time. The orders equal those of LLaVA-1.5's trainer
+Rows of about equal length waste little padding, and batches that hold either only rows with images or only text keep the ranks of a
+distributed run busy for about the same time. The orders equal those of LLaVA-1.5's trainer
 (`haotian-liu/LLaVA:llava/train/llava_trainer.py`), seed for seed; this module knows lengths and nothing of data.
 """
 
@@ -60,12 +60,12 @@ def modality_length_grouped_indices(
     generator: torch.Generator | None = None,
     inner_generator: torch.Generator | None = None,
 ) -> list[int]:
-    """A random order of groups that hold only rows with pictures or only rows without.
+    """A random order of groups that hold either only rows with images or only rows without.
 
-    The last group of each kind is set aside, whether full or not; they come last, together, sorted by index.
+    The last group of each kind, full or not, is set aside; their rows come last, sorted by index.
 
     Args:
-        lengths: positive for a row with a picture, negative for a text-only one, never 0.
+        lengths: positive for a row with an image, negative for a text-only one, never 0.
         batch_size: rows per batch of one rank.
         world_size: batches that are taken at the same time.
         generator: shuffles the groups.
@@ -81,8 +81,8 @@ def modality_length_grouped_indices(
         return length_grouped_indices(lengths, batch_size, world_size, generator)
     groups: list[list[int]] = []
     left_over: list[int] = []
-    for keep_pictures in (True, False):
-        rows = [index for index, length in enumerate(lengths) if (length > 0) is keep_pictures]
+    for with_images in (True, False):
+        rows = [index for index, length in enumerate(lengths) if (length > 0) is with_images]
         inner = length_grouped_indices([abs(lengths[row]) for row in rows], batch_size, world_size, inner_generator)
         kind = _slices([rows[position] for position in inner], batch_size * world_size)
         groups += kind[:-1]
@@ -97,14 +97,14 @@ def _slices(items: Sequence[int], size: int) -> list[list[int]]:
 
 
 class GroupedSampler(Sampler[int]):
-    """Grouped order that depends on the seed and the epoch alone, so that a resumed run finds its place again.
+    """Grouped order that depends on the seed and the epoch alone, so that a resumed run continues in the same order.
 
     Args:
         lengths: length of every row; signed by modality when `by_modality`.
         batch_size: rows per batch of one rank.
         world_size: batches that are taken at the same time (ranks times accumulated steps).
         seed: seed of the run.
-        by_modality: keep rows with and without pictures apart.
+        by_modality: keep rows with and without images apart.
     """
 
     def __init__(

@@ -4,8 +4,8 @@
         --output_file scores.parquet
 
 The language model is frozen in stage 4, so these losses are constants; with `--granularity_scores scores.parquet` the
-router then trains without the language model. Rows about one picture are scored together and the picture is encoded once.
-Finished parts lie in `scores.parquet.parts/`, and a run that was stopped goes on after them. The file says which weights,
+router then trains without the language model. Rows about one image are scored together and the image is encoded once.
+Finished parts are kept in `scores.parquet.parts/`, and an interrupted pass resumes after them. The file records which weights,
 rows and settings it belongs to, and the trainer refuses it for others.
 """
 
@@ -19,14 +19,14 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import filelock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -34,21 +34,20 @@ from llava.conversation import conv_templates
 from llava.durable import held_alone, room_for, whole_file
 from llava.interrupts import keeping, run_program
 from llava.log import setup_logging
-from llava.train.dataset import Collator, ConversationDataset, check_rows, row_columns
+from llava.model.builder import load_pretrained_model
+from llava.train.arguments import DataArguments, ModelArguments
+from llava.train.dataset import Collator, ConversationDataset, check_rows, make_dataset, row_columns
 from llava.train.features import FeatureCache
-from llava.train.index import Row
 from llava.train.mixture import Mixture
 from llava.train.objectives import granularities, image_features, score_rows
+from llava.train.rows import Row
 from llava.train.stages import part_of
 from llava.utils import pick_device
-
-if TYPE_CHECKING:
-    from torch import nn
 
 logger = logging.getLogger(__name__)
 
 FEATURES_KEPT = 2**30
-"""Bytes of features that scoring keeps before it forgets them."""
+"""Bytes of cached features above which scoring drops the cache."""
 SCHEMA_VERSION = "2"
 SCHEMA = pa.schema(
     [
@@ -84,7 +83,7 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def data_fingerprint(dataset: ConversationDataset) -> str:
-    """A digest of the rows and of everything that decides how one is read; checksums come from the index, no file is read.
+    """A digest of the rows and of everything that decides how one is read. Checksums come from the index; no file is read.
 
     Raises:
         ValueError: rows that do not come from files.
@@ -93,7 +92,7 @@ def data_fingerprint(dataset: ConversationDataset) -> str:
         raise ValueError(f"scores belong to files of rows, but the rows are a {type(dataset.rows).__name__}; use open_rows.")
     reader = dataset.reader
     config = reader.model_config
-    digest = hashlib.sha256(f"{dataset.rows.fingerprint} {reader.pictures.fingerprint}".encode())
+    digest = hashlib.sha256(f"{dataset.rows.fingerprint} {reader.images.fingerprint}".encode())
     settings = {
         "template": asdict(reader.template, dict_factory=lambda items: {key: str(value) for key, value in items}),
         "image_aspect_ratio": config.image_aspect_ratio,
@@ -133,7 +132,7 @@ class GranularityScores:
         different = _differences(table.schema, _metadata(model_digest, data_digest, levels))
         if different:
             raise ValueError(
-                f"the scores in {path} are of another {' and '.join(different)} than this run's; score again with "
+                f"the scores in {path} are for another {' and '.join(different)} than this run's; score again with "
                 "python -m llava.train.score_granularities."
             )
         rows = torch.tensor(table["row"].to_pylist())
@@ -159,8 +158,8 @@ def _metadata(model_digest: str, data_digest: str, levels: Sequence[int]) -> dic
 
 
 def parts_of_rows(rows: Sequence[Row], part_size: int) -> list[list[int]]:
-    """Row numbers in the order they are scored: rows about one picture together, in parts of at least `part_size`."""
-    groups = row_columns(rows).picture_groups
+    """Row numbers in the order they are scored: rows about one image together, in parts of at least `part_size`."""
+    groups = row_columns(rows).image_groups
     order = np.argsort(groups, kind="stable")
     parts: list[list[int]] = [[]]
     last = -1
@@ -176,12 +175,12 @@ def parts_of_rows(rows: Sequence[Row], part_size: int) -> list[list[int]]:
 def score_part(
     model: Any, dataset: ConversationDataset, rows: Sequence[int], batch_size: int, collator: Collator
 ) -> pa.Table:
-    """Score some rows; every picture among them is encoded once."""
+    """Score some rows; every image among them is encoded once."""
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     device = next(model.parameters()).device
     cache = FeatureCache(limit_bytes=2**62)
     for start in range(0, len(rows), batch_size):
-        if cache.used_bytes > FEATURES_KEPT:  # rows about one picture follow each other, so old features are of no more use
+        if cache.used_bytes > FEATURES_KEPT:  # rows about one image follow each other, so older features are not needed again
             cache = FeatureCache(limit_bytes=2**62)
         batch = collator([dataset[index] for index in rows[start : start + batch_size]])
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
@@ -200,29 +199,29 @@ class ScoreArguments:
     model_name_or_path: str = field(metadata={"help": "The checkpoint whose answers are scored."})
     data_path: str = field(metadata={"help": "LLaVA's JSON or JSONL, or a mixture manifest (YAML)."})
     output_file: str = field(metadata={"help": "Parquet file to write."})
-    image_folder: str | None = field(default=None, metadata={"help": "Folder, zip or tar that picture names are relative to."})
+    image_folder: str | None = field(default=None, metadata={"help": "Folder, zip or tar that image names are relative to."})
     index_cache: str | None = field(default=None, metadata={"help": "Folder for the index; beside the data by default."})
     version: str | None = field(default=None, metadata={"help": "Conversation template; the checkpoint's by default."})
-    vis_token_granularity: str | None = field(default=None, metadata={"help": "Levels; the checkpoint's by default."})
+    vis_token_granularity: str | None = field(default=None, metadata={"help": "Granularities; the checkpoint's by default."})
     batch_size: int = field(default=8, metadata={"help": "Rows per pass of the language model."})
-    part_rows: int = field(default=512, metadata={"help": "Rows per part; a stopped run repeats at most one part."})
-    device: str | None = field(default=None, metadata={"help": "cuda, mps or cpu; the best there is by default."})
+    part_rows: int = field(default=512, metadata={"help": "Rows per part; an interrupted pass repeats at most one part."})
+    device: str | None = field(default=None, metadata={"help": "cuda, mps or cpu; by default the best that is available."})
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})
 
 
 def score(args: ScoreArguments) -> Path:
     """Score every row of a data set and write one file.
 
-    Parts are dealt to the processes of a distributed run by `RANK` and `WORLD_SIZE`; whichever is done last joins them. A file that
-    already belongs to this model and these rows is left as it is.
+    Parts are distributed over the processes of a run by `RANK` and `WORLD_SIZE`; the process that finishes last joins them. A file
+    that already belongs to this model and these rows is left as it is.
 
     Returns:
         The file written.
 
     Raises:
-        ValueError: a model with one granularity only; another process at the same work; or scores in the way that are damaged or of
-            another model or other data.
-        NoSpaceError: there is no room; finished parts stay.
+        ValueError: a model with one granularity only; another process that writes the same scores; or existing scores that are
+            damaged or belong to another model or other data.
+        NoSpaceError: the disk is full; finished parts stay.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     output = Path(args.output_file)
@@ -242,7 +241,7 @@ def score(args: ScoreArguments) -> Path:
         for file, rows in tqdm(own, desc="scoring", unit="part"):
             if _is_done(file, metadata):
                 continue
-            if _is_done(output, metadata):  # another process joined the parts meanwhile
+            if _is_done(output, metadata):  # another process has joined the parts
                 break
             table = score_part(model, dataset, rows, args.batch_size, collator)
             _write(table.replace_schema_metadata(metadata), file)
@@ -252,16 +251,14 @@ def score(args: ScoreArguments) -> Path:
 
 
 def _kept(folder: Path) -> str:
-    """What an interrupted pass leaves, without a full stop."""
+    """What an interrupted pass leaves behind, without a full stop."""
     count = len(list(folder.glob("part-*.parquet")))
-    return f"{count} finished parts are kept in {folder}; the same command goes on after them" if count else "no part was finished yet"
+    if not count:
+        return "no part was finished"
+    return f"{count} finished {'part is' if count == 1 else 'parts are'} kept in {folder}; the same command resumes from there"
 
 
 def _prepare(args: ScoreArguments) -> tuple[Any, ConversationDataset, Collator]:
-    from llava.model.builder import load_pretrained_model
-    from llava.train.arguments import DataArguments, ModelArguments
-    from llava.train.train import make_dataset
-
     device = args.device or pick_device()
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
@@ -284,10 +281,10 @@ def _prepare(args: ScoreArguments) -> tuple[Any, ConversationDataset, Collator]:
 
 
 def _is_done(file: Path, metadata: dict[str, str]) -> bool:
-    """Whether a file is there and belongs to this model and these rows.
+    """Whether a file exists and belongs to this model and these rows.
 
     Raises:
-        ValueError: it is damaged, or belongs to others; neither is replaced unasked.
+        ValueError: it is damaged, or belongs to others; neither is overwritten.
     """
     try:
         schema = pq.read_schema(file)
@@ -298,7 +295,7 @@ def _is_done(file: Path, metadata: dict[str, str]) -> bool:
     different = _differences(schema, metadata)
     if different:
         raise ValueError(
-            f"{file} holds the scores of another {' and '.join(different)} than this run's; delete it, or choose another --output_file."
+            f"{file} holds scores for another {' and '.join(different)} than this run's; delete it, or choose another --output_file."
         )
     return True
 
@@ -324,10 +321,10 @@ def _read(file: Path) -> pa.Table:
 
 
 def _damaged(file: Path, error: Exception) -> Exception:
-    """What to raise for an error of Arrow's while it reads a file: the system's own, such as a lack of permission, as it is."""
+    """What to raise for an error of Arrow's while it reads a file; an error of the system, such as a lack of permission, is kept."""
     if isinstance(error, OSError) and error.errno is not None:
         return error
-    return ValueError(f"{file} is damaged, or no file of scores; delete it, then run python -m llava.train.score_granularities again.")
+    return ValueError(f"{file} is damaged, or not a file of scores; delete it, then run python -m llava.train.score_granularities again.")
 
 
 def _write(table: pa.Table, file: Path) -> None:
@@ -336,7 +333,7 @@ def _write(table: pa.Table, file: Path) -> None:
 
 
 def _join(folder: Path, files: Sequence[Path], metadata: dict[str, str], output: Path) -> None:
-    """Make one file of the parts, unless some are missing or another process was faster."""
+    """Join the parts into one file, unless some are missing or another process was faster."""
     if not folder.is_dir():
         return
     missing = sum(not _is_done(file, metadata) for file in files)
@@ -350,7 +347,7 @@ def _join(folder: Path, files: Sequence[Path], metadata: dict[str, str], output:
 
 
 def main() -> None:
-    """The command line: one sentence per error, one line after Ctrl-C, and a status that tells."""
+    """The command line: one sentence per error, one line after Ctrl-C, and an exit status."""
     raise SystemExit(run_program(_run))
 
 

@@ -1,7 +1,7 @@
-"""Where pictures come from: a folder, a zip or tar shard, or several of these under prefixes.
+"""Where images come from: a folder, a zip or tar shard, or several of these under prefixes.
 
-Nothing is extracted to disk. What lies where in a shard is read once into an index that all processes map into memory; a
-picture is then one read at an offset. Its size is checked before it is read, and `llava.images` checks the rest.
+Nothing is extracted to disk. The members of a shard are listed once in an index that all processes map into memory; loading an image is
+then one read at an offset. Its size is checked before it is read, and `llava.images` checks the rest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pyarrow as pa
 from PIL import Image
 
 from llava.images import MAX_BYTES, ImageError, load_image
-from llava.train.index import derived_file, read_arrow, write_arrow
+from llava.train.derived_files import derived_file, read_arrow, write_arrow
 
 SHARD_SCHEMA = pa.schema(
     [
@@ -37,40 +37,40 @@ SHARD_SCHEMA = pa.schema(
 """Members sorted by name: where each starts, its bytes there, its bytes unpacked, and how it is packed."""
 
 RAW = -1
-"""Method of a tar's members: the picture itself is at the offset. A zip has a header there, and its own methods 0 and 8."""
+"""Method of a tar's members: the image itself is at the offset. A zip has a header there, and its own methods 0 and 8."""
 _ZIP_HEADER = struct.Struct("<4s22xHH")
 _ZIP_MAGIC = b"PK\x03\x04"
 
 
-class MissingPictureError(ImageError):
-    """There is no picture of this name."""
+class MissingImageError(ImageError):
+    """There is no image of this name."""
 
 
-class Pictures(Protocol):
-    """A place that pictures are loaded from by name."""
+class ImageSource(Protocol):
+    """A place that images are loaded from by name."""
 
     @property
     def fingerprint(self) -> str:
-        """What the pictures are, as far as that is known without reading them."""
+        """A digest of the images, as far as they are known without reading them; part of the fingerprint of the data."""
 
     def key(self, name: str) -> str:
-        """A name that no other place uses."""
+        """A name that is unique among all sources."""
 
     def has(self, name: str) -> bool:
-        """Whether there is such a picture."""
+        """Whether there is such an image."""
 
     def load(self, name: str) -> Image.Image:
-        """The picture as RGB.
+        """The image as RGB.
 
         Raises:
-            MissingPictureError: there is none of this name.
+            MissingImageError: there is none of this name.
             ImageError: it is broken, or too large.
         """
 
 
 @dataclass(frozen=True)
-class PictureFolder:
-    """Pictures as files.
+class ImageFolder:
+    """Images as files.
 
     Attributes:
         path: what their names are relative to.
@@ -80,7 +80,7 @@ class PictureFolder:
 
     @property
     def fingerprint(self) -> str:
-        """Nothing: the files of a folder are not looked at."""
+        """Empty: the files of a folder are not looked at."""
         return ""
 
     def key(self, name: str) -> str:
@@ -92,13 +92,13 @@ class PictureFolder:
         return (self.path / name).is_file()
 
     def load(self, name: str) -> Image.Image:
-        """See `Pictures.load`."""
+        """See `ImageSource.load`."""
         try:
             return load_image(self.path / name)
         except ImageError as error:
             if self.has(name):
-                raise ImageError(f"picture {name!r}: {error}") from error
-            raise MissingPictureError(str(error)) from error
+                raise ImageError(f"image {name!r}: {error}") from error
+            raise MissingImageError(str(error)) from error
 
 
 class _Member(NamedTuple):
@@ -110,15 +110,15 @@ class _Member(NamedTuple):
     crc: int
 
 
-class PictureShard:
-    """Pictures in a zip or an uncompressed tar. Every process opens the file for itself when it first reads from it.
+class ImageShard:
+    """Images in a zip or an uncompressed tar. Every process opens the file for itself when it first reads from it.
 
     Args:
         path: the shard.
-        cache: folder for its index, see `llava.train.index.open_index`.
+        cache: folder for its index, see `llava.train.derived_files`.
 
     Raises:
-        ValueError: not a zip or tar that can be read at any place.
+        ValueError: not a zip or tar that allows random access.
     """
 
     def __init__(self, path: Path, cache: str | Path | None = None) -> None:
@@ -131,7 +131,7 @@ class PictureShard:
         self._process = -1
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PictureShard, (self.path, self._index.parent)
+        return ImageShard, (self.path, self._index.parent)
 
     def key(self, name: str) -> str:
         """The shard's path and the name."""
@@ -142,16 +142,16 @@ class PictureShard:
         return self._find(name) is not None
 
     def load(self, name: str) -> Image.Image:
-        """See `Pictures.load`."""
+        """See `ImageSource.load`."""
         member = self._find(name)
         if member is None:
-            raise MissingPictureError(f"there is no picture {name!r} in {self.path}: check the names, or which shard is meant")
+            raise MissingImageError(f"there is no image {name!r} in {self.path}: check the names and the shard")
         if max(member.size, member.stored) > MAX_BYTES:
-            raise ImageError(f"picture {name!r} in {self.path} has {member.size:,} bytes, expected at most {MAX_BYTES:,}: scale it down")
+            raise ImageError(f"image {name!r} in {self.path} has {member.size:,} bytes, expected at most {MAX_BYTES:,}: scale it down")
         try:
             return load_image(self._read(member))
         except ImageError as error:
-            raise ImageError(f"picture {name!r} in {self.path}: {error}") from error
+            raise ImageError(f"image {name!r} in {self.path}: {error}") from error
 
     def _find(self, name: str) -> _Member | None:
         place = bisect.bisect_left(range(len(self._names)), name, key=lambda index: self._names[index].as_py())
@@ -168,7 +168,7 @@ class PictureShard:
         else:
             header = os.pread(file, 30, offset)
             if len(header) < 30 or not header.startswith(_ZIP_MAGIC):
-                raise ImageError("the shard is broken or was changed: write it again")
+                raise ImageError("the shard is broken or was modified: write it again")
             _, name_length, extra_length = _ZIP_HEADER.unpack(header)
             data = os.pread(file, member.stored, offset + 30 + name_length + extra_length)
         if len(data) < member.stored:
@@ -181,85 +181,85 @@ def _unpacked(data: bytes, member: _Member) -> bytes:
         if member.method == zipfile.ZIP_DEFLATED:
             data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, member.size + 1)
     except zlib.error as error:
-        raise ImageError("the packed bytes are broken: write the shard again") from error
+        raise ImageError("the compressed bytes are broken: write the shard again") from error
     if len(data) != member.size or zlib.crc32(data) != member.crc:
         raise ImageError("the bytes do not have the size and checksum that the shard states: write it again")
     return data
 
 
 @dataclass(frozen=True)
-class PictureMap:
-    """Several places, chosen by how a name starts.
+class ImageMap:
+    """Several sources, chosen by the prefix of a name.
 
     Attributes:
-        places: (prefix, places) with the longest prefix first; the prefix is taken off before the places are asked in order.
+        sources: (prefix, sources) with the longest prefix first; the prefix is removed before the sources are asked in order.
     """
 
-    places: tuple[tuple[str, tuple[Pictures, ...]], ...]
+    sources: tuple[tuple[str, tuple[ImageSource, ...]], ...]
 
     @property
     def fingerprint(self) -> str:
-        """Prefixes and what is behind them."""
-        return ";".join(f"{prefix}={','.join(place.fingerprint for place in places)}" for prefix, places in self.places)
+        """Prefixes and the fingerprints of their sources."""
+        return ";".join(f"{prefix}={','.join(source.fingerprint for source in sources)}" for prefix, sources in self.sources)
 
     def key(self, name: str) -> str:
-        """The key at the place that has the picture."""
-        place, rest = self._choose(name)
-        return place.key(rest)
+        """The key at the source that has the image."""
+        source, rest = self._choose(name)
+        return source.key(rest)
 
     def has(self, name: str) -> bool:
-        """Whether one of the places has it."""
+        """Whether one of the sources has it."""
         try:
-            place, rest = self._choose(name)
-        except MissingPictureError:
+            source, rest = self._choose(name)
+        except MissingImageError:
             return False
-        return place.has(rest)
+        return source.has(rest)
 
     def load(self, name: str) -> Image.Image:
-        """See `Pictures.load`."""
-        place, rest = self._choose(name)
-        return place.load(rest)
+        """See `ImageSource.load`."""
+        source, rest = self._choose(name)
+        return source.load(rest)
 
-    def _choose(self, name: str) -> tuple[Pictures, str]:
-        for prefix, places in self.places:
+    def _choose(self, name: str) -> tuple[ImageSource, str]:
+        for prefix, sources in self.sources:
             if name.startswith(prefix):
                 rest = name[len(prefix) :]
-                return next((place for place in places[:-1] if place.has(rest)), places[-1]), rest
-        raise MissingPictureError(
-            f"picture {name!r} starts with none of {', '.join(repr(prefix) for prefix, _ in self.places)}: add its place to the manifest"
+                return next((source for source in sources[:-1] if source.has(rest)), sources[-1]), rest
+        raise MissingImageError(
+            f"image {name!r} starts with none of {', '.join(repr(prefix) for prefix, _ in self.sources)}: add its prefix to the manifest"
         )
 
 
-def open_pictures(path: str | Path, cache: str | Path | None = None) -> Pictures:
-    """A folder or shard of pictures.
+def open_images(path: str | Path, cache: str | Path | None = None) -> ImageSource:
+    """A folder or shard of images.
 
     Raises:
         ValueError: there is neither at the path.
     """
     path = Path(path)
     if path.is_dir():
-        return PictureFolder(path)
+        return ImageFolder(path)
     if not path.exists():
-        raise ValueError(f"there is no folder or shard of pictures at {path}; check the path.")
-    return PictureShard(path, cache)
+        raise ValueError(f"there is no folder or shard of images at {path}; check the path.")
+    return ImageShard(path, cache)
 
 
-def map_pictures(places: Mapping[str, Sequence[Pictures]]) -> PictureMap:
-    """Places by prefix; the longest prefix that fits a name decides."""
-    return PictureMap(tuple((prefix, tuple(places[prefix])) for prefix in sorted(places, key=len, reverse=True)))
+def map_images(sources: Mapping[str, Sequence[ImageSource]]) -> ImageMap:
+    """Sources by prefix; the longest prefix that fits a name decides."""
+    return ImageMap(tuple((prefix, tuple(sources[prefix])) for prefix in sorted(sources, key=len, reverse=True)))
 
 
 def build_shard_index(shard: Path, target: Path) -> None:
     """Write the index of a shard.
 
     Raises:
-        ValueError: not a zip or an uncompressed tar, or one with encrypted or unusually packed members.
+        ValueError: not a zip or an uncompressed tar, or one with encrypted members or an unsupported compression.
     """
     try:
         members = {member.name.removeprefix("./"): member for member in _members(shard)}
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
         raise ValueError(
-            f"{shard} cannot be read as a zip or an uncompressed tar ({error}); pack the pictures anew, without compressing the tar."
+            f"{shard} cannot be read as a zip or an uncompressed tar ({error}); pack the images again, without compressing the tar."
         ) from error
     names = sorted(members)
     digest = hashlib.sha256()
@@ -291,7 +291,7 @@ def _zip_members(shard: Path) -> Iterator[_Member]:
                 continue
             if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(
-                    f"{entry.filename!r} in {shard} is encrypted or packed by method {entry.compress_type}, expected stored or deflated; "
-                    "pack the pictures anew."
+                    f"{entry.filename!r} in {shard} is encrypted or compressed by method {entry.compress_type}, expected stored or "
+                    "deflated; pack the images again."
                 )
             yield _Member(entry.filename, entry.header_offset, entry.compress_size, entry.file_size, entry.compress_type, entry.CRC)

@@ -1,9 +1,9 @@
-"""Ids and labels of a conversation, written together, turn by turn.
+"""Ids and labels of a conversation, built together, turn by turn.
 
-What is learnt is what the model would have to say: the text by which a closed prompt is longer than the open prompt that
-generation starts from. Both come from the conversation template itself, so every template works, an answer may hold
-anything (a role tag, a separator, `<unk>`), and no text is split again to find out who said what. The predecessor did
-split, and dropped all labels of rows where its count was off.
+Supervised is what the model would have to generate: the text by which the prompt with an answer is longer than the prompt that generation
+starts from. Both come from the conversation template itself, so every template works, an answer may hold anything (a role tag, a
+separator, `<unk>`), and no text is split again to recover the speakers. The published code does split, and drops all labels of rows where
+its count is off.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Targets:
     """One row for the language model.
 
     Attributes:
-        input_ids: token ids, `IMAGE_TOKEN_INDEX` where a picture goes.
-        labels: the id where it is learnt, `IGNORE_INDEX` elsewhere.
+        input_ids: token ids, `IMAGE_TOKEN_INDEX` where an image goes.
+        labels: the id where it is supervised, `IGNORE_INDEX` elsewhere.
     """
 
     input_ids: list[int]
@@ -41,58 +41,58 @@ class Targets:
 
     @property
     def num_supervised(self) -> int:
-        """How many tokens are learnt."""
+        """How many tokens are supervised."""
         return sum(label != IGNORE_INDEX for label in self.labels)
 
     @property
     def num_images(self) -> int:
-        """How many pictures the row asks for."""
+        """How many images the row has."""
         return self.input_ids.count(IMAGE_TOKEN_INDEX)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of the prompt that is either given to the model or learnt by it."""
+    """A part of the prompt that is either given to the model or supervised."""
 
     spans: tuple[Span, ...]
     supervised: bool
 
     @property
     def text(self) -> str:
-        """As it stands in the prompt."""
+        """The text as it is in the prompt."""
         return "".join(span.text for span in self.spans)
 
 
 def place_images(
     turns: Sequence[dict[str, str]], num_images: int, version: str = "", use_start_end: bool = False
 ) -> list[dict[str, str]]:
-    """Put the placeholders of a row where training expects them.
+    """Move the placeholders of a row to where training expects them.
 
-    A single image goes in front of its turn, on a line of its own, as in LLaVA; several do where they stand together behind the words
-    (`llava.messages.images_first`), and keep their places otherwise.
+    A single image goes in front of its turn, on a line of its own, as in LLaVA. So do several that stand together behind the text
+    (`llava.messages.images_first`); otherwise they stay where they are.
 
     Args:
         turns: LLaVA's list of `{"from", "value"}`.
-        num_images: pictures of the row.
-        version: the template's `version`; those with "mmtag" wrap a picture in `<Image>` tags.
+        num_images: images of the row.
+        version: the template's `version`; those with "mmtag" wrap an image in `<Image>` tags.
         use_start_end: surround each placeholder with start and end tokens.
 
     Raises:
-        ValueError: placeholders and pictures differ in number, or one stands in an answer.
+        ValueError: the numbers of placeholders and images differ, or a placeholder is in an answer.
     """
     placed = []
     for number, turn in enumerate(turns):
         text = turn["value"]
         if DEFAULT_IMAGE_TOKEN in text and turn.get("from") == SPEAKERS[1]:
-            raise ValueError(f"turn {number} is an answer (gpt) with {DEFAULT_IMAGE_TOKEN} in it; images belong to questions, so move it.")
+            raise ValueError(f"turn {number} is an answer (gpt) with {DEFAULT_IMAGE_TOKEN} in it; images belong in questions, so move it.")
         if DEFAULT_IMAGE_TOKEN in text and num_images == 1:
             text = f"{DEFAULT_IMAGE_TOKEN}\n{text.replace(DEFAULT_IMAGE_TOKEN, '').strip()}".strip()
         placed.append({**turn, "value": put_images_first(text)})
     found = sum(turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in placed)
     if found != num_images:
         raise ValueError(
-            f"the row has {num_images} pictures but its turns hold {found} {DEFAULT_IMAGE_TOKEN} placeholders; "
-            "write one placeholder per picture."
+            f"the row has {num_images} images, but its turns have {found} {DEFAULT_IMAGE_TOKEN} placeholders; "
+            "write one placeholder per image."
         )
     wrapped = DEFAULT_IMAGE_TOKEN
     if "mmtag" in version:
@@ -103,16 +103,16 @@ def place_images(
 
 
 def segments_of(turns: Sequence[dict[str, str]], template: Conversation) -> list[Segment]:
-    """The prompt of a conversation as given and learnt stretches, which joined are the template's closed prompt.
+    """The prompt of a conversation as given and supervised segments, which joined are the prompt with all answers.
 
-    An answer of no text closes nothing and teaches nothing. Answers before the first question are dropped, as in LLaVA.
+    An empty answer adds no segment. Answers before the first question are dropped, as in LLaVA.
 
     Args:
         turns: LLaVA's list of `{"from", "value"}`.
         template: a conversation template; its own example turns are not used.
 
     Raises:
-        ValueError: an unknown speaker, speakers that do not take turns, or turns that do not fit the template.
+        ValueError: an unknown speaker, speakers that do not alternate, or turns that do not fit the template.
     """
     exchange = _checked_turns(turns)
     if template.sep_style is SeparatorStyle.PLAIN:
@@ -135,10 +135,10 @@ def segments_of(turns: Sequence[dict[str, str]], template: Conversation) -> list
 
 
 def build_targets(turns: Sequence[dict[str, str]], template: Conversation, tokenizer: Any) -> Targets:
-    """Write ids and labels of a conversation. What is said in it is text, whatever it spells (`llava.mm_utils.tokenize_spans`).
+    """Ids and labels of a conversation. The turns are plain text, whatever they spell (`llava.mm_utils.tokenize_spans`).
 
     Args:
-        turns: LLaVA's list of `{"from", "value"}`, placeholders placed.
+        turns: LLaVA's list of `{"from", "value"}`, after `place_images`.
         template: conversation template.
         tokenizer: as loaded by `llava.tokenizer.load_tokenizer`.
 
@@ -151,11 +151,11 @@ def build_targets(turns: Sequence[dict[str, str]], template: Conversation, token
     for segment in segments_of(turns, template):
         written += segment.spans
         grown = tokenize_spans(written, tokenizer)
-        # A tokenizer may join the last piece of one stretch with the first of the next; it then belongs to the next.
+        # A tokenizer may merge the last piece of one segment with the first of the next; the token then belongs to the next.
         kept = _common_prefix(ids, grown)
         new = grown[kept:]
-        learnt = [IGNORE_INDEX if token == IMAGE_TOKEN_INDEX or not segment.supervised else token for token in new]
-        ids, labels = grown, labels[:kept] + learnt
+        supervised = [IGNORE_INDEX if token == IMAGE_TOKEN_INDEX or not segment.supervised else token for token in new]
+        ids, labels = grown, labels[:kept] + supervised
     return Targets(ids, labels)
 
 
@@ -173,15 +173,15 @@ def _checked_turns(turns: Sequence[dict[str, str]]) -> list[tuple[str, str]]:
     for index, (speaker, _) in enumerate(exchange):
         if speaker != SPEAKERS[index % 2]:
             raise ValueError(
-                f"turn {index} is from {speaker!r}, expected {SPEAKERS[index % 2]!r}; human and gpt must take turns."
+                f"turn {index} is from {speaker!r}, expected {SPEAKERS[index % 2]!r}; human and gpt must alternate."
             )
     if not exchange:
-        raise ValueError("the conversation has no turn of a human; write at least one question.")
+        raise ValueError("the conversation has no turn from human; write at least one question.")
     return exchange
 
 
 def _caption_segments(exchange: Sequence[tuple[str, str]], template: Conversation) -> list[Segment]:
-    """A caption after its picture: under `plain` the words of the question are not used, as in LLaVA."""
+    """A caption after its image: under `plain` the text of the question is not used, as in LLaVA."""
     if len(exchange) != 2 or DEFAULT_IMAGE_TOKEN not in exchange[0][1]:
         raise ValueError(
             f"template plain takes one question with {DEFAULT_IMAGE_TOKEN} and one answer, but the row has "
@@ -193,7 +193,7 @@ def _caption_segments(exchange: Sequence[tuple[str, str]], template: Conversatio
 
 
 def _write(segments: list[Segment], conversation: Conversation, supervised: bool) -> None:
-    """Append what the conversation's prompt adds to the segments."""
+    """Append to the segments what the conversation's prompt adds to them."""
     written, prompt = "".join(segment.text for segment in segments), conversation.get_prompt()
     assert prompt.startswith(written), f"the template rewrote its own beginning: {prompt!r} after {written!r}"
     if added := spans_between(conversation.get_spans(), len(written)):
@@ -215,12 +215,12 @@ def _shortened(value: object, limit: int = 80) -> str:
 
 
 def count_words(turns: Iterable[dict[str, str]]) -> int:
-    """Words of a conversation: LLaVA's measure of a row's length, cheap because nothing is tokenised."""
+    """Words of a conversation: LLaVA's measure of a row's length, cheap because nothing is tokenized."""
     return sum(len(turn["value"].split()) for turn in turns)
 
 
 def has_answer(turns: Sequence[dict[str, str]]) -> bool:
-    """Whether `segments_of` finds anything to learn: a text of `gpt` behind the first question."""
+    """Whether `segments_of` finds anything to supervise: a non-empty turn from `gpt` after the first question."""
     speakers = [turn["from"] for turn in turns]
     first = speakers.index(SPEAKERS[0]) if SPEAKERS[0] in speakers else len(speakers)
     return any(turn["from"] == SPEAKERS[1] and turn["value"] for turn in turns[first:])

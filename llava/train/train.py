@@ -3,34 +3,30 @@
     python -m llava.train.train --stage multi_granularity --model_name_or_path DIR --data_path rows.json \
         --image_folder images --output_dir out ...
 
-The finished model lies in `--output_dir` itself and loads with `load_pretrained_model`; checkpoints to resume from lie in
+The finished model is written to `--output_dir` itself and loads with `load_pretrained_model`; checkpoints to resume from lie in
 folders under it. `llava/train/train_mem.py` is the same program under LLaVA's name.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from transformers import HfArgumentParser, PreTrainedTokenizerBase, TrainerState, set_seed
+from transformers import HfArgumentParser, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from llava.conversation import conv_templates
-from llava.crops import get_anyres_image_grid_shape
 from llava.interrupts import keeping, run_program
 from llava.log import setup_logging
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, check_arguments
 from llava.train.build import load_model
-from llava.train.dataset import Collator, ConversationDataset, RowReader, check_rows
-from llava.train.distributed import is_lost_process, loaded_whole, lost_process_sentence, meet
+from llava.train.dataset import Collator, ConversationDataset, check_rows, make_dataset
+from llava.train.distributed import full_weights_on_load, init_cpu_deepspeed, is_lost_process, lost_process_message
 from llava.train.features import FeatureCache
 from llava.train.llava_trainer import LlavaTrainer
-from llava.train.mixture import open_rows
 from llava.train.objectives import RouterSettings, granularities
 from llava.train.run_folder import go_on, held, kept, prepare
 from llava.train.score_granularities import GranularityScores, data_fingerprint, model_fingerprint
-from llava.train.shards import PictureFolder, open_pictures
 from llava.train.stages import apply_stage, log_training_table
 
 logger = logging.getLogger(__name__)
@@ -50,52 +46,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     return model_args, data_args, training_args
 
 
-def visual_token_costs(model: Any, image_size: tuple[int, int]) -> list[int]:
-    """Visual tokens of a picture of (width, height) `image_size` at every granularity, coarse to fine."""
-    config = model.config
-    views = 1
-    if config.image_aspect_ratio == "anyres":
-        across, down = get_anyres_image_grid_shape(image_size, config.image_grid_pinpoints, config.vision_config["image_size"])
-        views += across * down
-    return [layout.num_tokens for layout in model.layouts(views, image_size)]
-
-
-def visual_token_counter(model: Any) -> Callable[[tuple[int, int]], int]:
-    """A function from a picture's (width, height) to the visual tokens it costs at full granularity."""
-    return lambda image_size: visual_token_costs(model, image_size)[-1]
-
-
-def make_dataset(
-    path: str,
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    version: str,
-    data_args: DataArguments,
-    cache: FeatureCache | None = None,
-) -> ConversationDataset:
-    """The rows of a file or a mixture as the model reads them."""
-    reader = RowReader(
-        tokenizer=tokenizer,
-        template=conv_templates[version],
-        image_processor=model.get_vision_tower().image_processor,
-        model_config=model.config,
-        max_length=model.config.tokenizer_model_max_length,
-        visual_tokens=visual_token_counter(model),
-        pictures=open_pictures(data_args.image_folder, data_args.index_cache) if data_args.image_folder else PictureFolder(),
-        is_multimodal=data_args.is_multimodal,
-        cache=cache,
-    )
-    rows = open_rows(path, data_args.index_cache)
-    return ConversationDataset(
-        rows, reader, data_args.on_bad_sample, data_args.max_bad_share, data_args.lazy_preprocess
-    )
-
-
 def make_trainer(arguments: Arguments) -> LlavaTrainer:
-    """Everything that a run needs, ready to train."""
+    """Build the model, the data and the trainer of a run."""
     model_args, data_args, training_args = arguments
     set_seed(training_args.seed)
-    with loaded_whole(training_args):
+    with full_weights_on_load(training_args):
         model, tokenizer = load_model(model_args, data_args, training_args)
     stage = training_args.stage_plan
     summaries = apply_stage(model, stage, training_args.frozen_parts)
@@ -125,7 +80,7 @@ def make_trainer(arguments: Arguments) -> LlavaTrainer:
 def router_settings(
     model: Any, dataset: ConversationDataset, training_args: TrainingArguments, data_args: DataArguments
 ) -> RouterSettings:
-    """How stage 4 teaches the router, with the scores of an offline pass where one is named.
+    """How stage 4 trains the router, with the scores of an offline pass where they are given.
 
     Raises:
         ValueError: scores of another model or other data.
@@ -161,14 +116,14 @@ def train(argv: Sequence[str] | None = None) -> LlavaTrainer:
     arguments = parse_arguments(argv)
     training_args = arguments[2]
     setup_logging()
-    meet(training_args)
+    init_cpu_deepspeed(training_args)
     with keeping(lambda: kept(training_args)), held(training_args):
-        with training_args.main_process_first(local=False, desc="looking at the output folder"):
+        with training_args.main_process_first(local=False, desc="checking the output folder"):
             start = prepare(training_args)
         trainer = make_trainer(arguments)
         if start.finished is not None and start.finished.step >= trainer.planned_steps():
             logger.info(
-                "%s holds the finished model of this run (%d steps); nothing is left to do. To train it anew: --overwrite_output_dir True "
+                "%s holds the finished model of this run (%d steps); nothing is left to do. To train again: --overwrite_output_dir True "
                 "without --resume_from_checkpoint.", training_args.output_dir, start.finished.step,
             )  # fmt: skip
             trainer.state = TrainerState.load_from_json(str(training_args.output_folder / TRAINER_STATE_NAME))
@@ -182,7 +137,7 @@ def train(argv: Sequence[str] | None = None) -> LlavaTrainer:
 
 
 def main() -> None:
-    """The command line: one sentence per error, one line after Ctrl-C, and a status that tells."""
+    """The command line: one sentence per error, one line after Ctrl-C, and an exit status."""
     raise SystemExit(run_program(_run))
 
 
@@ -196,7 +151,7 @@ def _run() -> None:
         if not is_lost_process(error):
             raise
         logger.debug("stopped", exc_info=True)
-        raise SystemExit(f"training stopped: {lost_process_sentence(error)}") from error
+        raise SystemExit(f"training stopped: {lost_process_message(error)}") from error
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from llava.constants import IGNORE_INDEX
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.train.arguments import DataArguments
-from llava.train.dataset import Collator, ConversationDataset
+from llava.train.dataset import Collator, ConversationDataset, make_dataset
 from llava.train.features import FeatureCache
 from llava.train.losses import rglf_losses
 from llava.train.objectives import (
@@ -46,12 +46,11 @@ from llava.train.objectives import (
     evaluating,
     granularities,
     image_features,
-    multi_granularity_lesson,
-    rglf_lesson,
+    multi_granularity_loss,
+    rglf_loss,
     score_rows,
 )
 from llava.train.stages import STAGES, apply_stage
-from llava.train.train import make_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 MICRO = ROOT / "playground" / "avg-llava-micro"
@@ -119,7 +118,7 @@ def plain_multi_granularity_step(model: Any, batch: dict[str, Any]) -> None:
 
 def multi_granularity_step(model: Any, batch: dict[str, Any]) -> None:
     """Stage 3 as it is trained."""
-    multi_granularity_lesson(model, batch, image_features(model, batch), RouterSettings()).loss.backward()
+    multi_granularity_loss(model, batch, image_features(model, batch), RouterSettings()).loss.backward()
 
 
 def _rows_of(logits: Tensor, labels: Tensor) -> Tensor:
@@ -149,7 +148,7 @@ def rglf_step(model: Any, batch: dict[str, Any]) -> None:
     """Stage 4 online as it is trained."""
     with torch.no_grad():
         features = image_features(model, batch)
-    rglf_lesson(model, batch, features, RouterSettings()).loss.backward()
+    rglf_loss(model, batch, features, RouterSettings()).loss.backward()
 
 
 def operations(work: Callable[[], None]) -> int:
@@ -193,7 +192,7 @@ def compare_epochs(model: Any, dataset: Any, collator: Collator, batch_size: int
         batch = collator([remembering[row] for row in rows])
         with torch.no_grad():
             features = image_features(model, batch, cache)
-        rglf_lesson(model, batch, features, settings).loss.backward()
+        rglf_loss(model, batch, features, settings).loss.backward()
     offline = time.process_time() - began
     return {"ours_s": offline, "plain_s": online, "ratio": online / offline}
 

@@ -13,8 +13,9 @@ import pytest
 
 import llava.train.check as check_module
 from llava.train.arguments import DataArguments
-from llava.train.check import CheckArguments, check, main, model_outline
-from llava.train.train import visual_token_costs
+from llava.train.build import model_outline, read_model_config
+from llava.train.check import CheckArguments, check, main
+from llava.train.rows import visual_token_costs
 
 ROOT = Path(__file__).parents[2]
 ORACLE = ROOT / "tests" / "oracle"
@@ -28,13 +29,13 @@ def row(question: str, answer: str = "Red.", **more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def broken(tmp_path: Path) -> Path:
-    """One row of every kind, of two files, and the pictures they ask for."""
+    """One row of every kind, of two files, and the images that they name."""
     shutil.copy(IMAGES / "scene_pink.png", tmp_path / "scene.png")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("not an image")
     rows = [
         row("<image>\nWhat colour?", id="good", image="scene.png"),
         row("<image>\nWhat colour?", id="missing", image="none.png"),
-        row("<image>\nWhat colour?", id="no-picture", image="text.png"),
+        row("<image>\nWhat colour?", id="no-image", image="text.png"),
         row("<image>\nWhat colour?", id="placeholder"),
         row("Say " + "red " * 3000, id="long"),
         row("Say nothing.", "", id="empty"),
@@ -47,7 +48,7 @@ def broken(tmp_path: Path) -> Path:
 
 KINDS = {
     "missing": "missing picture",
-    "no-picture": "broken picture",
+    "no-image": "broken picture",
     "placeholder": "broken row",
     "long": "too long",
     "empty": "no labels",
@@ -69,14 +70,14 @@ def test_every_kind_of_finding(num_workers: int, broken: Path) -> None:
     lengths = stored["histograms"]["tokens per row"]
     assert sum(lengths["counts"]) == lengths["rows"] == 4 and lengths["longest"] > 2048
     visual = stored["histograms"]["visual tokens per row with pictures"]
-    costs = visual_token_costs(model_outline(str(MICRO)), (128, 128))
+    costs = visual_token_costs(model_outline(read_model_config(str(MICRO))), (128, 128))
     assert [visual[level]["longest"] for level in ("4", "8", "16", "32", "64")] == costs
     assert (broken / "report" / "report.png").read_bytes().startswith(b"\x89PNG")
     shown = report.text(show=2)
     assert shown.count("(id ") == 2 and "... and 4 more" in shown and "the context is 2048" in shown
 
 
-def test_rows_that_would_be_learnt_blind(tmp_path: Path) -> None:
+def test_rows_that_name_an_image_that_is_not_read(tmp_path: Path) -> None:
     """Counts by key, and an example of each; a placeholder in the answer is named too."""
     rows = [row("What colour?", id=f"blind-{number}", images=["scene_pink.png"]) for number in range(3)]
     rows += [row("What happens?", id="film", video="film.mp4"), row("What?", "<image> Red.", id="answer", image="scene_pink.png")]
@@ -84,8 +85,9 @@ def test_rows_that_would_be_learnt_blind(tmp_path: Path) -> None:
     report = check(CheckArguments(str(MICRO), check=True), DataArguments(str(tmp_path / "ROWS.JSON"), image_folder=str(IMAGES)))
     assert report.is_broken(1.0) and report.totals["unread key images"] == 3 and report.totals["unread key video"] == 1
     shown = report.text(show=10)
-    assert "3 unread key images, 1 unread key video, 1 broken row" in shown and "turn 1 is an answer (gpt) with <image> in it" in shown
-    assert "unread key video: row 3 of" in shown and "the row's key 'video' is not read" in shown
+    assert "3 rows with the unread key 'images', 1 row with the unread key 'video', 1 broken row" in shown
+    assert "turn 1 is an answer (gpt) with <image> in it" in shown
+    assert "row with the unread key 'video': row 3 of" in shown and "the row's key 'video' is not read" in shown
 
 
 def test_the_recorded_rows_have_the_recorded_lengths(tmp_path: Path) -> None:
@@ -99,13 +101,13 @@ def test_the_recorded_rows_have_the_recorded_lengths(tmp_path: Path) -> None:
 def test_no_weights_are_read(tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MICRO / name, tmp_path)
-    assert {parameter.device.type for parameter in model_outline(str(tmp_path)).parameters()} == {"meta"}
+    assert {parameter.device.type for parameter in model_outline(read_model_config(str(tmp_path))).parameters()} == {"meta"}
     (tmp_path / "rows.json").write_text(json.dumps([row("<image>\nWhat?", image="scene_pink.png")]))
     args = CheckArguments(str(tmp_path), check=True, model_max_length=50, vis_token_granularity="16,64")
     report = check(args, DataArguments(str(tmp_path / "rows.json"), image_folder=str(IMAGES)))
     assert report.levels == [16, 64] and [finding.kind for finding in report.findings] == ["too long"]
     with pytest.raises(ValueError, match="no config can be read"):
-        model_outline(str(tmp_path / "none"))
+        read_model_config(str(tmp_path / "none"))
 
 
 def test_rows_without_labels_are_refused_above_a_share(tmp_path: Path) -> None:
@@ -137,7 +139,7 @@ def test_refusals_are_sentences(broken: Path, monkeypatch: pytest.MonkeyPatch, l
             main()
         return str(stopped.value)
 
-    assert "name its folder with --model_name_or_path" in run()
+    assert "give its folder as --model_name_or_path" in run()
     assert "is of model type 'llama'" in run("--model_name_or_path", str(language_model))
     assert "--version is 'x'" in run("--model_name_or_path", str(MICRO), "--version", "x")
-    assert "no folder or shard of pictures" in run("--model_name_or_path", str(MICRO), "--image_folder", "none")
+    assert "no folder or shard of images" in run("--model_name_or_path", str(MICRO), "--image_folder", "none")

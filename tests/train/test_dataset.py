@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 
 from llava.constants import IGNORE_INDEX
 from llava.conversation import conv_templates
-from llava.train.dataset import BadSampleError, Collator, ConversationDataset, RowReader, check_rows
+from llava.train.dataset import Collator, ConversationDataset, check_rows
 from llava.train.mixture import open_rows
-from llava.train.shards import PictureFolder
-from llava.train.train import visual_token_counter
+from llava.train.rows import BadSampleError, RowReader, visual_token_costs
+from llava.train.shards import ImageFolder
 
 ORACLE = Path(__file__).parents[1] / "oracle"
 
@@ -32,8 +32,8 @@ def reader(tiny_model: Any, tokenizer: Any) -> RowReader:
         image_processor=tiny_model.get_vision_tower().image_processor,
         model_config=tiny_model.config,
         max_length=2048,
-        visual_tokens=visual_token_counter(tiny_model),
-        pictures=PictureFolder(ORACLE / "images"),
+        visual_tokens=lambda size: visual_token_costs(tiny_model, size)[-1],
+        images=ImageFolder(ORACLE / "images"),
     )
 
 
@@ -72,11 +72,11 @@ def test_a_literal_unk_is_text(reader: RowReader) -> None:
     batch = Collator(0)(items)
     assert batch["attention_mask"].sum(1).tolist() == [len(item["input_ids"]) for item in items]
     assert 0 not in items[0]["input_ids"] and batch["ids"] == ["0", "3"] and batch["images"] == []
-    learnt = items[0]["labels"][items[0]["labels"] != IGNORE_INDEX]
-    assert reader.tokenizer.decode(learnt).strip() == "<unk></s>"
+    supervised = items[0]["labels"][items[0]["labels"] != IGNORE_INDEX]
+    assert reader.tokenizer.decode(supervised).strip() == "<unk></s>"
 
 
-def test_several_pictures_and_eager_preparation(reader: RowReader) -> None:
+def test_several_images_and_eager_preparation(reader: RowReader) -> None:
     row = {
         "image": ["wide.png", "tiny.png"],
         "conversations": [{"from": "human", "value": "<image> or <image>?"}, {"from": "gpt", "value": "Left."}],
@@ -104,31 +104,31 @@ def test_too_long_is_refused_with_its_numbers(reader: RowReader, dataset: Conver
     [
         ({"image": "none.png"}, "none.png"),
         ({"image": "broken.png"}, "not a readable image"),
-        ({"image": None}, "0 pictures but its turns hold 1"),
+        ({"image": None}, "0 images, but its turns have 1"),
         ({"image": 5}, "image is 5, expected a file name"),
         ({"image": ["broken.png", None]}, "image is None"),
         ({"image": ""}, "image is ''"),
         ({"image": {"a": 1}}, "image is {'a': 1}"),
-        ({"conversations": [{"from": "gpt", "value": "Hi"}]}, "turns hold 0"),
+        ({"conversations": [{"from": "gpt", "value": "Hi"}]}, "turns have 0"),
         ({"conversations": ["Hi"]}, "turn 0 is 'Hi'"),
         ({"conversations": [{"from": "human"}]}, "turn 0 is"),
         ({"conversations": [{"from": "human", "value": 3}]}, "turn 0 is"),
         ({"conversations": [{"from": ["human"], "value": "<image>"}]}, "a turn is"),
-        ({"conversations": [{"from": "human", "value": "\ud800"}]}, "turn 0 holds half of a character"),
+        ({"conversations": [{"from": "human", "value": "\ud800"}]}, "turn 0 contains a lone surrogate"),
         ({"conversations": {}}, "no list 'conversations'"),
         ({"conversations": None}, "no list 'conversations'"),
-        ({"conversations": []}, "turns hold 0"),
+        ({"conversations": []}, "turns have 0"),
     ],
 )
 @pytest.mark.parametrize("lazy", [True, False])
 def test_broken_rows(change: dict[str, Any], message: str, lazy: bool, reader: RowReader, tmp_path: Path) -> None:
-    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    (tmp_path / "broken.png").write_bytes(b"not an image")
     good = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}], "id": "good"}
     turns = [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "Yo"}]
     rows = [good, {"id": "bad", "image": "broken.png", "conversations": turns, **change}, good]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     mixture = open_rows(tmp_path / "rows.json")
-    reader = replace(reader, pictures=PictureFolder(tmp_path))
+    reader = replace(reader, images=ImageFolder(tmp_path))
     with pytest.raises(BadSampleError, match=rf"row 1 of .*rows.json \(id bad\).*{message}"):
         ConversationDataset(mixture, reader, lazy=lazy)[1]
     skipping = ConversationDataset(mixture, reader, on_bad_sample="skip", max_bad_share=0.5, lazy=lazy)
@@ -166,11 +166,11 @@ def test_workers_count_skips_together(reader: RowReader, tmp_path: Path, caplog:
 
 def test_a_mixture_with_a_shard_reads_like_files(reader: RowReader, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "s.zip", "w", zipfile.ZIP_DEFLATED) as shard:
-        for picture in (ORACLE / "images").iterdir():
-            shard.write(picture, picture.name)
+        for image in (ORACLE / "images").iterdir():
+            shard.write(image, image.name)
     (tmp_path / "mix.yaml").write_text(f"sources: [{{file: '{ORACLE / 'train_data.json'}', images: s.zip}}]")
     plain = ConversationDataset(open_rows(ORACLE / "train_data.json", tmp_path), reader)
-    mixed = ConversationDataset(open_rows(tmp_path / "mix.yaml", tmp_path), replace(reader, pictures=PictureFolder(Path("/nowhere"))))
+    mixed = ConversationDataset(open_rows(tmp_path / "mix.yaml", tmp_path), replace(reader, images=ImageFolder(Path("/nowhere"))))
     loader: Any = DataLoader(mixed, batch_size=1, num_workers=2, collate_fn=list)
     for one, (other,) in zip((plain[index] for index in range(len(plain))), loader, strict=True):
         assert torch.equal(one["input_ids"], other["input_ids"]) and one["image_sizes"] == other["image_sizes"]
@@ -202,9 +202,9 @@ def test_rows_without_an_answer_are_counted_before_training(
     check_rows(as_dataset(rows_of(("a", {}), ("b", {})), form, reader, tmp_path), "rows")
     assert not warnings_in(caplog)
     check_rows(as_dataset(rows_of(("a", {}), ("", {"id": "x"}), ("c", {}), ("", {})), form, reader, tmp_path), "rows")
-    assert [text.split(";")[0] for text in warnings_in(caplog)] == ["2 of 4 rows have no answer and teach nothing"]
+    assert [text.split(";")[0] for text in warnings_in(caplog)] == ["2 of 4 rows have no answer and add nothing to the loss"]
     assert "(id x)" in caplog.text
-    with pytest.raises(ValueError, match=r"3 of 4 rows have no answer, so nothing is learnt .* 'gpt' .*; the first is row 1 .*\(id x\)"):
+    with pytest.raises(ValueError, match=r"3 of 4 rows have no answer, so there is nothing to train on.*; the first is row 1 .*\(id x\)"):
         check_rows(as_dataset(rows_of(("a", {}), ("", {"id": "x"}), ("", {}), ("", {})), form, reader, tmp_path), "rows")
     turns = [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Yo"}]
     with pytest.raises(ValueError, match=r"row 0.*expected \{'from': 'human' or 'gpt'"):
@@ -212,10 +212,10 @@ def test_rows_without_an_answer_are_counted_before_training(
 
 
 def test_a_router_learns_from_images_alone(reader: RowReader, tmp_path: Path) -> None:
-    pictured = {"image": "tiny.png"}
-    check_rows(as_dataset(rows_of(("a", {}), ("", pictured), ("b", pictured)), "a file", reader, tmp_path), "rows", needs_images=True)
-    with pytest.raises(ValueError, match="none of the 2 rows has both an image and an answer, so the router learns nothing"):
-        check_rows(as_dataset(rows_of(("a", {}), ("", pictured)), "a list", reader, tmp_path), "rows", needs_images=True)
+    with_image = {"image": "tiny.png"}
+    check_rows(as_dataset(rows_of(("a", {}), ("", with_image), ("b", with_image)), "a file", reader, tmp_path), "rows", needs_images=True)
+    with pytest.raises(ValueError, match="none of the 2 rows has both an image and an answer, so there is nothing to train the router on"):
+        check_rows(as_dataset(rows_of(("a", {}), ("", with_image)), "a list", reader, tmp_path), "rows", needs_images=True)
 
 
 @pytest.mark.parametrize("form", ["a list", "a file"])
@@ -229,11 +229,11 @@ def test_keys_that_are_not_read_are_named_with_counts(
     check_rows(skipping, "rows")
     assert "2 of 4 rows have the key 'video'" in caplog.text and "(id b)" in caplog.text and len(warnings_in(caplog)) == 2
     assert [skipping[index]["row"] for index in range(4)] == [0, 0, 0, 0] and skipping.bad_rows == {1, 2, 3}
-    with pytest.raises(BadSampleError, match=r"\(id b\): the row's key 'video' is not read, and it would be learnt blind: only images"):
+    with pytest.raises(BadSampleError, match=r"\(id b\): the row's key 'video' is not read, so the model .* without it: only images"):
         skipping.read(1)
 
 
 def test_a_placeholder_in_an_answer_is_refused(reader: RowReader) -> None:
     rows = rows_of(("<image>\nA bus", {"image": "tiny.png"}))
-    with pytest.raises(BadSampleError, match=r"turn 1 is an answer \(gpt\) with <image> in it; images belong to questions"):
+    with pytest.raises(BadSampleError, match=r"turn 1 is an answer \(gpt\) with <image> in it; images belong in questions"):
         ConversationDataset(rows, reader)[0]

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from llava.model.builder import load_pretrained_model
-from llava.train.distributed import is_lost_process, loaded_whole, lost_process_sentence, meet
+from llava.train.distributed import full_weights_on_load, init_cpu_deepspeed, is_lost_process, lost_process_message
 from llava.train.train import make_trainer, parse_arguments
 from tests.stage_runs import ORACLE, TOY_LEVELS, losses, recorded_rows, run, run_well, start, stop_group, write_rows
 
@@ -317,7 +317,7 @@ def test_only_a_cpu_run_of_deepspeed_meets_here(monkeypatch: pytest.MonkeyPatch)
     fake = SimpleNamespace(init_distributed=lambda **options: asked.append(options))
     monkeypatch.setitem(sys.modules, "deepspeed", fake)
     for deepspeed, use_cpu in ((None, True), ("zero3.json", False), ("zero3.json", True)):
-        meet(SimpleNamespace(deepspeed=deepspeed, use_cpu=use_cpu))  # type: ignore[arg-type]
+        init_cpu_deepspeed(SimpleNamespace(deepspeed=deepspeed, use_cpu=use_cpu))  # type: ignore[arg-type]
     assert asked == [{"dist_backend": "gloo", "auto_mpi_discovery": False}]
 
 
@@ -331,10 +331,10 @@ def test_weights_are_loaded_whole_under_zero3() -> None:
     settings = Settings()
     integration.set_hf_deepspeed_config(settings)
     try:
-        with loaded_whole(SimpleNamespace(deepspeed="zero3.json", hf_deepspeed_config=settings)):  # type: ignore[arg-type]
+        with full_weights_on_load(SimpleNamespace(deepspeed="zero3.json", hf_deepspeed_config=settings)):  # type: ignore[arg-type]
             assert not integration.is_deepspeed_zero3_enabled()
         assert integration.is_deepspeed_zero3_enabled()
-        with loaded_whole(SimpleNamespace(deepspeed=None)):  # type: ignore[arg-type]
+        with full_weights_on_load(SimpleNamespace(deepspeed=None)):  # type: ignore[arg-type]
             assert integration.is_deepspeed_zero3_enabled()
     finally:
         integration.unset_hf_deepspeed_config()
@@ -355,7 +355,7 @@ def test_a_lost_process_is_told_from_other_errors(message: str, lost: bool, monk
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     assert is_lost_process(error) == lost
     if lost:
-        sentence = lost_process_sentence(error)
+        sentence = lost_process_message(error)
         assert "\n" not in sentence and "--resume_from_checkpoint True" in sentence and "/pytorch/" not in sentence
 
 

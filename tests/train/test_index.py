@@ -15,15 +15,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import filelock
+import pyarrow as pa
 import pytest
 
 import llava.json_rows as json_rows
 import llava.train.index as index_module
 from llava.durable import NoSpaceError
-from llava.train.index import HIDDEN_FOLDER, UNREAD_KEYS, build_index, derived_file, measure, open_index, unread_key
+from llava.train.derived_files import HIDDEN_FOLDER, derived_file
+from llava.train.index import build_index, open_index
 from llava.train.mixture import open_rows
+from llava.train.rows import UNREAD_KEYS, measure, unread_key
 
 ROOT = Path(__file__).parents[2]
 TURNS = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A bus."}]
@@ -49,8 +51,8 @@ def test_rows_are_what_json_reads(name: str, options: dict[str, Any], tmp_path: 
     source = written(tmp_path / name, ROWS, **options)
     index = open_index(source)
     assert list(index) == ROWS and index[1:3] == ROWS[1:3] and index[-1] == ROWS[-1] and len(index) == 4
-    assert index.words.tolist() == [6, 12, 2, 6] and index.pictured.tolist() == [True, True, False, True]
-    assert index.picture_groups[0] == index.picture_groups[3] != index.picture_groups[1] and index.picture_groups[2] == -1
+    assert index.words.tolist() == [6, 12, 2, 6] and index.has_image.tolist() == [True, True, False, True]
+    assert index.image_groups[0] == index.image_groups[3] != index.image_groups[1] and index.image_groups[2] == -1
     assert index.sha256 == hashlib.sha256(source.read_bytes()).hexdigest()
     assert list(pickle.loads(pickle.dumps(index))) == ROWS
     with pytest.raises(IndexError):
@@ -68,10 +70,10 @@ def test_a_window_that_moves_cuts_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         assert list(open_index(source, tmp_path / str(size))) == rows
 
 
-def test_datasets_opens_the_index_too(tmp_path: Path) -> None:
+def test_the_index_is_an_ordinary_arrow_stream(tmp_path: Path) -> None:
     index = open_index(written(tmp_path / "a.jsonl", ROWS[:2]))
-    opened = datasets.Dataset.from_file(str(index.path))
-    assert [json.loads(text) for text in opened["row"]] == ROWS[:2] and list(opened["words"]) == [6, 12]
+    table = pa.ipc.open_stream(index.path).read_all()
+    assert [json.loads(text) for text in table["row"].to_pylist()] == ROWS[:2] and table["words"].to_pylist() == [6, 12]
 
 
 def test_the_name_decides_nothing(tmp_path: Path) -> None:
@@ -123,7 +125,7 @@ def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
 def test_a_broken_line_waits_until_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('\ufeff{"conversations": []}\n\n{"id": \n[1]\n{"conversations": [3], "image": 5}\n', encoding="utf-8")
     index = open_index(tmp_path / "a.jsonl")
-    assert len(index) == 4 and index.words.tolist() == [0, 0, 0, 0] and index.pictured.tolist() == [False, False, False, True]
+    assert len(index) == 4 and index.words.tolist() == [0, 0, 0, 0] and index.has_image.tolist() == [False, False, False, True]
     with pytest.raises(ValueError, match="line 3 cannot be read: the value ends before it is complete"):
         index[1]
     assert index[2] == [1]
@@ -175,7 +177,7 @@ def test_whether_there_is_an_answer(speakers: list[tuple[str, str]], answered: b
         ({"Images": ["a"], "note": "video"}, None),
     ],
 )
-def test_keys_that_would_be_learnt_blind(more: dict[str, Any], key: str | None) -> None:
+def test_keys_that_name_an_image_that_is_not_read(more: dict[str, Any], key: str | None) -> None:
     assert unread_key({"conversations": TURNS, **more}) == key
     assert measure({"conversations": TURNS, **more}).unread == (-1 if key is None else list(UNREAD_KEYS).index(key))
 
@@ -214,7 +216,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
         build_index(source, target)
         source.write_text(source.read_text() * 2)
 
-    with pytest.raises(ValueError, match="changed while it was indexed"):
+    with pytest.raises(ValueError, match="changed while it was being indexed"):
         derived_file(source, "rows", None, grow)
     path = open_index(source).path
     path.write_bytes(path.read_bytes()[:-200])
@@ -300,7 +302,7 @@ def measured(source: Path, tmp_path: Path) -> dict[str, float]:
 
 @pytest.fixture
 def synthetic(tmp_path: Path) -> Callable[[int], Path]:
-    """A file of many rows of about 0.7 kB, a tenth of them without a picture."""
+    """A file of many rows of about 0.7 kB, a tenth of them without an image."""
 
     def make(count: int) -> Path:
         source = tmp_path / "synthetic.json"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llava.train.llava_trainer import LlavaTrainer, optimizer_groups
-from llava.train.objectives import LESSONS, Lesson, RouterSettings, image_features
+from llava.train.objectives import STAGE_LOSSES, RouterSettings, StageLoss, image_features
 from llava.train.stages import STAGES, apply_stage
 
 RECORDS = json.loads((Path(__file__).parents[1] / "oracle" / "optimizer_groups.json").read_text())
@@ -54,7 +54,7 @@ def test_recorded_steps(stage: str, lesson: str, tiny_model: Any, recorded_batch
     batch = recorded_batch(record["batch"])
     losses = []
     for _ in record["losses_at_steps_0_to_3"]:
-        loss = LESSONS[lesson](tiny_model, batch, image_features(tiny_model, batch), RouterSettings()).loss
+        loss = STAGE_LOSSES[lesson](tiny_model, batch, image_features(tiny_model, batch), RouterSettings()).loss
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -67,9 +67,9 @@ def test_a_process_divides_by_its_share_of_the_steps_items(processes: int, total
     """Gradients are averaged over the processes afterwards: with N of them each has to count its sum N times."""
     model, asked = torch.nn.Identity(), []
 
-    def lesson(bare: Any, batch: Any, items: float | None) -> Lesson:
+    def lesson(bare: Any, batch: Any, items: float | None) -> StageLoss:
         asked.append(items)
-        return Lesson(torch.tensor(1.0))
+        return StageLoss(torch.tensor(1.0))
 
     trainer: Any = SimpleNamespace(
         accelerator=SimpleNamespace(unwrap_model=lambda wrapped: wrapped, num_processes=processes),

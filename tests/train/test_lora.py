@@ -323,8 +323,7 @@ def test_refusals_about_the_start(adapter: tuple[Path, Any], language_model: Pat
 
 
 def test_zero3_cannot_share_out_quantised_weights(tmp_path: Path, run_flags: Flags) -> None:
-    from llava.train.arguments import TrainingArguments
-    from llava.train.lora import lora_errors
+    from llava.train.arguments import TrainingArguments, lora_errors
 
     class ZeRO3:
         def is_zero3(self) -> bool:

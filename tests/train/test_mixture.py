@@ -15,7 +15,7 @@ import yaml
 from llava.train.dataset import ConversationDataset
 from llava.train.mixture import Mixture, draw, open_rows
 from llava.train.score_granularities import parts_of_rows
-from llava.train.shards import PictureFolder, PictureMap, PictureShard
+from llava.train.shards import ImageFolder, ImageMap, ImageShard
 
 IMAGES = Path(__file__).parents[1] / "oracle" / "images"
 
@@ -77,16 +77,16 @@ def test_columns_come_from_the_indices(folder: Path, monkeypatch: pytest.MonkeyP
     assert parts == [[6, 7, 8, 9], [10, 11, 12, 13], [0, 1, 2, 3, 4, 5], [14, 15, 16, 17, 18, 19]]
 
 
-def test_places_of_pictures(folder: Path) -> None:
+def test_sources_of_images(folder: Path) -> None:
     sources = [
         {"file": "a.json", "images": "s.zip"},
         {"file": "a.json", "images": str(IMAGES), "name": "b"},
         {"file": "a.json", "images": {"tiny": ["s.zip", str(IMAGES)], "": "."}, "name": "c"},
         {"file": "b.jsonl"},
     ]
-    opened = [source.pictures for source in open_rows(manifest(folder, sources)).sources]
-    assert [type(place) for place in opened] == [PictureShard, PictureFolder, PictureMap, type(None)]
-    with pytest.raises(ValueError, match="there is no folder or shard of pictures at"):
+    opened = [source.images for source in open_rows(manifest(folder, sources)).sources]
+    assert [type(source) for source in opened] == [ImageShard, ImageFolder, ImageMap, type(None)]
+    with pytest.raises(ValueError, match="there is no folder or shard of images at"):
         open_rows(manifest(folder, [{"file": "a.json", "images": "none.zip"}]))
 
 
@@ -143,5 +143,5 @@ def test_wrong_manifests(content: str, message: str, folder: Path) -> None:
 
 
 def test_other_endings_are_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"ends in '.txt', expected rows in .json or .jsonl, or a manifest in .yaml or .yml"):
+    with pytest.raises(ValueError, match=r"ends in '.txt', expected .json or .jsonl for rows, or .yaml or .yml for a manifest"):
         open_rows(folder / "rows.txt")

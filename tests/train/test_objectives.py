@@ -12,16 +12,16 @@ from llava.train import objectives
 from llava.train.features import FeatureCache
 from llava.train.losses import rglf_losses
 from llava.train.objectives import (
-    LESSONS,
+    STAGE_LOSSES,
     RouterSettings,
     answer_losses,
     count_items,
     granularities,
     image_features,
-    multi_granularity_lesson,
-    rglf_lesson,
+    multi_granularity_loss,
+    rglf_loss,
     score_rows,
-    token_mean_lesson,
+    token_mean_loss,
 )
 from llava.train.stages import STAGES, apply_stage
 
@@ -43,7 +43,7 @@ def test_recorded_stage3(name: str, tiny_model: Any, recorded_batch: Recorded, t
     record = training_records["stage3"][name]
     apply_stage(tiny_model, STAGES["multi_granularity"], frozen={"vision_tower"})
     batch = recorded_batch(name)
-    lesson = multi_granularity_lesson(tiny_model, batch, image_features(tiny_model, batch), DEFAULT)
+    lesson = multi_granularity_loss(tiny_model, batch, image_features(tiny_model, batch), DEFAULT)
     lesson.loss.backward()
     assert lesson.loss.item() == pytest.approx(record["loss"], rel=1e-4)
     for level, loss in record["per_granularity_loss"].items():
@@ -58,7 +58,7 @@ def test_recorded_stage4(name: str, tiny_model: Any, recorded_batch: Recorded, t
     apply_stage(tiny_model, STAGES["rglf"])
     batch = recorded_batch(name)
     features = [image.detach() for image in image_features(tiny_model, batch)]
-    lesson = rglf_lesson(tiny_model, batch, features, RouterSettings(margin=1.0))
+    lesson = rglf_loss(tiny_model, batch, features, RouterSettings(margin=1.0))
     lesson.loss.backward()
     assert lesson.loss.item() == pytest.approx(record["loss"], rel=1e-4)
     assert lesson.metrics["router_rows_skipped"][0] == 0
@@ -84,7 +84,7 @@ def test_rows_that_teach_the_router_nothing(
     apply_stage(tiny_model, STAGES["rglf"])
     batch = recorded_batch(name)
     features = [image.detach() for image in image_features(tiny_model, batch)]
-    lesson = rglf_lesson(tiny_model, batch, features, RouterSettings(margin=1.0))
+    lesson = rglf_loss(tiny_model, batch, features, RouterSettings(margin=1.0))
     lesson.loss.backward()
     assert all(p.grad is not None for p in tiny_model.model.router.parameters())
     rows = {"C_mixed_text": [0, 2], "D_text_only": [], "E_no_labels_row": [0]}[name]
@@ -100,8 +100,8 @@ def test_rows_that_teach_the_router_nothing(
 def naive_loss(model: Any, batch: dict[str, Any], level: int) -> torch.Tensor:
     """The stock path: the model's own forward with labels, images encoded again, rows padded."""
     keys = ("input_ids", "attention_mask", "labels", "image_sizes")
-    pictures = batch["images"] or None
-    return model(**{key: batch[key] for key in keys}, images=pictures, vis_token_granularity=level).loss
+    images = batch["images"] or None
+    return model(**{key: batch[key] for key in keys}, images=images, vis_token_granularity=level).loss
 
 
 @pytest.mark.parametrize("one_pass", [False, True])
@@ -116,7 +116,7 @@ def test_equals_a_naive_loop_and_reaches_the_tower(
     calls: list[str] = []
     parts = {"tower": tiny_model.get_vision_tower(), "llm": tiny_model.model.layers[0], "words": tiny_model.lm_head}
     handles = [part.register_forward_hook(lambda *_, name=name: calls.append(name)) for name, part in parts.items()]
-    lesson = multi_granularity_lesson(tiny_model, batch, image_features(tiny_model, batch), DEFAULT)
+    lesson = multi_granularity_loss(tiny_model, batch, image_features(tiny_model, batch), DEFAULT)
     lesson.loss.backward()
     passes = 1 if one_pass else 5
     assert sorted(calls) == ["llm"] * passes + ["tower"] + ["words"] * passes
@@ -141,7 +141,7 @@ def test_equals_a_naive_loop_and_reaches_the_tower(
 
 
 @pytest.mark.parametrize("stage", ["align", "instruct", "multi_granularity"])
-def test_a_batch_without_a_picture_leaves_zero_gradients_and_calls_every_part(
+def test_a_batch_without_images_leaves_zero_gradients_and_calls_every_part(
     stage: str, tiny_model: Any, recorded_batch: Recorded
 ) -> None:
     apply_stage(tiny_model, STAGES[stage])
@@ -149,7 +149,7 @@ def test_a_batch_without_a_picture_leaves_zero_gradients_and_calls_every_part(
     calls: list[int] = []
     tiny_model.get_vision_tower().register_forward_hook(lambda *_: calls.append(1))
     tiny_model.lm_head.register_full_backward_hook(lambda *_: calls.append(2))
-    lesson = LESSONS[STAGES[stage].loss](tiny_model, batch, image_features(tiny_model, batch), DEFAULT)
+    lesson = STAGE_LOSSES[STAGES[stage].loss](tiny_model, batch, image_features(tiny_model, batch), DEFAULT)
     lesson.loss.backward()
     assert calls == [1] + [2] * (5 if stage == "multi_granularity" else 1)
     assert lesson.loss.item() == pytest.approx(naive_loss(tiny_model, batch, 144).item(), rel=1e-4)
@@ -163,15 +163,15 @@ def test_a_batch_counts_by_its_share_of_the_step(tiny_model: Any, recorded_batch
     batch = recorded_batch("C_mixed_text")
     features = [image.detach() for image in image_features(tiny_model, batch)]
     assert [count_items(batch, loss) for loss in ("token_mean", "rglf")] == [int((batch["labels"] != -100).sum()), 2]
-    for name in LESSONS:
+    for name in STAGE_LOSSES:
         own = count_items(batch, name)
-        whole = LESSONS[name](tiny_model, batch, features, DEFAULT).loss.item()
-        assert LESSONS[name](tiny_model, batch, features, DEFAULT, 4 * own).loss.item() == pytest.approx(whole / 4, rel=1e-5)
+        whole = STAGE_LOSSES[name](tiny_model, batch, features, DEFAULT).loss.item()
+        assert STAGE_LOSSES[name](tiny_model, batch, features, DEFAULT, 4 * own).loss.item() == pytest.approx(whole / 4, rel=1e-5)
 
 
 def test_full_granularity_equals_the_models_own_loss(tiny_model: Any, recorded_batch: Recorded) -> None:
     batch = recorded_batch("C_mixed_text")
-    lesson = token_mean_lesson(tiny_model, batch, image_features(tiny_model, batch), DEFAULT)
+    lesson = token_mean_loss(tiny_model, batch, image_features(tiny_model, batch), DEFAULT)
     own = tiny_model(
         batch["input_ids"],
         attention_mask=batch["attention_mask"],
@@ -193,9 +193,9 @@ def test_known_scores_give_the_same_lesson(tiny_model: Any, recorded_batch: Reco
     offline = RouterSettings(granularity_cost_weight=0.02, scores=lambda rows: known)
     known = score_rows(tiny_model, batch, features)
     forwards: list[int] = []
-    expected = LESSONS["rglf"](tiny_model, batch, features, online)
+    expected = STAGE_LOSSES["rglf"](tiny_model, batch, features, online)
     tiny_model.model.layers[0].register_forward_hook(lambda *_: forwards.append(1))
-    found = LESSONS["rglf"](tiny_model, batch, features, offline)
+    found = STAGE_LOSSES["rglf"](tiny_model, batch, features, offline)
     assert found.loss.item() == expected.loss.item() and not forwards
 
 

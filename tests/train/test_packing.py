@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llava.model.splice import SplicedRow
-from llava.train.packing import NOBODY, fill_rows, pack
+from llava.train.packing import PADDING_OWNER, fill_rows, pack
 
 
 def test_dealing_by_hand() -> None:
@@ -22,7 +22,7 @@ def sequence(length: int, start: int) -> SplicedRow:
 
 def test_rows_by_hand() -> None:
     packed = pack([sequence(2, 10), sequence(4, 20), sequence(1, 30)])
-    assert packed.owners.tolist() == [[1, 1, 1, 1], [0, 0, 2, NOBODY]]
+    assert packed.owners.tolist() == [[1, 1, 1, 1], [0, 0, 2, PADDING_OWNER]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
     assert packed.labels.tolist() == [[-100, 21, 22, 23], [-100, 11, -100, -100]]
     assert packed.inputs_embeds[1, :, 0].tolist() == [10, 10, 30, 0]
@@ -31,7 +31,7 @@ def test_rows_by_hand() -> None:
 
 def test_single_sequences_need_no_mask() -> None:
     packed = pack([sequence(3, 10), sequence(4, 20)])
-    assert packed.owners.tolist() == [[1, 1, 1, 1], [0, 0, 0, NOBODY]]
+    assert packed.owners.tolist() == [[1, 1, 1, 1], [0, 0, 0, PADDING_OWNER]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import llava.train.shards as shards
 from llava.images import ImageError
-from llava.train.shards import MissingPictureError, PictureFolder, PictureShard, map_pictures, open_pictures
+from llava.train.shards import ImageFolder, ImageShard, MissingImageError, map_images, open_images
 
 IMAGES = Path(__file__).parents[1] / "oracle" / "images"
 NAMES = ("tiny.png", "tall.png")
@@ -42,22 +42,22 @@ def files() -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("name", "compression"), [("s.zip", zipfile.ZIP_STORED), ("s.zip", zipfile.ZIP_DEFLATED), ("s.tar", 0)])
 def test_a_shard_gives_what_the_folder_gives(name: str, compression: int, files: dict[str, bytes], tmp_path: Path) -> None:
-    shard = open_pictures(packed(tmp_path / name, files, compression))
-    folder = open_pictures(IMAGES)
-    assert isinstance(shard, PictureShard) and isinstance(folder, PictureFolder)
-    for picture in NAMES:
-        assert shard.load(f"a/{picture}").tobytes() == folder.load(picture).tobytes()
-        assert pickle.loads(pickle.dumps(shard)).load(f"a/{picture}").size == folder.load(picture).size
+    shard = open_images(packed(tmp_path / name, files, compression))
+    folder = open_images(IMAGES)
+    assert isinstance(shard, ImageShard) and isinstance(folder, ImageFolder)
+    for image in NAMES:
+        assert shard.load(f"a/{image}").tobytes() == folder.load(image).tobytes()
+        assert pickle.loads(pickle.dumps(shard)).load(f"a/{image}").size == folder.load(image).size
     assert shard.has("a/tiny.png") and not shard.has("tiny.png") and not shard.has("z")
     assert shard.key("x") == f"{tmp_path}/{name}/x" and folder.key("x") == str(IMAGES / "x")
     for place in (shard, folder):
-        with pytest.raises(MissingPictureError, match="none.png"):
+        with pytest.raises(MissingImageError, match="none.png"):
             place.load("none.png")
     assert not [path for path in tmp_path.rglob("*.png")]
 
 
 def test_every_process_opens_the_shard_for_itself(files: dict[str, bytes], tmp_path: Path) -> None:
-    shard = PictureShard(packed(tmp_path / "s.zip", files))
+    shard = ImageShard(packed(tmp_path / "s.zip", files))
     assert shard._file is None
     shard.load("a/tiny.png")
     mine = shard._file.fileno()
@@ -70,7 +70,7 @@ def test_every_process_opens_the_shard_for_itself(files: dict[str, bytes], tmp_p
 
 def test_sizes_are_checked_before_reading(files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bomb = packed(tmp_path / "b.zip", {"bomb.png": b"\0" * 50_000_000}, zipfile.ZIP_DEFLATED)
-    shard = PictureShard(bomb)
+    shard = ImageShard(bomb)
     monkeypatch.setattr(shards.os, "pread", lambda *_: pytest.fail("the shard was read"))
     with pytest.raises(ImageError, match="bomb.png.* has 50,000,000 bytes, expected at most 20,000,000"):
         shard.load("bomb.png")
@@ -84,13 +84,13 @@ def test_a_zip_that_lies_about_a_size(files: dict[str, bytes], tmp_path: Path) -
     data[directory + 24 : directory + 28] = (1000).to_bytes(4, "little")
     path.write_bytes(data)
     with pytest.raises(ImageError, match="size and checksum that the shard states"):
-        PictureShard(path).load("x.png")
+        ImageShard(path).load("x.png")
 
 
 def test_broken_members_are_image_errors(files: dict[str, bytes], tmp_path: Path) -> None:
     for name in ("s.zip", "s.tar"):
-        path = packed(tmp_path / name, {**files, "text.png": b"no picture"})
-        shard = PictureShard(path)
+        path = packed(tmp_path / name, {**files, "text.png": b"not an image"})
+        shard = ImageShard(path)
         with pytest.raises(ImageError, match="'text.png' in .*not a readable image"):
             shard.load("text.png")
         data = path.read_bytes()
@@ -103,12 +103,12 @@ def test_what_is_no_shard(files: dict[str, bytes], tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(b"no zip")
     packed(tmp_path / "a.tar.gz", files)
     packed(tmp_path / "b.zip", files, zipfile.ZIP_LZMA)
-    messages = {"a.zip": "cannot be read as a zip", "a.tar.gz": "without compressing the tar", "b.zip": "packed by method 14"}
+    messages = {"a.zip": "cannot be read as a zip", "a.tar.gz": "without compressing the tar", "b.zip": "compressed by method 14"}
     for name, message in messages.items():
         with pytest.raises(ValueError, match=message):
-            open_pictures(tmp_path / name)
-    with pytest.raises(ValueError, match="no folder or shard of pictures at"):
-        open_pictures(tmp_path / "none")
+            open_images(tmp_path / name)
+    with pytest.raises(ValueError, match="no folder or shard of images at"):
+        open_images(tmp_path / "none")
 
 
 def test_names_with_a_leading_dot_and_links(files: dict[str, bytes], tmp_path: Path) -> None:
@@ -118,20 +118,20 @@ def test_names_with_a_leading_dot_and_links(files: dict[str, bytes], tmp_path: P
         link = tarfile.TarInfo("link.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
-    shard = PictureShard(path)
+    shard = ImageShard(path)
     assert shard.has("a/tiny.png") and not shard.has("link.png")
 
 
 def test_prefixes(files: dict[str, bytes], tmp_path: Path) -> None:
-    one = PictureShard(packed(tmp_path / "1.zip", {"tiny.png": files["a/tiny.png"]}))
-    two = PictureShard(packed(tmp_path / "2.tar", {"tall.png": files["a/tall.png"]}))
-    places = map_pictures({"x/": [one, two], "x/y/": [PictureFolder(IMAGES)]})
+    one = ImageShard(packed(tmp_path / "1.zip", {"tiny.png": files["a/tiny.png"]}))
+    two = ImageShard(packed(tmp_path / "2.tar", {"tall.png": files["a/tall.png"]}))
+    places = map_images({"x/": [one, two], "x/y/": [ImageFolder(IMAGES)]})
     sizes = {name: Image.open(IMAGES / name).size for name in (*NAMES, "wide.png")}
     assert places.load("x/tiny.png").size == sizes["tiny.png"] and places.load("x/tall.png").size == sizes["tall.png"]
     assert places.load("x/y/wide.png").size == sizes["wide.png"] and places.key("x/tall.png") == f"{tmp_path}/2.tar/tall.png"
     assert places.has("x/tall.png") and not places.has("x/wide.png") and not places.has("z")
     assert one.fingerprint in places.fingerprint and one.fingerprint != two.fingerprint
-    with pytest.raises(MissingPictureError, match="starts with none of 'x/y/', 'x/'"):
+    with pytest.raises(MissingImageError, match="starts with none of 'x/y/', 'x/'"):
         places.load("z.png")
-    with pytest.raises(MissingPictureError, match="2.tar"):
+    with pytest.raises(MissingImageError, match="2.tar"):
         places.load("x/none.png")

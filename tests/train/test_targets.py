@@ -69,8 +69,8 @@ def test_segments_make_up_the_closed_prompt(name: str) -> None:
         [conversation.roles[index % 2], turn["value"]] for index, turn in enumerate(TURNS)
     ]
     assert "".join(segment.text for segment in segments) == conversation.get_prompt()
-    learnt = [segment.text for segment in segments if segment.supervised]
-    assert [text.strip().startswith(answer) for text, answer in zip(learnt, ("A boat.", "Yes."), strict=True)] == [True] * 2
+    supervised = [segment.text for segment in segments if segment.supervised]
+    assert [text.strip().startswith(answer) for text, answer in zip(supervised, ("A boat.", "Yes."), strict=True)] == [True] * 2
 
 
 def test_learning_starts_where_generation_starts(tokenizer: Any) -> None:
@@ -94,9 +94,9 @@ def test_what_is_said_is_text_and_only_the_template_writes_special_tokens(
     special_ids = set(tokenizer.all_special_ids)
     found, wanted = ([token for token in each.input_ids if token in special_ids] for each in (targets, plain))
     assert found == wanted
-    learnt = [token for token in targets.labels if token != IGNORE_INDEX]
-    assert f"A boat. {special}" in tokenizer.decode(learnt)
-    assert [token for token in learnt if token in special_ids] == [token for token in plain.labels if token in special_ids]
+    supervised = [token for token in targets.labels if token != IGNORE_INDEX]
+    assert f"A boat. {special}" in tokenizer.decode(supervised)
+    assert [token for token in supervised if token in special_ids] == [token for token in plain.labels if token in special_ids]
 
 
 def test_placeholder_in_an_answer_is_never_a_label(tokenizer: Any) -> None:
@@ -118,15 +118,15 @@ def test_one_image_moves_to_the_front_and_several_do_where_they_stand_together_b
 
 def test_refusals(tokenizer: Any) -> None:
     template = conv_templates["v1"]
-    with pytest.raises(ValueError, match="2 pictures but its turns hold 1"):
+    with pytest.raises(ValueError, match="2 images, but its turns have 1"):
         place_images([{"from": "human", "value": "<image>"}], 2)
-    with pytest.raises(ValueError, match="0 pictures but its turns hold 1"):
+    with pytest.raises(ValueError, match="0 images, but its turns have 1"):
         place_images([{"from": "human", "value": "<image>"}], 0)
     with pytest.raises(ValueError, match="expected 'gpt'"):
         segments_of([TURNS[0], TURNS[2]], template)
     with pytest.raises(ValueError, match=r"a turn is \{'from': 'user', 'value': 'Hi'\}; expected \{'from': 'human' or 'gpt'"):
         segments_of([{"from": "user", "value": "Hi"}], template)
-    with pytest.raises(ValueError, match="no turn of a human"):
+    with pytest.raises(ValueError, match="no turn from human"):
         segments_of([], template)
     with pytest.raises(ValueError, match="one question with <image> and one answer"):
         segments_of(TURNS, conv_templates["plain"])
@@ -142,7 +142,7 @@ def test_refusals(tokenizer: Any) -> None:
         ([1], [7, 8], [7, 8]),
     ],
 )
-def test_a_token_that_spans_question_and_answer_is_learnt(
+def test_a_token_that_spans_question_and_answer_is_supervised(
     given: list[int], whole: list[int], labels: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = {"Q": given, "QA": whole}
@@ -153,7 +153,7 @@ def test_a_token_that_spans_question_and_answer_is_learnt(
     assert (targets.input_ids, targets.labels) == (whole, labels)
 
 
-def test_a_question_without_an_answer_is_given_and_not_learnt() -> None:
+def test_a_question_without_an_answer_is_given_and_not_supervised() -> None:
     *answered, asked = segments_of(TURNS[:3], conv_templates["v1"])
     assert [segment.supervised for segment in answered] == [False, True] and not asked.supervised
     assert "Sure?" in asked.text and "Sure?" not in "".join(segment.text for segment in answered)

@@ -232,7 +232,7 @@ def test_flags_that_change_what_trained_weights_see(
 def test_a_step_that_is_not_finite_can_be_skipped(tmp_path: Path, run_flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = {"max_steps": 3, "learning_rate": 1e-3, "on_nonfinite_loss": "skip"}
     trainer = make_trainer(parse_arguments(run_flags(tmp_path, "instruct", **flags)))
-    teach, seen, weights = llava_trainer.LESSONS["token_mean"], [], []
+    teach, seen, weights = llava_trainer.STAGE_LOSSES["token_mean"], [], []
 
     def broken_at_second(*arguments: Any) -> Any:
         seen.append(arguments[1]["ids"])
@@ -240,7 +240,7 @@ def test_a_step_that_is_not_finite_can_be_skipped(tmp_path: Path, run_flags: Fla
         lesson = teach(*arguments)
         return dataclasses.replace(lesson, loss=lesson.loss * torch.nan) if len(seen) == 2 else lesson
 
-    monkeypatch.setitem(llava_trainer.LESSONS, "token_mean", broken_at_second)
+    monkeypatch.setitem(llava_trainer.STAGE_LOSSES, "token_mean", broken_at_second)
     trainer.train()
     assert len(seen) == 3 and trainer.steps_skipped == 1
     assert not torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])
@@ -252,7 +252,7 @@ def test_a_broken_batch_takes_its_whole_step_along(tmp_path: Path, run_flags: Fl
     """With accumulation the other batches of the step teach nothing either, and it counts once."""
     flags = {"max_steps": 2, "learning_rate": 1e-3, "on_nonfinite_loss": "skip", "gradient_accumulation_steps": 3}
     trainer = make_trainer(parse_arguments(run_flags(tmp_path, "instruct", per_device_train_batch_size=1, **flags)))
-    teach, taught, weights = llava_trainer.LESSONS["token_mean"], [], []
+    teach, taught, weights = llava_trainer.STAGE_LOSSES["token_mean"], [], []
 
     def broken_at_second(*arguments: Any) -> Any:
         taught.append(1)
@@ -260,7 +260,7 @@ def test_a_broken_batch_takes_its_whole_step_along(tmp_path: Path, run_flags: Fl
         lesson = teach(*arguments)
         return dataclasses.replace(lesson, loss=lesson.loss * torch.nan) if len(taught) == 2 else lesson
 
-    monkeypatch.setitem(llava_trainer.LESSONS, "token_mean", broken_at_second)
+    monkeypatch.setitem(llava_trainer.STAGE_LOSSES, "token_mean", broken_at_second)
     trainer.train()
     assert trainer.steps_skipped == 1 and torch.equal(weights[0], weights[3])
     assert not torch.equal(weights[3], trainer.model.lm_head.weight)
