@@ -1,4 +1,4 @@
-"""Many processes learn what one learns: DDP, the ZeRO stages, two hosts, ranks without a picture, a host that is lost."""
+"""Many processes train as one does: DDP, the ZeRO stages, two hosts, ranks without an image, a host that is lost."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def flags(steps: int = STEPS) -> list[object]:
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixteen rows, four a step; with two processes the first two of four are the first process's.
 
-    Step 1: the second process has only text. Step 2: no picture at all. Step 3: the first has only text. Step 4: pictures on both.
+    Step 1: the second process has only text. Step 2: no image at all. Step 3: the first has only text. Step 4: images on both.
     """
     recorded = recorded_rows()
-    pictures = [row for row in recorded if "image" in row]
+    with_image = [row for row in recorded if "image" in row]
     texts = [row for row in recorded if "image" not in row]
-    order = [*pictures[:2], *texts, *texts, *texts, *texts, *pictures[2:4], pictures[4], texts[0], pictures[0], pictures[1]]
+    order = [*with_image[:2], *texts, *texts, *texts, *texts, *with_image[2:4], with_image[4], texts[0], with_image[0], with_image[1]]
     assert len(order) == 16
     numbered = [{**row, "id": f"r{number}"} for number, row in enumerate(order)]
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.json", numbered)
@@ -89,10 +89,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory, steady_model: Path, rows: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["multi_granularity", "rglf"])
 @pytest.mark.parametrize("zero", ["none", *(pytest.param(name, marks=needs_deepspeed) for name in ("2", "3", "3_offload"))])
-def test_two_processes_learn_what_one_learns(
+def test_two_processes_train_as_one_does(
     stage: str, zero: str, alone: Callable[[str], list[float]], steady_model: Path, rows: Path, tmp_path: Path
 ) -> None:
-    """Ten steps, among them steps in which a process has only text, and steps without any picture."""
+    """Ten steps, among them steps in which a process has only text, and steps without any image."""
     expected = alone(stage)
     found = run_well(stage, variables(stage, steady_model, rows, tmp_path / "out", ZERO=zero), flags(), timeout=900)
     assert found == pytest.approx(expected, rel=SAME)

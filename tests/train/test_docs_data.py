@@ -51,9 +51,9 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def test_every_command_runs(outputs: list[str]) -> None:
     assert len(outputs) == 4
-    assert "every row can be learnt from" in outputs[1] and "3 pictures" in outputs[1]
+    assert "every row can be trained on" in outputs[1] and "3 images" in outputs[1]
     assert "rows.json: 3 rows in the file, 6 rows per epoch" in outputs[3] and "again: 3 rows in the file, 2 rows per epoch" in outputs[3]
-    assert "all: " in outputs[3] and "every row can be learnt from" in outputs[3]
+    assert "all: " in outputs[3] and "every row can be trained on" in outputs[3]
 
 
 def test_the_example_row_is_one() -> None:

@@ -40,11 +40,11 @@ def test_recorded_groups(name: str, tiny_model: Any) -> None:
     assert all(parameter.requires_grad for group in groups for parameter in group["params"])
 
 
-@pytest.mark.parametrize(("stage", "lesson"), [("stage3", "multi_granularity"), ("stage4", "rglf")])
-def test_recorded_steps(stage: str, lesson: str, tiny_model: Any, recorded_batch: Callable[[str], Any]) -> None:
+@pytest.mark.parametrize(("stage", "name"), [("stage3", "multi_granularity"), ("stage4", "rglf")])
+def test_recorded_steps(stage: str, name: str, tiny_model: Any, recorded_batch: Callable[[str], Any]) -> None:
     record = RECORDS["adamw_steps"][stage]
     settings = record["adamw"]
-    apply_stage(tiny_model, STAGES[lesson], frozen={"vision_tower"})
+    apply_stage(tiny_model, STAGES[name], frozen={"vision_tower"})
     groups = optimizer_groups(tiny_model, settings["lr"], {"vision_tower": settings["vis"]}, settings["wd"])
     optimizer = torch.optim.AdamW(
         [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups],
@@ -54,7 +54,7 @@ def test_recorded_steps(stage: str, lesson: str, tiny_model: Any, recorded_batch
     batch = recorded_batch(record["batch"])
     losses = []
     for _ in record["losses_at_steps_0_to_3"]:
-        loss = STAGE_LOSSES[lesson](tiny_model, batch, image_features(tiny_model, batch), RouterSettings()).loss
+        loss = STAGE_LOSSES[name](tiny_model, batch, image_features(tiny_model, batch), RouterSettings()).loss
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -67,13 +67,13 @@ def test_a_process_divides_by_its_share_of_the_steps_items(processes: int, total
     """Gradients are averaged over the processes afterwards: with N of them each has to count its sum N times."""
     model, asked = torch.nn.Identity(), []
 
-    def lesson(bare: Any, batch: Any, items: float | None) -> StageLoss:
+    def stage_loss(bare: Any, batch: Any, items: float | None) -> StageLoss:
         asked.append(items)
         return StageLoss(torch.tensor(1.0))
 
     trainer: Any = SimpleNamespace(
         accelerator=SimpleNamespace(unwrap_model=lambda wrapped: wrapped, num_processes=processes),
-        _lesson=lesson, _check_finite=lambda loss, batch: None, _record=lambda lesson, prefix: None,
+        _stage_loss=stage_loss, _check_finite=lambda loss, batch: None, _record=lambda loss, prefix: None,
     )  # fmt: skip
     items = None if total is None else torch.tensor(float(total))
     assert LlavaTrainer.compute_loss(trainer, model, {}, num_items_in_batch=items).item() == 1.0

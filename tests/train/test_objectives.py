@@ -43,11 +43,11 @@ def test_recorded_stage3(name: str, tiny_model: Any, recorded_batch: Recorded, t
     record = training_records["stage3"][name]
     apply_stage(tiny_model, STAGES["multi_granularity"], frozen={"vision_tower"})
     batch = recorded_batch(name)
-    lesson = multi_granularity_loss(tiny_model, batch, image_features(tiny_model, batch), DEFAULT)
-    lesson.loss.backward()
-    assert lesson.loss.item() == pytest.approx(record["loss"], rel=1e-4)
+    found = multi_granularity_loss(tiny_model, batch, image_features(tiny_model, batch), DEFAULT)
+    found.loss.backward()
+    assert found.loss.item() == pytest.approx(record["loss"], rel=1e-4)
     for level, loss in record["per_granularity_loss"].items():
-        total, weight = lesson.metrics[f"loss_{level}"]
+        total, weight = found.metrics[f"loss_{level}"]
         assert float(total) / weight == pytest.approx(loss, rel=1e-4)
     _norms_match(tiny_model, record["grad_norm_by_param"])
 
@@ -58,10 +58,10 @@ def test_recorded_stage4(name: str, tiny_model: Any, recorded_batch: Recorded, t
     apply_stage(tiny_model, STAGES["rglf"])
     batch = recorded_batch(name)
     features = [image.detach() for image in image_features(tiny_model, batch)]
-    lesson = rglf_loss(tiny_model, batch, features, RouterSettings(margin=1.0))
-    lesson.loss.backward()
-    assert lesson.loss.item() == pytest.approx(record["loss"], rel=1e-4)
-    assert lesson.metrics["router_rows_skipped"][0] == 0
+    found = rglf_loss(tiny_model, batch, features, RouterSettings(margin=1.0))
+    found.loss.backward()
+    assert found.loss.item() == pytest.approx(record["loss"], rel=1e-4)
+    assert found.metrics["router_rows_skipped"][0] == 0
     _norms_match(tiny_model, record["grad_norm_by_param"])
     assert all(p.grad is None for n, p in tiny_model.named_parameters() if "router" not in n)
 
@@ -84,8 +84,8 @@ def test_rows_that_teach_the_router_nothing(
     apply_stage(tiny_model, STAGES["rglf"])
     batch = recorded_batch(name)
     features = [image.detach() for image in image_features(tiny_model, batch)]
-    lesson = rglf_loss(tiny_model, batch, features, RouterSettings(margin=1.0))
-    lesson.loss.backward()
+    found = rglf_loss(tiny_model, batch, features, RouterSettings(margin=1.0))
+    found.loss.backward()
     assert all(p.grad is not None for p in tiny_model.model.router.parameters())
     rows = {"C_mixed_text": [0, 2], "D_text_only": [], "E_no_labels_row": [0]}[name]
     logits = torch.tensor([record["router_logits"][row] for row in rows]).reshape(len(rows), 5)
@@ -93,8 +93,8 @@ def test_rows_that_teach_the_router_nothing(
         [[float(value) for value in record["llm_loss_rows_samples_cols_granularities"][row]] for row in rows]
     )
     expected = rglf_losses(logits, losses.reshape(len(rows), 5), 1.0).total.sum().item() / max(len(rows), 1)
-    assert lesson.loss.item() == pytest.approx(expected, rel=1e-4)
-    assert lesson.metrics["router_rows_skipped"][0] == len(batch["rows"]) - len(rows)
+    assert found.loss.item() == pytest.approx(expected, rel=1e-4)
+    assert found.metrics["router_rows_skipped"][0] == len(batch["rows"]) - len(rows)
 
 
 def naive_loss(model: Any, batch: dict[str, Any], level: int) -> torch.Tensor:
@@ -116,8 +116,8 @@ def test_equals_a_naive_loop_and_reaches_the_tower(
     calls: list[str] = []
     parts = {"tower": tiny_model.get_vision_tower(), "llm": tiny_model.model.layers[0], "words": tiny_model.lm_head}
     handles = [part.register_forward_hook(lambda *_, name=name: calls.append(name)) for name, part in parts.items()]
-    lesson = multi_granularity_loss(tiny_model, batch, image_features(tiny_model, batch), DEFAULT)
-    lesson.loss.backward()
+    found = multi_granularity_loss(tiny_model, batch, image_features(tiny_model, batch), DEFAULT)
+    found.loss.backward()
     passes = 1 if one_pass else 5
     assert sorted(calls) == ["llm"] * passes + ["tower"] + ["words"] * passes
     for handle in handles:
@@ -129,7 +129,7 @@ def test_equals_a_naive_loop_and_reaches_the_tower(
         loss = naive_loss(tiny_model, batch, level) / 5
         loss.backward()
         expected += loss.item()
-    assert lesson.loss.item() == pytest.approx(expected, rel=1e-4)
+    assert found.loss.item() == pytest.approx(expected, rel=1e-4)
     for name_, parameter in tiny_model.named_parameters():
         if parameter.grad is None:
             assert name_ not in gradients
@@ -149,10 +149,10 @@ def test_a_batch_without_images_leaves_zero_gradients_and_calls_every_part(
     calls: list[int] = []
     tiny_model.get_vision_tower().register_forward_hook(lambda *_: calls.append(1))
     tiny_model.lm_head.register_full_backward_hook(lambda *_: calls.append(2))
-    lesson = STAGE_LOSSES[STAGES[stage].loss](tiny_model, batch, image_features(tiny_model, batch), DEFAULT)
-    lesson.loss.backward()
+    found = STAGE_LOSSES[STAGES[stage].loss](tiny_model, batch, image_features(tiny_model, batch), DEFAULT)
+    found.loss.backward()
     assert calls == [1] + [2] * (5 if stage == "multi_granularity" else 1)
-    assert lesson.loss.item() == pytest.approx(naive_loss(tiny_model, batch, 144).item(), rel=1e-4)
+    assert found.loss.item() == pytest.approx(naive_loss(tiny_model, batch, 144).item(), rel=1e-4)
     for name, parameter in tiny_model.named_parameters():
         if parameter.requires_grad and ("mm_projector" in name or "patch_embedding" in name or "image_newline" in name):
             assert parameter.grad is not None and not parameter.grad.any(), name
@@ -171,7 +171,7 @@ def test_a_batch_counts_by_its_share_of_the_step(tiny_model: Any, recorded_batch
 
 def test_full_granularity_equals_the_models_own_loss(tiny_model: Any, recorded_batch: Recorded) -> None:
     batch = recorded_batch("C_mixed_text")
-    lesson = token_mean_loss(tiny_model, batch, image_features(tiny_model, batch), DEFAULT)
+    found = token_mean_loss(tiny_model, batch, image_features(tiny_model, batch), DEFAULT)
     own = tiny_model(
         batch["input_ids"],
         attention_mask=batch["attention_mask"],
@@ -180,12 +180,12 @@ def test_full_granularity_equals_the_models_own_loss(tiny_model: Any, recorded_b
         image_sizes=batch["image_sizes"],
         vis_token_granularity=144,
     ).loss
-    assert lesson.loss.item() == pytest.approx(own.item(), rel=1e-5)
+    assert found.loss.item() == pytest.approx(own.item(), rel=1e-5)
     single = answer_losses(tiny_model, batch, image_features(tiny_model, batch), [144])
     assert single.sums.sum().item() / int(single.labels.sum()) == pytest.approx(own.item(), rel=1e-5)
 
 
-def test_known_scores_give_the_same_lesson(tiny_model: Any, recorded_batch: Recorded) -> None:
+def test_known_scores_give_the_same_loss(tiny_model: Any, recorded_batch: Recorded) -> None:
     apply_stage(tiny_model, STAGES["rglf"])
     batch = recorded_batch("C_mixed_text")
     features = [image.detach() for image in image_features(tiny_model, batch)]

@@ -86,7 +86,7 @@ def test_damaged_scores_are_refused(whole: Path, tmp_path: Path) -> None:
         try:
             GranularityScores.load(copy, metadata["model"], metadata["data"], levels)
         except ValueError as error:
-            assert "copy.parquet is damaged, or no file of scores; delete it" in str(error)
+            assert "copy.parquet is damaged, or not a file of scores; delete it" in str(error)
             refused += 1
     assert refused >= 3
 
@@ -95,16 +95,16 @@ def test_what_is_in_the_way_is_not_replaced(whole: Path, tmp_path: Path) -> None
     args = arguments(tmp_path)
     output = Path(args.output_file)
     output.write_text("a text of the user's")
-    with pytest.raises(ValueError, match=r"scores.parquet is damaged, or no file of scores; delete it"):
+    with pytest.raises(ValueError, match=r"scores.parquet is damaged, or not a file of scores; delete it"):
         score(args)
     table = pq.read_table(whole)
     pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"data": b"other"}), output)
-    with pytest.raises(ValueError, match=r"holds the scores of another data than this run's; delete it, or choose another --output_file"):
+    with pytest.raises(ValueError, match=r"holds scores for another data than this run's; delete it, or choose another --output_file"):
         score(args)
     parts = tmp_path / "scores.parquet.parts"
     parts.mkdir()
     output.rename(parts / "part-00001-of-00004.parquet")
-    with pytest.raises(ValueError, match=r"part-00001-of-00004.parquet holds the scores of another data"):
+    with pytest.raises(ValueError, match=r"part-00001-of-00004.parquet holds scores for another data"):
         score(args)
     (parts / "part-00001-of-00004.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"part-00001-of-00004.parquet is damaged"):
@@ -163,6 +163,6 @@ def test_ctrl_c_says_which_parts_are_kept(
         signal.signal(signal.SIGINT, handler)
     lines = capsys.readouterr().err
     assert ended.value.code == INTERRUPTED and "Traceback" not in lines
-    assert f"interrupted: 2 finished parts are kept in {tmp_path / 'scores.parquet.parts'}; the same command goes on after them.\n" in lines
+    assert f"interrupted: 2 finished parts are kept in {tmp_path / 'scores.parquet.parts'}; the same command resumes from there.\n" in lines
     monkeypatch.setattr(scoring, "score_part", original)
     assert same(score(args), whole)

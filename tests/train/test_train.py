@@ -34,7 +34,7 @@ NEW_MODEL = {
 
 @pytest.fixture(scope="module")
 def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recorded rows that stage 1 can use: one picture, one answer."""
+    """The recorded rows that stage 1 can use: one image, one answer."""
     rows = json.loads((ORACLE / "train_data.json").read_text())
     usable = [row for row in rows if "image" in row and len(row["conversations"]) == 2]
     file = tmp_path_factory.mktemp("captions") / "captions.jsonl"
@@ -138,7 +138,7 @@ def test_offline_scores_train_the_same_router(tmp_path: Path, run_flags: Flags, 
 
     rows = tmp_path / "other.json"
     rows.write_text(json.dumps(json.loads((ORACLE / "train_data.json").read_text())[:3]))
-    with pytest.raises(ValueError, match="are of another data than"):
+    with pytest.raises(ValueError, match="are for another data than"):
         make_trainer(parse_arguments(run_flags(tmp_path / "x", "rglf", granularity_scores=file, data_path=rows)))
     with pytest.raises(ValueError, match="there is no score file"):
         make_trainer(parse_arguments(run_flags(tmp_path / "x", "rglf", granularity_scores=tmp_path / "none")))
@@ -158,7 +158,7 @@ def test_scores_of_another_model_are_refused(tmp_path: Path) -> None:
         GranularityScores.load(tmp_path / "s.parquet", "n", "d", [9, 36])
 
 
-def test_rows_about_one_picture_are_scored_together() -> None:
+def test_rows_about_one_image_are_scored_together() -> None:
     rows = [{"image": "b"}, {"image": "a"}, {"image": "b"}, {}, {"image": "b"}, {"image": "a"}]
     assert parts_of_rows(rows, 2) == [[3, 1, 5], [0, 2, 4]]
 
@@ -189,7 +189,7 @@ def test_non_finite_loss_names_step_and_rows(tmp_path: Path, run_flags: Flags) -
         trainer.train()
 
 
-def test_a_step_that_teaches_nothing_is_said(tmp_path: Path, run_flags: Flags, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_step_without_anything_to_train_on_is_reported(tmp_path: Path, run_flags: Flags, caplog: pytest.LogCaptureFixture) -> None:
     """A loss of 0 is never silent: rows without an answer are counted before the first step, and a step of such rows is named."""
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]
     rows = [{"id": "one", "conversations": turns}, {"id": "two", "conversations": [turns[0], {"from": "gpt", "value": ""}]}]
@@ -198,9 +198,9 @@ def test_a_step_that_teaches_nothing_is_said(tmp_path: Path, run_flags: Flags, c
     trainer = make_trainer(parse_arguments(run_flags(tmp_path / "out", "instruct", **changes)))
     trainer.train()
     assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry].count(0) == trainer.steps_without_items == 2
-    assert "1 of 2 rows have no answer and teach nothing; the first is row 1" in caplog.text
-    assert caplog.text.count("its loss of 0 measures nothing, as rows ['two'] hold nothing to learn in stage instruct") == 1
-    assert "2 steps taught nothing" in caplog.text
+    assert "1 of 2 rows have no answer and add nothing to the loss; the first is row 1" in caplog.text
+    assert caplog.text.count("a loss of 0 and trains nothing, because rows ['two'] have nothing to train on in stage instruct") == 1
+    assert "2 steps trained nothing" in caplog.text
 
 
 def test_flags_reach_the_modules_of_a_checkpoint(tmp_path: Path, run_flags: Flags) -> None:
@@ -232,13 +232,13 @@ def test_flags_that_change_what_trained_weights_see(
 def test_a_step_that_is_not_finite_can_be_skipped(tmp_path: Path, run_flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = {"max_steps": 3, "learning_rate": 1e-3, "on_nonfinite_loss": "skip"}
     trainer = make_trainer(parse_arguments(run_flags(tmp_path, "instruct", **flags)))
-    teach, seen, weights = llava_trainer.STAGE_LOSSES["token_mean"], [], []
+    compute, seen, weights = llava_trainer.STAGE_LOSSES["token_mean"], [], []
 
     def broken_at_second(*arguments: Any) -> Any:
         seen.append(arguments[1]["ids"])
         weights.append(trainer.model.lm_head.weight.detach().clone())
-        lesson = teach(*arguments)
-        return dataclasses.replace(lesson, loss=lesson.loss * torch.nan) if len(seen) == 2 else lesson
+        found = compute(*arguments)
+        return dataclasses.replace(found, loss=found.loss * torch.nan) if len(seen) == 2 else found
 
     monkeypatch.setitem(llava_trainer.STAGE_LOSSES, "token_mean", broken_at_second)
     trainer.train()
@@ -249,16 +249,16 @@ def test_a_step_that_is_not_finite_can_be_skipped(tmp_path: Path, run_flags: Fla
 
 
 def test_a_broken_batch_takes_its_whole_step_along(tmp_path: Path, run_flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With accumulation the other batches of the step teach nothing either, and it counts once."""
+    """With accumulation the other batches of the step are dropped too, and it counts once."""
     flags = {"max_steps": 2, "learning_rate": 1e-3, "on_nonfinite_loss": "skip", "gradient_accumulation_steps": 3}
     trainer = make_trainer(parse_arguments(run_flags(tmp_path, "instruct", per_device_train_batch_size=1, **flags)))
-    teach, taught, weights = llava_trainer.STAGE_LOSSES["token_mean"], [], []
+    compute, seen, weights = llava_trainer.STAGE_LOSSES["token_mean"], [], []
 
     def broken_at_second(*arguments: Any) -> Any:
-        taught.append(1)
+        seen.append(1)
         weights.append(trainer.model.lm_head.weight.detach().clone())
-        lesson = teach(*arguments)
-        return dataclasses.replace(lesson, loss=lesson.loss * torch.nan) if len(taught) == 2 else lesson
+        found = compute(*arguments)
+        return dataclasses.replace(found, loss=found.loss * torch.nan) if len(seen) == 2 else found
 
     monkeypatch.setitem(llava_trainer.STAGE_LOSSES, "token_mean", broken_at_second)
     trainer.train()
@@ -268,7 +268,7 @@ def test_a_broken_batch_takes_its_whole_step_along(tmp_path: Path, run_flags: Fl
 
 @pytest.mark.parametrize("stage", ["instruct", "rglf"])
 def test_the_evaluation_loss_is_a_mean_over_items(stage: str, tmp_path: Path, run_flags: Flags) -> None:
-    """Whatever the batch size, rows without a picture or an answer included."""
+    """Whatever the batch size, rows without an image or an answer included."""
     losses = []
     for size in (1, 3, 7):
         flags = {"eval_data_path": ORACLE / "train_data.json", "eval_strategy": "steps", "per_device_eval_batch_size": size}
@@ -319,8 +319,8 @@ def test_the_log_tells_speed_padding_and_memory(tmp_path: Path, run_flags: Flags
 
 
 @pytest.mark.parametrize("stage", ["instruct", "rglf"])
-def test_accumulated_batches_teach_what_one_batch_does(stage: str, tmp_path: Path, run_flags: Flags) -> None:
-    """The mean is over the step's tokens (stage 4: pictures), not over the means of its batches."""
+def test_accumulated_batches_train_as_one_batch_does(stage: str, tmp_path: Path, run_flags: Flags) -> None:
+    """The mean is over the step's tokens (stage 4: images), not over the means of its batches."""
     flags = {"max_steps": 2, "learning_rate": 1e-2, "router_dropout": 0.0, "dataloader_drop_last": True, "optim": "sgd"}
     together, apart = tmp_path / "together", tmp_path / "apart"
     train(run_flags(together, stage, per_device_train_batch_size=3, **flags))
