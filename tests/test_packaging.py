@@ -32,6 +32,7 @@ DISTRIBUTIONS = {
     "prometheus_client": "prometheus-client",
     "httpx_sse": "httpx-sse",
     "pydantic_core": "pydantic",
+    "markupsafe": "jinja2",
 }
 """Distributions that are not called like what they are imported as, or that come with another in the version that fits."""
 
@@ -62,6 +63,8 @@ def test_core_dependencies_cover_what_inference_imports() -> None:
     assert {"torch", "transformers", "pillow"} <= set(imports)
     # Only adapter folders need it, and reading one without it says what to install.
     assert imports.pop("peft") == "llava/model/adapter.py"
+    # Only the plot of a report needs it, and a report without it says so.
+    assert imports.pop("matplotlib") == "llava/eval/report/plots.py"
     assert lacking(imports, CORE) == {}
 
 

@@ -63,8 +63,7 @@ def check_questions(assistant: Assistant, questions: Iterable[tuple[Any, Callabl
             break
     if refused:
         question_id, reason = refused[0]
-        how_many = "one question" if len(refused) == 1 else f"one of {len(refused)} questions"
-        raise ValueError(f"Not {how_many} can be asked of this model in this way. In the way of the first, {question_id!r}: {reason}")
+        raise ValueError(f"The model can answer none of the first {len(refused)} questions with these options; {question_id!r}: {reason}")
 
 
 def check_question(assistant: Assistant, question: Question, options: Options) -> None:

@@ -51,7 +51,7 @@ def test_images_that_cannot_be_opened_say_nothing_about_the_model(micro: Assista
 
 def test_after_a_hundred_refusals_no_more_are_opened(micro: Assistant) -> None:
     opened, questions = asked(*[Question([SMALL], "Which?")] * (TRIED + 5))
-    with pytest.raises(ValueError, match="Not one of 100 questions can be asked .* of the first, 0: max_visual_tokens is 1, but"):
+    with pytest.raises(ValueError, match="none of the first 100 questions with these options; 0: max_visual_tokens is 1, but"):
         check_questions(micro, questions, Options(routing=RoutingRequest(max_visual_tokens=1)))
     assert len(opened) == TRIED
 
@@ -100,5 +100,5 @@ def test_a_fault_of_flags_or_config_ends_a_run_before_its_first_question(
     given = ["--question-file", tmp_path / "q.jsonl", "--answers-file", tmp_path / "out.jsonl", "--device", "cpu", *more]
     assert main([str(word) for word in given]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: Not one of 3 questions can be asked of this model in this way.")
+    assert error.startswith("error: The model can answer none of the first 3 questions with these options; ")
     assert not (tmp_path / "out.jsonl").exists() and not (tmp_path / "out.jsonl.errors.jsonl").exists()

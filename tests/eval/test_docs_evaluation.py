@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from llava.eval import granularity_report
-from llava.eval.report import words
+from llava.eval.report import tables
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "Evaluation.md"
@@ -80,7 +80,7 @@ def write_tables() -> None:
     """Put the table of benchmarks and those of the reports into the page."""
     page = TABLE.sub(lambda found: found[1] + benchmark_table() + found[2], text())
     for name in REPORTS:
-        table = words.markdown(read_report(name))
+        table = tables.markdown(read_report(name))
         page = re.sub(REPORT.format(name=name), lambda found, table=table: found[1] + table + found[2], page, flags=re.DOTALL)
     PAGE.write_text(page, encoding="utf-8")
 
@@ -94,7 +94,7 @@ def test_the_table_of_benchmarks_is_the_scripts() -> None:
 def test_the_tables_of_a_report_are_those_of_its_json(name: str) -> None:
     found = re.search(REPORT.format(name=name), text(), flags=re.DOTALL)
     report = read_report(name)
-    assert found and words.markdown(report) in found[0], "run python tests/eval/test_docs_evaluation.py to write the tables anew"
+    assert found and tables.markdown(report) in found[0], "run python tests/eval/test_docs_evaluation.py to write the tables anew"
     assert report["task"] == name and report["answered"] == report["asked"] and not report["crashes"] and not report["left_out"]
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +16,19 @@ import numpy as np
 import pytest
 import torch
 
-from llava.eval.granularity_report import _oracle_gap, main
+from llava.eval.granularity_report import main
 from llava.eval.report.answers import Encoder, Record, ask_all, is_right, router_logits
 from llava.eval.report.answers_file import earlier_answers, key_of, read_answers, write_answers
 from llava.eval.report.baseline import Baseline, compare, read_baseline
+from llava.eval.report.contents import oracle_gap
 from llava.eval.report.examples import pick_examples
 from llava.eval.report.measure import PARTS, Cost, balanced_sample, kv_cache_bytes, measure, mixed, peak_bytes, summarise
 from llava.eval.report.outcomes import Outcomes, tail
 from llava.eval.report.page import write_page
+from llava.eval.report.policies import Policy, apply_policies
+from llava.eval.report.tables import markdown
 from llava.eval.report.tasks import Item, open_task, read_task
-from llava.eval.report.ways import ways_of_choosing
-from llava.eval.report.words import NO_ROUTER, cards, markdown
+from llava.eval.report.texts import NO_ROUTER, cards
 from llava.images import load_image
 from llava.inference import MICRO_MODEL, Assistant, Options
 from llava.messages import RoutingRequest
@@ -101,14 +104,14 @@ def test_the_oracle_gap_is_what_the_router_leaves_to_be_won() -> None:
             ("fixed", outcomes.fixed(2)),
             ("random", outcomes.random_at(20)),
             ("adaptive", outcomes.fixed(1)),  # half right, at 20 tokens
-            ("oracle", outcomes.wished([[1.0, 0.0, 0.0]] * 80, LEVELS, RoutingRequest())),  # as right, at 10 tokens
+            ("oracle", outcomes.routed([[1.0, 0.0, 0.0]] * 80, LEVELS, RoutingRequest())),  # as right, at 10 tokens
         ]
     ]
-    assert _oracle_gap(rows) == {"accuracy": 0.0, "tokens": 10.0}
+    assert oracle_gap(rows) == {"accuracy": 0.0, "tokens": 10.0}
     rows[-1] = {**rows[-1], **outcomes.row(outcomes.cheapest_right())}  # all right, at 25 tokens
-    assert _oracle_gap(rows) == {"accuracy": 50.0, "tokens": -5.0}
+    assert oracle_gap(rows) == {"accuracy": 50.0, "tokens": -5.0}
     assert cards(rows)[-1]["value"] == "50.0 points"
-    assert _oracle_gap([row for row in rows if row["kind"] != "adaptive"]) is None
+    assert oracle_gap([row for row in rows if row["kind"] != "adaptive"]) is None
 
 
 def test_random_choice_costs_what_it_is_compared_with() -> None:
@@ -118,17 +121,17 @@ def test_random_choice_costs_what_it_is_compared_with() -> None:
         assert row["tokens"] == pytest.approx(tokens) and row["accuracy"] == pytest.approx(outcomes.interpolated(tokens))
 
 
-def test_wishes_choose_as_the_model_does() -> None:
+def test_policies_choose_as_the_model_does() -> None:
     outcomes = made_up()
     logits: list[list[float] | None] = [[0.0, 1.0, 0.9]] * 80
 
-    def chosen(**wish: Any) -> list[int]:
-        return outcomes.wished(logits, LEVELS, RoutingRequest(**wish)).argmax(1).tolist()
+    def chosen(**request: Any) -> list[int]:
+        return outcomes.routed(logits, LEVELS, RoutingRequest(**request)).argmax(1).tolist()
 
     assert chosen() == [1] * 80 and chosen(bias=0.2) == [2] * 80 and chosen(bias=-2.0) == [0] * 80
     assert chosen(max_visual_tokens=15) == [0] * 80 and chosen(granularity=[4, 16]) == [2] * 80
     with pytest.raises(ValueError, match="no router to bias"):
-        outcomes.wished([None] * 80, LEVELS, RoutingRequest(bias=1.0))
+        outcomes.routed([None] * 80, LEVELS, RoutingRequest(bias=1.0))
 
 
 def test_intervals_hold_the_accuracy_and_repeat() -> None:
@@ -275,7 +278,7 @@ def test_a_report_sees_the_pixels_that_every_other_command_sees(micro: Assistant
     assert load_image(tmp_path / "clear.png").getpixel((5, 5)) == (255, 255, 255)
 
 
-def test_the_way_that_begins_changes_with_every_question_and_repetition(micro: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_policy_that_goes_first_changes_with_every_question_and_repetition(micro: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
     task = read_task(EVALUATION / "test.jsonl")
     sample = [Record(item.question_id, item.image, item.text, item.answer) for item in task.items[:2]]
     asked: list[tuple[str, Any]] = []
@@ -286,8 +289,8 @@ def test_the_way_that_begins_changes_with_every_question_and_repetition(micro: A
         return answer(images, text, options)
 
     monkeypatch.setattr(micro, "answer", noted)
-    ways = {"coarse": RoutingRequest(4), "fine": RoutingRequest(8)}
-    measure(micro, sample, task.folder, ways, {name: ["", ""] for name in ways}, 2, repeats=2)
+    requests = {"coarse": RoutingRequest(4), "fine": RoutingRequest(8)}
+    measure(micro, sample, task.folder, requests, {name: ["", ""] for name in requests}, 2, repeats=2)
     first, second = (record.text for record in sample)
     timed = asked[4:12]  # between the warm-up and the requests whose memory is watched
     assert timed[0::2] == [(first, 4), (second, 8), (first, 8), (second, 4)]
@@ -343,15 +346,15 @@ def test_the_page_is_whole_and_asks_for_nothing(made: dict[str, Any]) -> None:
     page = (made["output"] / "report.html").read_text()
     assert "<script" not in page and "http://" not in page and "https://" not in page and "@import" not in page
     assert page.count("data:image/jpeg;base64,") == 3 and "default-src 'none'" in page
-    assert "Every way of choosing" in page and page.count("<tr") > 20
+    assert "All policies" in page and page.count("<tr") > 20
 
 
 def test_intervals_are_shown_where_there_are_some(made: dict[str, Any]) -> None:
-    """The thirty questions are on three pictures, too few for intervals."""
+    """The thirty questions are on three images, too few for intervals."""
     from PIL import Image
 
     report = json.loads(json.dumps({key: value for key, value in made.items() if key != "output"}))
-    assert "No intervals are given: the family 'pole' is on 3 pictures," in markdown(report) and report["rows"][0]["interval"] is None
+    assert "No intervals are given: the family 'pole' is on 3 images," in markdown(report) and report["rows"][0]["interval"] is None
     report["rows"][0]["interval"], report["rare_families"] = [12.25, 97.5], {}
     page, table = write_page(report, [Image.new("RGB", (40, 20))] * 3), markdown(report)
     assert "1 of 150 answers (questions times granularities) is empty." in markdown({**report, "empty_answers": 1})
@@ -382,7 +385,7 @@ def test_one_task_of_ones_own_and_fewer_granularities(tmp_path: Path, capsys: py
     assert report["granularities"] == [4, 16] and report["families"] == ["all"] and report["rows"][0]["accuracy"] == 50.0
     assert all(row["cost"] is None and row["interval"] is None for row in report["rows"])
     said = capsys.readouterr().out
-    assert "fixed 16" in said and "No intervals are given: the questions are on 1 picture," in said
+    assert "fixed 16" in said and "No intervals are given: the questions are on 1 image," in said
     assert "No intervals are given" in (output / "report.html").read_text() and "Where the time" not in (output / "report.html").read_text()
 
 
@@ -471,7 +474,7 @@ def test_answers_made_in_another_way_are_refused(
     flags = ["--task", "playground", "--limit", "30", "--timing-samples", "0", "--device", "cpu", "--output", str(tmp_path / "out")]
     assert main([*flags, "--answers", str(made["output"] / "answers.jsonl"), *more]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "made in another way: " in error and words in error and not (tmp_path / "out" / "report.json").exists()
+    assert "do not fit this report: " in error and words in error and not (tmp_path / "out" / "report.json").exists()
 
 
 def test_answers_that_do_not_say_how_they_were_made_are_refused(
@@ -481,7 +484,7 @@ def test_answers_that_do_not_say_how_they_were_made_are_refused(
     (tmp_path / "bare.jsonl").write_text("".join(lines[1:]))
     flags = ["--task", "playground", "--limit", "30", "--timing-samples", "0", "--device", "cpu", "--output", str(tmp_path / "out")]
     assert main([*flags, "--answers", str(tmp_path / "bare.jsonl")]) == 1
-    assert "does not say what its answers were made with" in capsys.readouterr().err
+    assert "does not hold 'made with'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -494,12 +497,12 @@ def test_answers_that_do_not_say_how_they_were_made_are_refused(
         (["--task", "playground", "--granularities", "5,64"], "this model has [4, 8, 16, 32, 64]"),
         (
             ["--task", "playground", "--budgets", "5"],
-            "The row 'adaptive, at most 5' of --budgets cannot be. Not one of 100 questions can be asked of this model in this way. In the "
-            "way of the first, 2000000: max_visual_tokens is 5, but",
+            "The policy 'adaptive, at most 5' of --budgets cannot be used. The model can answer none of the first 100 questions with these "
+            "options; 2000000: max_visual_tokens is 5, but",
         ),
     ],
 )
-def test_a_wrong_wish_is_one_sentence(flags: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_flag_is_one_sentence(flags: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*flags, "--device", "cpu", "--output", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and sentence in error
@@ -532,6 +535,17 @@ def test_a_wrong_line_is_named(line: str, sentence: str, tmp_path: Path) -> None
     (tmp_path / "mine.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=sentence):
         read_task(tmp_path / "mine.jsonl")
+
+
+def test_a_missing_plotting_library_is_named_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Assistant, "load", lambda *args, **options: pytest.fail("the model was loaded"))
+    for name in ("page", "plots"):
+        monkeypatch.delitem(sys.modules, f"llava.eval.report.{name}")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(short(tmp_path / "out")) == 1
+    assert 'needs matplotlib; install it with pip install -e ".[eval]"' in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_easy_vqa_asks_in_the_micro_worlds_words() -> None:
@@ -589,7 +603,7 @@ def test_a_stopped_report_goes_on_to_what_it_would_have_been(
     output = tmp_path / "out"
     stop_in_batch(3)
     assert main(short(output)) == 130
-    assert capsys.readouterr().err.endswith(f"interrupted: the answers to 16 questions are kept in {output}; the same command goes on.\n")
+    assert capsys.readouterr().err.endswith(f"interrupted: the answers to 16 questions are kept in {output}; the same command resumes.\n")
     part = output / "answers.parts" / "part-00000.jsonl"
     part.write_bytes(part.read_bytes()[:-10])  # as a kill within the write leaves it: the last whole batch lacks a question
     sizes = stop_in_batch(None)
@@ -644,10 +658,10 @@ def test_a_finished_report_is_replaced_on_request_alone(whole: Path, tmp_path: P
     shutil.copytree(whole, output)
     before = (output / "report.json").read_bytes()
     assert main(short(output, 8)) == 1
-    assert "holds report.json already; choose another --output, or replace" in capsys.readouterr().err
+    assert "already holds report.json; choose another --output, or replace" in capsys.readouterr().err
     assert (output / "report.json").read_bytes() == before
     (output / "report.json").unlink()  # what is left of a report is somebody's, too
-    assert main(short(output, 8)) == 1 and "holds report.html already" in capsys.readouterr().err
+    assert main(short(output, 8)) == 1 and "already holds report.html" in capsys.readouterr().err
     assert main([*short(output, 8), "--overwrite"]) == 0
     assert json.loads((output / "report.json").read_text())["answered"] == 8
 
@@ -661,7 +675,7 @@ def test_a_stopped_run_is_not_taken_for_another(
     stop_in_batch(None)
     assert main([*short(output), "--max-new-tokens", "3"]) == 1
     said = capsys.readouterr().err
-    assert "belongs to another run: max new tokens was 16, is 3. Choose another --output, or start anew there with --overwrite." in said
+    assert "belongs to another run: max new tokens was 16, is 3. Choose another --output, or start over there with --overwrite." in said
     assert main([*short(output, 8), "--max-new-tokens", "3", "--overwrite"]) == 0
 
 
@@ -697,8 +711,8 @@ def compared(right: Sequence[bool], before: Sequence[bool], logits: Sequence[flo
 
     here, there = records(right), records(before)
     baseline = Baseline(Path("old"), "old model", [4], {key_of(record): record for record in reversed(there)})
-    wishes: Any = {} if logits is None else {"adaptive": ("adaptive", RoutingRequest())}
-    return compare(here, ways_of_choosing(Outcomes(here), here, [4], wishes)[0], wishes, baseline, 0)
+    routed = [] if logits is None else [Policy("adaptive", "adaptive", RoutingRequest())]
+    return compare(here, apply_policies(Outcomes(here), here, [4], routed)[0], routed, baseline, 0)
 
 
 def test_differences_to_a_baseline_are_paired() -> None:
@@ -727,7 +741,7 @@ def test_rows_that_the_baseline_has_not_are_named(whole: Path, tmp_path: Path, c
     assert report["baseline"]["missing"] == [] and {"fixed 4", "adaptive", "adaptive, at most 48", "oracle"} <= set(rows)
     assert rows["fixed 64"]["difference"] < 0 < rows["fixed 64"]["worse"]  # answers of one token against whole ones
     table, page = (output / "report.md").read_text(), (output / "report.html").read_text()
-    assert table in capsys.readouterr().out and "matched question by question" in table and "Against the baseline" in page
+    assert table in capsys.readouterr().out and "minus the baseline, question by question" in table and "Against the baseline" in page
     assert "difference_to_baseline" in (output / "report.csv").read_text().splitlines()[0]
 
 
@@ -735,7 +749,7 @@ def test_rows_that_the_baseline_has_not_are_named(whole: Path, tmp_path: Path, c
     ("flags", "words"),
     [
         (["--limit", "25"], "has no answer to question 2000024, which is asked here; give both reports the same"),
-        (["--limit", "23"], "is on other questions too (1; the first is 2000023)"),
+        (["--limit", "23"], "has 1 more questions (the first is 2000023)"),
         (["--baseline", "nowhere"], "nowhere holds no report.json of a finished report"),
     ],
 )
@@ -750,13 +764,13 @@ def test_a_baseline_on_other_questions_is_refused_before_the_model_is_loaded(
 def test_a_question_that_changed_is_named(whole: Path) -> None:
     items = open_task("playground").items[:24]
     items[3] = replace(items[3], answer="nobody")
-    with pytest.raises(ValueError, match=f"Question {items[3].question_id} is another one in the baseline .*: its answer was .* 'nobody'"):
+    with pytest.raises(ValueError, match=f"Question {items[3].question_id} differs in the baseline .*: its answer was .* 'nobody'"):
         read_baseline(whole, items)
 
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [('{"question_id": 1}', "Line 3 .* is no answer of a report: expected an object of"), ('{"a', "Line 3 .*: the value ends")],
+    [('{"question_id": 1}', "Line 3 .* is not an answer of a report: expected an object of"), ('{"a', "Line 3 .*: the value ends")],
 )
 def test_a_damaged_answers_file_is_one_sentence(whole: Path, tmp_path: Path, line: str, words: str) -> None:
     lines = (whole / "answers.jsonl").read_text().splitlines()

@@ -111,7 +111,7 @@ def test_answers_are_those_of_eval_model(alone):
         ([], {"MODEL_PATH": "no/such/model"}, "No checkpoint could be read at 'no/such/model'"),
         ([], {"MODEL_ARGS": "granularity=5"}, "this model has [4, 8, 16, 32, 64]"),
         ([], {"MODEL_ARGS": "granularity=576"}, "The granularity is 576, but this model has [4, 8, 16, 32, 64]"),
-        ([], {"MODEL_ARGS": "max_visual_tokens=20"}, "playground: Not one of 4 questions can be asked of this model in this way"),
+        ([], {"MODEL_ARGS": "max_visual_tokens=20"}, "playground: The model can answer none of the first 4 questions with these options"),
         ([], {"MODEL_ARGS": "max_visual_tokens=20", "NUM_PROCESSES": "2"}, "4 of 4 samples failed in generate_until, 0 were answered by 2"),
     ],
 )  # fmt: skip
@@ -217,4 +217,4 @@ def test_the_harness_alone_also_fails_when_a_sample_fails(environment, tmp_path)
     ]  # fmt: skip
     settings = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=600)
-    assert finished.returncode == 1 and "Not one of 2 questions can be asked" in finished.stderr
+    assert finished.returncode == 1 and "The model can answer none of the first 2 questions" in finished.stderr

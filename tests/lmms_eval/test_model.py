@@ -86,7 +86,7 @@ def test_what_cannot_be_honoured_ends_the_run_before_anything_is_asked(harness, 
 def test_arguments_that_no_sample_can_be_asked_with_are_told_before_anything_is_asked(harness, tmp_path):
     made = harness.model.AvgLlava(pretrained=micro_model_path(), max_visual_tokens=5, device="cpu", sample_log=str(tmp_path))
     made.task_dict = DOCUMENTS
-    sentence = "error: text: Not one of 2 questions can be asked of this model in this way. In the way of the first, 0: max_visual"
+    sentence = "error: text: The model can answer none of the first 2 questions with these options; 0: max_visual"
     with pytest.raises(harness.model.EvaluationError, match=sentence):
         made.generate_until([ask(harness, NUMBER), ask(harness, SHAPE)])
     with pytest.raises(harness.model.EvaluationError, match="max_visual_tokens is 5"):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llava.eval.report.outcomes import FEWEST_PICTURES
+from llava.eval.report.outcomes import FEWEST_IMAGES
 from llava.train.train import parse_arguments
 from playground.ablations import markdown, spread, table
 from playground.evaluate import Record, Results
@@ -29,7 +29,7 @@ def made_up() -> Results:
     records = []
     for family in FAMILIES:
         right = [family in COARSE_FAMILIES] * 2 + [True]
-        for number in range(len(records), len(records) + FEWEST_PICTURES):
+        for number in range(len(records), len(records) + FEWEST_IMAGES):
             records.append(Record(number, f"{number}.png", "?", "x", family, ["", ""], right, [24, 88, 336]))
     return Results(records)
 

@@ -1,6 +1,7 @@
 """The parts of `python -m llava.eval.granularity_report`.
 
-`tasks` reads questions, `answers` asks each of them at every granularity and keeps answers.jsonl, `ways` lists the ways of choosing one,
-`outcomes` computes rows of the table from the answers, `measure` times single requests, `examples` picks and draws pictures, `words` writes
-table and notes, `plots` and `page` the HTML. Only the command composes them.
+`settings` holds the flags and `tasks` reads the questions. `answers` asks each question at every granularity, `answers_file` keeps
+answers.jsonl, `policies` lists the rules that pick a granularity, `outcomes` computes their accuracy and cost from the answers, `measure`
+times single requests, `baseline` compares with an earlier report, `examples` picks and draws images; `contents` puts these together as
+report.json. `texts` and `tables` write what it says, `plots` and `page` the HTML, from `templates/`.
 """

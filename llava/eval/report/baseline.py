@@ -1,4 +1,4 @@
-"""An earlier report on the same questions beside this one: differences question by question, and how sure they are."""
+"""Comparison with an earlier report on the same questions: paired differences and their confidence intervals."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 from llava.eval.report.answers import Record
 from llava.eval.report.answers_file import Key, key_of, read_answers
 from llava.eval.report.outcomes import Outcomes
+from llava.eval.report.policies import AppliedPolicy, Policy, apply_policies
 from llava.eval.report.tasks import Item
-from llava.eval.report.ways import Way, Wishes, ways_of_choosing
 
 REPORT = "report.json"
 CURE = "give both reports the same --task, --questions and --limit"
@@ -22,11 +22,11 @@ CURE = "give both reports the same --task, --questions and --limit"
 
 @dataclass(frozen=True)
 class Baseline:
-    """An earlier report: its folder, the model that it is about, tokens per view of its levels, and its answers."""
+    """An earlier report: its folder, its model, tokens per view of its levels, and its answers."""
 
     folder: Path
     model: str
-    names: list[int]
+    granularities: list[int]
     records: dict[Key, Record]
 
 
@@ -46,7 +46,7 @@ def read_baseline(path: Path, items: Sequence[Item]) -> Baseline:
         path: its folder, or its report.json. items: the questions of this report.
 
     Raises:
-        ValueError: no finished report, or one on other questions; the sentence names the first that differs.
+        ValueError: no finished report, or one on other questions; the message names the first that differs.
     """
     folder = path.parent if path.name == REPORT else path
     report = read_report(folder)
@@ -71,49 +71,51 @@ def _check_questions(here: Sequence[Key], there: Sequence[Key], folder: Path) ->
             raise ValueError(f"The baseline {folder} has no answer to question {key[0]!r}, which is asked here; {CURE}.")
         if other != key and key not in answered:
             name, before, now = next((name, a, b) for name, a, b in zip(names, other[1:], key[1:], strict=True) if a != b)
-            raise ValueError(f"Question {key[0]!r} is another one in the baseline {folder}: its {name} was {before!r}, is {now!r}; {CURE}.")
+            raise ValueError(f"Question {key[0]!r} differs in the baseline {folder}: its {name} was {before!r}, is {now!r}; {CURE}.")
     more = [key for key in there if key not in asked]
     if more:
-        raise ValueError(f"The baseline {folder} is on other questions too ({len(more)}; the first is {more[0][0]!r}); {CURE}.")
+        raise ValueError(f"The baseline {folder} has {len(more)} more questions (the first is {more[0][0]!r}); {CURE}.")
 
 
-def compare(records: Sequence[Record], ways: Sequence[Way], wishes: Wishes, baseline: Baseline, seed: int) -> dict[str, Any]:
-    """This report less the baseline, for every way of choosing that both have.
+def compare(
+    records: Sequence[Record], policies: Sequence[AppliedPolicy], routed: Sequence[Policy], baseline: Baseline, seed: int
+) -> dict[str, Any]:
+    """This report minus the baseline, for every policy that both have.
 
     Args:
-        records, ways, wishes: of this report. seed: of the draws.
+        records, policies, routed: of this report, see `apply_policies`. seed: of the resampling.
 
     Returns:
         The baseline's `folder` and `model`; `rows` with the accuracies of both in percent, visual tokens of both, the paired differences
         with their 95 % intervals (`None` where there are too few images), and on how many questions this report is `better` and `worse`;
-        `missing`, the ways that the baseline has not.
+        `missing`, the policies that the baseline lacks.
 
     Raises:
         ValueError: a question has no answer here, so that it cannot be compared.
     """
     if len(records) < len(baseline.records):
-        raise ValueError(f"{len(baseline.records) - len(records)} of its questions have no answer here")
+        raise ValueError(f"{len(baseline.records) - len(records)} of its questions have no answer in this report")
     here = Outcomes(records)
     matched = [baseline.records[key_of(record)] for record in records]
     there = Outcomes(matched, here.families)
-    others = {way.name: way for way in ways_of_choosing(there, matched, baseline.names, wishes)[0]}
-    pairs = [(way, others[way.name]) for way in ways if way.name in others]
+    others = {policy.name: policy for policy in apply_policies(there, matched, baseline.granularities, routed)[0]}
+    pairs = [(policy, others[policy.name]) for policy in policies if policy.name in others]
     return {
         "folder": str(baseline.folder),
         "model": baseline.model,
-        "rows": [_row(here, there, way, other, seed) for way, other in pairs],
-        "missing": [way.name for way in ways if way.name not in others],
+        "rows": [_row(here, there, policy, other, seed) for policy, other in pairs],
+        "missing": [policy.name for policy in policies if policy.name not in others],
     }
 
 
-def _row(here: Outcomes, there: Outcomes, way: Way, other: Way, seed: int) -> dict[str, Any]:
-    rights = [(each.right * weights).sum(1) for each, weights in ((here, way.weights), (there, other.weights))]  # (Q,) each
-    costs = [(each.tokens * weights).sum(1) for each, weights in ((here, way.weights), (there, other.weights))]
+def _row(here: Outcomes, there: Outcomes, policy: AppliedPolicy, other: AppliedPolicy, seed: int) -> dict[str, Any]:
+    rights = [(each.right * weights).sum(1) for each, weights in ((here, policy.weights), (there, other.weights))]  # (Q,) each
+    costs = [(each.tokens * weights).sum(1) for each, weights in ((here, policy.weights), (there, other.weights))]
     accuracy, before = (_mean(here, 100 * values) for values in rights)
     tokens, tokens_before = (_mean(here, values) for values in costs)
     return {
-        "name": way.name,
-        "kind": way.kind,
+        "name": policy.name,
+        "kind": policy.kind,
         "accuracy": accuracy,
         "baseline_accuracy": before,
         "difference": accuracy - before,

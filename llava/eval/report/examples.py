@@ -1,4 +1,4 @@
-"""The example pictures of a report: which questions are shown, what is said about them, and the grid drawn over the picture."""
+"""The examples of a report: which questions are shown, what is said about each, and the image with its token grid."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from llava.model.routing import RoutingReport
 from llava.visualize import CAPTION, MARGIN, PANEL, draw_granularity
 
 
-def pick_examples(records: Sequence[Record], taken: Sequence[int] | np.ndarray, count: int) -> list[tuple[Record, int]]:
-    """Telling questions, one of each family in turn: first where the level mattered and the choice was right, then other right ones,
-    then one in six where the choice was wrong."""
-    pairs = [(record, int(level)) for record, level in zip(records, taken, strict=True)]
+def pick_examples(records: Sequence[Record], chosen: Sequence[int] | np.ndarray, count: int) -> list[tuple[Record, int]]:
+    """Informative questions, one of each family in turn: correct answers first, above all those that another granularity gets wrong; one in
+    six is a wrong answer, above all where another granularity is correct."""
+    pairs = [(record, int(level)) for record, level in zip(records, chosen, strict=True)]
     right = [(record, level) for record, level in pairs if record.right[level]]
     wrong = [(record, level) for record, level in pairs if not record.right[level]]
     right.sort(key=lambda pair: all(pair[0].right))
@@ -30,7 +30,7 @@ def pick_examples(records: Sequence[Record], taken: Sequence[int] | np.ndarray, 
 
 
 def _one_of_each(pairs: Sequence[tuple[Record, int]]) -> Iterator[tuple[Record, int]]:
-    """The first of each family, then the next of each, and so on; every picture once."""
+    """The first of each family, then the next of each, and so on; every image once."""
     groups: dict[str, list[tuple[Record, int]]] = {}
     for record, level in pairs:
         groups.setdefault(record.family, []).append((record, level))
@@ -45,22 +45,23 @@ def _one_of_each(pairs: Sequence[tuple[Record, int]]) -> Iterator[tuple[Record, 
             yield group.pop(fresh)
 
 
-def describe_example(record: Record, names: Sequence[int], level: int) -> dict[str, Any]:
-    """What the page says about one question: the level taken, and what every level said."""
+def describe_example(record: Record, granularities: Sequence[int], level: int) -> dict[str, Any]:
+    """What the page says about one question: the level chosen, and the answer at every level."""
     tries = [
-        {"granularity": name, "said": said, "right": right}
-        for name, said, right in zip(names, record.said, record.right, strict=True)
+        {"granularity": tokens, "said": said, "right": right}
+        for tokens, said, right in zip(granularities, record.said, record.right, strict=True)
     ]
     return {
         "question_id": record.question_id, "image": record.image, "family": record.family, "text": record.text, "answer": record.answer,
-        "granularity": names[level], "tokens": record.tokens[level], "full_tokens": record.tokens[-1],
+        "granularity": granularities[level], "tokens": record.tokens[level], "full_tokens": record.tokens[-1],
         "said": record.said[level], "right": record.right[level], "tries": tries,
     }  # fmt: skip
 
 
-def draw_example(assistant: Assistant, folder: Path, record: Record, names: Sequence[int], level: int) -> Image.Image:
-    """The picture with the grid taken, without the sheet's captions, which the page writes itself."""
-    report = RoutingReport(None, None, names[level], record.tokens[level], record.tokens[-1], dict(zip(names, record.tokens, strict=True)))
+def draw_example(assistant: Assistant, folder: Path, record: Record, granularities: Sequence[int], level: int) -> Image.Image:
+    """The image with the grid of the chosen level, without the drawing's captions, which the page writes itself."""
+    tokens = dict(zip(granularities, record.tokens, strict=True))
+    report = RoutingReport(None, None, granularities[level], record.tokens[level], record.tokens[-1], tokens)
     sheet = draw_granularity([load_image(folder / record.image)], [report], assistant.model.config)
     top = MARGIN // 2 + CAPTION
     return sheet.crop((MARGIN, top, sheet.width - MARGIN, top + PANEL))

@@ -1,6 +1,6 @@
-"""What an answer costs: single requests to `Assistant.answer`, every way of choosing in turns, so that all meet the same machine.
+"""The cost of an answer, measured with single requests to `Assistant.answer`; policies take turns, so that the machine's load hits all.
 
-Times and peak memory come from separate passes, because watching every allocation slows a request down.
+Times and peak memory come from separate passes, because profiling every allocation slows a request down.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from llava.inference import Answer, Assistant, Options
 from llava.messages import RoutingRequest
 
 PARTS = ("views", "vision", "router", "splice", "prefill", "decode", "other")
-"""Where an answer's time goes, in order; `other` is what the parts leave of the whole: tokenising, decoding text, bookkeeping."""
+"""Where an answer's time goes, in order; `other` is the rest: tokenisation, detokenisation, bookkeeping."""
 WARM_UP = 2
 MEMORY_QUESTIONS = 10
 PROFILER_QUIET = "6"
-"""`KINETO_LOG_LEVEL` above which the profiler writes no lines of its own, its marks of start and stop (5) included."""
+"""`KINETO_LOG_LEVEL` at which the profiler logs nothing, not even that it starts and stops (level 5)."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One question by one way of choosing. Milliseconds are those of the repetition whose whole time is the median.
+    """One question under one policy. Milliseconds are those of the repetition with the median total time.
 
-    milliseconds: of each of `PARTS`; ttft: up to the first token; total: the whole call.
-    kv_bytes: of the keys and values of all positions, computed from the shapes.
-    peak_bytes: most tensor memory at one moment above the loaded weights; `None` where it was not watched.
+    milliseconds: of each of `PARTS`; ttft: until the first token; total: the whole call.
+    kv_bytes: size of the KV cache, computed from shapes.
+    peak_bytes: most tensor memory at once on top of the loaded weights; `None` where it was not measured.
     """
 
     milliseconds: dict[str, float]
@@ -51,7 +51,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Measurements:
-    """Costs by way of choosing: one per sampled question. `differing`: timed answers unlike the batch's."""
+    """Costs by policy, one per sampled question. `answers`: how many were compared with the batch's; `differing`: how many differ."""
 
     sample: list[Record]
     costs: dict[str, list[Cost]]
@@ -60,7 +60,7 @@ class Measurements:
 
 
 def balanced_sample(records: Sequence[Record], count: int, seed: int) -> list[Record]:
-    """`count` questions, as evenly over the families as their numbers allow."""
+    """`count` questions, spread over the families as evenly as possible."""
     lots = random.Random(seed)
     groups: dict[str, list[Record]] = {}
     for record in records:
@@ -74,26 +74,25 @@ def measure(
     assistant: Assistant,
     sample: Sequence[Record],
     folder: Path,
-    ways: Mapping[str, RoutingRequest],
+    requests: Mapping[str, RoutingRequest],
     expected: Mapping[str, Sequence[str]],
     max_new_tokens: int,
     repeats: int,
 ) -> Measurements:
-    """Time every way of choosing on every sampled question. Which one begins moves on by one from question to question, and on each
-    question from repetition to repetition.
+    """Time every policy on every sampled question. The policy that goes first rotates with the question and with the repetition.
 
     Args:
-        expected: by way, the batch's answer to each sampled question.
+        requests: the policies by name. expected: for each, the batch's answer to each sampled question.
         repeats: how often each request is made; the one of median time counts (of an even number, the faster of the middle two).
     """
-    names = list(ways)
+    names = list(requests)
     runs: dict[str, list[list[tuple[Answer, float]]]] = {name: [[] for _ in sample] for name in names}
-    pictures = [load_image(folder / record.image) for record in sample]
+    images = [load_image(folder / record.image) for record in sample]
 
     def request(index: int, name: str) -> tuple[Answer, float]:
-        options = Options(max_new_tokens=max_new_tokens, routing=ways[name])
+        options = Options(max_new_tokens=max_new_tokens, routing=requests[name])
         start = time.perf_counter()
-        answer = assistant.answer([pictures[index]], sample[index].text, options)
+        answer = assistant.answer([images[index]], sample[index].text, options)
         return answer, 1000 * (time.perf_counter() - start)
 
     for index in range(min(WARM_UP, len(sample))):
@@ -119,7 +118,7 @@ def measure(
 
 
 def _cost(model: Any, runs: Sequence[tuple[Answer, float]], peak: float | None) -> Cost:
-    # One request as a whole: medians of each part by itself would not add up to the median of the whole.
+    # The parts of one request: medians of each part by itself would not add up to the median of the total.
     answer, total = sorted(runs, key=lambda run: run[1])[(len(runs) - 1) // 2]
     parts = {part: answer.milliseconds.get(part, 0.0) for part in PARTS[:-1]}
     parts["other"] = max(0.0, total - sum(parts.values()))
@@ -135,7 +134,7 @@ def _cost(model: Any, runs: Sequence[tuple[Answer, float]], peak: float | None) 
 
 
 def kv_cache_bytes(model: Any, positions: int) -> int:
-    """Bytes of the keys and values that the language model keeps for some positions; computed, not measured."""
+    """Size in bytes of the language model's KV cache for some positions; computed, not measured."""
     config = model.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kept = min(positions, getattr(config, "sliding_window", None) or positions)
@@ -143,9 +142,9 @@ def kv_cache_bytes(model: Any, positions: int) -> int:
 
 
 def peak_bytes(requests: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
-    """The most tensor memory that each of some requests holds at one moment, above what was held before it.
+    """The most tensor memory in bytes that each of some requests holds at once, on top of what was held before it.
 
-    On CUDA the allocator tells, on a CPU the profiler sees every allocation and release; of other devices nothing is known.
+    On CUDA the allocator reports it, on a CPU the profiler sees every allocation and release; other devices report nothing.
     """
     if device.type == "cuda":
         return {name: _peak_on_cuda(request, device) for name, request in requests.items()}
@@ -179,7 +178,7 @@ def _peak_on_cuda(request: Callable[[], object], device: torch.device) -> float:
 
 
 def mixed(fixed: Sequence[Sequence[Cost]], weights: np.ndarray) -> list[Cost]:
-    """Costs of a way of choosing that no request has, such as chance, from those of the fixed levels.
+    """Expected costs of a policy that no request follows, such as random choice, from those of the fixed levels.
 
     Args:
         fixed: (G, S) costs of S questions at each level. weights: (S, G) probability of each level.
@@ -205,7 +204,7 @@ def mixed(fixed: Sequence[Sequence[Cost]], weights: np.ndarray) -> list[Cost]:
 
 
 def summarise(costs: Sequence[Cost]) -> dict[str, Any]:
-    """Means over questions, for a line of the table. `tokens_per_second` is new tokens over whole answers, prefill included."""
+    """Means over questions, for a row of the table. `tokens_per_second` is new tokens over total time, prefill included."""
     total = statistics.mean(cost.total for cost in costs)
     parts = {part: statistics.mean(cost.milliseconds[part] for cost in costs) for part in PARTS}
     peaks = [cost.peak_bytes for cost in costs if cost.peak_bytes is not None]

@@ -1,151 +1,111 @@
-"""The plots of a report as SVG and HTML made by hand: no plotting library, no script, sharp at any size, coloured by the page's style.
-
-All texts that come from questions, models or files pass through `escape`.
-"""
+"""The scatter plot of a report, drawn by matplotlib as SVG that lies in the page and takes its colours from the page's style."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from html import escape as _escape
-from typing import Any
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from llava.eval.report.measure import PARTS
+import matplotlib.style
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator
+
+POINTS_PER_INCH = 72
+LEGEND_COLUMN = 250
+"""Width in pixels of the longest line of the legend."""
+COLOURS = {"#7b8a87": "grey", "#b42318": "bad", "#7c6cd0": "violet", "#3b82c4": "blue", "#e0a400": "gold", "#0f766e": "accent",
+           "#5c6b68": "soft", "#dde3e1": "line", "#ffffff": "card"}  # fmt: skip
+"""What matplotlib is told, and the variable of the page's style that takes its place: a light and a dark page share one drawing."""
+SETTINGS: dict[str, Any] = {
+    "svg.fonttype": "none", "font.size": 12.5, "text.parse_math": False, "legend.fontsize": 12,
+    "axes.edgecolor": "none", "axes.facecolor": "none", "figure.facecolor": "none", "axes.labelcolor": "#5c6b68",
+    "xtick.color": "#5c6b68", "ytick.color": "#5c6b68", "xtick.major.size": 0, "ytick.major.size": 0, "xtick.minor.size": 0,
+    "grid.color": "#dde3e1", "axes.axisbelow": True,
+}  # fmt: skip
 
 
-def escape(text: object) -> str:
-    """Text that is safe between tags and inside quoted attributes."""
-    return _escape(str(text), quote=True)
-
-
-@dataclass(frozen=True)
-class Mark:
-    """How a kind of row is drawn: its name in the legend, and its shape around (x, y)."""
+class Mark(NamedTuple):
+    """How a kind of policy is drawn: its name in the legend, marker, size in points and colour."""
 
     label: str
-    shape: Callable[[float, float], str]
-
-
-def _circle(radius: float) -> Callable[[float, float], str]:
-    return lambda x, y: f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}"/>'
-
-
-def _polygon(radius: float, corners: int, turn: float, inner: float = 1.0) -> Callable[[float, float], str]:
-    def draw(x: float, y: float) -> str:
-        count = corners * (1 if inner == 1.0 else 2)
-        points = []
-        for corner in range(count):
-            reach = radius * (inner if inner != 1.0 and corner % 2 else 1.0)
-            angle = turn + 2 * math.pi * corner / count
-            points.append(f"{x + reach * math.sin(angle):.1f},{y - reach * math.cos(angle):.1f}")
-        return f'<polygon points="{" ".join(points)}"/>'
-
-    return draw
+    marker: Any
+    size: float
+    colour: str
 
 
 MARKS = {
-    "fixed": Mark("one granularity for all", _circle(5)),
-    "random": Mark("random at the cost of adaptive", _polygon(7, 4, 0)),
-    "bias": Mark("adaptive with a bias", _polygon(6.5, 3, 0)),
-    "budget": Mark("adaptive within a budget", _polygon(6.5, 4, math.pi / 4)),
-    "oracle": Mark("oracle: cheapest correct", _polygon(9, 5, 0, 0.45)),
-    "adaptive": Mark("adaptive", _circle(8)),
+    "fixed": Mark("one granularity for all", "o", 9, "#7b8a87"),
+    "random": Mark("random at the cost of adaptive", "D", 8, "#b42318"),
+    "bias": Mark("adaptive with a bias", "^", 10, "#7c6cd0"),
+    "budget": Mark("adaptive within a budget", "s", 8, "#3b82c4"),
+    "oracle": Mark("oracle: cheapest correct", "*", 15, "#e0a400"),
+    "adaptive": Mark("adaptive", "o", 14, "#0f766e"),
 }
-"""Kinds of rows, in the order they are drawn: the last lies on top."""
+"""Kinds of policies, in the order they are drawn: the last lies on top."""
 
 
-def legend(kinds: Sequence[str]) -> str:
-    """A line per kind of row."""
-    entries = [
-        f'<li><svg class="key" viewBox="0 0 22 22" aria-hidden="true"><g class="mark {kind}">{mark.shape(11, 11)}</g></svg>'
-        f"{escape(mark.label)}</li>"
-        for kind, mark in MARKS.items()
-        if kind in kinds
-    ]
-    return f'<ul class="legend">{"".join(entries)}</ul>'
+def scatter(rows: Sequence[Mapping[str, Any]], width: int, height: int) -> Markup:
+    """Accuracy against visual tokens, tokens on a logarithmic axis; whiskers are 95 % intervals.
+
+    Args:
+        rows: of the report. width, height: in pixels of the page.
+
+    Returns:
+        An `svg` element in which no text from outside is markup.
+    """
+    with matplotlib.style.context(["default", SETTINGS | {"svg.hashsalt": f"{width}x{height}"}]):
+        figure = Figure(figsize=(width / POINTS_PER_INCH, height / POINTS_PER_INCH), layout="constrained")
+        axes = figure.add_subplot()
+        fixed = [row for row in rows if row["kind"] == "fixed"]
+        axes.plot([row["tokens"] for row in fixed], [row["accuracy"] for row in fixed], linestyle="--", linewidth=1.5, color="#7b8a87")
+        titles: dict[str, str] = {}
+        for kind, mark in MARKS.items():
+            for index, row in enumerate(row for row in rows if row["kind"] == kind):
+                titles[f"{kind}-{index}-{width}"] = f"{row['name']}: {row['accuracy']:.1f} % at {row['tokens']:.0f} visual tokens"
+                _draw(axes, row, mark, f"{kind}-{index}-{width}", mark.label if index == 0 else None)
+        _lay_out(axes, rows, [row["tokens"] for row in fixed])
+        columns = max(1, width // LEGEND_COLUMN)
+        figure.legend(loc="outside lower left", ncols=columns, frameon=False, labelcolor="#5c6b68", handletextpad=0.2, columnspacing=1.0)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Creator": None, "Date": None, "Format": None, "Type": None})
+    return _for_the_page(text.getvalue(), titles)
 
 
-def scatter(rows: Sequence[Mapping[str, Any]], width: int, height: int) -> str:
-    """Accuracy against visual tokens, tokens on a logarithmic axis; whiskers are 95 % intervals."""
-    left, right, top, bottom = 46, 14, 14, 44
-    tokens = [row["tokens"] for row in rows]
-    lows = [(row["interval"] or [row["accuracy"]])[0] for row in rows]
-    low = max(0.0, min(lows) - 3)
-    low, high = 5 * math.floor(low / 5), 100.0
-    start, end = math.log2(max(min(tokens), 1)) - 0.3, math.log2(max(tokens)) + 0.3
-
-    def x(value: float) -> float:
-        return left + (math.log2(max(value, 1)) - start) / (end - start) * (width - left - right)
-
-    def y(value: float) -> float:
-        return top + (high - value) / (high - low) * (height - top - bottom)
-
-    fixed = [row for row in rows if row["kind"] == "fixed"]
-    parts = [f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="Accuracy against visual tokens">']
-    step = next(step for step in (1, 2, 5, 10, 20, 25) if (high - low) / step <= 8)
-    value = math.ceil(low / step) * step
-    while value <= high:
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
-        parts.append(f'<text class="tick" x="{left - 7}" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>')
-        value += step
-    for row in fixed:
-        parts.append(f'<line class="grid" x1="{x(row["tokens"]):.1f}" x2="{x(row["tokens"]):.1f}" y1="{top}" y2="{height - bottom}"/>')
-        parts.append(
-            f'<text class="tick" x="{x(row["tokens"]):.1f}" y="{height - bottom + 17}" text-anchor="middle">{row["tokens"]:.0f}</text>'
-        )
-    middle = (left + width - right) / 2
-    parts.append(
-        f'<text class="axis" x="{middle:.0f}" y="{height - 7}" text-anchor="middle">visual tokens per question (log scale)</text>'
-    )
-    line = " ".join(f"{x(row['tokens']):.1f},{y(row['accuracy']):.1f}" for row in fixed)
-    parts.append(f'<polyline class="line" points="{line}"/>')
-    order = list(MARKS)
-    for row in sorted(rows, key=lambda row: order.index(row["kind"])):
-        parts.append(_point(row, x, y))
-    return "".join([*parts, "</svg>"])
-
-
-def _point(row: Mapping[str, Any], x: Callable[[float], float], y: Callable[[float], float]) -> str:
-    across, up = x(row["tokens"]), y(row["accuracy"])
-    title = f"{row['name']}: {row['accuracy']:.1f} % at {row['tokens']:.0f} visual tokens"
-    whisker = ""
+def _draw(axes: Any, row: Mapping[str, Any], mark: Mark, name: str, label: str | None) -> None:
+    """A row's point, and its whisker where it has an interval."""
     if row["interval"] is not None:
-        ends = [y(value) for value in row["interval"]]
-        whisker = f'<line class="whisker" x1="{across:.1f}" x2="{across:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"/>'
-    shape = MARKS[row["kind"]].shape(across, up)
-    return f'<g class="mark {escape(row["kind"])}">{whisker}{shape}<title>{escape(title)}</title></g>'
+        axes.vlines(row["tokens"], *row["interval"], color=mark.colour, alpha=0.55, linewidth=1.6)
+    hollow = mark is MARKS["random"]
+    face, edge, line = ("#ffffff", mark.colour, 2.0) if hollow else (mark.colour, "#ffffff", 1.4)
+    axes.plot(
+        [row["tokens"]], [row["accuracy"]], mark.marker, markersize=mark.size, markerfacecolor=face, markeredgecolor=edge,
+        markeredgewidth=line, label=label, gid=name, clip_on=False,
+    )  # fmt: skip
 
 
-def choice_bars(choices: Mapping[str, Sequence[float]], levels: Sequence[int]) -> str:
-    """A bar per family: the share of questions at each granularity."""
-    lines = []
-    for family, shares in choices.items():
-        segments = "".join(
-            f'<span class="level-{index}" style="width:{share:.2f}%" title="{escape(family)}: {share:.0f} % at {level} tokens per view">'
-            f"{f'{share:.0f}' if share >= 9 else ''}</span>"
-            for index, (share, level) in enumerate(zip(shares, levels, strict=True))
-            if share > 0
-        )
-        lines.append(f'<div class="bar-row"><span class="bar-name">{escape(family)}</span><span class="bar">{segments}</span></div>')
-    key = "".join(f'<li><span class="swatch level-{index}"></span>{level}</li>' for index, level in enumerate(levels))
-    return f'<ul class="legend"><li>tokens per view:</li>{key}</ul><div class="bars">{"".join(lines)}</div>'
+def _lay_out(axes: Any, rows: Sequence[Mapping[str, Any]], ticks: Sequence[float]) -> None:
+    """Axes and grid: a tick at every fixed granularity."""
+    tokens = [max(row["tokens"], 1) for row in rows]
+    low = max(0.0, min((row["interval"] or [row["accuracy"]])[0] for row in rows) - 3)
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(min(tokens) / 1.23, max(tokens) * 1.23)
+    axes.set_ylim(5 * (low // 5), 100)
+    axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
+    axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10], integer=True))
+    axes.set_xlabel("visual tokens per question (log scale)")
+    axes.grid(True)
 
 
-def time_bars(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A bar per row: where the time of an answer goes, on one scale."""
-    longest = max(row["cost"]["total_ms"] for row in rows)
-    lines = []
-    for row in rows:
-        parts = row["cost"]["milliseconds"]
-        segments = "".join(
-            f'<span class="part-{part}" style="width:{100 * parts[part] / longest:.2f}%" title="{part}: {parts[part]:.1f} ms"></span>'
-            for part in PARTS
-            if parts[part] > 0
-        )
-        lines.append(
-            f'<div class="bar-row"><span class="bar-name">{escape(row["name"])}</span><span class="bar open">{segments}</span>'
-            f'<span class="bar-value">{row["cost"]["total_ms"]:.1f} ms</span></div>'
-        )
-    key = "".join(f'<li><span class="swatch part-{part}"></span>{part}</li>' for part in PARTS)
-    return f'<ul class="legend">{key}</ul><div class="bars timed">{"".join(lines)}</div>'
+def _for_the_page(svg: str, titles: Mapping[str, str]) -> Markup:
+    """A drawing as an element of the page: without the XML around it, in the page's colours, a title on every point."""
+    svg = svg[svg.index("<svg") :]
+    head = r'<svg class="plot" role="img" aria-label="Accuracy against visual tokens" \1>'
+    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', head, svg)
+    for colour, name in COLOURS.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    for name, title in titles.items():
+        svg = svg.replace(f'<g id="{name}">', f'<g id="{name}"><title>{escape(title)}</title>')
+    return Markup(svg)
