@@ -48,7 +48,7 @@ FOREIGN = {
     "--tasks", "--model_args", "--output_path", "--log_samples", "--include_path", "--use_cache", "--offset",  # lmms-eval's
     "--shell", "--home-dir", "--system", "--now", "--gpus", "--rm", "--stop-timeout",  # useradd's, systemctl's and docker's
     "--partition", "--gres",  # Slurm's
-    "--slow",  # scripts/test.sh's
+    "--slow", "--serve",  # scripts/test.sh's and scripts/docs.sh's
 }  # fmt: skip
 """Flags of other people's programs, and of shell scripts."""
 
