@@ -216,7 +216,7 @@ class LlavaMetaForCausalLM(Composer):
         image_sizes: Sequence[Size] | None,
         granularities: Sequence[int],
     ) -> list[list[SplicedRow]]:
-        """Every row at every one of the given granularities, before padding: [granularity][row].
+        """Every row at every one of the given granularities, before padding, by granularity and row.
 
         Args:
             features: N tensors (C, P, D). image_sizes: N (width, height). granularities: tokens per view.
