@@ -113,7 +113,7 @@ def join_apps(worker: FastAPI, page: FastAPI | None) -> FastAPI:
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     app.state.failed = worker.state.failed
-    app.state.worker, app.state.drain = worker.state.worker, worker.state.drain  # the page's questions are requests to the worker
+    app.state.handler, app.state.drain = worker.state.handler, worker.state.drain  # the page's questions are requests to the worker
     app.mount("/", Split(worker, page and TypedNotFound(page)))
     return app
 
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    greeting = _greeting(args, app.state.worker.engine.card.name)
+    greeting = _greeting(args, app.state.handler.engine.card.name)
     return run_worker(
         app,
         args.host,

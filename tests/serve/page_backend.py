@@ -66,7 +66,7 @@ class Backend:
         self.bodies.append(body)
         words = last_text(body).split()
         if words[0] == "refuse":
-            return error(503, "All places are taken; try again.", "overloaded")
+            return error(503, "The server is at capacity; try again.", "overloaded")
         if words[0] == "budget":
             return error(400, "max_visual_tokens is 5, but ...", "invalid_request_error", param="max_visual_tokens", least=192)
         if words[0] == "garbage":
@@ -83,7 +83,7 @@ class Backend:
                 await asyncio.sleep(0.15 if kind in ("slow", "long") else 0.01)
                 if kind == "fail" and index == 2:
                     ended = True
-                    yield sse({"error": {"message": "The model's numbers broke down on this request.", "type": "server_error",
+                    yield sse({"error": {"message": "The model computed numbers that are not finite on this request.", "type": "server_error",
                                          "code": "non_finite_logits", "request_id": "req-7"}})  # fmt: skip
                     return
                 if kind == "die" and index == 2:

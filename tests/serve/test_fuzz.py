@@ -197,7 +197,7 @@ def send_random_bodies(count: int, seed: int) -> dict[int, int]:
 
     found = asyncio.run(run())
     assert engine.active == 0 and app.state.limiter.inside == app.state.limiter.bytes_inside == 0
-    assert app.state.worker.pictures.held_bytes == 0
+    assert app.state.handler.image_loader.held_bytes == 0
     return found
 
 

@@ -162,7 +162,7 @@ def test_flags_without_effect_say_so(monkeypatch, caplog):
 def test_the_app_has_the_places_that_the_flags_name(monkeypatch):
     monkeypatch.setattr(model_worker, "load_engine", lambda args: FakeEngine())
     app = build_app(parsed("--limit-model-concurrency 2 --max-queue 3 --api-key k --stream-interval 4"))
-    assert app.state.limiter.capacity == 5 and app.state.worker.stream_interval == 4
+    assert app.state.limiter.capacity == 5 and app.state.handler.stream_interval == 4
     with RunningApp(app) as running, httpx.Client(base_url=running.url, trust_env=False) as client:
         assert client.post(CHAT, json=chat_body()).status_code == 401
         assert client.post(CHAT, json=chat_body(), headers={"Authorization": "Bearer k"}).status_code == 200

@@ -283,8 +283,8 @@ def test_markup_in_an_answer_is_text(visit):
 @pytest.mark.parametrize(
     ("question", "told", "code"),
     [
-        ("refuse", "All places are taken; try again.", "overloaded"),
-        ("fail please now", "The model's numbers broke down on this request.", "non_finite_logits"),
+        ("refuse", "The server is at capacity; try again.", "overloaded"),
+        ("fail please now", "The model computed numbers that are not finite on this request.", "non_finite_logits"),
         ("die please now", "The server broke off in the middle of the answer.", "connection_lost"),
         ("garbage", "is not the OpenAI API", "not_understood"),
     ],

@@ -338,7 +338,7 @@ def test_addresses_of_pictures_are_not_followed_unless_the_operator_says_so(serv
     fetched: list[str] = []
     limits = Limits()
     loader = ImageLoader(limits, FakeEngine().prepare_image, fetch_bytes=lambda url, _: fetched.append(url) or b"")  # type: ignore
-    served = serve(limits=limits, pictures=loader)
+    served = serve(limits=limits, image_loader=loader)
     for url in (*PRIVATE, "http://public.example/x.png", "https://public.example/x.png", "//public.example/x", "file:///etc/passwd"):
         assert served.ask("q", (url,)).json()["error"]["code"] == "invalid_image"
         asked = HTTP.post(served.url + WORKER, json=worker_body("<image> q", images=[url]))
@@ -364,7 +364,7 @@ def test_followed_addresses_of_pictures_stay_on_the_public_internet(serve: Any, 
 
     monkeypatch.setattr(pictures_page, "resolve_host", resolve)
     limits = Limits(allow_remote_images=True)
-    served = serve(limits=limits, pictures=ImageLoader(limits, FakeEngine().prepare_image, fetch_bytes=fetch))
+    served = serve(limits=limits, image_loader=ImageLoader(limits, FakeEngine().prepare_image, fetch_bytes=fetch))
     for url in PRIVATE:
         assert served.ask("q", (url,)).json()["error"]["code"] == "invalid_image"
     assert connected == []

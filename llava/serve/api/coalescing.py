@@ -1,4 +1,4 @@
-"""The events of one call: of all its choices as they come, quick pieces joined, so that a stream costs little more than a whole answer."""
+"""The events of one request, its choices merged and quick pieces coalesced, so that a stream costs little more than one body."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 from llava.serve.protocol import Event, Generation, Piece
 
 IndexedEvent = tuple[int, Event]
-"""An event, and which of the call's choices it belongs to."""
+"""An event, and the index of the choice that it belongs to."""
 
 PART_SECONDS = 0.02
-"""Between two parts of one choice, at least: faster than anybody reads, and fifty parts a second instead of hundreds."""
+"""Minimum time between two parts of one choice: faster than anybody reads, and fifty parts a second instead of hundreds."""
 MAX_JOINED = 64
-"""Pieces after which a part goes out all the same, so that a client that does not read holds up its generation."""
+"""Pieces after which a part is sent regardless of time, so that a client that does not read applies backpressure to its generation."""
 
 
-async def merged(running: Sequence[Generation]) -> AsyncGenerator[IndexedEvent, None]:
-    """The events of several generations as they come; the first failure ends all."""
+async def merge_events(running: Sequence[Generation]) -> AsyncGenerator[IndexedEvent, None]:
+    """The events of several generations in order of arrival; the first failure ends all of them."""
     if len(running) == 1:
         async for event in running[0]:
             yield 0, event
@@ -53,8 +53,8 @@ async def merged(running: Sequence[Generation]) -> AsyncGenerator[IndexedEvent, 
 
 
 @dataclass
-class _Held:
-    """One choice's pieces that wait to go out. due: time of the loop before which no part follows the last one."""
+class _Pending:
+    """One choice's pending pieces. due: loop time before which its next part is not sent."""
 
     pieces: list[Piece] = field(default_factory=list)
     due: float = 0.0
@@ -62,26 +62,26 @@ class _Held:
 
 
 class CoalescedPieces:
-    """Joins pieces of the same choice that come in quick succession; other events pass unchanged, each choice's in order.
+    """Joins pieces of one choice that arrive in quick succession; other events pass unchanged, each choice's in order.
 
-    Each part of a stream costs a call of the system, a hand-over of the interpreter and a wake-up of the client. A choice's pieces go out
-    as one once there are `interval` of them, but not within `seconds` of its last part; then a timer lets them go, whether or not another
-    piece comes. Nothing waits for a first part, for the end, or for an error: what was written before it goes out first.
+    Each part of a stream costs a system call, a switch between threads and a wake-up of the client. A choice's pieces are sent as one once
+    there are `interval` of them, but not within `seconds` of its last part; then a timer flushes them, whether or not another piece
+    arrives. The first part, the end and errors are never delayed: pending text is flushed before them.
 
     Args:
-        events: read ahead by a task of its own, which stops while what it made ready is not taken; closed at the end.
+        events: read ahead by a task, which pauses while its output is not consumed; closed at the end.
         interval: pieces that make a part. seconds: between two parts of one choice.
     """
 
     def __init__(self, events: AsyncGenerator[IndexedEvent, None], interval: int, seconds: float = PART_SECONDS) -> None:
         self._events, self._interval, self._seconds = events, interval, seconds
         self._most = max(interval, MAX_JOINED)
-        self._held: dict[int, _Held] = {}
+        self._pending: dict[int, _Pending] = {}
         self._ready: deque[IndexedEvent] = deque()
         self._news, self._room = asyncio.Event(), asyncio.Event()
 
     async def events(self) -> AsyncGenerator[IndexedEvent, None]:
-        """What goes out; raises what the events end with."""
+        """The coalesced events; raises what the source raises."""
         reading = asyncio.create_task(self._read())
         reading.add_done_callback(lambda _: self._news.set())
         try:
@@ -106,34 +106,34 @@ class CoalescedPieces:
                         await self._room.wait()
                     self._take(index, event)
         finally:
-            for index in self._held:
-                self._let_go(index)
+            for index in self._pending:
+                self._flush(index)
 
     def _take(self, index: int, event: Event) -> None:
-        held = self._held.setdefault(index, _Held())
+        pending = self._pending.setdefault(index, _Pending())
         if not isinstance(event, Piece):
-            self._let_go(index)
+            self._flush(index)
             self._put(index, event)
             return
-        held.pieces.append(event)
-        if len(held.pieces) < self._interval:
+        pending.pieces.append(event)
+        if len(pending.pieces) < self._interval:
             return
         loop = asyncio.get_running_loop()
-        if len(held.pieces) >= self._most or loop.time() >= held.due:
-            self._let_go(index)
-        elif held.timer is None:
-            held.timer = loop.call_at(held.due, self._let_go, index)
+        if len(pending.pieces) >= self._most or loop.time() >= pending.due:
+            self._flush(index)
+        elif pending.timer is None:
+            pending.timer = loop.call_at(pending.due, self._flush, index)
 
-    def _let_go(self, index: int) -> None:
-        """Put a choice's pieces, if there are any, where the reader takes them."""
-        held = self._held[index]
-        if held.timer is not None:
-            held.timer.cancel()
-            held.timer = None
-        if held.pieces:
-            self._put(index, joined(held.pieces))
-            held.pieces = []
-            held.due = asyncio.get_running_loop().time() + self._seconds
+    def _flush(self, index: int) -> None:
+        """Hand a choice's pending pieces, if any, to the reader."""
+        pending = self._pending[index]
+        if pending.timer is not None:
+            pending.timer.cancel()
+            pending.timer = None
+        if pending.pieces:
+            self._put(index, joined(pending.pieces))
+            pending.pieces = []
+            pending.due = asyncio.get_running_loop().time() + self._seconds
 
     def _put(self, index: int, event: Event) -> None:
         self._ready.append((index, event))

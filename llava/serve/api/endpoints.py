@@ -12,7 +12,7 @@ from llava.serve.api.llava import WorkerRequest, WorkerWriter, read_worker_reque
 from llava.serve.api.openai_chat import ChatCompletion, ChatRequest, ChatWriter, TextCompletion, read_chat
 from llava.serve.api.openai_completions import CompletionRequest, CompletionWriter, read_completion
 from llava.serve.api.openai_responses import ResponseRequest, ResponseWriter, read_response
-from llava.serve.api.parsed_request import Call, StreamWriter
+from llava.serve.api.parsed_request import ParsedRequest, StreamWriter
 from llava.serve.api.paths import CHAT_PATH, COMPLETIONS_PATH, DETOKENIZE_PATH, RESPONSES_PATH, TOKENIZE_PATH, WORKER_PATH
 from llava.serve.api.tokenize import DetokenizeRequest, TokenizeRequest, read_detokenize, read_tokenize
 from llava.serve.protocol import Limits, ModelCard
@@ -22,13 +22,13 @@ from llava.serve.protocol import Limits, ModelCard
 class GeneratingEndpoint:
     """An endpoint that generates.
 
-    body, answer: schemas. read: from the body's values to a call. writer: for a request id, a model's name and a call.
+    body, answer: schemas. read: parses the body's values. writer: makes a writer from a request id, a model's name and a parsed request.
     """
 
     body: type[BaseModel]
     answer: type[BaseModel] | None
-    read: Callable[[Any, ModelCard, Limits], Call]
-    writer: Callable[[str, str, Call], StreamWriter]
+    read: Callable[[Any, ModelCard, Limits], ParsedRequest]
+    writer: Callable[[str, str, ParsedRequest], StreamWriter]
 
 
 GENERATING_ENDPOINTS: Mapping[str, GeneratingEndpoint] = {

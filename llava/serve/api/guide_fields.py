@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from llava.serve.api.body_fields import StrictModel
-from llava.serve.api.compat_fields import OF_STRUCTURED_OUTPUTS, with_neutral
+from llava.serve.api.body_models import StrictModel
+from llava.serve.api.compat_fields import STRUCTURED_OUTPUTS_FIELDS, with_compat_fields
 from llava.serve.http.errors import FieldError, field_path
 from llava.serve.protocol import Guide, GuideKind, Limits
 
@@ -37,7 +37,7 @@ class ResponseFormat(StrictModel):
     json_schema: NamedSchema | None = None
 
 
-@with_neutral(OF_STRUCTURED_OUTPUTS)
+@with_compat_fields(STRUCTURED_OUTPUTS_FIELDS)
 class StructuredOutputs(StrictModel):
     """vLLM's; one of them."""
 

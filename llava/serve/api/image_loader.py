@@ -1,8 +1,8 @@
-"""From what a client sent as an image to what the engine keeps of it: bounded in threads, pixels, bytes, and in where it may come from.
+"""From an image as a client sent it to what the engine keeps of it, within bounds on threads, pixels, bytes and where it may come from.
 
-The pixels of an image live for as long as the engine looks at them, in a thread; what it keeps takes a hundredth of that. Small images are
-taken by some threads, large ones by one of their own, each queue in the order of arrival. A request has one image in them at a time. So
-large images are decoded one after the other, the requests that send them take turns, and small ones never wait for them.
+An image's pixels live only while the engine reads them, in a thread; what it keeps takes a hundredth of that. Small images have a pool of
+threads, large ones a thread of their own, both first in, first out. A request has one image in them at a time. So large images are decoded
+one after the other, the requests that send them take turns, and small images never wait for large ones.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 FETCHING_THREADS = 8
 MAX_HELD_BYTES = 4_000_000_000
-"""Of what engines keep of all requests' images: 74 requests of eight images in five views of 336 x 336 pixels, 6.8 MB each."""
+"""For all images that are in use at once: 74 requests of eight images in five views of 336 x 336 pixels, 6.8 MB each."""
 REQUEST_SHARE = 8
-"""One request's images may take this part of it; a data URL of 64 megapixels of noise takes 260 MB."""
+"""One request's images may take one part in so many of it; a data URL of 64 megapixels of noise takes 260 MB."""
 TOO_MUCH = "The images of the request take too much memory together: send fewer or smaller ones."
 NOT_FETCHED = "Images at web addresses are not fetched here: send the image as a data URL, or ask the operator, who can allow it."
 NOT_READ = (
@@ -36,7 +36,7 @@ NOT_READ = (
 
 
 class HostNotAllowed(FetchError):
-    """A host that is not on the operator's list."""
+    """A host that is not on the operator's allow-list."""
 
 
 FETCH_ERROR_TEXTS: dict[type[FetchError], str] = {
@@ -47,24 +47,26 @@ FETCH_ERROR_TEXTS: dict[type[FetchError], str] = {
     FetchError: "The image's address could not be fetched: expected a file that anybody on the public internet can read within 10 seconds. "
     "Check the address, or send the image as a data URL.",
 }
-"""What clients are told of an image that was not fetched. Whatever depends on names, addresses and ports around this server is one
-sentence, so that nobody can look around there: a host that is refused for its address, that has none, or where nobody answers."""
+"""Error messages about images that were not fetched. Everything that depends on the network around this server has one message, so that
+nobody can scan it: a host that is refused for its address, does not resolve, or does not answer."""
 NO_IMAGE_THERE = (
     "What is at the image's address cannot be used: expected a whole PNG, JPEG, GIF, WebP, BMP, TIFF, PPM or AVIF file of at most 20 MB "
     "and 64 megapixels, its sides at most 200-fold apart."
 )
 IMAGE_ERROR_TEXTS = (*FETCH_ERROR_TEXTS.values(), NO_IMAGE_THERE, NOT_FETCHED, NOT_READ, TOO_MUCH)
-"""All that clients are told of images, besides the kinds' own texts; see `llava.serve.protocol.error_templates`."""
+"""All error messages about images besides the defaults of `ErrorKind`; see `llava.serve.protocol.error_templates`."""
 
 
 class ImageLoader:
-    """Decodes pictures off the event loop; what is wrong with one's bytes, clients are not told: one sentence for all. The
-    others are about its address, see `FETCH_ERROR_TEXTS`.
+    """Fetches and decodes images off the event loop.
+
+    Clients do not learn what is wrong with an image's bytes: that is one message for all. The others concern its address, see
+    `FETCH_ERROR_TEXTS`.
 
     Args:
         limits: whether web addresses are fetched, and from which hosts.
         prepare: takes from an RGB image what the engine needs; see `protocol.Engine`.
-        max_held_bytes: that what it took may have, of all images that are in use at once.
+        max_held_bytes: for what it took, of all images that are in use at once.
         fetch_bytes: fetches the file at a web address, its first argument; its second resolves host names.
     """
 
@@ -80,7 +82,7 @@ class ImageLoader:
         self._fetch = fetch_bytes or _fetch
         self._small = ThreadPoolExecutor(SMALL_AT_ONCE, thread_name_prefix="decode")
         self._large = ThreadPoolExecutor(1, thread_name_prefix="decode-large")
-        self._fetchers = ThreadPoolExecutor(FETCHING_THREADS, thread_name_prefix="fetch")  # apart: a slow host holds up no decoding
+        self._fetchers = ThreadPoolExecutor(FETCHING_THREADS, thread_name_prefix="fetch")  # separate: a slow host delays no decoding
 
     def close(self) -> None:
         for pool in (self._small, self._large, self._fetchers):
@@ -88,19 +90,19 @@ class ImageLoader:
 
     @asynccontextmanager
     async def loaded(self, sources: Sequence[ImageSource]) -> AsyncIterator[tuple[EngineImage, ...]]:
-        """What the engine took from the images, which counts as held until the block ends.
+        """What the engine took from the images; counts as held until the block ends.
 
         Args:
             sources: data URLs, or web addresses where they are allowed.
 
         Raises:
-            ServeError: `INVALID_IMAGE`, with the field that the image stands in; `TOO_LARGE` when one request would hold more than its
+            ServeError: `INVALID_IMAGE`, with the image's field; `TOO_LARGE` when one request would hold more than its
                 share, `OVERLOADED` when all together would hold more than allowed.
         """
         held = 0
         images: list[EngineImage] = []
         try:
-            for source in sources:  # one after the other: a request takes one thread, so that others get the next
+            for source in sources:  # sequentially: a request occupies one thread and leaves the next to others
                 image = await self._load(source)
                 if held + image.num_bytes > self.max_held_bytes // REQUEST_SHARE:
                     raise ServeError(ErrorKind.TOO_LARGE, TOO_MUCH, source.param)
@@ -115,33 +117,33 @@ class ImageLoader:
 
     async def _load(self, source: ImageSource) -> EngineImage:
         try:
-            return await self._taken(source.text, source.plain_base64)
-        except (ImageError, FetchError, _Unwanted) as error:
+            return await self._prepared(source.text, source.plain_base64)
+        except (ImageError, FetchError, _Refused) as error:
             logger.info("an image was refused: %s", str(error)[:500])
-            raise ServeError(ErrorKind.INVALID_IMAGE, _told(error), source.param) from error
+            raise ServeError(ErrorKind.INVALID_IMAGE, _client_message(error), source.param) from error
         except ServeError as error:
             raise ServeError(error.kind, error.detail, source.param) from error
         except MemoryError as error:
             raise ServeError(ErrorKind.OUT_OF_MEMORY) from error
 
-    async def _taken(self, source: str, plain_base64: bool) -> EngineImage:
+    async def _prepared(self, source: str, plain_base64: bool) -> EngineImage:
         scheme = source[:8].lower()
         if scheme.startswith(("http://", "https://")):
             if not self.limits.allow_remote_images:
-                raise _Unwanted(NOT_FETCHED)
+                raise _Refused(NOT_FETCHED)
             data = await asyncio.get_running_loop().run_in_executor(self._fetchers, self._fetch, source, self._resolve)
             try:
-                return await self._in_turn(lambda: data)
+                return await self._decoded(lambda: data)
             except ImageError as error:
-                raise _Unwanted(NO_IMAGE_THERE) from error
+                raise _Refused(NO_IMAGE_THERE) from error
         if scheme.startswith("data:"):
-            return await self._in_turn(lambda: read_source(source, allow_local=False))
+            return await self._decoded(lambda: read_source(source, allow_local=False))
         if scheme.startswith("file:") or not plain_base64:
-            raise _Unwanted(NOT_READ)
-        return await self._in_turn(lambda: decode_base64(source))
+            raise _Refused(NOT_READ)
+        return await self._decoded(lambda: decode_base64(source))
 
-    async def _in_turn(self, read: Callable[[], bytes]) -> EngineImage:
-        """Take an image in a thread for those of its size, which its header tells; a large one is read anew when its turn has come."""
+    async def _decoded(self, read: Callable[[], bytes]) -> EngineImage:
+        """Decode an image in the pool for its size, which its header gives; a large one is read again when its turn comes."""
         loop = asyncio.get_running_loop()
         small = await loop.run_in_executor(self._small, self._take_small, read)
         return await loop.run_in_executor(self._large, lambda: self._take(open_image(read()))) if small is None else small
@@ -163,13 +165,13 @@ class ImageLoader:
         return resolve_host(host, port)
 
 
-class _Unwanted(Exception):
-    """An image that is refused with a constant sentence of its own."""
+class _Refused(Exception):
+    """An image that is refused with a constant message of its own."""
 
 
-def _told(error: Exception) -> str | None:
-    """What clients read of an error; `None` is the kind's own sentence."""
-    if isinstance(error, _Unwanted):
+def _client_message(error: Exception) -> str | None:
+    """The message for clients; `None` stands for the kind's default."""
+    if isinstance(error, _Refused):
         return str(error)
     return next((text for kind, text in FETCH_ERROR_TEXTS.items() if isinstance(error, kind)), None)
 

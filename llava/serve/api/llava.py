@@ -1,7 +1,7 @@
-"""LLaVA's worker protocol as data: finished prompts and base64 pictures in, null-separated JSON out.
+"""LLaVA's worker protocol as data: finished prompts and base64 images in, null-terminated JSON out.
 
-Each part of a stream holds the whole text so far, prompt included, and an `error_code` that is 0 while all is well. Beyond LLaVA's fields
-there are those about granularity; the first part tells what the pictures cost, the last one what the whole answer took.
+Each part of a stream holds the whole text so far, prompt included, and an `error_code`, 0 unless something failed. Beyond LLaVA's fields
+there are those about granularity; the first part reports what the images cost, the last one what the whole answer took.
 """
 
 from __future__ import annotations
@@ -11,19 +11,14 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from llava.serve.api.openai_chat import (
-    Granularity,
-    RoutingFields,
-    check_model,
-    read_routing,
-    report_fields,
-    usage_fields,
-    validate,
-)
+from llava.serve.api.answer_fields import report_fields, usage_fields
 from llava.serve.api.openai_completions import Images, read_images
-from llava.serve.api.parsed_request import Call
+from llava.serve.api.parsed_request import ParsedRequest
 from llava.serve.api.paths import STATUS_PATH, WORKER_PATH
+from llava.serve.api.request_fields import check_model
+from llava.serve.api.routing_fields import Granularity, RoutingFields, read_routing
 from llava.serve.api.sampling_fields import longest_answer, read_stop
+from llava.serve.api.validation import validate
 from llava.serve.http.errors import FieldError, error_body
 from llava.serve.http.json_response import compact_json
 from llava.serve.protocol import Finished, Limits, ModelCard, Sampling, ServeError, Started, TokenScore
@@ -38,7 +33,7 @@ class WorkerRequest(RoutingFields):
     """A prompt to continue."""
 
     model: str | None = Field(None, max_length=512)
-    prompt: str = Field(min_length=1, description="Written by a conversation template; one `<image>` per picture.")
+    prompt: str = Field(min_length=1, description="Written by a conversation template; one `<image>` per image.")
     images: Images | None = Field(None, description="Base64, or data URLs.")
     temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
@@ -49,7 +44,7 @@ class WorkerRequest(RoutingFields):
     vis_token_granularity: Granularity | None = Field(None, description="Another name of `granularity`.")
 
 
-def read_worker_request(value: Any, card: ModelCard, limits: Limits) -> Call:
+def read_worker_request(value: Any, card: ModelCard, limits: Limits) -> ParsedRequest:
     """Read the JSON values of a worker request.
 
     Raises:
@@ -61,7 +56,7 @@ def read_worker_request(value: Any, card: ModelCard, limits: Limits) -> Call:
     sources = read_images((request.prompt,), request.images, card, limits)
     name = "granularity" if request.vis_token_granularity is None else "vis_token_granularity"
     longest = longest_answer(request.max_new_tokens, limits, "max_new_tokens", NEW_TOKENS)
-    return Call(
+    return ParsedRequest(
         prompts=(request.prompt,),
         sources=sources,
         sampling=Sampling(
@@ -73,13 +68,13 @@ def read_worker_request(value: Any, card: ModelCard, limits: Limits) -> Call:
         ),
         routing=read_routing(_one_granularity(request), card, sources, name),
         stream=True,
-        fields={"granularity": name},
+        field_names={"granularity": name},
         echo=request.echo,
     )
 
 
 def _one_granularity(request: WorkerRequest) -> RoutingFields:
-    """The routing fields, whichever of its two names the granularity came under."""
+    """The routing fields, under whichever of its two names the granularity was sent."""
     old, new = request.vis_token_granularity, request.granularity
     if old is not None and new is not None and old != new:
         raise FieldError("vis_token_granularity and granularity differ, but mean the same; give one.", "granularity")
@@ -94,31 +89,31 @@ class WorkerWriter:
     """Writes the parts of one stream.
 
     Args:
-        call: of one prompt; says whether that stands before each text.
+        parsed: has one prompt, and says whether the text of each part begins with it.
     """
 
     media_type = "application/octet-stream"
 
-    def __init__(self, request_id: str, model: str, call: Call) -> None:
-        self.text = call.prompts[0] if call.echo else ""
+    def __init__(self, request_id: str, model: str, parsed: ParsedRequest) -> None:
+        self.text = parsed.prompts[0] if parsed.echo else ""
 
-    def opening(self, index: int, event: Started) -> bytes:
-        """The first part: no text yet, but what the pictures cost."""
+    def on_started(self, index: int, event: Started) -> bytes:
+        """The first part: no text yet, but what the images cost."""
         return null_ended({"text": self.text, "error_code": 0, "avg_llava": report_fields(event)})
 
-    def piece(self, index: int, text: str, scores: Sequence[TokenScore]) -> bytes:
+    def on_text(self, index: int, text: str, scores: Sequence[TokenScore]) -> bytes:
         self.text += text
         return null_ended({"text": self.text, "error_code": 0})
 
-    def ending(self, index: int, event: Finished) -> bytes:
+    def on_finished(self, index: int, event: Finished) -> bytes:
         """The last part."""
         report = {"finish_reason": event.finish_reason, "usage": usage_fields([event]), "avg_llava": report_fields(event)}
         return null_ended({"text": self.text, "error_code": 0, **report})
 
-    def closing(self, endings: Mapping[int, Finished]) -> bytes:
+    def on_all_finished(self, endings: Mapping[int, Finished]) -> bytes:
         return b""
 
-    def failure(self, error: ServeError, request_id: str) -> bytes:
+    def on_error(self, error: ServeError, request_id: str) -> bytes:
         return null_ended(llava_error_body(error, request_id))
 
 

@@ -9,21 +9,15 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.serve.api.compat_fields import OF_COMPLETION, with_neutral
-from llava.serve.api.openai_chat import (
-    LOWEST_LOG_PROBABILITY,
-    AnswerFields,
-    ChatWriter,
-    check_images,
-    check_model,
-    check_prompt_length,
-    read_count,
-    read_include_usage,
-    read_routing,
-    validate,
-)
-from llava.serve.api.parsed_request import Call, ImageSource
+from llava.serve.api.answer_fields import LOWEST_LOG_PROBABILITY
+from llava.serve.api.compat_fields import COMPLETION_FIELDS, with_compat_fields
+from llava.serve.api.openai_chat import ChatWriter
+from llava.serve.api.parsed_request import ImageSource, ParsedRequest
+from llava.serve.api.request_fields import AnswerFields, check_model, read_count, read_include_usage
+from llava.serve.api.routing_fields import read_routing
 from llava.serve.api.sampling_fields import longest_answer, read_sampling
+from llava.serve.api.turns import check_images, check_prompt_length
+from llava.serve.api.validation import validate
 from llava.serve.http.errors import FieldError, field_path
 from llava.serve.protocol import Limits, ModelCard, TokenScore, token_bytes
 
@@ -32,7 +26,7 @@ NEW_TOKENS = 16
 Images = Annotated[list[str], Field(max_length=1024, fail_fast=True)]
 
 
-@with_neutral(OF_COMPLETION)
+@with_compat_fields(COMPLETION_FIELDS)
 class CompletionRequest(AnswerFields):
     """Prompts to continue, as they stand: no conversation template is written around them."""
 
@@ -46,7 +40,7 @@ class CompletionRequest(AnswerFields):
     logprobs: int | None = Field(None, ge=0, description="How many of the likeliest tokens to tell beside each one's own.")
 
 
-def read_completion(value: Any, card: ModelCard, limits: Limits) -> Call:
+def read_completion(value: Any, card: ModelCard, limits: Limits) -> ParsedRequest:
     """Read the JSON values of a completion request.
 
     Raises:
@@ -62,7 +56,7 @@ def read_completion(value: Any, card: ModelCard, limits: Limits) -> Call:
     if (request.logprobs or 0) > limits.max_logprobs:
         raise FieldError(f"logprobs is {request.logprobs}, expected at most {limits.max_logprobs}.", "logprobs")
     longest = longest_answer(request.max_tokens, limits, "max_tokens", NEW_TOKENS)
-    return Call(
+    return ParsedRequest(
         prompts=prompts,
         sources=sources,
         sampling=read_sampling(request, limits, longest, request.logprobs),
@@ -92,13 +86,13 @@ def read_images(prompts: Sequence[str], images: Sequence[str] | None, card: Mode
 
 
 class CompletionWriter(ChatWriter):
-    """Writes the bodies of one call's answer, whose choices are plain texts."""
+    """Writes the answer to one request, whose choices are plain texts."""
 
     kind, whole, part, text_field = "cmpl", "text_completion", "text_completion", "text"
 
-    def __init__(self, request_id: str, model: str, call: Call) -> None:
-        super().__init__(request_id, model, call)
-        self._places = [_TextPlaces() for _ in range(call.count)]
+    def __init__(self, request_id: str, model: str, parsed: ParsedRequest) -> None:
+        super().__init__(request_id, model, parsed)
+        self._places = [_TextPlaces() for _ in range(parsed.count)]
 
     def whole_text(self, text: str) -> dict[str, Any]:
         return {"text": text}

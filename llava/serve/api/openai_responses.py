@@ -1,4 +1,4 @@
-"""OpenAI's Responses API as data, stateless: nothing of a response is kept, so that a conversation comes with each request, as items."""
+"""OpenAI's Responses API as data, stateless: no response is stored, so each request brings its whole conversation as items."""
 
 from __future__ import annotations
 
@@ -8,32 +8,29 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from llava.serve.api.body_fields import StrictModel
-from llava.serve.api.compat_fields import OF_INPUT_IMAGE, OF_MESSAGE, OF_RESPONSE, OF_STREAM_OPTIONS, OF_TEXT, with_neutral
-from llava.serve.api.guide_fields import FormatType, JsonSchema, guide_of_format
-from llava.serve.api.openai_chat import (
-    DETAIL_DESCRIPTION,
-    DETAILS,
-    ChatTurn,
-    ClientFields,
-    ImageDetail,
-    RoutingFields,
-    check_model,
-    read_routing,
-    read_turns,
-    report_fields,
-    score_fields,
-    usage_fields,
-    validate,
+from llava.serve.api.answer_fields import report_fields, score_fields, usage_fields
+from llava.serve.api.body_models import StrictModel
+from llava.serve.api.compat_fields import (
+    INPUT_IMAGE_FIELDS,
+    MESSAGE_FIELDS,
+    RESPONSE_FIELDS,
+    STREAM_OPTIONS_FIELDS,
+    TEXT_FIELDS,
+    with_compat_fields,
 )
-from llava.serve.api.parsed_request import Call, FullAnswer, ImageSource
+from llava.serve.api.guide_fields import FormatType, JsonSchema, guide_of_format
+from llava.serve.api.parsed_request import FullAnswer, ImageSource, ParsedRequest
+from llava.serve.api.request_fields import ClientFields, check_model
+from llava.serve.api.routing_fields import DETAIL_DESCRIPTION, DETAILS, ImageDetail, RoutingFields, read_routing
 from llava.serve.api.sampling_fields import SamplingFields, longest_answer, read_sampling
+from llava.serve.api.turns import ChatTurn, read_turns
+from llava.serve.api.validation import validate
 from llava.serve.http.errors import FieldError, error_fields
 from llava.serve.http.json_response import compact_json
 from llava.serve.protocol import Finished, Guide, Limits, ModelCard, ServeError, Started, TokenScore
 
 
-@with_neutral(OF_TEXT)
+@with_compat_fields(TEXT_FIELDS)
 class InputText(StrictModel):
     """Text within a message."""
 
@@ -41,7 +38,7 @@ class InputText(StrictModel):
     text: str
 
 
-@with_neutral(OF_TEXT)
+@with_compat_fields(TEXT_FIELDS)
 class OutputText(StrictModel):
     """Text of an earlier answer, as it came."""
 
@@ -52,7 +49,7 @@ class OutputText(StrictModel):
     parsed: Any = Field(None, description="Not read: what OpenAI's SDK made of an earlier answer's text.")
 
 
-@with_neutral(OF_INPUT_IMAGE)
+@with_compat_fields(INPUT_IMAGE_FIELDS)
 class InputImage(StrictModel):
     """An image within a user's message."""
 
@@ -64,7 +61,7 @@ class InputImage(StrictModel):
 InputPart = Annotated[InputText | InputImage | OutputText, Field(discriminator="type")]
 
 
-@with_neutral(OF_MESSAGE)
+@with_compat_fields(MESSAGE_FIELDS)
 class InputMessage(StrictModel):
     """One turn, a user's or an earlier answer as it came. `developer` means `system`. Images go into users' turns."""
 
@@ -87,18 +84,18 @@ class TextFormat(StrictModel):
 
 
 class TextFields(StrictModel):
-    """What the text has to be, and how it is written."""
+    """The format of the text."""
 
     format: TextFormat | None = None
     verbosity: Literal["medium"] | None = None
 
 
-@with_neutral(OF_STREAM_OPTIONS)
+@with_compat_fields(STREAM_OPTIONS_FIELDS)
 class ResponseStreamOptions(StrictModel):
-    """Of a stream; there is nothing to choose."""
+    """Options of a stream: there are none to choose."""
 
 
-@with_neutral(OF_RESPONSE)
+@with_compat_fields(RESPONSE_FIELDS)
 class ResponseRequest(SamplingFields, RoutingFields, ClientFields):
     """A conversation to answer."""
 
@@ -115,7 +112,7 @@ class ResponseRequest(SamplingFields, RoutingFields, ClientFields):
     top_logprobs: int | None = Field(None, ge=0)
 
 
-def read_response(value: Any, card: ModelCard, limits: Limits) -> Call:
+def read_response(value: Any, card: ModelCard, limits: Limits) -> ParsedRequest:
     """Read the JSON values of a request to the Responses API.
 
     Raises:
@@ -125,19 +122,19 @@ def read_response(value: Any, card: ModelCard, limits: Limits) -> Call:
     check_model(request.model, card)
     turns, sources = read_turns(_spoken(request), card, limits, "input")
     longest = longest_answer(request.max_output_tokens, limits, "max_output_tokens")
-    return Call(
+    return ParsedRequest(
         turns=turns,
         sources=sources,
         sampling=read_sampling(request, limits, longest, _read_logprobs(request, limits), _read_format(request.text, limits)),
         routing=read_routing(request, card, sources),
         stream=bool(request.stream),
         user=request.user,
-        fields={"messages": "input"},
-        told={
+        field_names={"messages": "input"},
+        repeated={
             "instructions": request.instructions,
             "metadata": request.metadata or {},
             "max_output_tokens": request.max_output_tokens,
-            "text": _told_text(request.text),
+            "text": _repeated_text(request.text),
         },
     )
 
@@ -164,15 +161,15 @@ def _read_format(text: TextFields | None, limits: Limits) -> Guide | None:
     return None if wanted is None else guide_of_format(wanted.type, wanted.schema_, ("text.format", "schema"), limits)
 
 
-def _told_text(text: TextFields | None) -> dict[str, Any]:
-    """`text` as an answer repeats it, with what is meant where nothing is said."""
+def _repeated_text(text: TextFields | None) -> dict[str, Any]:
+    """`text` as an answer repeats it, defaults filled in."""
     wanted = text.format if text else None
-    told = {"type": "text"} if wanted is None else wanted.model_dump(by_alias=True, exclude_unset=True)
-    return {"format": told, "verbosity": "medium"}
+    repeated = {"type": "text"} if wanted is None else wanted.model_dump(by_alias=True, exclude_unset=True)
+    return {"format": repeated, "verbosity": "medium"}
 
 
 def _read_logprobs(request: ResponseRequest, limits: Limits) -> int | None:
-    """How many alternatives to tell per token; `None` where no log probabilities are asked for."""
+    """How many alternatives to report per token; `None` where no log probabilities are requested."""
     if (request.top_logprobs or 0) > limits.max_logprobs:
         raise FieldError(f"top_logprobs is {request.top_logprobs}, expected at most {limits.max_logprobs}.", "top_logprobs")
     wanted = "message.output_text.logprobs" in (request.include or ()) or bool(request.top_logprobs)
@@ -183,13 +180,13 @@ class ResponseWriter:
     """Writes the body or the events of one response.
 
     Args:
-        request_id: names the response and its one item. model: as served. call: of one answer.
+        request_id: names the response and its one item. model: as served. parsed: asks for one answer.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, request_id: str, model: str, call: Call) -> None:
-        self.call = call
+    def __init__(self, request_id: str, model: str, parsed: ParsedRequest) -> None:
+        self.parsed = parsed
         self.place = {"item_id": f"msg_{request_id}", "output_index": 0, "content_index": 0}
         self._head = {"id": f"resp_{request_id}", "object": "response", "created_at": int(time.time()), "model": model}
         self._count = 0  # events so far
@@ -200,8 +197,8 @@ class ResponseWriter:
         [(text, scores, ending)] = answers
         return self._response(_status(ending), [self._item(_status(ending), text, scores)], ending)
 
-    def opening(self, index: int, event: Started) -> bytes:
-        """The events before all text; the response in them already tells what the images cost."""
+    def on_started(self, index: int, event: Started) -> bytes:
+        """The events before any text; the response in them already reports what the images cost."""
         begun = {**self._response("in_progress", []), "avg_llava": report_fields(event)}
         empty = {**self._item("in_progress", "", ()), "content": []}
         return (
@@ -211,12 +208,12 @@ class ResponseWriter:
             + self._event("response.content_part.added", **self.place, part=self._part("", ()))
         )
 
-    def piece(self, index: int, text: str, scores: Sequence[TokenScore]) -> bytes:
+    def on_text(self, index: int, text: str, scores: Sequence[TokenScore]) -> bytes:
         self._texts.append(text)
         self._scores.extend(scores)
         return self._event("response.output_text.delta", **self.place, delta=text, logprobs=self._logprobs(scores))
 
-    def ending(self, index: int, event: Finished) -> bytes:
+    def on_finished(self, index: int, event: Finished) -> bytes:
         status, text = _status(event), "".join(self._texts)
         item = self._item(status, text, self._scores)
         return (
@@ -226,10 +223,10 @@ class ResponseWriter:
             + self._event(f"response.{status}", response=self._response(status, [item], event))
         )
 
-    def closing(self, endings: Any) -> bytes:
+    def on_all_finished(self, endings: Any) -> bytes:
         return b""
 
-    def failure(self, error: ServeError, request_id: str) -> bytes:
+    def on_error(self, error: ServeError, request_id: str) -> bytes:
         return error_event(error, request_id, self._count)
 
     def _event(self, kind: str, **fields: Any) -> bytes:
@@ -237,13 +234,13 @@ class ResponseWriter:
         return _typed(kind, self._count - 1, **fields)
 
     def _response(self, status: str, output: list[dict[str, Any]], ending: Finished | None = None) -> dict[str, Any]:
-        sampling = self.call.sampling
+        sampling = self.parsed.sampling
         return {
             **self._head,
             "status": status,
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            **self.call.told,
+            **self.parsed.repeated,
             "output": output,
             "parallel_tool_calls": False,
             "tool_choice": "none",
@@ -256,7 +253,7 @@ class ResponseWriter:
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
             "store": False,
-            "user": self.call.user,
+            "user": self.parsed.user,
             "usage": None if ending is None else _usage(ending),
             **({} if ending is None else {"completed_at": int(time.time()), "avg_llava": report_fields(ending)}),
         }

@@ -1,4 +1,4 @@
-"""A request of any of the APIs, once it was read and found possible: what the engine is to be asked, and how errors name its parts."""
+"""A request of any of the APIs, parsed and checked: what to ask the engine for, and how errors name its fields."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ FullAnswer = tuple[str, Sequence[TokenScore], Finished]
 
 @dataclass(frozen=True)
 class ImageSource:
-    """An image as a client names it.
+    """An image as a client sends it.
 
-    text: a data URL or web address, or where `plain_base64` is set, other text that is base64. param: the field it stands in.
+    text: a data URL or a web address, or where `plain_base64` is set, bare base64. param: the field that holds it.
     detail: see `RoutingRequest`.
     """
 
@@ -28,14 +28,14 @@ class ImageSource:
 
 
 @dataclass(frozen=True)
-class Call:
+class ParsedRequest:
     """What one body asks for.
 
     turns: a conversation, with `<image>` where an image goes; or prompts: finished ones, each to be continued. n: answers to each of them.
-    sources: the images, in the order of their places. include_usage: whether a stream ends with a part about usage. echo: whether the
-    prompt stands before each part's text (LLaVA's protocol).
-    fields: what a client calls the engine's `messages`, `prompt` and others, where that is another name. told: what of the body an answer
-    repeats.
+    sources: the images, in the order of their placeholders. include_usage: whether a stream ends with a chunk about usage. echo: whether
+    the text of each part begins with the prompt (LLaVA's protocol).
+    field_names: the client's names of the engine's `messages`, `prompt` and others, where they differ. repeated: fields of the body that
+    an answer repeats.
     """
 
     turns: tuple[Message, ...] = ()
@@ -48,12 +48,12 @@ class Call:
     include_usage: bool = False
     user: str | None = None
     echo: bool = False
-    fields: Mapping[str, str] = field(default_factory=dict)
-    told: Mapping[str, Any] = field(default_factory=dict)
+    field_names: Mapping[str, str] = field(default_factory=dict)
+    repeated: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
-        """Answers in all."""
+        """The number of answers."""
         return self.n * max(1, len(self.prompts))
 
     def requests(self, request_id: str, images: Sequence[EngineImage]) -> list[GenerationRequest]:
@@ -76,34 +76,34 @@ class Call:
             return self.sampling
         return replace(self.sampling, seed=(seed + index) % 2**63)
 
-    def named(self, error: ServeError) -> ServeError:
-        """An engine's error about a part of its request, with the name of the field that the client knows."""
-        names = {**{f"images[{place}]": source.param for place, source in enumerate(self.sources)}, **self.fields}
+    def with_client_names(self, error: ServeError) -> ServeError:
+        """An engine's error about a field of its request, under the client's name of that field."""
+        names = {**{f"images[{place}]": source.param for place, source in enumerate(self.sources)}, **self.field_names}
         return ServeError(error.kind, error.detail, names.get(error.param or "", error.param), error.least)
 
 
 class StreamWriter(Protocol):
-    """Writes the parts of one call's stream. index: of the answer. What a writer has nothing to say about is empty."""
+    """Writes the parts of one stream. index: of the answer. Empty bytes where the protocol has nothing to send."""
 
     media_type: str
 
-    def opening(self, index: int, event: Started) -> bytes: ...
+    def on_started(self, index: int, event: Started) -> bytes: ...
 
-    def piece(self, index: int, text: str, scores: Sequence[TokenScore]) -> bytes: ...
+    def on_text(self, index: int, text: str, scores: Sequence[TokenScore]) -> bytes: ...
 
-    def ending(self, index: int, event: Finished) -> bytes: ...
+    def on_finished(self, index: int, event: Finished) -> bytes: ...
 
-    def closing(self, endings: Mapping[int, Finished]) -> bytes:
-        """What follows the last answer's ending."""
+    def on_all_finished(self, endings: Mapping[int, Finished]) -> bytes:
+        """What follows the end of the last answer."""
         ...
 
-    def failure(self, error: ServeError, request_id: str) -> bytes:
-        """What ends the stream where an answer cannot be finished."""
+    def on_error(self, error: ServeError, request_id: str) -> bytes:
+        """What ends the stream when an answer fails."""
         ...
 
 
 class Writer(StreamWriter, Protocol):
-    """Writes one call's answers, streamed or whole."""
+    """Writes the answers to one request, streamed or whole."""
 
     def completion(self, answers: Sequence[FullAnswer]) -> dict[str, Any]:
         """The body of an answer that is not streamed."""

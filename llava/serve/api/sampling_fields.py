@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from llava.serve.api.body_fields import as_float32
+from llava.serve.api.body_models import as_float32
 from llava.serve.api.guide_fields import GuideFields, read_guide
 from llava.serve.http.errors import FieldError
 from llava.serve.protocol import Guide, Limits, Sampling

@@ -6,16 +6,19 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from llava.serve.api.body_fields import StrictModel
-from llava.serve.api.compat_fields import OF_TOKENIZE, with_neutral
-from llava.serve.api.openai_chat import ChatMessage, RoutingFields, check_model, read_messages, read_routing, validate
+from llava.serve.api.body_models import StrictModel
+from llava.serve.api.compat_fields import TOKENIZE_FIELDS, with_compat_fields
+from llava.serve.api.openai_chat import ChatMessage, read_messages
 from llava.serve.api.openai_completions import Images, read_images
-from llava.serve.api.parsed_request import Call
+from llava.serve.api.parsed_request import ParsedRequest
+from llava.serve.api.request_fields import check_model
+from llava.serve.api.routing_fields import RoutingFields, read_routing
+from llava.serve.api.validation import validate
 from llava.serve.http.errors import FieldError
 from llava.serve.protocol import Limits, ModelCard, PromptTokens
 
 
-@with_neutral(OF_TOKENIZE)
+@with_compat_fields(TOKENIZE_FIELDS)
 class TokenizeRequest(RoutingFields):
     """A prompt as it stands, or a conversation that the model's template is written around."""
 
@@ -51,11 +54,11 @@ class Tokens(BaseModel):
     visual_tokens: list[VisualTokens] | None = None
 
 
-def read_tokenize(value: Any, card: ModelCard, limits: Limits) -> tuple[Call, TokenizeRequest]:
+def read_tokenize(value: Any, card: ModelCard, limits: Limits) -> tuple[ParsedRequest, TokenizeRequest]:
     """Read the JSON values of a request for tokens.
 
     Returns:
-        The call whose prompt is meant, and the request itself.
+        The parsed request whose prompt is to be tokenized, and the body itself.
 
     Raises:
         FieldError: what cannot be done, and in which field.
@@ -68,13 +71,13 @@ def read_tokenize(value: Any, card: ModelCard, limits: Limits) -> tuple[Call, To
     if request.messages is None:
         prompts = (request.prompt or "",)
         sources = read_images(prompts, request.images, card, limits)
-        return Call(prompts=prompts, sources=sources, routing=read_routing(request, card, sources)), request
+        return ParsedRequest(prompts=prompts, sources=sources, routing=read_routing(request, card, sources)), request
     if request.images:
         raise FieldError("images belong to a prompt; in messages, send each as a part.", "images")
     if request.add_special_tokens:
         raise FieldError("add_special_tokens is true, but the template writes them already; leave it out.", "add_special_tokens")
     turns, sources = read_messages(request.messages, card, limits)
-    return Call(turns=turns, sources=sources, routing=read_routing(request, card, sources)), request
+    return ParsedRequest(turns=turns, sources=sources, routing=read_routing(request, card, sources)), request
 
 
 def token_fields(found: PromptTokens, card: ModelCard, with_texts: bool) -> dict[str, Any]:

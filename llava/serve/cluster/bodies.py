@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from llava.serve.api.body_models import LenientModel
 from llava.serve.cluster.dispatch import WorkerStatus
 from llava.serve.http.errors import FieldError
-
-
-class LenientModel(BaseModel):
-    """A body whose further fields are ignored: LLaVA's workers and clients send some that mean nothing here."""
-
-    model_config = ConfigDict(extra="ignore", strict=True, hide_input_in_errors=True)
-
 
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 

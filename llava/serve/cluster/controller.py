@@ -10,8 +10,8 @@ from typing import Any
 from fastapi import Request
 
 from llava.fetch import resolve_host
-from llava.serve.api.openai_chat import validate
 from llava.serve.api.paths import CHAT_PATH, COMPLETIONS_PATH, RESPONSES_PATH, WORKER_PATH
+from llava.serve.api.validation import validate
 from llava.serve.cluster.bodies import ModelRequest
 from llava.serve.cluster.dispatch import RegisteredWorker, WorkerTable
 from llava.serve.cluster.metrics import ControllerMetrics

@@ -22,8 +22,8 @@ from llava import __version__
 from llava.fetch import resolve_host
 from llava.serve.api.endpoints import BODY_SCHEMAS
 from llava.serve.api.llava import LLAVA_ERROR_BODIES
-from llava.serve.api.openai_chat import validate
 from llava.serve.api.paths import STATUS_PATH
+from llava.serve.api.validation import validate
 from llava.serve.cluster.bodies import HeartbeatRequest, ModelRequest, RegisterRequest, UnregisterRequest
 from llava.serve.cluster.controller import Controller
 from llava.serve.cluster.liveness import watch

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from llava.serve.api.openai_chat import validate
+from llava.serve.api.validation import validate
 from llava.serve.cluster.bodies import LenientModel
 from llava.serve.cluster.dispatch import RegisteredWorker
 from llava.serve.http.client import BrokenResponse, Unreachable

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from llava.rules import Integer
 from llava.serve.api.endpoints import BODY_READERS, BODY_SCHEMAS
 from llava.serve.api.image_loader import IMAGE_ERROR_TEXTS
-from llava.serve.api.openai_chat import validate
+from llava.serve.api.validation import validate
 from llava.serve.http.strict_json import parse_json
 from llava.serve.protocol import ErrorKind, Limits, ModelCard, ServeError
 from llava.serve.protocol.error_templates import ERROR_TEMPLATES, matches_template

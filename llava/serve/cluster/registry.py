@@ -16,7 +16,7 @@ import anyio
 from fastapi import Request
 
 from llava.fetch import FetchError
-from llava.serve.api.openai_chat import validate
+from llava.serve.api.validation import validate
 from llava.serve.cluster.bodies import HeartbeatRequest, RegisterRequest, StatusFields, UnregisterRequest, read_status
 from llava.serve.cluster.dispatch import RegisteredWorker, WorkerTable
 from llava.serve.cluster.worker_client import WorkerClient

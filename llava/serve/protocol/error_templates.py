@@ -1,7 +1,7 @@
-"""What only a worker can find wrong with a request, since it alone has the model and knows its own flags: sentences with holes.
+"""Messages about errors that only a worker can find in a request, since it alone has the model and its flags: templates with placeholders.
 
-A controller does not trust its workers' words, see `llava.serve.cluster.refusals`. What is one of these sentences, with numbers, the field
-to blame and keywords of JSON Schema in its holes, it passes on: nothing else can be said with them.
+A controller does not trust its workers' messages, see `llava.serve.cluster.refusals`. It passes one on that matches a template, with a
+number, the offending field or keywords of JSON Schema in each placeholder: nothing else can be said that way.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from string import Formatter
 
 AT_MOST = "{param} is {number}, expected at most {most}."
 TOO_MANY_ANSWERS = "n is {number}, but this server works on at most {most} answers at once; ask for fewer."
-NO_IMAGES = "This model takes no pictures."
+NO_IMAGES = "This model takes no images."
 TOO_LONG = "The text of the prompt is too long: it leaves no room for an answer within {positions} positions; shorten it."
 TOO_LONG_WITH_IMAGES = (
-    "With its pictures the prompt leaves no room for an answer within {positions} positions; shorten it or choose a coarser granularity."
+    "With its images the prompt leaves no room for an answer within {positions} positions; shorten it or choose a coarser granularity."
 )
 NO_SUCH_TOKEN = "There is no token {number}; this model's tokenizer has {count}, counted from 0."
 TOKEN_OUT_OF_VOCABULARY = "{param} has the token id {number}, but this model's vocabulary has {count}, counted from 0."
@@ -54,23 +54,23 @@ UNSUPPORTED_KEYWORDS = frozenset(
     "additionalItems contains dependencies dependentRequired dependentSchemas else if maxContains maxProperties minContains minProperties "
     "not oneOf propertyNames then unevaluatedItems unevaluatedProperties uniqueItems".split()
 )
-"""Of JSON Schema, that may be named to clients as those that cannot be followed."""
+"""Of JSON Schema; those that a message may name as unsupported."""
 _KEYWORD = "|".join(sorted(UNSUPPORTED_KEYWORDS, key=len, reverse=True))
-_HOLES = {"param": "(?P<param>.{1,200})", "keywords": f"(?:{_KEYWORD})(?:, (?:{_KEYWORD}))*"}
+_PLACEHOLDERS = {"param": "(?P<param>.{1,200})", "keywords": f"(?:{_KEYWORD})(?:, (?:{_KEYWORD}))*"}
 _NUMBER = r"-?\d{1,19}"
 
 
-def matches_template(text: str, sentence: str, param: str | None) -> bool:
-    """Whether a text is a sentence with its holes filled.
+def matches_template(text: str, template: str, param: str | None) -> bool:
+    """Whether a text is a template, filled in.
 
     Args:
-        param: what the hole of that name has to hold; those beside it and `keywords` hold a whole number.
+        param: what the placeholder of that name has to hold; all but it and `keywords` hold a whole number.
     """
-    found = _pattern(sentence).fullmatch(text)
+    found = _pattern(template).fullmatch(text)
     return found is not None and found.groupdict().get("param", param) == param
 
 
 @cache
-def _pattern(sentence: str) -> re.Pattern[str]:
-    parts = Formatter().parse(sentence)
-    return re.compile("".join(re.escape(words) + (_HOLES.get(hole, _NUMBER) if hole else "") for words, hole, _, _ in parts), re.ASCII)
+def _pattern(template: str) -> re.Pattern[str]:
+    parts = Formatter().parse(template)
+    return re.compile("".join(re.escape(text) + (_PLACEHOLDERS.get(name, _NUMBER) if name else "") for text, name, _, _ in parts), re.ASCII)

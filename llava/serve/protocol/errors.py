@@ -10,8 +10,8 @@ from enum import Enum
 class Fault:
     """How one kind of error looks from outside.
 
-    status: HTTP status. type: OpenAI's error type. text: what a client reads where nothing more helpful may be said. code: LLaVA's
-    `error_code`, never 0. retry_after: seconds after which trying again makes sense, or `None`.
+    status: HTTP status. type: OpenAI's error type. text: the message where nothing more specific may be said. code: LLaVA's
+    `error_code`, never 0. retry_after: seconds after which to try again, or `None`.
     """
 
     status: int
@@ -55,26 +55,26 @@ FAULTS: dict[ErrorKind, Fault] = {
     ErrorKind.INVALID_IMAGE: Fault(
         400,
         _CLIENT,
-        "A picture cannot be used: send a whole PNG, JPEG, GIF, WebP, BMP, TIFF, PPM or AVIF file as a data URL, at most 20 MB and 64 "
+        "An image cannot be used: send a whole PNG, JPEG, GIF, WebP, BMP, TIFF, PPM or AVIF file as a data URL, at most 20 MB and 64 "
         "megapixels, its sides at most 200-fold apart.",
         11,
     ),
     ErrorKind.CONTEXT_LENGTH: Fault(400, _CLIENT, "The prompt is longer than the model's context.", 12),
     ErrorKind.UNAUTHORIZED: Fault(401, "authentication_error", "The API key is missing or wrong.", 13),
-    ErrorKind.FORBIDDEN: Fault(403, "permission_error", "This address may not do that here.", 14),
+    ErrorKind.FORBIDDEN: Fault(403, "permission_error", "This client may not do that here.", 14),
     ErrorKind.MODEL_NOT_FOUND: Fault(404, _CLIENT, "There is no model of that name here.", 15),
     ErrorKind.NOT_FOUND: Fault(404, _CLIENT, "There is nothing at this address.", 16),
     ErrorKind.TOO_LARGE: Fault(413, _CLIENT, "The request is too large.", 17),
     ErrorKind.ENCODED: Fault(415, _CLIENT, "The body is compressed (Content-Encoding); send it as it is.", 19),
     ErrorKind.TIMEOUT: Fault(408, _CLIENT, "The request took too long to arrive.", 18),
-    ErrorKind.OVERLOADED: Fault(503, _SERVER, "All places are taken; try again.", 20, retry_after=1),
+    ErrorKind.OVERLOADED: Fault(503, _SERVER, "The server is at capacity; try again.", 20, retry_after=1),
     ErrorKind.DRAINING: Fault(503, _SERVER, "The server is shutting down; try again.", 21, retry_after=5),
     ErrorKind.OUT_OF_MEMORY: Fault(503, _SERVER, "The answer did not fit into memory; try again or choose a coarser granularity.", 22, 1),
-    ErrorKind.NOT_FINITE: Fault(500, _SERVER, "The model's numbers broke down on this request.", 23),
+    ErrorKind.NOT_FINITE: Fault(500, _SERVER, "The model computed numbers that are not finite on this request.", 23),
     ErrorKind.BACKEND_UNREACHABLE: Fault(503, _SERVER, "No server that has this model can be reached.", 24, retry_after=1),
-    ErrorKind.BACKEND_FAILED: Fault(502, _SERVER, "The server that has this model broke off or answered nonsense.", 25),
+    ErrorKind.BACKEND_FAILED: Fault(502, _SERVER, "The server that has this model failed or sent an invalid response.", 25),
     ErrorKind.CANCELLED: Fault(499, _CLIENT, "The request was cancelled.", 26),
-    ErrorKind.INTERNAL: Fault(500, _SERVER, "Something failed inside; the log has the details under this request id.", 27),
+    ErrorKind.INTERNAL: Fault(500, _SERVER, "Something failed in the server; its log has the details under this request id.", 27),
 }
 
 

@@ -9,7 +9,7 @@ from contextlib import aclosing
 
 import pytest
 
-from llava.serve.api.coalescing import MAX_JOINED, CoalescedPieces, IndexedEvent, merged
+from llava.serve.api.coalescing import MAX_JOINED, CoalescedPieces, IndexedEvent, merge_events
 from llava.serve.protocol import ErrorKind, Event, Finished, GenerationRequest, Piece, Sampling, ServeError, Started, TokenScore
 from tests.serve.fake_engine import FakeEngine
 
@@ -148,7 +148,7 @@ def test_nothing_of_an_engines_answers_is_lost(delay: float) -> None:
 
     async def read() -> list[IndexedEvent]:
         asked = [GenerationRequest(f"r{index}", prompt="x", sampling=Sampling(logprobs=1)) for index in range(2)]
-        async with aclosing(CoalescedPieces(merged([engine.submit(each) for each in asked]), 1).events()) as events:
+        async with aclosing(CoalescedPieces(merge_events([engine.submit(each) for each in asked]), 1).events()) as events:
             return [each async for each in events]
 
     out = asyncio.run(read())
@@ -162,7 +162,7 @@ def test_nothing_of_an_engines_answers_is_lost(delay: float) -> None:
         assert len(pieces) == len(words) if delay else len(pieces) < 100
 
 
-class GeneratingEndpoint:
+class Scripted:
     """A running answer that tells a few events, and takes a while to let go of what it holds."""
 
     def __init__(self, told: Sequence[Event | Exception]) -> None:
@@ -185,13 +185,13 @@ class GeneratingEndpoint:
 
 def test_one_answer_alone_is_told_as_it_comes() -> None:
     async def read() -> list[IndexedEvent]:
-        return [each async for each in merged([GeneratingEndpoint([Piece("a"), END, ServeError(ErrorKind.OVERLOADED)])])]
+        return [each async for each in merge_events([Scripted([Piece("a"), END, ServeError(ErrorKind.OVERLOADED)])])]
 
     with pytest.raises(ServeError):
         asyncio.run(read())
 
     async def begin() -> list[IndexedEvent]:
-        async with aclosing(merged([GeneratingEndpoint([Piece("a"), END])])) as events:
+        async with aclosing(merge_events([Scripted([Piece("a"), END])])) as events:
             return [await anext(events), await anext(events)]
 
     assert asyncio.run(begin()) == [piece("a"), (0, END)]
@@ -199,9 +199,9 @@ def test_one_answer_alone_is_told_as_it_comes() -> None:
 
 def test_the_first_failure_ends_all_and_nothing_of_them_is_left_running() -> None:
     async def read() -> None:
-        others = [GeneratingEndpoint([Piece("a"), Piece("b")]), GeneratingEndpoint([Piece("c")])]
+        others = [Scripted([Piece("a"), Piece("b")]), Scripted([Piece("c")])]
         with pytest.raises(ServeError) as caught:
-            async for _ in merged([*others, GeneratingEndpoint([Piece("d"), ServeError(ErrorKind.OUT_OF_MEMORY)])]):
+            async for _ in merge_events([*others, Scripted([Piece("d"), ServeError(ErrorKind.OUT_OF_MEMORY)])]):
                 pass
         assert caught.value.kind is ErrorKind.OUT_OF_MEMORY
         assert all(other.is_closed for other in others) and len(asyncio.all_tasks()) == 1

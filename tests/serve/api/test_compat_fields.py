@@ -35,13 +35,13 @@ def read(**fields: Any) -> Any:
 
 
 def test_all_neutral_values_together_change_nothing():
-    whole = {name: values[0] for name, values in compat_fields.OF_CHAT.items() if values}
-    assert read(**whole) == read(**dict.fromkeys(compat_fields.OF_CHAT)) == read(**ROUTERS) == read()
+    whole = {name: values[0] for name, values in compat_fields.CHAT_FIELDS.items() if values}
+    assert read(**whole) == read(**dict.fromkeys(compat_fields.CHAT_FIELDS)) == read(**ROUTERS) == read()
 
 
-@pytest.mark.parametrize("name", compat_fields.OF_CHAT)
+@pytest.mark.parametrize("name", compat_fields.CHAT_FIELDS)
 def test_each_neutral_value_is_taken_and_any_other_refused(name):
-    values = compat_fields.OF_CHAT[name]
+    values = compat_fields.CHAT_FIELDS[name]
     for value in (None, *values):
         assert read(**{name: value}) == read()
     for value in (*OTHERS.values(), *(not value for value in values if isinstance(value, bool) and len(values) == 1)):
@@ -61,9 +61,9 @@ def test_true_is_not_1_and_false_not_0():
             read(**{name: value})
 
 
-@pytest.mark.parametrize("name", compat_fields.OF_MESSAGE)
+@pytest.mark.parametrize("name", compat_fields.MESSAGE_FIELDS)
 def test_an_answer_goes_back_with_whatever_says_nothing(name):
-    for value in (None, *compat_fields.OF_MESSAGE[name]):
+    for value in (None, *compat_fields.MESSAGE_FIELDS[name]):
         body = chat_body("why")
         body["messages"][:0] = [{"role": "user", "content": "first?"}, {"role": "assistant", "content": "no", name: value}]
         assert read_chat(body, CARD, Limits()).turns[1] == Message("assistant", "no")
@@ -83,7 +83,7 @@ def test_parts_and_stream_options_have_theirs_too():
 def test_every_field_of_openais_own_api_is_known():
     """By the SDK's own types, so that a new one is seen when the SDK brings it."""
     assert set(CompletionCreateParamsBase.__annotations__) | {"stream"} <= set(ChatRequest.model_fields)
-    assert set(ChatCompletionMessage.model_fields) - {"role", "content"} <= set(compat_fields.OF_MESSAGE)
+    assert set(ChatCompletionMessage.model_fields) - {"role", "content"} <= set(compat_fields.MESSAGE_FIELDS)
 
 
 def test_labels_for_the_clients_own_records_are_taken():

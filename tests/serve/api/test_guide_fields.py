@@ -9,7 +9,7 @@ import pytest
 
 from llava.serve.api.openai_chat import read_chat
 from llava.serve.api.openai_responses import read_response
-from llava.serve.api.parsed_request import Call
+from llava.serve.api.parsed_request import ParsedRequest
 from llava.serve.http.errors import FieldError
 from llava.serve.protocol import Guide, GuideKind, Limits
 from tests.serve.bodies import chat_body
@@ -147,7 +147,7 @@ def test_a_schema_is_only_so_deep(as_text: bool, brackets: tuple[str, str], dept
     """Some hundred levels can be read by a thread with an empty stack, and not be written again by one with a fuller one."""
     text = '{"enum": ' + brackets[0] * depth + "1" + brackets[1] * depth + "}"
 
-    def ask() -> Call:
+    def ask() -> ParsedRequest:
         return read_chat(chat_body(guided_json=text if as_text else json.loads(text)), CARD, Limits())
 
     if depth < 100:

@@ -11,8 +11,9 @@ import pytest
 
 from llava.inference import Message
 from llava.messages import RoutingRequest
-from llava.serve.api.openai_chat import ChatWriter, read_chat, score_fields, server_sent
-from llava.serve.api.parsed_request import Call, ImageSource
+from llava.serve.api.answer_fields import score_fields
+from llava.serve.api.openai_chat import ChatWriter, read_chat, server_sent
+from llava.serve.api.parsed_request import ImageSource, ParsedRequest
 from llava.serve.api.worker_app import create_worker_app
 from llava.serve.http.errors import FieldError
 from llava.serve.protocol import ErrorKind, Finished, ImageReport, Limits, Sampling, ServeError, Started, TokenScore
@@ -315,7 +316,7 @@ def test_an_error_never_quotes_what_was_sent():
 def test_usage_adds_up_and_tells_what_was_saved():
     image = ImageReport(36, 48, 600, {36: 48, 576: 600})
     ending = Finished("stop", 60, 5, (image, image), {"total": 3.0})
-    usage = ChatWriter("id", "m", Call(n=2)).completion([("a", [], ending), ("b", [], ending)])["usage"]
+    usage = ChatWriter("id", "m", ParsedRequest(n=2)).completion([("a", [], ending), ("b", [], ending)])["usage"]
     assert usage == {
         "prompt_tokens": 60, "completion_tokens": 10, "total_tokens": 70, "visual_tokens": 96, "full_visual_tokens": 1200,
         "granularities": [36, 36],
@@ -326,10 +327,10 @@ def test_usage_adds_up_and_tells_what_was_saved():
 def test_where_usage_ends_a_stream_the_other_chunks_say_that_theirs_is_to_come(scored):
     ending = Finished("stop", 60, 5, (), {"total": 3.0})
     for include, shown in ((True, [None]), (False, [])):
-        writer = ChatWriter("id", "m", Call(sampling=Sampling(logprobs=0 if scored else None), include_usage=include))
-        chunks = [writer.opening(0, Started(60, (), {})), writer.piece(0, "a", ()), writer.ending(0, ending)]
+        writer = ChatWriter("id", "m", ParsedRequest(sampling=Sampling(logprobs=0 if scored else None), include_usage=include))
+        chunks = [writer.on_started(0, Started(60, (), {})), writer.on_text(0, "a", ()), writer.on_finished(0, ending)]
         assert [[value for name, value in json.loads(chunk[6:]).items() if name == "usage"] for chunk in chunks] == [shown] * 3
-        *usage, done = writer.closing({0: ending}).decode().split("\n\n")[:-1]
+        *usage, done = writer.on_all_finished({0: ending}).decode().split("\n\n")[:-1]
         assert [json.loads(chunk[6:])["usage"]["total_tokens"] for chunk in usage] == [65] * include and done == "data: [DONE]"
 
 
@@ -346,12 +347,12 @@ NASTY += ["\ud83d", "a\udfffb", "é 中 😀", '"content":""', "</s>\u2028"]
 
 @pytest.mark.parametrize("name", ["fake", 'a "content":"" \\ \ud800'])
 def test_a_piece_is_written_as_any_other_chunk(name):
-    writer = ChatWriter("id", name, Call())
+    writer = ChatWriter("id", name, ParsedRequest())
     for index in (0, 1, 0):
         for text in NASTY:
             choice = {"index": index, "delta": {"content": text}, "logprobs": None, "finish_reason": None}
             whole = server_sent({**writer.head, "object": "chat.completion.chunk", "choices": [choice]})
-            assert writer.piece(index, text, ()) == whole
+            assert writer.on_text(index, text, ()) == whole
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 
 from llava.messages import RoutingRequest
 from llava.serve.api.openai_completions import CompletionWriter, read_completion
-from llava.serve.api.parsed_request import Call, ImageSource
+from llava.serve.api.parsed_request import ImageSource, ParsedRequest
 from llava.serve.api.worker_app import create_worker_app
 from llava.serve.http.errors import FieldError
 from llava.serve.protocol import Finished, Limits, Sampling, TokenScore
@@ -77,35 +77,35 @@ def test_refused_by_the_name_of_the_field(fields, param, told):
 
 
 def test_scores_tell_where_each_tokens_text_begins_also_across_chunks():
-    writer = CompletionWriter("id", "m", Call(prompts=("p",), sampling=Sampling(logprobs=1), n=2))
+    writer = CompletionWriter("id", "m", ParsedRequest(prompts=("p",), sampling=Sampling(logprobs=1), n=2))
     one, other = TokenScore(" a", -0.5, (("b", float("-inf")),)), TokenScore("é", -1.0)
-    first = json.loads(writer.piece(1, " aé", (one, other))[6:])["choices"][0]["logprobs"]
+    first = json.loads(writer.on_text(1, " aé", (one, other))[6:])["choices"][0]["logprobs"]
     assert first == {
         "tokens": [" a", "é"], "token_logprobs": [-0.5, -1.0], "top_logprobs": [{"b": -9999.0}, {}], "text_offset": [0, 2],
     }  # fmt: skip
-    assert json.loads(writer.piece(1, "é", (other,))[6:])["choices"][0]["logprobs"]["text_offset"] == [3]
-    assert json.loads(writer.piece(0, "é", (other,))[6:])["choices"][0]["logprobs"]["text_offset"] == [0]
+    assert json.loads(writer.on_text(1, "é", (other,))[6:])["choices"][0]["logprobs"]["text_offset"] == [3]
+    assert json.loads(writer.on_text(0, "é", (other,))[6:])["choices"][0]["logprobs"]["text_offset"] == [0]
 
 
 def test_offsets_are_those_of_the_text_that_is_told():
     """The engine's text begins with its first word, and has half characters only as whole ones."""
     text, scores = "Yés", [TokenScore(part, -1.0) for part in ("\n", " Y", "\udcc3", "\udca9", "s")]
-    call = Call(prompts=("p",), sampling=Sampling(logprobs=0))
+    call = ParsedRequest(prompts=("p",), sampling=Sampling(logprobs=0))
     whole = CompletionWriter("id", "m", call).completion([(text, scores, Finished("stop", 1, 5, (), {}))])
     offsets = [0, 0, 1, 1, 2]
     assert whole["choices"][0]["logprobs"]["text_offset"] == offsets and text[offsets[-1] :] == "s"
     writer, told = CompletionWriter("id", "m", call), []
     for piece, own in (("Y", []), ("", scores[:2]), ("é", scores[2:4]), ("s", scores[4:])):
-        logprobs = json.loads(writer.piece(0, piece, own)[6:])["choices"][0]["logprobs"]
+        logprobs = json.loads(writer.on_text(0, piece, own)[6:])["choices"][0]["logprobs"]
         told += logprobs["text_offset"] if own else []
         assert (logprobs is None) == (not own)
     assert told == offsets
 
 
 def test_usage_counts_each_prompt_once():
-    call = Call(prompts=("p", "q"), n=2, stream=True, include_usage=True)
+    call = ParsedRequest(prompts=("p", "q"), n=2, stream=True, include_usage=True)
     endings = {index: Finished("stop", 10 * (1 + index // 2), 3, (), {"total": 1.0}) for index in (3, 1, 0, 2)}
-    [usage, done] = CompletionWriter("id", "m", call).closing(endings).decode().split("\n\n")[:2]
+    [usage, done] = CompletionWriter("id", "m", call).on_all_finished(endings).decode().split("\n\n")[:2]
     assert json.loads(usage[6:])["usage"]["prompt_tokens"] == 30 and json.loads(usage[6:])["usage"]["completion_tokens"] == 12
     assert done == "data: [DONE]"
 

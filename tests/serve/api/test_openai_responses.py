@@ -9,7 +9,7 @@ import pytest
 
 from llava.messages import Message, RoutingRequest
 from llava.serve.api.openai_responses import ResponseWriter, read_response
-from llava.serve.api.parsed_request import Call, ImageSource
+from llava.serve.api.parsed_request import ImageSource, ParsedRequest
 from llava.serve.api.worker_app import create_worker_app
 from llava.serve.http.errors import FieldError
 from llava.serve.protocol import ErrorKind, Limits, Sampling, ServeError
@@ -61,7 +61,7 @@ def test_what_clients_send_by_default_is_accepted():
         "reasoning": {}, "conversation": None, "prompt_cache_key": "x", "safety_identifier": "y", "stream_options": None, "top_logprobs": 0,
     }  # fmt: skip
     assert read(**neutral).sampling == Sampling()
-    for reasoning in ({"effort": None}, {"effort": "none"}, ResponseWriter("id", "m", Call())._response("completed", [])["reasoning"]):
+    for reasoning in ({"effort": None}, {"effort": "none"}, ResponseWriter("id", "m", ParsedRequest())._response("completed", [])["reasoning"]):
         assert read(reasoning=reasoning) == read()
 
 
@@ -108,7 +108,7 @@ def test_refused_by_the_name_of_the_field(fields, param):
 
 
 def test_an_error_event_is_read_by_clients_of_either_form():
-    event, data, *_ = ResponseWriter("id", "m", Call()).failure(ServeError(ErrorKind.NOT_FINITE), "id").decode().split("\n")
+    event, data, *_ = ResponseWriter("id", "m", ParsedRequest()).on_error(ServeError(ErrorKind.NOT_FINITE), "id").decode().split("\n")
     fields = json.loads(data.removeprefix("data: "))
     assert event == "event: error" and fields["type"] == "error" and fields["sequence_number"] == 0
     assert fields["code"] == fields["error"]["code"] == "non_finite_logits" and fields["message"] == fields["error"]["message"]

@@ -350,7 +350,7 @@ class Network:
     def ask(self, url: str, hosts: tuple[str, ...] = ()) -> httpx.Response:
         limits = Limits(allow_remote_images=True, allowed_hosts=hosts)
         engine = FakeEngine()
-        app = create_worker_app(engine, limits, pictures=ImageLoader(limits, engine.prepare_image, fetch_bytes=self.fetch))
+        app = create_worker_app(engine, limits, image_loader=ImageLoader(limits, engine.prepare_image, fetch_bytes=self.fetch))
         return call(app, "POST", CHAT, json=chat_body("q", (url,)))
 
 
@@ -495,11 +495,11 @@ def test_large_images_are_taken_one_after_the_other_in_turn_and_small_ones_pass_
 
 def test_an_image_that_the_engine_refuses_is_named():
     def prepare(image):
-        raise ServeError(ErrorKind.INVALID_REQUEST, "This model takes no pictures.")
+        raise ServeError(ErrorKind.INVALID_REQUEST, "This model takes no images.")
 
     async def load():
         loader = ImageLoader(Limits(), prepare)
-        with pytest.raises(ServeError, match="takes no pictures") as refused:
+        with pytest.raises(ServeError, match="takes no images") as refused:
             async with loader.loaded([source(picture((3, 3)), 5)]):
                 pass
         assert (refused.value.kind, refused.value.param) == (ErrorKind.INVALID_REQUEST, "images[5]")

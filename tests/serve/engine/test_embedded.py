@@ -473,7 +473,7 @@ def test_without_a_cache_nothing_is_kept(micro, asked):
         (lambda p: GenerationRequest("e", (Message("user", " "),)), ErrorKind.INVALID_REQUEST, "is empty"),
         (lambda p: request(p, "<image> <image> same?"), ErrorKind.INVALID_REQUEST, "holds 2 <image> placeholders"),
         (lambda p: request(p, "word " * 9000), ErrorKind.CONTEXT_LENGTH, "leaves no room for an answer within"),
-        (lambda p: request(Image.new("RGB", (900, 2)), "Hi"), ErrorKind.INVALID_IMAGE, "A picture cannot be used"),
+        (lambda p: request(Image.new("RGB", (900, 2)), "Hi"), ErrorKind.INVALID_IMAGE, "An image cannot be used"),
         (lambda p: GenerationRequest("e", prompt=""), ErrorKind.INVALID_REQUEST, "The prompt is empty"),
         (lambda p: GenerationRequest("e", prompt="USER: <image>"), ErrorKind.INVALID_REQUEST, "write one <image> per image"),
     ],

@@ -81,7 +81,7 @@ def test_an_image_that_is_too_thin_or_that_nobody_looks_at_is_refused(micro, mon
         preparer.prepare_image(Image.new("RGB", (900, 2)))
     assert caught.value.kind is ErrorKind.INVALID_IMAGE
     monkeypatch.setattr(preparer.model, "get_model", lambda: SimpleNamespace(vision_tower=None))
-    with pytest.raises(ServeError, match="This model takes no pictures") as caught:
+    with pytest.raises(ServeError, match="This model takes no images") as caught:
         preparer.prepare_image(RED)
     assert caught.value.kind is ErrorKind.INVALID_REQUEST
 
@@ -169,7 +169,7 @@ def test_pictures_are_blamed_only_where_the_text_alone_would_fit(micro):
             Stages(micro).prepare(wanted)
         assert caught.value.kind is ErrorKind.CONTEXT_LENGTH
     length = Stages(micro).encode(about(RED))[0][0].length
-    with pytest.raises(ServeError, match="^With its pictures .* coarser granularity"):
+    with pytest.raises(ServeError, match="^With its images .* coarser granularity"):
         Stages(micro, length).prepare(about(RED))
 
 

@@ -328,7 +328,7 @@ def test_refusing_takes_less_than_50_milliseconds():
                 response = await client.post(WORKER, json=worker_body())
                 took.append(time.perf_counter() - start)
                 assert response.status_code == 503 and response.headers["retry-after"] == "1"
-                assert response.json()["error_code"] == 20 and response.json()["text"].startswith("All places are taken")
+                assert response.json()["error_code"] == 20 and response.json()["text"].startswith("The server is at capacity")
             first.cancel()
             return sorted(took)[10]
 

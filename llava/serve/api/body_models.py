@@ -1,4 +1,4 @@
-"""What the schemas of all bodies share."""
+"""The base classes of the schemas of all bodies: strict ones for our API, lenient ones for what LLaVA's programs send."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ SMALLEST_NUMBER = 2.0**-126
 
 
 class StrictModel(BaseModel):
-    """A body without other fields than those declared, and without conversions between types.
+    """A body with no other fields than those declared, and no conversions between types.
 
-    A number so close to 0 that float32 would lose it is read as 0, whichever field it stands in.
+    In any field, a number so close to 0 that float32 would lose it is read as 0.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
@@ -24,6 +24,12 @@ class StrictModel(BaseModel):
         return as_float32(value) if isinstance(value, float) else value
 
 
+class LenientModel(BaseModel):
+    """A body whose undeclared fields are ignored: LLaVA's workers and clients send some that mean nothing here."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, hide_input_in_errors=True)
+
+
 def as_float32(number: float) -> float:
-    """The number, or 0 where float32 would hold less than all its digits, or nothing, of it."""
+    """The number, or 0 where float32 would lose some or all of its digits."""
     return number if abs(number) >= SMALLEST_NUMBER else 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llava.serve.api.body_fields import SMALLEST_NUMBER, StrictModel, as_float32
+from llava.serve.api.body_models import SMALLEST_NUMBER, StrictModel, as_float32
 from llava.serve.api.llava import WorkerRequest
 from llava.serve.api.openai_chat import ChatRequest
 
