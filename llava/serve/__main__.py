@@ -16,8 +16,10 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llava.serve.api.worker_app import create_worker_app, run_worker
-from llava.serve.http.middleware import HostNames, TypedNotFound
-from llava.serve.http.server import OPEN_PAGE_SECONDS, check_address, run_program, shown_url
+from llava.serve.http.listen_address import check_address, shown_url
+from llava.serve.http.middleware import JsonNotFound
+from llava.serve.http.origins import AllowedHosts
+from llava.serve.http.server import OPEN_PAGE_SECONDS, run_program
 from llava.serve.model_worker import add_batch_flags, add_model_flags, batch_rows, check_arguments, load_engine
 from llava.serve.page.flags import add_page_flags, check_port, read_names
 from llava.serve.worker_flags import add_guard_flags, read_api_keys, read_limits, start_logging
@@ -57,14 +59,14 @@ def build_app(args: argparse.Namespace) -> FastAPI:
         limits,
         api_keys=keys,
         allowed_origins=args.allowed_origins,
-        places=batch_rows(args),
+        concurrency=batch_rows(args),
         stream_interval=args.stream_interval,
         report_cache_hits=args.report_cache_hits,
     )
     page = None if args.no_page else _page(args, keys)
     app = join_apps(worker, page)
     if names is not None:
-        app.add_middleware(HostNames, names=names)
+        app.add_middleware(AllowedHosts, names=names)
     return app
 
 
@@ -114,7 +116,7 @@ def join_apps(worker: FastAPI, page: FastAPI | None) -> FastAPI:
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
     app.state.failed = worker.state.failed
     app.state.handler, app.state.drain = worker.state.handler, worker.state.drain  # the page's questions are requests to the worker
-    app.mount("/", Split(worker, page and TypedNotFound(page)))
+    app.mount("/", Split(worker, page and JsonNotFound(page)))
     return app
 
 

@@ -20,7 +20,8 @@ from llava.serve.cluster.settings import ControllerSettings
 from llava.serve.http.addresses import AddressRules, parse_network
 from llava.serve.http.flag_checks import add_body_flags, body_limits, check_at_least, check_body_flags
 from llava.serve.http.keys import read_secrets
-from llava.serve.http.server import check_address, make_server, run_program, run_server
+from llava.serve.http.listen_address import check_address
+from llava.serve.http.server import make_server, run_program, run_server
 from llava.serve.protocol import Limits
 
 

@@ -11,8 +11,9 @@ import os
 import sys
 
 from llava.serve.http.flag_checks import check_at_least
-from llava.serve.http.middleware import TypedNotFound
-from llava.serve.http.server import OPEN_PAGE_SECONDS, check_address, make_server, run_program, run_server, shown_url
+from llava.serve.http.listen_address import check_address, shown_url
+from llava.serve.http.middleware import JsonNotFound
+from llava.serve.http.server import OPEN_PAGE_SECONDS, make_server, run_program, run_server
 from llava.serve.page.app import PageOptions, create_page_app
 from llava.serve.page.flags import add_page_flags, check_port, read_names
 
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         options = read_options(args)
         check_address(args.host, args.port)
         app = create_page_app(options)
-        app.add_middleware(TypedNotFound)
+        app.add_middleware(JsonNotFound)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -14,10 +14,11 @@ from fastapi import FastAPI
 
 from llava.inference import Assistant, micro_model_path
 from llava.mm_utils import get_model_name_from_path
-from llava.serve.api.worker_app import DEFAULT_PLACES, create_worker_app, run_worker
+from llava.serve.api.worker_app import DEFAULT_CONCURRENCY, create_worker_app, run_worker
 from llava.serve.engine.embedded import EmbeddedEngine
 from llava.serve.http.flag_checks import too_small
-from llava.serve.http.server import check_address, run_program
+from llava.serve.http.listen_address import check_address
+from llava.serve.http.server import run_program
 from llava.serve.worker_flags import add_guard_flags, add_network_flags, read_api_keys, read_limits, read_registration, start_logging
 
 logger = logging.getLogger("llava.serve.model_worker")  # also when run as a program
@@ -56,7 +57,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def add_batch_flags(parser: argparse.ArgumentParser) -> None:
     """How many requests are answered together."""
     group = parser.add_argument_group("batching")
-    group.add_argument("--max-batch-rows", type=int, help=f"requests answered at once (default: {DEFAULT_PLACES})")
+    group.add_argument("--max-batch-rows", type=int, help=f"requests answered at once (default: {DEFAULT_CONCURRENCY})")
     group.add_argument("--limit-model-concurrency", type=int, metavar="N", help="LLaVA's name of --max-batch-rows")
     group.add_argument("--max-batch-tokens", type=int, help="positions held for all of them (default: four full contexts)")
     group.add_argument("--cache-mb", type=float, default=256.0, help="memory for features of pictures seen before (default: %(default)g)")
@@ -114,7 +115,7 @@ def load_engine(args: argparse.Namespace) -> EmbeddedEngine:
 
 def batch_rows(args: argparse.Namespace) -> int:
     """How many requests are answered at once."""
-    return int(args.max_batch_rows or args.limit_model_concurrency or DEFAULT_PLACES)
+    return int(args.max_batch_rows or args.limit_model_concurrency or DEFAULT_CONCURRENCY)
 
 
 def build_app(args: argparse.Namespace) -> FastAPI:
@@ -132,7 +133,7 @@ def build_app(args: argparse.Namespace) -> FastAPI:
         api_keys=keys,
         allowed_origins=args.allowed_origins,
         registration=registration,
-        places=batch_rows(args),
+        concurrency=batch_rows(args),
         stream_interval=args.stream_interval,
         report_cache_hits=args.report_cache_hits,
     )

@@ -27,7 +27,8 @@ from llava.serve.cluster.registration import Registration
 from llava.serve.http.client import BoundedClient, BrokenResponse, Timeouts, Unreachable
 from llava.serve.http.flag_checks import check_at_least
 from llava.serve.http.keys import read_secrets
-from llava.serve.http.server import check_address, run_program
+from llava.serve.http.listen_address import check_address
+from llava.serve.http.server import run_program
 from llava.serve.protocol import ErrorKind, Limits
 from llava.serve.worker_flags import add_guard_flags, add_network_flags, read_api_keys, read_limits, read_registration, start_logging
 
@@ -55,7 +56,7 @@ def create_bridge_app(
         api_keys=api_keys,
         allowed_origins=allowed_origins,
         registration=registration,
-        places=backend.concurrency,
+        concurrency=backend.concurrency,
         stream_interval=stream_interval,
         not_ready=ErrorKind.BACKEND_UNREACHABLE,
         report_cache_hits=report_cache_hits,

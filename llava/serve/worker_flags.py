@@ -10,7 +10,7 @@ from llava.log import setup_logging
 from llava.serve.cluster.registration import Registration
 from llava.serve.http.flag_checks import add_body_flags, body_limits, check_at_least, check_body_flags
 from llava.serve.http.keys import read_secrets
-from llava.serve.http.server import shown_url
+from llava.serve.http.listen_address import shown_url
 from llava.serve.protocol import Limits
 
 

@@ -83,8 +83,8 @@ class Backend:
                 await asyncio.sleep(0.15 if kind in ("slow", "long") else 0.01)
                 if kind == "fail" and index == 2:
                     ended = True
-                    yield sse({"error": {"message": "The model computed numbers that are not finite on this request.", "type": "server_error",
-                                         "code": "non_finite_logits", "request_id": "req-7"}})  # fmt: skip
+                    yield sse({"error": {"message": "The model computed numbers that are not finite on this request.",
+                                         "type": "server_error", "code": "non_finite_logits", "request_id": "req-7"}})  # fmt: skip
                     return
                 if kind == "die" and index == 2:
                     ended = True

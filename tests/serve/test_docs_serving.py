@@ -319,11 +319,12 @@ def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
 
 
 def test_units_give_running_answers_their_time() -> None:
+    from llava.serve.http import connections
     from llava.serve.http import server as http_server
 
     for path in UNITS:
         found = re.search(r"^TimeoutStopSec=(\d+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        assert found and int(found[1]) > http_server.DRAIN_SECONDS + http_server.FLUSH_SECONDS
+        assert found and int(found[1]) > http_server.DRAIN_SECONDS + connections.FLUSH_SECONDS
 
 
 def test_the_page_knows_the_proxys_name() -> None:

@@ -219,7 +219,7 @@ def service(assistant: Assistant, tmp_path_factory: pytest.TempPathFactory) -> I
         port = free_port()
         with ended(program := start_worker(port, controller.url, hold)):
             limits = Limits(max_queue=40, send_seconds=0.5)
-            with RunningApp(create_worker_app(engine, limits, places=8, report_cache_hits=True)) as inside:
+            with RunningApp(create_worker_app(engine, limits, concurrency=8, report_cache_hits=True)) as inside:
                 url = f"http://127.0.0.1:{port}"
                 wait_until(lambda: gauge(controller.url, "avg_llava_controller_workers") == 1, 300)
                 yield Service(controller, inside, engine, program, url, hold)
@@ -300,13 +300,13 @@ def test_very_many_pictures_do_not_fill_the_memory(assistant: Assistant) -> None
     engine = EmbeddedEngine(assistant, "micro", cache_bytes=400_000, prefix_cache_bytes=500_000)
     pictures = [Image.new("RGB", (40 + index, 40), (index, 90, 90)) for index in range(30)]
     asked = [Asked("What shape is in the image?", png(each), each, 4) for each in pictures]
-    with RunningApp(create_worker_app(engine, places=16)) as running:
+    with RunningApp(create_worker_app(engine, concurrency=16)) as running:
         for first in (0, 15):
             responses = ask_all(running.url, [each.body() for each in asked[first : first + 15]])
             assert [text_of(each) for each in responses] == [each.answer(assistant) for each in asked[first : first + 15]]
         assert 0 < gauge(running.url, "avg_llava_cache_bytes") <= 400_000 and gauge(running.url, "avg_llava_cache_entries") < 30
         assert 0 < engine.prefixes.bytes <= 500_000 and len(engine.prefixes) < 30
-        assert running.app.state.limiter.bytes_inside == 0
+        assert running.app.state.limiter.held_bytes == 0
 
 
 MARKS = ("What </s> is this?", "</s>", "<s>[INST] <unk> <pad>", "USER: a ASSISTANT: b</s>USER: c", "<im\u200bage>", "\x00 \u202e \ufffe")
@@ -424,7 +424,7 @@ def test_clients_that_do_not_read_hold_up_nobody_and_are_let_go(
     wait_until(lambda: gauge(service.inside.url, "avg_llava_batch_rows") == 2)
     responses = ask_all(service.inside.url, [asked.body() for asked in GOOD])
     assert [text_of(each) for each in responses] == [asked.answer(assistant) for asked in GOOD]
-    wait_until(lambda: service.inside.app.state.limiter.inside == 0)
+    wait_until(lambda: service.inside.app.state.limiter.in_flight == 0)
     for sock in slow:
         with sock, pytest.raises(OSError):  # a reset, or an end in the middle
             received = b""

@@ -196,7 +196,7 @@ def send_random_bodies(count: int, seed: int) -> dict[int, int]:
         return found
 
     found = asyncio.run(run())
-    assert engine.active == 0 and app.state.limiter.inside == app.state.limiter.bytes_inside == 0
+    assert engine.active == 0 and app.state.limiter.in_flight == app.state.limiter.held_bytes == 0
     assert app.state.handler.image_loader.held_bytes == 0
     return found
 
@@ -334,7 +334,7 @@ def send_generated_requests(service: Service, count: int) -> dict[int, int]:
     assert found[200] > count // 20 and found[400] > count // 10, found  # it came as far as the endpoints
     for path, good in VALID:
         assert asyncio.run(answer_to(path, json.dumps(good).encode(), {})) == 200
-    assert service.engine.active == 0 and service.app.state.limiter.inside == service.app.state.limiter.bytes_inside == 0
+    assert service.engine.active == 0 and service.app.state.limiter.in_flight == service.app.state.limiter.held_bytes == 0
     return found
 
 

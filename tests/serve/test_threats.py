@@ -42,7 +42,8 @@ from llava.serve.api.image_loader import ImageLoader
 from llava.serve.api.worker_app import create_worker_app
 from llava.serve.cluster.controller_app import create_controller_app
 from llava.serve.cluster.settings import ControllerSettings
-from llava.serve.http import server as http_server
+from llava.serve.http import connections as http_connections
+from llava.serve.http.middleware import MAX_HEADER_BYTES
 from llava.serve.page import uploads
 from llava.serve.page.app import PageOptions, create_page_app
 from llava.serve.page.guard import PageGuard
@@ -512,7 +513,7 @@ def test_sizes_and_counts_have_caps(serve: Any) -> None:
         assert served.head(request_head(CHAT, f"Content-Length: {length}")).startswith((b"HTTP/1.1 413", b"HTTP/1.1 400")), length
     headers = [f"X-{number}: y" for number in range(3000)]
     assert served.head(request_head("/health", *headers, method="GET")).startswith((b"HTTP/1.1 400", b"HTTP/1.1 413"))
-    assert served.engine.requests == [] and served.limiter.bytes_inside == 0
+    assert served.engine.requests == [] and served.limiter.held_bytes == 0
 
 
 # ---- keys --------------------------------------------------------------------------------------------------------------------
@@ -714,17 +715,17 @@ def those_told(socks: list[socket.socket], count: int) -> list[socket.socket]:
 
 
 def test_bodies_that_drip_in_keep_nobody_out(serve: Any) -> None:
-    served = serve(limits=Limits(max_queue=2, body_seconds=10 * SECONDS), places=2)
+    served = serve(limits=Limits(max_queue=2, body_seconds=10 * SECONDS), concurrency=2)
     body = json.dumps(chat_body("patient")).encode()
     with ExitStack() as stack:
         slow = connections(stack, served.port, 20, request_head(CHAT, f"Content-Length: {len(body)}") + body[:10])
         for _ in range(5):
             assert served.ask("quick").status_code == 200
-        wait_until(lambda: served.limiter.inside == 0 and served.limiter.bytes_inside == 20 * 10)
+        wait_until(lambda: served.limiter.in_flight == 0 and served.limiter.held_bytes == 20 * 10)
         slow[0].sendall(body[10:])
         answer = received(slow[0], b"patient")
         assert answer.startswith(b"HTTP/1.1 200") and b"patient" in answer
-    wait_until(lambda: served.limiter.bytes_inside == 0)
+    wait_until(lambda: served.limiter.held_bytes == 0)
 
 
 def test_a_body_that_does_not_come_in_time_is_given_up(serve: Any) -> None:
@@ -732,43 +733,44 @@ def test_a_body_that_does_not_come_in_time_is_given_up(serve: Any) -> None:
     with ExitStack() as stack:
         for sock in connections(stack, served.port, 3, request_head(CHAT, "Content-Length: 100") + b"{"):
             assert received(sock, b"\r\n\r\n").startswith(b"HTTP/1.1 408")
-    wait_until(lambda: served.limiter.bytes_inside == 0)
+    wait_until(lambda: served.limiter.held_bytes == 0)
 
 
 def test_bodies_that_come_all_at_once_still_find_only_so_many_places(serve: Any) -> None:
-    served = serve(FakeEngine(start_delay=10 * SECONDS), Limits(max_queue=1, body_seconds=10 * SECONDS), places=2)
+    served = serve(FakeEngine(start_delay=10 * SECONDS), Limits(max_queue=1, body_seconds=10 * SECONDS), concurrency=2)
     body = json.dumps(chat_body()).encode()
     with ExitStack() as stack:
         slow = connections(stack, served.port, 8, request_head(CHAT, f"Content-Length: {len(body)}") + body[:-1])
-        wait_until(lambda: served.limiter.bytes_inside == 8 * (len(body) - 1))
+        wait_until(lambda: served.limiter.held_bytes == 8 * (len(body) - 1))
         for sock in slow:
             sock.sendall(body[-1:])
         told = those_told(slow, 5)
         assert [received(sock, b"\r\n\r\n")[:12] for sock in told] == [b"HTTP/1.1 503"] * 5
-        wait_until(lambda: served.limiter.inside == len(served.engine.requests) == 3)
-    wait_until(lambda: served.limiter.inside == served.limiter.bytes_inside == 0)
+        wait_until(lambda: served.limiter.in_flight == len(served.engine.requests) == 3)
+    wait_until(lambda: served.limiter.in_flight == served.limiter.held_bytes == 0)
 
 
 def test_idle_connections_keep_nobody_out_and_are_ended(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     served, begun_one = serve(), b"POST / HTTP/1.1\r\nX-A: b\r\n"
-    monkeypatch.setattr(http_server, "HEADER_SECONDS", 10 * SECONDS)
+    monkeypatch.setattr(http_connections, "HEADER_SECONDS", 10 * SECONDS)
     with ExitStack() as stack:
         connections(stack, served.port, 150, b"")
         connections(stack, served.port, 150, begun_one)
         wait_until(lambda: len(served.server.server_state.connections) == 300)
         begun = time.monotonic()
         assert served.ask("quick").status_code == 200 and time.monotonic() - begun < 10
-    monkeypatch.setattr(http_server, "HEADER_SECONDS", 0.5)
+    monkeypatch.setattr(http_connections, "HEADER_SECONDS", 0.5)
     with ExitStack() as stack:
         for sock in connections(stack, served.port, 10, b"") + connections(stack, served.port, 10, begun_one):
             assert received(sock, b"anything") == b""
 
 
 def test_more_connections_than_the_process_may_have_are_dropped_at_once(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 0 < http_server.most_of_one_client() < http_server.most_connections() <= resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
-    monkeypatch.setattr(http_server, "most_connections", lambda: 20)
-    monkeypatch.setattr(http_server, "most_of_one_client", lambda: 100)
-    monkeypatch.setattr(http_server, "HEADER_SECONDS", 10 * SECONDS)
+    own, most = http_connections.max_connections_per_client(), http_connections.max_connections()
+    assert 0 < own < most <= resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+    monkeypatch.setattr(http_connections, "max_connections", lambda: 20)
+    monkeypatch.setattr(http_connections, "max_connections_per_client", lambda: 100)
+    monkeypatch.setattr(http_connections, "HEADER_SECONDS", 10 * SECONDS)
     served = serve()
     with ExitStack() as stack:
         dropped = those_told(connections(stack, served.port, 40, b""), 20)
@@ -778,10 +780,10 @@ def test_more_connections_than_the_process_may_have_are_dropped_at_once(serve: A
 
 
 def test_one_clients_connections_leave_some_to_others(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "most_connections", lambda: 20)
-    monkeypatch.setattr(http_server, "HEADER_SECONDS", 10 * SECONDS)
+    monkeypatch.setattr(http_connections, "max_connections", lambda: 20)
+    monkeypatch.setattr(http_connections, "HEADER_SECONDS", 10 * SECONDS)
     addresses = ["10.0.0.1"]
-    monkeypatch.setattr(http_server, "network_of", lambda host: addresses[-1])
+    monkeypatch.setattr(http_connections, "network_of", lambda host: addresses[-1])
     served = serve()
     with ExitStack() as stack:
         dropped = those_told(connections(stack, served.port, 30, b""), 15)
@@ -790,7 +792,7 @@ def test_one_clients_connections_leave_some_to_others(serve: Any, monkeypatch: p
         assert served.raw(request_head("/health", "Connection: close", method="GET")).startswith(b"HTTP/1.1 200")
     wait_until(lambda: served.raw(request_head("/health", "Connection: close", method="GET")).startswith(b"HTTP/1.1 200"))
     wait_until(lambda: not served.server.server_state.connections)
-    assert not http_server._connections_of[served.server.server_state]
+    assert not http_connections._connections_of[served.server.server_state]
 
 
 # ---- the page's own server ---------------------------------------------------------------------------------------------------
@@ -879,8 +881,8 @@ def test_the_pages_program_ends_connections_that_do_nothing(monkeypatch: pytest.
     monkeypatch.setattr(gradio_web_server, "check_address", lambda host, port: None)  # whatever listens there now
     monkeypatch.setattr(gradio_web_server, "run_server", lambda server: configs.append(server.config))
     gradio_web_server.main(["--controller", "http://127.0.0.1:9", "--no-log"])
-    assert configs[0].http is http_server.GuardedProtocol and configs[0].ws == "none"
-    assert configs[0].h11_max_incomplete_event_size == http_server.MAX_HEADER_BYTES
+    assert configs[0].http is http_connections.GuardedProtocol and configs[0].ws == "none"
+    assert configs[0].h11_max_incomplete_event_size == MAX_HEADER_BYTES
 
 
 def test_events_that_the_page_does_not_have_change_nothing(page: str) -> None:

@@ -49,7 +49,7 @@ def assistant():
 @pytest.fixture(scope="module")
 def running(assistant):
     engine = EmbeddedEngine(assistant, "micro", max_batch_rows=8, max_queue=32)
-    with RunningApp(create_worker_app(engine, Limits(max_queue=32), places=8)) as served:
+    with RunningApp(create_worker_app(engine, Limits(max_queue=32), concurrency=8)) as served:
         yield served
 
 

@@ -1,4 +1,4 @@
-"""What the text of an answer has to be, as fields of a body: OpenAI's `response_format`, vLLM's and SGLang's names for more than that."""
+"""Constraints on an answer's text (guided decoding), as fields of a body: OpenAI's `response_format`, and vLLM's and SGLang's fields."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ FormatType = Literal["text", "json_object", "json_schema"]
 Choices = Annotated[list[str], Field(min_length=1, max_length=4096)]
 ANY_OBJECT: JsonSchema = {"type": "object"}
 MAX_DEPTH = 100
-"""Of objects and lists within one another, in a schema."""
+"""Maximum nesting of objects and lists in a schema."""
 
 
 class NamedSchema(StrictModel):
-    """A JSON schema as OpenAI's API has it. It is followed to the letter, `strict` or not."""
+    """A JSON schema as in OpenAI's API. It is enforced, `strict` or not."""
 
     name: str = Field(max_length=256)
     schema_: JsonSchema = Field(alias="schema")
@@ -39,7 +39,7 @@ class ResponseFormat(StrictModel):
 
 @with_compat_fields(STRUCTURED_OUTPUTS_FIELDS)
 class StructuredOutputs(StrictModel):
-    """vLLM's; one of them."""
+    """vLLM's field; exactly one of these."""
 
     json_: str | JsonSchema | None = Field(None, alias="json", description="A JSON schema.")
     json_object: bool | None = Field(None, description="Any JSON object.")
@@ -49,7 +49,7 @@ class StructuredOutputs(StrictModel):
 
 
 class GuideFields(StrictModel):
-    """What the answer has to be; one of them. The older names of vLLM and those of SGLang mean what `structured_outputs` means."""
+    """Constraints on the answer; at most one. vLLM's older names and SGLang's mean the same as `structured_outputs`."""
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -72,39 +72,39 @@ _OTHER_NAMES = {
 
 
 def read_guide(fields: GuideFields, limits: Limits, other: Guide | None = None) -> Guide | None:
-    """What the answer has to be, if anything; whether it can be followed is for the engine to say.
+    """The constraint on the answer, if any; the engine checks whether it supports it.
 
     Args:
-        other: what a field of the API's own says.
+        other: from a field of the API's own.
 
     Raises:
-        FieldError: two of the fields at once, or one that is too long or no JSON schema.
+        FieldError: two of the fields at once, or one that is too long or not a JSON schema.
     """
     found = [] if other is None else [other]
     found += [*_of_response_format(fields.response_format, limits), *_of_structured_outputs(fields.structured_outputs, limits)]
     others = {name: getattr(fields, name) for name in _OTHER_NAMES}
     found += [guide_of(_OTHER_NAMES[name], value, name, limits) for name, value in others.items() if value is not None]
     if len(found) > 1:
-        raise FieldError(f"{found[0].param} and {found[1].param} both say what the answer has to be; give one.", found[1].param)
+        raise FieldError(f"{found[0].param} and {found[1].param} both constrain the answer; give one.", found[1].param)
     return found[0] if found else None
 
 
-def _of_response_format(wish: ResponseFormat | None, limits: Limits) -> list[Guide]:
-    if wish is None:
+def _of_response_format(constraint: ResponseFormat | None, limits: Limits) -> list[Guide]:
+    if constraint is None:
         return []
-    schema = None if wish.json_schema is None else wish.json_schema.schema_
-    found = guide_of_format(wish.type, schema, ("response_format", "json_schema", "schema"), limits)
+    schema = None if constraint.json_schema is None else constraint.json_schema.schema_
+    found = guide_of_format(constraint.type, schema, ("response_format", "json_schema", "schema"), limits)
     return [] if found is None else [found]
 
 
 def guide_of_format(kind: FormatType, schema: JsonSchema | None, names: Sequence[str], limits: Limits) -> Guide | None:
-    """OpenAI's formats, which its two APIs write differently.
+    """OpenAI's formats, which its two APIs spell differently.
 
     Args:
-        names: of the format's field, of what a schema adds to it, and what the schema itself stands in, if that is another.
+        names: of the format's field, of what a schema adds to it, and of the schema's own field, if that is another.
 
     Raises:
-        FieldError: a schema is missing, there without being asked for, or too long.
+        FieldError: a schema is missing, superfluous or too long.
     """
     param = field_path(names[:2])
     if kind == "json_schema" and schema is None:
@@ -116,27 +116,27 @@ def guide_of_format(kind: FormatType, schema: JsonSchema | None, names: Sequence
     return guide_of(GuideKind.JSON, ANY_OBJECT, names[0], limits) if kind == "json_object" else None
 
 
-def _of_structured_outputs(wish: StructuredOutputs | None, limits: Limits) -> list[Guide]:
-    if wish is None:
+def _of_structured_outputs(constraint: StructuredOutputs | None, limits: Limits) -> list[Guide]:
+    if constraint is None:
         return []
     asked = {
-        GuideKind.JSON: wish.json_,
-        GuideKind.REGEX: wish.regex,
-        GuideKind.CHOICE: wish.choice,
-        GuideKind.GRAMMAR: wish.grammar,
+        GuideKind.JSON: constraint.json_,
+        GuideKind.REGEX: constraint.regex,
+        GuideKind.CHOICE: constraint.choice,
+        GuideKind.GRAMMAR: constraint.grammar,
     }
     found = [guide_of(kind, value, f"structured_outputs.{kind.value}", limits) for kind, value in asked.items() if value is not None]
-    return found + ([guide_of(GuideKind.JSON, ANY_OBJECT, "structured_outputs.json_object", limits)] if wish.json_object else [])
+    return found + ([guide_of(GuideKind.JSON, ANY_OBJECT, "structured_outputs.json_object", limits)] if constraint.json_object else [])
 
 
 def guide_of(kind: GuideKind, value: str | JsonSchema | Sequence[str], param: str, limits: Limits) -> Guide:
-    """One wish as a guide.
+    """One constraint as a guide.
 
     Args:
-        value: a schema as an object or as its text, choices, or the text of anything else. param: the field.
+        value: a schema as an object or as text, choices, or the text of anything else. param: the field.
 
     Raises:
-        FieldError: it is too long or too deep, or a text that is no JSON.
+        FieldError: it is too long, nested too deeply, or not JSON.
     """
     text = value if isinstance(value, str) else _written(value, param)
     if len(text) > limits.max_guide_characters:
@@ -147,7 +147,7 @@ def guide_of(kind: GuideKind, value: str | JsonSchema | Sequence[str], param: st
 
 
 def _written(value: JsonSchema | Sequence[str], param: str) -> str:
-    """JSON that any thread can read and write again, however much of its stack is used up."""
+    """Its JSON, of a depth that any thread can parse, however much of its stack is used up."""
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH + 1):
         insides = (outer.values() if isinstance(outer, dict) else outer for outer in level if isinstance(outer, dict | list))
@@ -161,7 +161,7 @@ def _schema_of(text: str, param: str) -> JsonSchema:
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise FieldError(f"{param} is a text, but no JSON; send the schema itself.", param) from error
+        raise FieldError(f"{param} is a text, but not JSON; send the schema itself.", param) from error
     if not isinstance(schema, dict):
-        raise FieldError(f"{param} is JSON, but no object; send a JSON schema.", param)
+        raise FieldError(f"{param} is JSON, but not an object; send a JSON schema.", param)
     return schema

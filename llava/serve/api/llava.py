@@ -26,7 +26,7 @@ from llava.serve.protocol import Finished, Limits, ModelCard, Sampling, ServeErr
 GREEDY_BELOW = 0.001
 """LLaVA samples only above this temperature."""
 NEW_TOKENS = 256
-"""Of an answer at most, where a request does not say."""
+"""Default maximum of an answer."""
 
 
 class WorkerRequest(RoutingFields):

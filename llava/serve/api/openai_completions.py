@@ -1,4 +1,4 @@
-"""OpenAI's text completions as data: finished prompts in, their continuations out, with images as LLaVA's own protocol takes them."""
+"""OpenAI's text completions as data: finished prompts in, their continuations out; images as in LLaVA's worker protocol."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from llava.serve.http.errors import FieldError, field_path
 from llava.serve.protocol import Limits, ModelCard, TokenScore, token_bytes
 
 NEW_TOKENS = 16
-"""Of an answer at most, where a request does not say; OpenAI's number."""
+"""Default maximum of an answer; OpenAI's."""
 Images = Annotated[list[str], Field(max_length=1024, fail_fast=True)]
 
 
 @with_compat_fields(COMPLETION_FIELDS)
 class CompletionRequest(AnswerFields):
-    """Prompts to continue, as they stand: no conversation template is written around them."""
+    """Prompts to continue as they are, without a conversation template."""
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=1024, fail_fast=True)] = Field(
         description="One text or several; token ids are not taken. One `<image>` stands for each of `images`."
@@ -37,7 +37,7 @@ class CompletionRequest(AnswerFields):
         None, description="Of a single prompt: base64, data URLs, or web addresses where the server fetches those."
     )
     max_tokens: int | None = Field(None, ge=1, description="16 when missing.")
-    logprobs: int | None = Field(None, ge=0, description="How many of the likeliest tokens to tell beside each one's own.")
+    logprobs: int | None = Field(None, ge=0, description="How many of the likeliest tokens to report besides the chosen one.")
 
 
 def read_completion(value: Any, card: ModelCard, limits: Limits) -> ParsedRequest:
@@ -69,7 +69,7 @@ def read_completion(value: Any, card: ModelCard, limits: Limits) -> ParsedReques
 
 
 def read_images(prompts: Sequence[str], images: Sequence[str] | None, card: ModelCard, limits: Limits) -> tuple[ImageSource, ...]:
-    """The images of finished prompts, and whether their places agree with them; LLaVA's protocol has the same rules.
+    """The images of finished prompts, checked against their placeholders; LLaVA's protocol has the same rules.
 
     Raises:
         FieldError: what cannot be done, and in which field.
@@ -92,7 +92,7 @@ class CompletionWriter(ChatWriter):
 
     def __init__(self, request_id: str, model: str, parsed: ParsedRequest) -> None:
         super().__init__(request_id, model, parsed)
-        self._places = [_TextPlaces() for _ in range(parsed.count)]
+        self._offsets = [_TextOffsets() for _ in range(parsed.count)]
 
     def whole_text(self, text: str) -> dict[str, Any]:
         return {"text": text}
@@ -114,15 +114,15 @@ class CompletionWriter(ChatWriter):
             "tokens": [_shown(score.text) for score in scores],
             "token_logprobs": [_finite(score.log_probability) for score in scores],
             "top_logprobs": [{_shown(text): _finite(value) for text, value in score.alternatives} for score in scores],
-            "text_offset": self._places[index].of(text, scores),
+            "text_offset": self._offsets[index].of(text, scores),
         }
 
 
-class _TextPlaces:
+class _TextOffsets:
     """Where the tokens of one answer begin in its text, in characters.
 
-    A part of a character counts nothing until the last one comes. Nor does white space of the first tokens that the text lacks: the
-    embedded engine's answers begin with their first word.
+    A partial character counts once its last byte arrives. White space of the first tokens that the text lacks does not count: the embedded
+    engine's answers begin with their first word.
     """
 
     def __init__(self) -> None:

@@ -231,7 +231,7 @@ class ResponseWriter:
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         self._count += 1
-        return _typed(kind, self._count - 1, **fields)
+        return _typed_event(kind, self._count - 1, **fields)
 
     def _response(self, status: str, output: list[dict[str, Any]], ending: Finished | None = None) -> dict[str, Any]:
         sampling = self.parsed.sampling
@@ -272,10 +272,10 @@ class ResponseWriter:
 def error_event(error: ServeError, request_id: str, sequence_number: int = 0) -> bytes:
     """OpenAI's `error` event; some of its clients read the fields beside `type`, others those in `error`."""
     fields = error_fields(error, request_id)
-    return _typed("error", sequence_number, **{name: fields[name] for name in ("code", "message", "param")}, error=fields)
+    return _typed_event("error", sequence_number, **{name: fields[name] for name in ("code", "message", "param")}, error=fields)
 
 
-def _typed(kind: str, sequence_number: int, **fields: Any) -> bytes:
+def _typed_event(kind: str, sequence_number: int, **fields: Any) -> bytes:
     return b"event: " + kind.encode() + b"\ndata: " + compact_json({"type": kind, "sequence_number": sequence_number, **fields}) + b"\n\n"
 
 

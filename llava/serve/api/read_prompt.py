@@ -1,7 +1,7 @@
-"""From a finished prompt back to the turns it was written from.
+"""From a finished prompt back to its turns.
 
-LLaVA's protocol sends prompts that the client has written with a conversation template, while other servers take turns and write the
-prompt themselves. The turns are found by the template's own marks, and only believed when writing them again gives the same prompt.
+Clients of LLaVA's protocol send prompts that they have written with a conversation template, while other servers take turns and write the
+prompt themselves. The turns are found by the template's separators, and accepted only if writing them again gives the same prompt.
 """
 
 from __future__ import annotations

@@ -22,10 +22,10 @@ from llava.serve.api.image_loader import ImageLoader
 from llava.serve.api.parsed_request import ParsedRequest, StreamWriter, Writer
 from llava.serve.api.streamed_response import StreamedResponse
 from llava.serve.api.tokenize import read_detokenize, read_tokenize, token_fields
+from llava.serve.http.disconnect import cancel_on_disconnect
 from llava.serve.http.errors import request_id_of, typed_error
 from llava.serve.http.json_response import JsonResponse
 from llava.serve.http.metrics import Metrics
-from llava.serve.http.middleware import cancel_on_disconnect
 from llava.serve.http.request_limiter import RequestLimiter
 from llava.serve.http.strict_json import read_json
 from llava.serve.protocol import (
@@ -74,7 +74,7 @@ class RequestHandler:
 
     def status(self) -> dict[str, Any]:
         """The worker's status as LLaVA's controller reads it."""
-        return {"model_names": [self.engine.card.name], "speed": 1, "queue_length": self.limiter.inside}
+        return {"model_names": [self.engine.card.name], "speed": 1, "queue_length": self.limiter.in_flight}
 
     async def answer(self, request: Request, endpoint: GeneratingEndpoint) -> Response:
         """Answer a request of one of the APIs: with a stream where it asks for one, else with one body.
@@ -135,7 +135,7 @@ class RequestHandler:
     async def _loaded_events(self, parsed: ParsedRequest, request_id: str) -> AsyncGenerator[IndexedEvent, None]:
         if parsed.user is not None:
             logger.info("request %s is of user %r", request_id, parsed.user)
-        with self.limiter.more_places(parsed.count - 1):
+        with self.limiter.admit_more(parsed.count - 1):
             async with self.image_loader.loaded(parsed.sources) as images:
                 try:
                     async with aclosing(self._events(parsed.requests(request_id, images), parsed.stream)) as events:

@@ -1,4 +1,4 @@
-"""How an answer's tokens are drawn, as fields of a body: shared by every schema that asks for text."""
+"""How an answer's tokens are sampled, as fields of a body: shared by every API that generates."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 
 
 class SamplingFields(GuideFields):
-    """How the answer's tokens are drawn, what it has to be, and where it ends; but for `max_tokens`, which each API names differently."""
+    """How tokens are sampled, what constrains them and where the answer ends; except `max_tokens`, which each API names differently."""
 
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="0, the default, is greedy.")
-    top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False, description="0 leaves the likeliest token alone.")
-    top_k: int | None = Field(None, ge=-1, le=2**31 - 1, description="Draws from so many of the likeliest tokens; 0 and -1 from all.")
+    top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False, description="0 leaves only the likeliest token.")
+    top_k: int | None = Field(None, ge=-1, le=2**31 - 1, description="Samples from so many of the likeliest tokens; 0 and -1 from all.")
     min_p: float | None = Field(
-        None, ge=0, le=1, allow_inf_nan=False, description="Draws from tokens at least this share as likely as the likeliest."
+        None, ge=0, le=1, allow_inf_nan=False, description="Samples from tokens at least this fraction as likely as the likeliest."
     )
     repetition_penalty: float | None = Field(
-        None, ge=0.01, le=100, allow_inf_nan=False, description="Above 1 against tokens of the prompt's text and of the answer."
+        None, ge=0.01, le=100, allow_inf_nan=False, description="Above 1 penalises tokens of the prompt's text and of the answer."
     )
     presence_penalty: float | None = Field(
-        None, ge=-2, le=2, allow_inf_nan=False, description="Taken from the logits of tokens that the answer has already."
+        None, ge=-2, le=2, allow_inf_nan=False, description="Subtracted from the logits of tokens that the answer already has."
     )
     frequency_penalty: float | None = Field(
-        None, ge=-2, le=2, allow_inf_nan=False, description="The same, as often as the answer has them."
+        None, ge=-2, le=2, allow_inf_nan=False, description="The same, once per occurrence."
     )
     logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=1024)] | None = Field(
         None, description="Token id to a number from -100 to 100, which is added to its logit."
@@ -43,18 +43,18 @@ class SamplingFields(GuideFields):
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(max_length=1024)] | None = Field(
         None, description="Token ids that end the answer, to which they belong."
     )
-    ignore_eos: bool | None = Field(None, description="The model's own end does not end the answer.")
-    min_tokens: int | None = Field(None, ge=0, description="Neither the model's own end nor one of `stop_token_ids` before so many.")
+    ignore_eos: bool | None = Field(None, description="The model's end token does not end the answer.")
+    min_tokens: int | None = Field(None, ge=0, description="Neither the model's end token nor one of `stop_token_ids` before so many.")
 
 
 def read_sampling(
     fields: SamplingFields, limits: Limits, max_new_tokens: int, logprobs: int | None = None, guide: Guide | None = None
 ) -> Sampling:
-    """What is asked about the drawing of tokens, checked against the limits; that ids are in the vocabulary is for the engine to say.
+    """The sampling options of a request, checked against the limits; the engine checks that ids are in the vocabulary.
 
     Args:
         max_new_tokens: the longest answer, see `longest_answer`. logprobs: alternatives per token to report, `None` for no scores at all.
-        guide: what the answer has to be, where a field of the API's own says so.
+        guide: a constraint from a field of the API's own.
 
     Raises:
         FieldError: what cannot be done, and in which field.
@@ -83,13 +83,13 @@ def read_sampling(
 
 
 def longest_answer(count: int | None, limits: Limits, param: str, default: int = Sampling.max_new_tokens) -> int:
-    """Tokens that an answer may have at most.
+    """The maximum number of tokens of an answer.
 
     Args:
-        count: as asked for. param: the field that it came in. default: where it is `None`; less on a server that writes less.
+        count: as requested. param: its field. default: where it is `None`; capped by the server's limit.
 
     Raises:
-        FieldError: more than the server writes.
+        FieldError: more than the server's limit.
     """
     if count is None:
         return min(default, limits.max_new_tokens)

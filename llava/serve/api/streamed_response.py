@@ -8,7 +8,7 @@ from contextlib import aclosing
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from llava.serve.http.middleware import cancel_on_disconnect
+from llava.serve.http.disconnect import cancel_on_disconnect
 from llava.serve.http.watchdog import with_send_timeout
 
 

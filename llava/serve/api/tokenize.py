@@ -1,4 +1,4 @@
-"""`/tokenize` and `/detokenize` as data, in vLLM's form: what a prompt's tokens are, and what tokens say."""
+"""`/tokenize` and `/detokenize` as data, in vLLM's format: the tokens of a prompt, and the text of tokens."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from llava.serve.protocol import Limits, ModelCard, PromptTokens
 
 @with_compat_fields(TOKENIZE_FIELDS)
 class TokenizeRequest(RoutingFields):
-    """A prompt as it stands, or a conversation that the model's template is written around."""
+    """A finished prompt, or a conversation for the model's template."""
 
     model: str | None = Field(None, max_length=512)
     prompt: str | None = Field(None, description="A finished prompt, with one `<image>` for each of `images`.")
     images: Images | None = Field(None, description="Of the prompt: base64, data URLs, or web addresses where the server fetches those.")
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)] | None = None
-    add_special_tokens: bool | None = Field(None, description="Whether a prompt's tokens begin with the one that begins every text.")
-    return_token_strs: bool | None = Field(None, description="Also tell each token's text.")
+    add_special_tokens: bool | None = Field(None, description="Whether a prompt's tokens begin with the token that begins every text.")
+    return_token_strs: bool | None = Field(None, description="Also return each token's text.")
 
 
 class DetokenizeRequest(StrictModel):
-    """Tokens to be written as text."""
+    """Tokens to be decoded."""
 
     model: str | None = Field(None, max_length=512)
     tokens: list[int]
 
 
 class VisualTokens(BaseModel):
-    """What an image may take in place of its id; both numbers are the same where nothing is left to the router."""
+    """How many tokens may replace an image's id; both numbers are equal where the router has no choice."""
 
     least: int
     most: int
 
 
 class Tokens(BaseModel):
-    """A prompt's tokens, one id of -200 for each image. `count` has each image at the most that it may take."""
+    """A prompt's tokens, one id of -200 for each image. `count` counts each image at its maximum."""
 
     count: int
     max_model_len: int
@@ -67,7 +67,7 @@ def read_tokenize(value: Any, card: ModelCard, limits: Limits) -> tuple[ParsedRe
     if request.model is not None:
         check_model(request.model, card)
     if (request.prompt is None) == (request.messages is None):
-        raise FieldError("There has to be a prompt or messages, and not both.", "prompt")
+        raise FieldError("Give either a prompt or messages.", "prompt")
     if request.messages is None:
         prompts = (request.prompt or "",)
         sources = read_images(prompts, request.images, card, limits)
@@ -75,7 +75,7 @@ def read_tokenize(value: Any, card: ModelCard, limits: Limits) -> tuple[ParsedRe
     if request.images:
         raise FieldError("images belong to a prompt; in messages, send each as a part.", "images")
     if request.add_special_tokens:
-        raise FieldError("add_special_tokens is true, but the template writes them already; leave it out.", "add_special_tokens")
+        raise FieldError("add_special_tokens is true, but the template has them already; leave it out.", "add_special_tokens")
     turns, sources = read_messages(request.messages, card, limits)
     return ParsedRequest(turns=turns, sources=sources, routing=read_routing(request, card, sources)), request
 

@@ -25,7 +25,7 @@ from llava.serve.http.json_response import JsonResponse
 from llava.serve.http.metrics import CONTENT_TYPE, Metrics
 from llava.serve.http.middleware import guard_app
 from llava.serve.http.openapi import describe_bodies
-from llava.serve.http.request_limiter import HELD_BODIES, RequestLimiter
+from llava.serve.http.request_limiter import MAX_HELD_BODIES, RequestLimiter
 from llava.serve.http.server import DRAIN_SECONDS, make_server, run_server
 from llava.serve.protocol import (
     Engine,
@@ -34,16 +34,16 @@ from llava.serve.protocol import (
     ServeError,
 )
 
-DEFAULT_PLACES = 16
+DEFAULT_CONCURRENCY = 16
 LEFTOVER_SECONDS = 5.0
 """For the engine to release what nobody waits for any more, once everyone was answered or cancelled."""
 
 
 class Registrar(Protocol):
-    """Makes a worker known to whoever sends it requests, such as `llava.serve.cluster.registration.Registration`."""
+    """Registers a worker with whoever sends it requests, such as `llava.serve.cluster.registration.Registration`."""
 
     async def run(self, status: Callable[[], dict[str, Any]], leaving: Awaitable[None]) -> None:
-        """Keep the worker known until `leaving` is done; `status` is its state as of now."""
+        """Keep the worker registered until `leaving` is done; `status` is its current state."""
         ...
 
 
@@ -54,7 +54,7 @@ def create_worker_app(
     api_keys: Sequence[str] = (),
     allowed_origins: Sequence[str] = (),
     registration: Registrar | None = None,
-    places: int = DEFAULT_PLACES,
+    concurrency: int = DEFAULT_CONCURRENCY,
     stream_interval: int = 1,
     not_ready: ErrorKind = ErrorKind.OVERLOADED,
     open_prefixes: Sequence[str] = (),
@@ -69,7 +69,7 @@ def create_worker_app(
         api_keys: every request but `/health` must present one of them; none: no key is required.
         allowed_origins: of web sites whose pages may call this server from a browser.
         registration: keeps the worker registered at a controller, or `None`.
-        places: requests that the engine runs at once; with `limits.max_queue` more waiting, the next is refused.
+        concurrency: requests that the engine runs at once; with `limits.max_queue` more waiting, the next is refused.
         stream_interval: tokens between two parts of a stream, see `CoalescedPieces`.
         not_ready: the error that `/ready` reports while the engine accepts no requests.
         open_prefixes: paths that need no key, such as those of a page mounted into this app.
@@ -80,7 +80,7 @@ def create_worker_app(
         The app; `app.state.handler` is its `RequestHandler` and `app.state.limiter` its `RequestLimiter`.
     """
     limits = limits or Limits()
-    limiter = RequestLimiter(places + limits.max_queue, HELD_BODIES * limits.max_body_bytes)
+    limiter = RequestLimiter(concurrency + limits.max_queue, MAX_HELD_BODIES * limits.max_body_bytes)
     metrics = Metrics(engine.stats)
     image_loader = image_loader or ImageLoader(limits, engine.prepare_image)
     handler = RequestHandler(engine, limits, limiter, image_loader, metrics, stream_interval, report_cache_hits)
@@ -189,7 +189,7 @@ def _add_generating(app: FastAPI, path: str, handler: RequestHandler, endpoint: 
 
 
 def run_worker(app: FastAPI, host: str, port: int, *, log_level: str = "info", drain_seconds: float = DRAIN_SECONDS, **options: Any) -> int:
-    """Serve an app until SIGTERM or SIGINT, then finish what runs, refusing new requests.
+    """Serve an app until SIGTERM or SIGINT, then drain: finish running requests and refuse new ones.
 
     Args:
         port: 0 takes a free one; it is printed.

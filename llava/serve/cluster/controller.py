@@ -24,7 +24,7 @@ from llava.serve.cluster.worker_client import WorkerClient
 from llava.serve.http.addresses import Resolver
 from llava.serve.http.client import BoundedClient, Timeouts
 from llava.serve.http.errors import FieldError
-from llava.serve.http.request_limiter import HELD_BODIES, RequestLimiter
+from llava.serve.http.request_limiter import MAX_HELD_BODIES, RequestLimiter
 from llava.serve.http.strict_json import read_json
 from llava.serve.protocol import ErrorKind, ServeError
 
@@ -57,7 +57,7 @@ class Controller:
         self.outbound = outbound or BoundedClient()
         self.workers = WorkerClient(self.outbound, settings.worker_key)
         self.table = WorkerTable(settings.method, settings.expiry_seconds, clock, on_lost=self._on_lost)
-        self.limiter = RequestLimiter(settings.max_in_flight, held_bytes=HELD_BODIES * settings.limits.max_body_bytes)
+        self.limiter = RequestLimiter(settings.max_in_flight, max_bytes=MAX_HELD_BODIES * settings.limits.max_body_bytes)
         self.metrics = ControllerMetrics(self.table, self.limiter)
         self.cards = ModelCards(self.workers.models)
         self.registry = WorkerRegistry(self.table, self.workers, settings.rules, settings.worker_tokens, resolve)

@@ -17,7 +17,7 @@ class ControllerMetrics:
         workers = Gauge("avg_llava_controller_workers", "Registered workers.", registry=self.registry)
         workers.set_function(lambda: len(table.workers))
         in_flight = Gauge("avg_llava_controller_in_flight", "Requests being passed on.", registry=self.registry)
-        in_flight.set_function(lambda: limiter.inside)
+        in_flight.set_function(lambda: limiter.in_flight)
         self._errors = Counter("avg_llava_controller_errors", "Failed requests by kind.", ["kind"], registry=self.registry)
         self._retries = Counter("avg_llava_controller_retries", "Workers replaced by another one.", registry=self.registry)
         self._lost = Counter("avg_llava_controller_lost_workers", "Workers that went silent or were gone.", registry=self.registry)

@@ -22,8 +22,8 @@ from llava.serve.cluster.refusals import client_error, error_kind
 from llava.serve.cluster.stream_protocols import RETRYABLE, FrameKind, StreamProtocol, reported_error
 from llava.serve.cluster.worker_client import worker_headers
 from llava.serve.http.client import BoundedClient, BrokenResponse, Reply, Timeouts, Unreachable, parse_json_object
+from llava.serve.http.disconnect import cancel_on_disconnect
 from llava.serve.http.errors import error_response, request_id_of
-from llava.serve.http.middleware import cancel_on_disconnect
 from llava.serve.http.watchdog import with_send_timeout
 from llava.serve.protocol import ErrorKind, ModelCard, ServeError
 

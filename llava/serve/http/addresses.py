@@ -1,17 +1,17 @@
 """Which worker addresses a controller may call: rules as pure functions, nothing here opens a connection.
 
-Whoever can make a controller call an address of their choice reads what only the controller can reach, the cloud's metadata service
-for one. So an address is called only when an operator allowed it:
+Whoever can make a controller call an address of their choice can read what only the controller can reach, such as the cloud's metadata
+service (SSRF). So an address is called only if an operator allowed it:
 
 - Without a token, a process on the controller's own machine may name an address of that machine, and a machine on the operator's list
   may name an address on the list.
-- With a token (`--worker-token`), every caller has to show it, and may then name any address, or any on the list where there is one.
+- With a token (`--worker-token`), every caller has to present it, and may then name any address, or any on the list where there is one.
 - A loopback address is the caller's own machine, so only a caller on the controller's machine may name it, unless it is listed.
 - Link-local addresses and those of the clouds' metadata services have to be listed one by one; a wide network does not open them.
-- Addresses that stand for many machines, none, or another address in disguise are never called.
+- Addresses that stand for many machines, for none, or for another address are never called.
 
-A worker's address has one spelling, `http(s)://host:port`. A name is resolved once, when the worker registers; what was checked is what is
-connected to.
+A worker's address has one spelling, `http(s)://host:port`. A name is resolved once, when the worker registers; connections go to the
+addresses that were checked.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from llava.fetch import literal_address
 Address: TypeAlias = "ipaddress.IPv4Address | ipaddress.IPv6Address"
 Network: TypeAlias = "ipaddress.IPv4Network | ipaddress.IPv6Network"
 Resolver: TypeAlias = "Callable[[str, int], list[str]]"
-"""(host, port) to the addresses it stands for."""
+"""From (host, port) to its addresses."""
 
 MAX_URL_CHARACTERS = 300
 MAX_ADDRESSES = 8
-"""Addresses of one name that are looked at; a name with more is refused."""
+"""Maximum number of addresses of one name."""
 
 _URL = re.compile(r"(https?)://(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253}):([1-9][0-9]{0,4})/?")
 _LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
@@ -68,7 +68,7 @@ _UNSPECIFIED_AND_COMPATIBLE = ipaddress.IPv6Network("::/96")  # without ::1
 
 @dataclass(frozen=True)
 class WorkerUrl:
-    """A worker's address as it was named, in its one spelling. host: a name, or an address without brackets."""
+    """A worker's address as it was given, in its one spelling. host: a name, or an address without brackets."""
 
     scheme: str
     host: str
@@ -98,8 +98,8 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks: `peer`, the address at the other end of the connection, or `None` where it has none to trust (a proxy stands between,
-    another kind of socket); `has_token`: it showed the operator's token."""
+    """Who registers. peer: the address at the other end of the connection, or `None` where there is none to trust (behind a proxy, another
+    kind of socket). has_token: it presented the operator's token."""
 
     peer: str | None
     has_token: bool = False
@@ -107,14 +107,14 @@ class Caller:
 
 @dataclass(frozen=True)
 class AddressRules:
-    """What the operator allowed. listed: networks from `--allow-worker`. token_required: a token was set."""
+    """What the operator allows. listed: networks from `--allow-worker`. token_required: whether a token was set."""
 
     listed: tuple[Network, ...] = ()
     token_required: bool = False
 
 
 def parse_network(text: str) -> Network:
-    """Read an entry of the operator's list: an address, or a network in CIDR form.
+    """Parse an entry of the operator's list: an address, or a network in CIDR form.
 
     Raises:
         ValueError: it is neither, or one that is never called.
@@ -129,11 +129,11 @@ def parse_network(text: str) -> Network:
 
 
 def parse_worker_url(text: str) -> WorkerUrl:
-    """Read a worker's address.
+    """Parse a worker's address.
 
     Raises:
-        ValueError: anything but `http(s)://host:port` (user names, paths, queries and fragments have no place), or a host written as one
-            number, with octal or hexadecimal parts, or with fewer than four.
+        ValueError: anything but `http(s)://host:port` (no user names, paths, queries or fragments), or an IPv4 host written as one number,
+            with octal or hexadecimal parts, or with fewer than four parts.
     """
     match = _URL.fullmatch(text) if len(text) <= MAX_URL_CHARACTERS else None
     if match is None or int(match[3]) > 65535:
@@ -160,7 +160,7 @@ def _canonical_host(host: str) -> str:
 
 
 def peer_may_register(rules: AddressRules, caller: Caller) -> bool:
-    """Whether a caller may name workers at all; asked before anything it named is looked at, names are not resolved for strangers."""
+    """Whether a caller may register workers at all; checked first, so that names are not resolved for strangers."""
     if rules.token_required:
         return caller.has_token
     peer = _peer_address(caller)
@@ -183,7 +183,7 @@ def may_call(rules: AddressRules, caller: Caller, address_text: str) -> bool:
 
 
 def checked_endpoint(rules: AddressRules, caller: Caller, url: WorkerUrl, resolve: Resolver) -> Endpoint:
-    """Resolve a worker's host, once, and check every address it stands for.
+    """Resolve a worker's host, once, and check each of its addresses.
 
     Args:
         resolve: called with the host and port, unless the host is an address.
@@ -204,7 +204,7 @@ def checked_endpoint(rules: AddressRules, caller: Caller, url: WorkerUrl, resolv
 
 
 def _peer_address(caller: Caller) -> Address | None:
-    """The peer as an address; a socket that listens for both families writes IPv4 peers as mapped IPv6."""
+    """The peer as an address; a dual-stack socket reports IPv4 peers as mapped IPv6."""
     try:
         address = ipaddress.ip_address(caller.peer or "")
     except ValueError:

@@ -1,4 +1,4 @@
-"""Reading ASGI scopes: a header, who the client is, and the connection that it came over."""
+"""Reading ASGI scopes: a header, the client, and its connection."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import TypeAlias
 from starlette.types import Scope
 
 Client: TypeAlias = "tuple[str, int | None]"
-"""Who is held to one share: an address, and the number of the API key that was shown, or `None` where none is asked for."""
+"""Who counts as one client: an address, and the index of the API key presented, or `None` where no key is required."""
 
 _NETWORK_BITS = 64
-"""Of an IPv6 address: what a provider gives to one customer, who has as many addresses in it as they like."""
+"""The IPv6 prefix that a provider assigns to one customer, who may use any address in it."""
 
 
 def header_of(scope: Scope, name: bytes) -> str | None:
-    """A header's value; where it comes more than once, the last."""
+    """A header's value; the last one where it is repeated, unlike starlette's `Headers`, which gives the first."""
     values = [value for key, value in scope["headers"] if key == name]
     return values[-1].decode("latin-1") if values else None
 
 
 def client_of(scope: Scope) -> Client:
-    """Who sent a request, as far as the connection and the key tell; behind one proxy or NAT, everybody with the same key is one client."""
+    """Who sent a request, by connection and key: behind one proxy or NAT, everybody with the same key is one client."""
     peer = scope.get("client")
     return network_of(str(peer[0]) if peer else ""), scope.get("state", {}).get("api_key")
 
 
 def network_of(host: str) -> str:
-    """An address, or the network that stands for one client."""
+    """An IPv4 address, or the IPv6 network that counts as one client."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -38,7 +38,7 @@ def network_of(host: str) -> str:
 
 
 def abort_connection(scope: Scope) -> None:
-    """Drop the connection without flushing what waits to be sent; where the server offers no handle, do nothing."""
+    """Abort the connection without flushing its send buffer; does nothing where the server provides no handle."""
     transport = scope.get("state", {}).get("connection")
     if transport is not None:
         transport.abort()

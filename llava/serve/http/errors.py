@@ -1,4 +1,4 @@
-"""What goes wrong in a request, as a client reads it: OpenAI's error body, or another one that an API asks for. Details stay in the log."""
+"""Errors as a client reads them: OpenAI's error body, or another format that an API hands in. Details stay in the log."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from llava.serve.protocol import ErrorKind, ServeError
 logger = logging.getLogger(__name__)
 
 ErrorFormat: TypeAlias = "Callable[[ServeError, str], dict[str, Any]]"
-"""From an error and the request's id to a body."""
+"""Makes a body from an error and the request's id."""
 
 
 class FieldError(ServeError):
-    """What is wrong with one field of a request.
+    """An error in one field of a request.
 
     Args:
         param: the field, as `field_path` writes it.
@@ -31,7 +31,7 @@ class FieldError(ServeError):
 
 
 def field_path(parts: Sequence[str | int]) -> str:
-    """A place in a body as OpenAI's errors write it: `messages[0].content[1].image_url.url`."""
+    """The path of a field as OpenAI's errors write it: `messages[0].content[1].image_url.url`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
 
 
@@ -53,12 +53,12 @@ def error_fields(error: ServeError, request_id: str) -> dict[str, Any]:
 
 
 def error_body(error: ServeError, request_id: str) -> dict[str, Any]:
-    """An error as OpenAI's API has it."""
+    """An error in OpenAI's format."""
     return {"error": error_fields(error, request_id)}
 
 
 def error_response(error: ServeError, scope: Scope, status: int | None = None, headers: dict[str, str] | None = None) -> Response:
-    """An error as a response, with the body that the request's path asks for (see `RequestIds`).
+    """An error as a response, in the format of the request's path (see `RequestIds`).
 
     Args:
         status: in place of the kind's own.
@@ -76,17 +76,17 @@ def error_response(error: ServeError, scope: Scope, status: int | None = None, h
 
 
 def plain_error(error: ServeError) -> Response:
-    """An error as a sentence, for what the page's own scripts ask."""
+    """An error as plain text, for requests of a page's own scripts."""
     wait = error.kind.fault.retry_after
     return PlainTextResponse(error.detail, error.kind.fault.status, {} if wait is None else {"Retry-After": str(wait)})
 
 
 def typed_error(raised: Exception, request_id: str) -> ServeError:
-    """Whatever was raised as an error that a client may read; the rest is written to the log."""
+    """Any exception as an error that a client may read; what is unexpected goes to the log."""
     if isinstance(raised, ServeError):
         logger.info("request %s failed: %s: %r", request_id, raised.kind.value, raised.detail)
         return raised
     if isinstance(raised, ClientDisconnect):
         return ServeError(ErrorKind.CANCELLED)
-    logger.error("request %s failed inside", request_id, exc_info=raised)
+    logger.error("request %s failed with an internal error", request_id, exc_info=raised)
     return ServeError(ErrorKind.INTERNAL)

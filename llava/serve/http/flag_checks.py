@@ -1,4 +1,4 @@
-"""What the programs check about their flags before they begin, each with one sentence for the user."""
+"""Flags that several programs share, and checks of flags, each with one sentence for the user."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s*?#@A-Z]+")
 
 
 def too_small(args: argparse.Namespace, least: Mapping[str, float]) -> list[str]:
-    """What is wrong with flags that have to be finite numbers of at least so much, a part of a sentence for each; a missing one is fine.
+    """Errors in flags that have to be finite numbers with a minimum, a clause for each; `None` is valid.
 
     Args:
-        least: per flag, by its name among `args`.
+        least: the minimum of each flag, by its name in `args`.
     """
     found = []
     for name, bound in least.items():
@@ -30,7 +30,7 @@ def too_small(args: argparse.Namespace, least: Mapping[str, float]) -> list[str]
 
 
 def check_at_least(args: argparse.Namespace, least: Mapping[str, float]) -> None:
-    """Refuse flags as `too_small` finds them.
+    """Refuse flags that `too_small` finds.
 
     Raises:
         ValueError: naming all of them.
@@ -41,7 +41,7 @@ def check_at_least(args: argparse.Namespace, least: Mapping[str, float]) -> None
 
 
 def check_origins(origins: Sequence[str]) -> None:
-    """Refuse origins that no browser would send, and those that stand for every site.
+    """Refuse origins that no browser would send, and wildcards.
 
     Raises:
         ValueError: naming the first.
@@ -56,13 +56,13 @@ def check_origins(origins: Sequence[str]) -> None:
 
 
 def add_body_flags(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
-    """How request bodies have to arrive, and which web sites may ask from a browser; for every service with an API."""
+    """Flags about how request bodies have to arrive and which web sites may call from a browser; for every service with an API."""
     defaults = Limits()
     group.add_argument(
-        "--body-seconds", type=float, default=defaults.body_seconds, help="that an upload may bring nothing (default: %(default)g)"
+        "--body-seconds", type=float, default=defaults.body_seconds, help="that an upload may stall (default: %(default)g)"
     )
     group.add_argument(
-        "--body-rate", type=float, default=defaults.body_rate, help="bytes per second that an upload has to keep up (default: %(default)g)"
+        "--body-rate", type=float, default=defaults.body_rate, help="bytes per second that an upload has to sustain (default: %(default)g)"
     )
     group.add_argument(
         "--client-uploads", type=int, default=defaults.client_uploads, help="uploads of one client at once (default: %(default)s)"
@@ -71,7 +71,7 @@ def add_body_flags(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> 
         "--client-bodies",
         type=int,
         default=defaults.client_bodies,
-        help="what they take together, in bodies of the largest size (default: %(default)s)",
+        help="their total size, in bodies of the maximum size (default: %(default)s)",
     )
     group.add_argument(
         "--allowed-origins",
@@ -79,12 +79,12 @@ def add_body_flags(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> 
         nargs="+",
         default=[],
         metavar="ORIGIN",
-        help="web sites whose pages may ask from a browser, such as https://chat.example.org (default: none)",
+        help="web sites whose pages may call from a browser, such as https://chat.example.org (default: none)",
     )
 
 
 def check_body_flags(args: argparse.Namespace) -> None:
-    """Refuse numbers and origins of `add_body_flags` that cannot work.
+    """Refuse invalid values of the flags of `add_body_flags`.
 
     Raises:
         ValueError: naming them.
@@ -94,5 +94,5 @@ def check_body_flags(args: argparse.Namespace) -> None:
 
 
 def body_limits(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `Limits` that `add_body_flags` set."""
+    """The fields of `Limits` that the flags of `add_body_flags` set."""
     return {name: getattr(args, name) for name in ("body_seconds", "body_rate", "client_uploads", "client_bodies")}

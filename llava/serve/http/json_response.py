@@ -1,4 +1,7 @@
-"""The one way in which bodies are written as JSON: UTF-8, no spaces, finite numbers, half characters replaced."""
+"""How every body is written as JSON: UTF-8, no spaces, finite numbers, lone surrogates replaced.
+
+starlette's `JSONResponse` fails on lone surrogates, and streams need the bytes without a response.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,20 @@ from typing import Any
 
 from starlette.responses import Response
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)  # `json.dumps` would make one per call
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)  # `json.dumps` would create one per call
 
 
 def compact_json(value: Any) -> bytes:
     """JSON without spaces.
 
     Raises:
-        ValueError: it holds a number that is not finite, which JSON cannot say.
+        ValueError: it holds a number that is not finite, which JSON cannot express.
     """
     return _ENCODER.encode(value).encode("utf-8", "replace")
 
 
 class JsonResponse(Response):
-    """Plain values as a body."""
+    """A response with plain values as JSON."""
 
     media_type = "application/json"
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 class KeySet:
-    """API keys, compared in constant time: a guess learns neither how much of a key it got right nor which key came close.
+    """API keys, compared in constant time: timing reveals neither how much of a key a guess has right nor which key it resembles.
 
     Args:
-        keys: empty means that no key is asked for.
+        keys: empty means that no key is required.
 
     Raises:
         ValueError: an empty key, or one that a header cannot carry.
@@ -28,14 +28,14 @@ class KeySet:
         return bool(self._digests)
 
     def find(self, authorization: str | None) -> int | None:
-        """The number of the key that a value of the Authorization header carries, or `None`."""
+        """The index of the key in a value of the Authorization header, or `None`."""
         scheme, _, given = (authorization or "").partition(" ")
         digest = _digest(given.strip())
-        found = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them, whichever fits
+        found = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them, whichever matches
         return found.index(True) if any(found) and scheme.lower() == "bearer" else None
 
     def accepts(self, authorization: str | None) -> bool:
-        """Whether a value of the Authorization header carries one of the keys."""
+        """Whether a value of the Authorization header holds one of the keys."""
         return self.find(authorization) is not None
 
 
@@ -44,7 +44,7 @@ def _digest(key: str) -> bytes:
 
 
 def read_secrets(values: Sequence[str], file: str | None) -> tuple[str, ...]:
-    """Keys from the command line and from a file with one per line; empty lines and lines that start with `#` do not count.
+    """Keys from the command line and from a file with one per line; empty lines and lines that start with `#` are skipped.
 
     Raises:
         ValueError: a file that cannot be read or holds no key.

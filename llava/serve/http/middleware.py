@@ -1,8 +1,8 @@
-"""What stands before the endpoints of every service: other sites' pages, request ids, errors, keys, admission, and bounds on bodies.
+"""The middleware of every service: request ids, errors, API keys, foreign web pages, limits on requests and bodies.
 
-Pure ASGI, one class per rule, outermost first in `guard_app`: a request gets an id, shows its key, is told if there is no place, and only
-then is its body read, within the bounds of `llava.serve.http.body_limits`. Whatever goes wrong inside becomes one of
-`llava.serve.protocol.FAULTS`; the details stay in the log, under the request's id.
+Pure ASGI, one class per rule, stacked in `guard_app`: a request gets an id, presents its key, is refused if the server is full, and only
+then is its body read, within `llava.serve.http.body_limits`. Whatever is raised inside becomes an error of `llava.serve.protocol.FAULTS`;
+the details stay in the log, under the request's id.
 """
 
 from __future__ import annotations
@@ -12,94 +12,40 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TypeVar
-from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llava.fetch import literal_address
 from llava.serve.http.asgi import abort_connection, header_of
-from llava.serve.http.body_limits import BodyBounds, BoundedBodies
+from llava.serve.http.body_limits import BodyLimits, LimitBodies
 from llava.serve.http.errors import ErrorFormat, FieldError, error_body, error_response, typed_error
 from llava.serve.http.keys import KeySet
+from llava.serve.http.origins import is_allowed_origin
 from llava.serve.http.request_limiter import RequestLimiter
 from llava.serve.protocol import ErrorKind, Limits, ServeError
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 MAX_HEADER_BYTES = 16_384
-"""Address and headers of a request together."""
+"""Maximum size of a request's target and headers together."""
 
 SMALL_BODY_BYTES = 65_536
-"""Largest body of a path that only small ones are sent to."""
+"""Maximum size of a body on `small_paths`."""
 SMALL_BODIES = 64
-"""How many of that size are held at once, all clients together."""
+"""Bodies of that size that are held at once, all clients together."""
 SMALL_UPLOADS = 16
-"""How many of them one client may be sending at once."""
+"""Those that one client may be uploading at once."""
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_UNKNOWN_HOST = "This server is not known under the name that the request asks for; its operator adds names with --allow-host."
-
-
-def is_own_page(scope: Scope, names: Collection[str]) -> bool:
-    """Whether a request comes from no web page, or from one of this server: by its Origin, which browsers send with every POST.
-
-    A server's own pages are those under the name that the request itself asks for, under an address or localhost, and under one of
-    `names`, in lower case. A page without a name of its own (`null`) is nobody's.
-    """
-    origin = header_of(scope, b"origin")
-    if origin is None:
-        return True
-    try:
-        page, asked = urlsplit(origin).hostname or "", urlsplit(f"//{header_of(scope, b'host') or ''}").hostname or ""
-    except ValueError:
-        return False
-    return page != "" and (page == asked or _is_fixed(page) or page.rstrip(".") in names)
-
-
-def _is_fixed(host: str) -> bool:
-    """Whether nobody else can point this name or address at another machine, or at this one."""
-    host = host.rstrip(".")
-    return host == "localhost" or host.endswith(".localhost") or literal_address(host) is not None
-
-
-class HostNames:
-    """Answers only requests whose Host header is an address, localhost or one of the names given.
-
-    A page of a site whose name was pointed at this machine (DNS rebinding) is to the browser one and the same site as this server; all
-    that tells the two apart is that name.
-
-    Args:
-        names: in lower case.
-    """
-
-    def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
-        self.app, self.names = app, frozenset(names)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._is_known(header_of(scope, b"host") or ""):
-            await self.app(scope, receive, send)
-        else:
-            await PlainTextResponse(_UNKNOWN_HOST, 403)(scope, receive, send)
-
-    def _is_known(self, header: str) -> bool:
-        try:
-            host = urlsplit(f"//{header}").hostname or ""
-        except ValueError:
-            return False
-        return _is_fixed(host) or host.rstrip(".") in self.names
 
 
 class HeadAsGet:
-    """Answers HEAD as GET, which supervisors and proxies ask with; the server itself leaves the body away."""
+    """Answers HEAD like GET, for supervisors and proxies: FastAPI's `get` does not; the server omits the body."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -110,9 +56,10 @@ class HeadAsGet:
 
 
 class RequestIds:
-    """Names each request, logs it, and turns whatever is raised inside into an error body.
+    """Gives each request an id, logs it, and turns whatever is raised inside into an error response.
 
-    A client's own `X-Request-Id` is kept where it is short and plain; every response carries the id.
+    starlette's exception handlers stand inside all middleware, so that they miss what middleware raises. A client's own `X-Request-Id` is
+    kept where it is short and plain; every response has the id.
 
     Args:
         on_error: called with each error's kind.
@@ -150,7 +97,7 @@ class RequestIds:
         except Exception as raised:
             error = typed_error(raised, request_id)
             self.on_error(error.kind)
-            if status:  # too late for another answer: an ending that no client takes for a whole one
+            if status:  # too late for an error response: end so that no client takes this one for complete
                 abort_connection(scope)
                 await asyncio.sleep(0)
             else:
@@ -160,10 +107,10 @@ class RequestIds:
             logger.info("%s %r %d in %.0f ms, request %s", scope["method"], scope["path"][:200], status, took, request_id)
 
 
-class TypedNotFound:
-    """Tells programs that ask a page's server for what it does not have so in the API's words, with a request's id.
+class JsonNotFound:
+    """Answers 404 with the API's error body and a request id where a program asks a page's server for something it does not have.
 
-    Browsers, which ask for HTML where a person reads the answer, get the page's own.
+    Browsers, which accept HTML where a person reads the answer, get the page's own.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -192,7 +139,7 @@ async def _nothing_here(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def _check_head(scope: Scope) -> None:
-    """Bound the headers: the server bounds what it holds of unfinished ones, but takes longer ones that arrive in one piece."""
+    """Limit the headers: h11's own limit holds for incomplete ones only, not for those that arrive in one piece."""
     size = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(name) + len(value) + 4 for name, value in scope["headers"])
     if size > MAX_HEADER_BYTES:
         raise ServeError(ErrorKind.TOO_LARGE)
@@ -201,7 +148,7 @@ def _check_head(scope: Scope) -> None:
 
 
 def _is_framed_twice(scope: Scope) -> bool:
-    """Whether a proxy before us may see this request end elsewhere than we do, and take our answers for those to other people."""
+    """Whether a proxy before us may see this request end elsewhere than we do (request smuggling)."""
     return {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}
 
 
@@ -209,33 +156,19 @@ _CLOSING = ((b"connection", b"close"),)
 _SAFETY_HEADERS = ((b"x-content-type-options", b"nosniff"),)
 
 
-_FOREIGN_PAGE = (
-    "Pages of other sites may not ask here without an API key; the operator starts the server with one, or adds the site with "
+_FOREIGN_ORIGIN = (
+    "Web pages of other sites may not call this server without an API key; the operator sets one, or adds the site with "
     "--allowed-origins."
 )
 
 
-def _may_ask(origin: str | None, origins: Collection[str]) -> bool:
-    """Whether a request comes from no page, from one under an address or a name of this machine alone, or from a site on the list.
-
-    Pages without a name (`null`: a sandboxed frame, a file) and extensions are other sites like any.
-    """
-    if origin is None or origin in origins:
-        return True
-    try:
-        parts = urlsplit(origin)
-        return parts.scheme in ("http", "https") and _is_fixed(parts.hostname or "") and parts.port != 0  # which looks at the port, too
-    except ValueError:
-        return False
-
-
 class RequireApiKey:
-    """Lets in whoever shows a key, and everyone to the open paths; without keys everyone but the pages of other sites.
+    """Requires an API key on all but the open paths; where there are no keys, refuses web pages of other sites.
 
-    A site whose name is made to point at this machine (DNS rebinding) speaks through the browser of somebody who may reach this server.
+    A site whose name is pointed at this machine (DNS rebinding) calls through the browser of somebody who can reach this server.
 
     Args:
-        origins: of other sites whose pages may ask without a key.
+        origins: of other sites whose pages may call without a key.
         open_paths: exact paths. open_prefixes: paths that start with one of these, up to a slash.
     """
 
@@ -258,8 +191,8 @@ class RequireApiKey:
                 if number is None:
                     raise ServeError(ErrorKind.UNAUTHORIZED)
                 scope.setdefault("state", {})["api_key"] = number
-            elif not _may_ask(header_of(scope, b"origin"), self.origins):
-                raise ServeError(ErrorKind.FORBIDDEN, _FOREIGN_PAGE)
+            elif not is_allowed_origin(header_of(scope, b"origin"), self.origins):
+                raise ServeError(ErrorKind.FORBIDDEN, _FOREIGN_ORIGIN)
         await self.app(scope, receive, send)
 
     def _is_open(self, path: str) -> bool:
@@ -267,10 +200,10 @@ class RequireApiKey:
 
 
 class LimitRequests:
-    """Takes a place for each request that generates, once its body has come, and gives it back at the end.
+    """Counts each generating request as in flight, from when its body has arrived to the end of its answer.
 
-    A full server says so before the body is read. But a body that drips in holds no place: otherwise a handful of slow clients would keep
-    everybody else out. What arriving bodies take together is bounded by `BoundedBodies`.
+    A full server refuses before the body is read. But a body in transit does not count: otherwise a handful of slow clients would lock out
+    everybody else. `LimitBodies` bounds those.
 
     Args:
         paths: the generating ones.
@@ -285,14 +218,14 @@ class LimitRequests:
             return
         self.limiter.check()
         with ExitStack() as held:
-            has_come = False
+            has_arrived = False
 
             async def arriving() -> Message:
-                nonlocal has_come
+                nonlocal has_arrived
                 message = await receive()
-                if not has_come and message["type"] == "http.request" and not message.get("more_body", False):
-                    has_come = True
-                    held.enter_context(self.limiter.places())
+                if not has_arrived and message["type"] == "http.request" and not message.get("more_body", False):
+                    has_arrived = True
+                    held.enter_context(self.limiter.admit())
                 return message
 
             await self.app(scope, arriving, send)
@@ -312,35 +245,35 @@ def guard_app(
     on_error: Callable[[ErrorKind], None] = lambda kind: None,
     error_bodies: Mapping[str, ErrorFormat] | None = None,
 ) -> None:
-    """Put all of this page's rules before an app; `app.state.drain` is for the `DrainingServer` that runs it.
+    """Wrap an app in all of this file's middleware; `app.state.drain` is for the `DrainingServer` that runs it.
 
     Args:
-        allowed_origins: of web sites whose pages may read the answers, see `flag_checks.check_origins`.
+        allowed_origins: of web sites whose pages may read responses, see `flag_checks.check_origins`.
         on_error, error_bodies: see `RequestIds`.
-        generating_paths: take a place of the limiter. small_paths: take small bodies, out of a budget of their own: those that are open.
+        generating_paths: count as in flight. small_paths: open paths whose bodies are small and have a budget of their own.
     """
     app.state.limiter, app.state.drain = limiter, limiter.finish
-    app.router.redirect_slashes = False  # to an address that is written with the Host header's name, whatever that is
-    small = BodyBounds(
+    app.router.redirect_slashes = False  # they would lead to whatever name the Host header has
+    small = BodyLimits(
         RequestLimiter(0, SMALL_BODIES * SMALL_BODY_BYTES),
         SMALL_BODY_BYTES,
         seconds=limits.body_seconds,
         rate=limits.body_rate,
         client_bytes=SMALL_UPLOADS * SMALL_BODY_BYTES,
         client_uploads=SMALL_UPLOADS,
-        free_bytes=0,
+        unmetered_bytes=0,
     )
     app.add_middleware(HeadAsGet)
-    app.add_middleware(BoundedBodies, bounds=BodyBounds.of(limits, limiter), small=small, small_paths=small_paths)
+    app.add_middleware(LimitBodies, limits=BodyLimits.of(limits, limiter), small=small, small_paths=small_paths)
     app.add_middleware(LimitRequests, limiter=limiter, paths=generating_paths)
     app.add_middleware(RequireApiKey, keys=KeySet(api_keys), origins=allowed_origins, open_paths=open_paths, open_prefixes=open_prefixes)
     app.add_middleware(RequestIds, on_error=on_error, error_bodies=error_bodies)
-    if allowed_origins:  # outermost: a preflight has no key, and browsers read errors too only where these headers stand
+    if allowed_origins:  # outermost: a preflight has no key, and browsers read errors only with these headers
         app.add_middleware(
             CORSMiddleware,
             allow_origins=allowed_origins,
             allow_methods=("GET", "POST"),
-            allow_headers=("*",),  # clients' packages send headers of their own beside Authorization
+            allow_headers=("*",),  # SDKs send headers of their own beside Authorization
             expose_headers=("X-Request-Id", "Retry-After"),
         )
 
@@ -349,32 +282,7 @@ def guard_app(
         if raised.status_code == 404:
             raise ServeError(ErrorKind.NOT_FOUND)
         on_error(ErrorKind.INVALID_REQUEST)
-        error = ServeError(ErrorKind.INVALID_REQUEST, "This address does not answer to that method.")
+        error = ServeError(ErrorKind.INVALID_REQUEST, "This path does not support that method.")
         return error_response(error, request.scope, raised.status_code, dict(raised.headers or {}))
 
     app.add_exception_handler(HTTPException, refuse)
-
-
-async def wait_for_disconnect(receive: Receive) -> None:
-    """Return when the client is gone; call after the body was read."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def cancel_on_disconnect(receive: Receive, work: Awaitable[T]) -> T:
-    """Await `work`, but cancel it when the client goes away.
-
-    Raises:
-        ServeError: `CANCELLED`. Or what the work raises.
-    """
-    working = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(wait_for_disconnect(receive))
-    try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ServeError(ErrorKind.CANCELLED)
-        return await working
-    finally:
-        working.cancel()
-        gone.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)

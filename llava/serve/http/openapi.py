@@ -1,4 +1,4 @@
-"""The OpenAPI document of apps whose endpoints read their bodies themselves, strictly, instead of letting FastAPI do it."""
+"""The OpenAPI document of apps whose endpoints parse their bodies themselves, strictly, instead of leaving that to FastAPI."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _REF = "#/components/schemas/{model}"
 
 
 def describe_bodies(app: FastAPI, bodies: Mapping[str, type[BaseModel]], guarded: bool) -> None:
-    """Make `app.openapi` tell the bodies of POST endpoints, and whether a key is asked for.
+    """Make `app.openapi` describe the bodies of POST endpoints, and whether a key is required.
 
     Args:
         bodies: path to schema.

@@ -1,4 +1,4 @@
-"""How many requests are inside a server, and whether another one may come in."""
+"""How many requests a server has in flight, and whether it admits another one."""
 
 from __future__ import annotations
 
@@ -10,98 +10,100 @@ from llava.serve.http.errors import FieldError
 from llava.serve.protocol import ErrorKind, ServeError
 from llava.serve.protocol.error_templates import TOO_MANY_ANSWERS
 
-HELD_BODIES = 8
-"""How many bodies of the largest size may be held at once, all requests together."""
+MAX_HELD_BODIES = 8
+"""Bodies of the maximum size that may be held at once, all requests together."""
 
 
 class RequestLimiter:
-    """Counts the requests that generate, and says no when there are too many or the server is going down.
+    """Counts generating requests, and refuses more than there is capacity for, and all of them while the server drains.
+
+    uvicorn's `limit_concurrency` counts connections, idle ones too, and refuses without a typed error.
 
     Args:
-        capacity: requests inside at once: places in the batch and in the queue.
-        held_bytes: bytes of all their bodies together.
+        capacity: requests in flight at once, in the batch and in the queue.
+        max_bytes: of all their bodies together.
     """
 
-    def __init__(self, capacity: int, held_bytes: int) -> None:
-        self.capacity, self.held_bytes = capacity, held_bytes
-        self.inside = self.bytes_inside = 0
+    def __init__(self, capacity: int, max_bytes: int) -> None:
+        self.capacity, self.max_bytes = capacity, max_bytes
+        self.in_flight = self.held_bytes = 0
         self._draining = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
 
     @property
     def draining(self) -> bool:
-        """Whether the server is going down: what is inside finishes, nobody else gets in."""
+        """Whether the server is going down: requests in flight finish, no others are admitted."""
         return self._draining.is_set()
 
     def start_draining(self) -> None:
-        """Let nobody in any more."""
+        """Admit no more requests."""
         self._draining.set()
 
     async def wait_draining(self) -> None:
-        """Return when nobody is let in any more."""
+        """Return once no more requests are admitted."""
         await self._draining.wait()
 
     @contextmanager
-    def places(self, count: int = 1) -> Iterator[None]:
-        """Hold so many places; raises as `check`."""
+    def admit(self, count: int = 1) -> Iterator[None]:
+        """Count requests as in flight until the block ends; raises as `check`."""
         self.check(count)
-        with self._holding(count):
+        with self._counted(count):
             yield
 
     def check(self, count: int = 1) -> None:
-        """Say no to whoever would get no places now.
+        """Refuse requests that would not be admitted now.
 
         Raises:
-            ServeError: `DRAINING`, or `OVERLOADED` when not all of them are free.
+            ServeError: `DRAINING`, or `OVERLOADED` without capacity for all of them.
         """
         if self.draining:
             raise ServeError(ErrorKind.DRAINING)
-        if self.inside + count > self.capacity:
+        if self.in_flight + count > self.capacity:
             raise ServeError(ErrorKind.OVERLOADED)
 
     @contextmanager
-    def more_places(self, count: int) -> Iterator[None]:
-        """Hold places for further answers of a request that is inside already; a server that goes down still finishes it.
+    def admit_more(self, count: int) -> Iterator[None]:
+        """Count further answers of a request that is in flight already; a draining server still finishes it.
 
         Raises:
-            FieldError: it asks for more answers than there are places at all. ServeError: `OVERLOADED` when not all of them are free.
+            FieldError: it asks for more answers than the capacity. ServeError: `OVERLOADED` without capacity for all of them now.
         """
         if count >= self.capacity:
             raise FieldError(TOO_MANY_ANSWERS.format(number=count + 1, most=self.capacity), "n")
-        if self.inside + count > self.capacity:
+        if self.in_flight + count > self.capacity:
             raise ServeError(ErrorKind.OVERLOADED)
-        with self._holding(count):
+        with self._counted(count):
             yield
 
     @contextmanager
-    def _holding(self, count: int) -> Iterator[None]:
-        self.inside += count
+    def _counted(self, count: int) -> Iterator[None]:
+        self.in_flight += count
         self._idle.clear()
         try:
             yield
         finally:
-            self.inside -= count
-            if not self.inside:
+            self.in_flight -= count
+            if not self.in_flight:
                 self._idle.set()
 
-    def take_bytes(self, count: int, kept: int = 0) -> None:
-        """Hold bytes of a body.
+    def reserve_bytes(self, count: int, reserve: int = 0) -> None:
+        """Count bytes of a body.
 
         Args:
-            kept: bytes of the budget that have to stay free for others.
+            reserve: bytes of the budget that have to stay free for others.
 
         Raises:
             ServeError: `OVERLOADED` when all bodies together would exceed the rest of the budget.
         """
-        if self.bytes_inside + count > self.held_bytes - kept:
+        if self.held_bytes + count > self.max_bytes - reserve:
             raise ServeError(ErrorKind.OVERLOADED)
-        self.bytes_inside += count
+        self.held_bytes += count
 
-    def give_bytes(self, count: int) -> None:
-        self.bytes_inside -= count
+    def release_bytes(self, count: int) -> None:
+        self.held_bytes -= count
 
     async def finish(self) -> None:
-        """Let nobody in any more, and return when nothing is inside."""
+        """Admit no more requests, and return when none is in flight."""
         self.start_draining()
         await self._idle.wait()

@@ -1,4 +1,4 @@
-"""Bodies of requests as JSON values, read strictly and within bounds."""
+"""Bodies of requests as JSON values, parsed strictly and within bounds."""
 
 from __future__ import annotations
 
@@ -12,36 +12,37 @@ from fastapi import Request
 from llava.serve.http.errors import FieldError
 
 MAX_JSON_ITEMS = 300_000
-"""Commas and brackets in a body, at most: bounds the objects that reading it makes. Pictures, in base64, have none of them."""
+"""Maximum number of commas and brackets in a body: bounds the objects that parsing creates. Images, in base64, have none of them."""
 LARGE_BODY = 1_000_000
-"""Bytes from which a body is parsed beside the event loop, so that others are served meanwhile."""
+"""Bytes from which a body is parsed in a thread, so that the event loop goes on."""
 MAX_JSON_DIGITS = 24
-"""Digits of a whole number, at most."""
+"""Maximum number of digits of an integer."""
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _ESCAPES = re.compile(r"\\(?:u(?i:d[89ab][0-9a-f]{2})\\u(?i:d[c-f][0-9a-f]{2})|(?P<half>u(?i:d[89a-f][0-9a-f]{2}))|.)", re.DOTALL)
-"""One escape after the other: a pair of surrogates, a lone one, or any other."""
+"""One escape after the other: a surrogate pair, a lone surrogate, or any other."""
 
 
 async def read_json(request: Request) -> Any:
     """The body of a request as plain JSON values.
 
     Raises:
-        ServeError: no JSON by the strict reading of `parse_json`, another content type, or a body beyond its bounds.
+        ServeError: another content type, a body beyond its limits, or as `parse_json`.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":  # also keeps web pages of other origins from posting plain forms here
-        raise FieldError("The Content-Type is not application/json; send JSON and say so.")
+    if media_type != "application/json":  # also keeps web pages of other origins from posting plain forms
+        raise FieldError("The Content-Type is not application/json; send JSON and declare it.")
     body = await request.body()
     return parse_json(body) if len(body) < LARGE_BODY else await asyncio.to_thread(parse_json, body)
 
 
 def parse_json(body: bytes) -> Any:
-    """Read JSON strictly: UTF-8, finite and sensibly long numbers, each name once, bounded in size and depth.
+    """Parse JSON strictly: UTF-8, finite numbers of bounded length, unique names, bounded size and depth.
 
-    The escape of half a character (a lone surrogate), which programs write that cut a text within an emoji, is read as U+FFFD.
+    `json.loads` alone accepts repeated names, NaN and integers of any length. The escape of a lone surrogate, which programs write that cut
+    a text inside an emoji, is read as U+FFFD.
 
     Raises:
-        FieldError: whatever is not so; the sentence never quotes the body.
+        FieldError: it violates one of these; the message never quotes the body.
     """
     if sum(body.count(mark) for mark in (b",", b"[", b"{")) > MAX_JSON_ITEMS:
         raise FieldError(f"The body has more than {MAX_JSON_ITEMS} items.")
@@ -63,7 +64,7 @@ def parse_json(body: bytes) -> Any:
 
 def _whole(digits: str) -> int:
     if len(digits) > MAX_JSON_DIGITS:
-        raise FieldError(f"The body holds a whole number of more than {MAX_JSON_DIGITS} digits.")
+        raise FieldError(f"The body holds an integer of more than {MAX_JSON_DIGITS} digits.")
     return int(digits)
 
 
@@ -81,5 +82,5 @@ def _refuse_constant(name: str) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise FieldError("An object of the body names a field twice.")
+        raise FieldError("An object in the body has the same field twice.")
     return found

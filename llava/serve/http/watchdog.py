@@ -1,7 +1,7 @@
-"""Bounds on many short waits, one after the other, at the price of one timer.
+"""A timeout for each of many short waits, one after the other, at the price of one timer.
 
-A stream waits once per piece: for the piece, and for the client to take it. A cancel scope around each of those waits costs more than
-everything else that happens to the piece.
+A stream waits twice per piece: for the piece, and for the client to read it. A cancel scope around each of those waits costs more than
+everything else that happens to the piece, and Python 3.10 has no `asyncio.timeout` to reschedule.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ T = TypeVar("T")
 class Watchdog:
     """`with Watchdog() as watchdog: await watchdog.wait(work, seconds)`, as often as needed, but only one wait at a time.
 
-    The timer is left as it is from one wait to the next, and looks when it fires whether the wait of that moment is overdue.
+    The timer keeps running from one wait to the next; when it fires, it checks whether the current wait is overdue.
     """
 
     def __init__(self) -> None:
         self._timer: asyncio.TimerHandle | None = None
         self._waiting: asyncio.Task[object] | None = None
         self._due = math.inf
-        self._barked = False
+        self._expired = False
 
     def __enter__(self) -> Watchdog:
         return self
@@ -49,38 +49,38 @@ class Watchdog:
         loop = asyncio.get_running_loop()
         self._due = loop.time() + seconds
         if self._timer is None or self._timer.when() > self._due:
-            self._set(loop)
-        self._waiting, self._barked = asyncio.current_task(), False
+            self._schedule(loop)
+        self._waiting, self._expired = asyncio.current_task(), False
         try:
             return await work
         except asyncio.CancelledError:
-            if self._barked:
+            if self._expired:
                 if sys.version_info >= (3, 11) and self._waiting is not None:
-                    self._waiting.uncancel()  # it was not asked to end, task groups around it need not wonder
+                    self._waiting.uncancel()  # nobody else cancelled it: keep that from task groups around it
                 raise TimeoutError from None
             raise
         finally:
             self._waiting = None
 
-    def _set(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = loop.call_at(self._due, self._look, loop)
+        self._timer = loop.call_at(self._due, self._on_timer, loop)
 
-    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _on_timer(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = None
         if self._waiting is None:
             return
         if loop.time() < self._due:
-            self._set(loop)
+            self._schedule(loop)
             return
-        self._barked = True
+        self._expired = True
         self._waiting.cancel()
 
 
 @contextmanager
 def with_send_timeout(send: Send, seconds: float) -> Iterator[Send]:
-    """A `send` for one response that raises `ServeError` (`CANCELLED`) where the client takes longer than this to read one message."""
+    """A `send` for one response that raises `ServeError` (`CANCELLED`) when the client takes longer than this to read one message."""
     with Watchdog() as watchdog:
 
         async def sending(message: Message) -> None:

@@ -17,7 +17,7 @@ from starlette.middleware import Middleware
 
 from llava.images import MAX_BYTES
 from llava.serve.backend.chat_client import ChatClient
-from llava.serve.http.middleware import HostNames
+from llava.serve.http.origins import AllowedHosts
 from llava.serve.page.catalogue import Catalogue, ListMode
 from llava.serve.page.chat import Chat
 from llava.serve.page.conversation import Conversations
@@ -39,7 +39,7 @@ class PageOptions:
 
     url: of the controller, or of a worker. api_key: for it. mode: see `Catalogue`. concurrency: answers at the same time. embed: for use
     inside another page. log_folder: where votes and conversations are written, or `None`. shown_url: the controller's address as the page
-    tells it to people; `url` when missing. names: it answers under these and no others, see `HostNames`; `None` is every name.
+    tells it to people; `url` when missing. names: it answers under these and no others, see `AllowedHosts`; `None` is every name.
     """
 
     url: str
@@ -88,7 +88,7 @@ def create_page_app(options: PageOptions) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         middleware=[
-            *([] if options.names is None else [Middleware(HostNames, names=options.names)]),
+            *([] if options.names is None else [Middleware(AllowedHosts, names=options.names)]),
             Middleware(PageGuard, events=_events(blocks), embed=options.embed, names=options.names or ()),
         ],
     )

@@ -21,12 +21,12 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava.serve.http.asgi import abort_connection
-from llava.serve.http.body_limits import BodyBounds, BoundedBodies
+from llava.serve.http.body_limits import BodyLimits, LimitBodies
 from llava.serve.http.errors import plain_error
-from llava.serve.http.middleware import is_own_page
+from llava.serve.http.origins import is_own_page
 from llava.serve.http.request_limiter import RequestLimiter
 from llava.serve.http.watchdog import with_send_timeout
-from llava.serve.page.uploads import upload_bounds
+from llava.serve.page.uploads import upload_limits
 from llava.serve.protocol import Limits, ServeError
 
 logger = logging.getLogger(__name__)
@@ -77,9 +77,9 @@ class PageGuard:
         send_seconds: float = Limits.send_seconds,
     ) -> None:
         self.app, self.events, self.names, self.send_seconds = app, events, frozenset(names), send_seconds
-        bounds = BodyBounds(RequestLimiter(0, HELD_BODIES * MAX_JSON_BYTES), MAX_JSON_BYTES, seconds=body_seconds)
-        self._bounded_post = BoundedBodies(self._post, bounds)
-        self._bounded_upload = BoundedBodies(self.app, upload_bounds(body_seconds))
+        bounds = BodyLimits(RequestLimiter(0, HELD_BODIES * MAX_JSON_BYTES), MAX_JSON_BYTES, seconds=body_seconds)
+        self._bounded_post = LimitBodies(self._post, bounds)
+        self._bounded_upload = LimitBodies(self.app, upload_limits(body_seconds))
         self.headers = {
             "Content-Security-Policy": _POLICY.format(ancestors="*" if embed else "'self'"),
             "X-Content-Type-Options": "nosniff",

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from llava.image_structure import image_format
 from llava.images import MAX_BYTES, ImageError, open_image
-from llava.serve.http.body_limits import BodyBounds
+from llava.serve.http.body_limits import BodyLimits
 from llava.serve.http.errors import plain_error
 from llava.serve.http.request_limiter import RequestLimiter
 from llava.serve.protocol import Limits, ServeError
@@ -36,15 +36,15 @@ CLIENT_UPLOADS = 8
 """How many uploads of one visitor are taken at once; further ones wait."""
 
 
-def upload_bounds(body_seconds: float = Limits.body_seconds) -> BodyBounds:
+def upload_limits(body_seconds: float = Limits.body_seconds) -> BodyLimits:
     """How uploads have to arrive."""
-    return BodyBounds(
+    return BodyLimits(
         RequestLimiter(0, HELD_UPLOADS * MAX_UPLOAD_BYTES),
         MAX_UPLOAD_BYTES,
         seconds=body_seconds,
         client_bytes=CLIENT_UPLOADS * MAX_UPLOAD_BYTES,
         client_uploads=CLIENT_UPLOADS,
-        free_bytes=0,
+        unmetered_bytes=0,
     )
 
 

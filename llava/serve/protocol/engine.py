@@ -1,4 +1,4 @@
-"""What answers requests: the interface of the embedded engine and of the backends in other servers."""
+"""The interface of whatever answers requests: the embedded engine, and backends in other servers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llava.serve.protocol.values import EngineImage, EngineStats, Event, Generat
 class Generation(Protocol):
     """A running answer: iterate for `Started`, `Piece`s and `Finished`; a `ServeError` may be raised in between. Iterate once.
 
-    Closing the iterator or calling `cancel` frees what is left of the work; both may be done at any time, more than once.
+    Closing the iterator or calling `cancel` stops the work; both may be done at any time, more than once.
     """
 
     def __aiter__(self) -> AsyncIterator[Event]: ...
@@ -22,29 +22,29 @@ class Generation(Protocol):
 
 
 class Engine(Protocol):
-    """Whatever makes answers: the embedded engine, or a bridge to another server."""
+    """Generates answers: the embedded engine, or a bridge to another server."""
 
     @property
     def card(self) -> ModelCard: ...
 
     @property
     def ready(self) -> bool:
-        """Whether a request sent now would be worked on."""
+        """Whether a request submitted now would run."""
         ...
 
     def prepare_image(self, image: Image.Image) -> EngineImage:
-        """Take from an RGB image what answering needs, so that its pixels can go; called in any thread.
+        """Take from an RGB image what answering needs, so that its pixels can be freed; called in any thread.
 
         Raises:
-            ServeError: no image can be used, or not this one.
+            ServeError: the model takes no images, or not this one.
         """
         ...
 
     def submit(self, request: GenerationRequest) -> Generation:
-        """Take a request; called within a running event loop, returns at once.
+        """Submit a request; called within a running event loop, returns at once.
 
         Raises:
-            ServeError: `OVERLOADED` or `DRAINING`; what is wrong with the request itself is raised by the iterator.
+            ServeError: `OVERLOADED` or `DRAINING`; errors in the request itself are raised by the iterator.
         """
         ...
 
@@ -54,15 +54,15 @@ class Engine(Protocol):
         """The tokens of a request's prompt, however long it is; nothing is generated.
 
         Args:
-            special: whether they begin with the one that begins every text.
+            special: whether they begin with the token that begins every text.
 
         Raises:
-            ServeError: the request cannot work.
+            ServeError: an error in the request.
         """
         ...
 
     async def detokenize(self, ids: Sequence[int]) -> str:
-        """The text that ids stand for, special tokens included.
+        """The text of token ids, special tokens included.
 
         Raises:
             ServeError: an id that is not in the vocabulary.
@@ -70,9 +70,9 @@ class Engine(Protocol):
         ...
 
     async def drain(self) -> None:
-        """Take no more requests and wait until the running ones are done."""
+        """Accept no more requests and wait until the running ones are done."""
         ...
 
     async def close(self) -> None:
-        """Stop; what is still running is cancelled."""
+        """Stop; requests still running are cancelled."""
         ...

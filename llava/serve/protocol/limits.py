@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request, and all together, may take. Everything beyond is refused before it costs anything.
+    """What one request, one client and all together may use. Anything beyond is refused before it costs anything.
 
     max_body_bytes: of a request. max_images, max_messages, max_prompt_characters, max_new_tokens, max_stop, max_n: of one request.
-    max_stop_characters: of one stop text. max_logprobs: alternatives told per token. max_guide_characters: of a schema, a regular
+    max_stop_characters: of one stop text. max_logprobs: alternatives reported per token. max_guide_characters: of a schema, a regular
     expression, a grammar, or choices.
-    max_queue: requests that wait beside those being answered; the next gets 503.
-    body_seconds: that a body may bring nothing; body_rate: bytes per second that it has to keep up beyond, see `bodies.Allowance`.
-    client_uploads: bodies that one client may be sending at once; client_bodies: what they take together, in bodies of the largest size.
-    send_seconds: that a client may take to read one piece of a stream before it is taken for gone.
-    allow_remote_images: fetch http(s) pictures; off by default. allowed_hosts: only from these, when given.
+    max_queue: requests that wait beside those that run; the next gets 503.
+    body_seconds: that a body may stall; body_rate: bytes per second that it has to sustain, see `body_limits.ArrivalDeadline`.
+    client_uploads: bodies that one client may be uploading at once; client_bodies: their total size, in bodies of the maximum size.
+    send_seconds: that a client may take to read one part of a stream before it counts as gone.
+    allow_remote_images: fetch images at http(s) addresses; off by default. allowed_hosts: only from these, when given.
     """
 
     max_body_bytes: int = 64_000_000

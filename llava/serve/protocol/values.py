@@ -1,4 +1,4 @@
-"""Requests, the events of an answer, and what describes an engine: plain frozen values."""
+"""Requests, the events of an answer, and descriptions of a model and an engine: plain frozen values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llava.serve.protocol.errors import ErrorKind
 
 
 class GuideKind(Enum):
-    """In which words a guide is written, by vLLM's names."""
+    """The language a guide is written in, by vLLM's names."""
 
     JSON = "json"
     REGEX = "regex"
@@ -21,10 +21,10 @@ class GuideKind(Enum):
 
 @dataclass(frozen=True)
 class Guide:
-    """What the whole text of an answer has to be.
+    """A constraint on the whole text of an answer (guided decoding).
 
-    kind: how `text` is to be read: a JSON schema that the answer's JSON follows; a regular expression; a JSON list of texts, one of which
-    it is; a grammar in the notation of Lark or of GBNF. param: the field that asked for it, for errors.
+    kind: the language of `text`: a JSON schema; a regular expression; a JSON list of texts, of which the answer is one; a grammar in the
+    notation of Lark or GBNF. param: the field that asked for it, for errors.
     """
 
     kind: GuideKind
@@ -34,18 +34,18 @@ class Guide:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the answer's tokens are drawn.
+    """How the answer's tokens are sampled.
 
-    temperature: 0 is greedy. top_p: share of the probability to draw from. max_new_tokens: at most so many; the context may end sooner.
-    min_new_tokens: no end is taken before so many, neither the model's own nor one of `stop_token_ids`.
-    seed: makes draws repeatable, whatever else is in the batch. stop: texts that end the answer, themselves left out; the template's own
-    are added. logprobs: `None`, or how many alternatives per token to report (0: the chosen token alone); always the model's own, at
+    temperature: 0 is greedy. top_p: probability mass to sample from. max_new_tokens: at most; the context may end sooner.
+    min_new_tokens: neither the model's end token nor one of `stop_token_ids` before so many.
+    seed: makes sampling reproducible, whatever else is in the batch. stop: texts that end the answer, themselves left out; the template's
+    own are added. logprobs: `None`, or how many alternatives per token to report (0: the chosen token alone); always the model's own, at
     temperature 1, before anything below is applied.
-    top_k: draw from so many of the likeliest tokens; 0 from all. min_p: only from those whose probability is at least this share of the
-    likeliest's. repetition_penalty: divides the positive logits of tokens in the prompt's text and in the answer, and multiplies the
-    negative ones; 1 is off. presence_penalty: taken from the logits of tokens in the answer; frequency_penalty: as often as they are there.
-    logit_bias: (id, number added to its logit). stop_token_ids: end the answer, to which they belong. ignore_eos: the model's own end
-    does not end the answer. guide: what the answer's text has to be; the answer ends when nothing can be added to it.
+    top_k: sample from so many of the likeliest tokens; 0 from all. min_p: only from those whose probability is at least this fraction of
+    the likeliest's. repetition_penalty: divides the positive logits of tokens in the prompt's text and in the answer, and multiplies the
+    negative ones; 1 is off. presence_penalty: subtracted from the logits of tokens in the answer; frequency_penalty: once per occurrence.
+    logit_bias: (id, number added to its logit). stop_token_ids: end the answer, to which they belong. ignore_eos: the model's end
+    token does not end the answer. guide: a constraint on the answer's text; the answer ends when nothing can follow it.
     """
 
     temperature: float = 0.0
@@ -67,16 +67,16 @@ class Sampling:
 
     @property
     def penalises(self) -> bool:
-        """Whether what was written changes what comes next."""
+        """Whether tokens written so far change the logits of the next."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class EngineImage:
-    """What an engine keeps of an image once its pixels are gone, which take a hundred times as much.
+    """What an engine keeps of an image in place of its pixels, which take a hundred times as much memory.
 
-    size: (width, height) of the image in pixels. content: whatever that engine answers from. num_bytes: that the content takes.
-    seconds: that it took to make it.
+    size: (width, height) of the image in pixels. content: what the engine answers from. num_bytes: size of the content. seconds: that
+    preparing it took.
     """
 
     size: tuple[int, int]
@@ -87,11 +87,11 @@ class EngineImage:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One answer to make.
+    """One answer to generate.
 
     request_id: names it in logs and errors. messages: turns as `llava.messages.normalise_turns` takes them; or
-    `prompt`: a finished prompt with one `<image>` per image (LLaVA's protocol); exactly one of the two. images: made by `prepare_image` of
-    the engine that is asked.
+    `prompt`: a finished prompt with one `<image>` per image (LLaVA's protocol); exactly one of the two. images: from `prepare_image` of
+    the same engine.
     """
 
     request_id: str
@@ -104,13 +104,13 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class ImageReport:
-    """How one picture's cost came about, as plain numbers.
+    """What one image costs, and why, as plain numbers.
 
     granularity: tokens per view chosen. visual_tokens: spent on it; full_visual_tokens: what the finest would have cost.
-    tokens_per_level: cost at each granularity. logits, probabilities: the router's, coarse to fine; empty where it was not asked.
-    cached: whether its features were there already; `None` where that is not told.
-    grid: where its tokens lie on the picture, from `llava.visualize.grid_of`, for pages that draw
-    them; `None` where nobody knows.
+    tokens_per_level: cost at each granularity. logits, probabilities: the router's, coarse to fine; empty where it did not choose.
+    cached: whether its features were cached; `None` where that is not reported.
+    grid: where its tokens lie on the image, from `llava.visualize.grid_of`, for pages that draw
+    them; `None` where that is unknown.
     """
 
     granularity: int
@@ -125,7 +125,7 @@ class ImageReport:
 
 @dataclass(frozen=True)
 class Started:
-    """The prompt was read; the first token follows. milliseconds: queue, views, vision, router, splice, prefill, and `ttft`, their sum."""
+    """The prompt was prefilled; the first token follows. milliseconds: queue, views, vision, router, splice, prefill, their sum `ttft`."""
 
     prompt_tokens: int
     images: tuple[ImageReport, ...]
@@ -154,13 +154,13 @@ def token_bytes(text: str) -> bytes:
     """The bytes that a token's text stands for."""
     try:
         return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # another server's text, with half a character that is no byte
+    except UnicodeEncodeError:  # another server's text, with a lone surrogate that stands for no byte
         return text.encode("utf-8", "replace")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The next stretch of the answer's text; `scores` only where log probabilities were asked for. Either may be empty."""
+    """The next piece of the answer's text; `scores` only where log probabilities were requested. Either may be empty."""
 
     text: str
     scores: tuple[TokenScore, ...] = ()
@@ -182,10 +182,10 @@ Event = Started | Piece | Finished
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """A prompt as the model would read it, not read yet.
+    """A prompt as the model would read it.
 
     ids: of its text, with one `IMAGE_TOKEN_INDEX` per image. texts: of each id. visual_tokens: of each image, the fewest and the most that
-    it may take in place of its id; both are the same where the request leaves the router no choice.
+    may replace its id; equal where the request leaves the router no choice.
     """
 
     ids: tuple[int, ...]
@@ -194,13 +194,13 @@ class PromptTokens:
 
     @property
     def most_positions(self) -> int:
-        """Positions that it may take."""
+        """The most positions that it may take."""
         return len(self.ids) - len(self.visual_tokens) + sum(most for _, most in self.visual_tokens)
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a served model is.
+    """A served model.
 
     granularities: tokens per view, coarse to fine; empty where the backend has none to choose from. description: for people who ask it.
     """
@@ -216,9 +216,9 @@ class ModelCard:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A look inside: requests waiting for a place, requests being answered, feature cache entries, bytes and hits.
+    """An engine's counts: requests waiting and running, entries, bytes and hits of the feature cache.
 
-    failed: why the engine has closed by itself and for good, if it has; only another process may work again.
+    failed: why the engine has closed itself for good, if it has; only a new process can work again.
     """
 
     waiting: int

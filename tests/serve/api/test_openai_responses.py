@@ -61,7 +61,8 @@ def test_what_clients_send_by_default_is_accepted():
         "reasoning": {}, "conversation": None, "prompt_cache_key": "x", "safety_identifier": "y", "stream_options": None, "top_logprobs": 0,
     }  # fmt: skip
     assert read(**neutral).sampling == Sampling()
-    for reasoning in ({"effort": None}, {"effort": "none"}, ResponseWriter("id", "m", ParsedRequest())._response("completed", [])["reasoning"]):
+    written = ResponseWriter("id", "m", ParsedRequest())._response("completed", [])
+    for reasoning in ({"effort": None}, {"effort": "none"}, written["reasoning"]):
         assert read(reasoning=reasoning) == read()
 
 

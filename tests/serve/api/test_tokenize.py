@@ -71,7 +71,7 @@ def test_another_model_is_not_found():
 
 
 def test_routers_are_told_the_models_name_and_no_path():
-    app = create_worker_app(FakeEngine(), places=5)
+    app = create_worker_app(FakeEngine(), concurrency=5)
     server, model = call(app, "GET", "/server_info").json(), call(app, "GET", "/model_info").json()
     assert (server["served_model_name"], server["dp_size"], server["max_running_requests"]) == ("fake", 1, 5)
     assert (model["model_path"], model["is_generation"], model["has_image_understanding"]) == ("fake", True, True)

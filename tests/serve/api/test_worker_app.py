@@ -603,7 +603,7 @@ def test_a_client_that_leaves_ends_its_generation(path, stream, when):
         if stream and when == "between tokens":
             assert sock.recv(100).startswith(b"HTTP/1.1 200")
         sock.close()
-        wait_until(lambda: engine.active == 0 and app.state.limiter.inside == 0)
+        wait_until(lambda: engine.active == 0 and app.state.limiter.in_flight == 0)
         assert len(engine.cancelled) == 1 and engine.served == []
 
 
@@ -613,7 +613,7 @@ def test_a_client_that_does_not_read_is_cut_off():
     with RunningApp(app) as running:
         sock = open_stream(running.port, CHAT, chat_body(stream=True, max_tokens=3000), receive_buffer=4096)
         wait_until(lambda: engine.active == 1)
-        wait_until(lambda: engine.active == 0 and app.state.limiter.inside == 0)
+        wait_until(lambda: engine.active == 0 and app.state.limiter.in_flight == 0)
         assert len(engine.cancelled) == 1
         wait_until(lambda: not running.server.server_state.connections)
         with pytest.raises(OSError), sock:  # reset, or an end in the middle

@@ -275,7 +275,7 @@ def test_strangers_bodies_have_a_budget_of_their_own() -> None:
         assert all(each.recv(100).startswith(b"HTTP/1.1 100") for each in begun)
         for each in begun:
             each.sendall(b"{" * 999)
-        assert running.app.state.limiter.bytes_inside == 0
+        assert running.app.state.limiter.held_bytes == 0
         listed = HTTP.post(running.url + "/list_models", headers={"Authorization": "Bearer key"})
         assert listed.json() == {"models": []}
         assert len(select.select(socks, [], [], 0)[0]) == 0  # the others wait
@@ -431,7 +431,7 @@ def send_random_bodies(count: int, seed: int) -> Counter[int]:
     asyncio.run(run())
     assert {host for host, _, _ in controller.connector.calls} <= {"127.0.0.1", "::1"}
     limiter = controller.app.state.limiter
-    assert limiter.inside == limiter.bytes_inside == 0
+    assert limiter.in_flight == limiter.held_bytes == 0
     return found
 
 
@@ -1042,7 +1042,7 @@ def test_pages_of_the_sites_that_the_operator_names_may_ask(service: str, keys: 
         if keys:
             answers[401] = HTTP.post(path, json=body, headers={"Origin": SITE, "Authorization": "Bearer wrong"})
         if service == "worker":
-            with behind.app.state.limiter.places(behind.app.state.limiter.capacity):
+            with behind.app.state.limiter.admit(behind.app.state.limiter.capacity):
                 answers[503] = HTTP.post(path, json=body, headers={"Origin": SITE, **shown})
         for status, answer in answers.items():
             assert answer.status_code == status, answer.text

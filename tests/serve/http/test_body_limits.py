@@ -18,7 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 from llava.serve.api.worker_app import create_worker_app
 from llava.serve.http import body_limits
 from llava.serve.http.asgi import client_of
-from llava.serve.http.body_limits import FREE_BYTES, Allowance, BodyBounds, BoundedBodies, Shares
+from llava.serve.http.body_limits import UNMETERED_BYTES, ArrivalDeadline, BodyLimits, LimitBodies, UploadQuota
 from llava.serve.http.request_limiter import RequestLimiter
 from llava.serve.protocol import ErrorKind, Limits, ServeError
 from tests.serve.bodies import CHAT, chat_body
@@ -33,15 +33,15 @@ FOREVER = 600.0
 
 def ends_at(size: int, pieces: Callable[[int], int], seconds: float = 20.0, rate: float = 20 * KB) -> int | None:
     """The second in which a body is given up; `None` where it comes. pieces: bytes that come in each second."""
-    allowance, arrived = Allowance(seconds, rate, now=0.0), 0
+    deadline, arrived = ArrivalDeadline(seconds, rate, now=0.0), 0
     for now in range(1, 10_000):
-        if now > allowance.deadline:
+        if now > deadline.deadline:
             return now
         count = min(pieces(now), size - arrived)
         arrived += count
         if arrived == size:
             return None
-        allowance.arrived(count, float(now))
+        deadline.extend(count, float(now))
     raise AssertionError("a body without an end")
 
 
@@ -64,21 +64,21 @@ def test_a_slow_body_goes_on_and_a_stalled_one_is_ended(size: int, pieces: Calla
 
 
 def test_what_a_client_may_be_sending_at_once() -> None:
-    shares, me, other = Shares(max_bytes=90, max_uploads=3), ("10.0.0.1", None), ("10.0.0.2", None)
-    with shares.sending(me, 50):
-        assert shares.fits(me, 10, True) and not shares.fits(me, 11, True)  # large ones leave a third
-        assert shares.fits(me, 40, False) and not shares.fits(me, 41, False)
-        assert shares.fits(other, 1000, True)  # one alone always may
-        with shares.sending(me, 1), shares.sending(me, 1):
-            assert not shares.fits(me, 1, False)  # the fourth
-        assert shares.fits(me, 1, False)
-    assert shares.fits(me, 1000, True)
+    quota, me, other = UploadQuota(max_bytes=90, max_uploads=3), ("10.0.0.1", None), ("10.0.0.2", None)
+    with quota.uploading(me, 50):
+        assert quota.fits(me, 10, True) and not quota.fits(me, 11, True)  # large ones leave a third
+        assert quota.fits(me, 40, False) and not quota.fits(me, 41, False)
+        assert quota.fits(other, 1000, True)  # one alone always may
+        with quota.uploading(me, 1), quota.uploading(me, 1):
+            assert not quota.fits(me, 1, False)  # the fourth
+        assert quota.fits(me, 1, False)
+    assert quota.fits(me, 1000, True)
 
 
 def run(
-    bounds: BodyBounds, pieces: list[bytes] | Receive, headers: dict[str, str] | None = None, state: dict[str, Any] | None = None
+    bounds: BodyLimits, pieces: list[bytes] | Receive, headers: dict[str, str] | None = None, state: dict[str, Any] | None = None
 ) -> Coroutine[Any, Any, bytes]:
-    """Read a body through `BoundedBodies`; what the app got."""
+    """Read a body through `LimitBodies`; what the app got."""
     left = list(pieces) if isinstance(pieces, list) else []
 
     async def receive() -> Message:
@@ -99,20 +99,20 @@ def run(
 
         sent = [(name.encode(), value.encode()) for name, value in (headers or {"transfer-encoding": "chunked"}).items()]
         scope = {"type": "http", "path": "/", "headers": sent, "client": ("10.0.0.1", 1), "state": state or {}}
-        await BoundedBodies(app, bounds)(scope, receive if isinstance(pieces, list) else pieces, send)
+        await LimitBodies(app, bounds)(scope, receive if isinstance(pieces, list) else pieces, send)
         return found
 
     return read()
 
 
-def refusal(bounds: BodyBounds, pieces: list[bytes], headers: dict[str, str] | None = None) -> ErrorKind:
+def refusal(bounds: BodyLimits, pieces: list[bytes], headers: dict[str, str] | None = None) -> ErrorKind:
     with pytest.raises(ServeError) as refused:
         asyncio.run(run(bounds, pieces, headers))
     return refused.value.kind
 
 
-def bounds_of(max_bytes: int, budget: int = 10**9, **options: Any) -> BodyBounds:
-    return BodyBounds(RequestLimiter(0, budget), max_bytes, **options)
+def bounds_of(max_bytes: int, budget: int = 10**9, **options: Any) -> BodyLimits:
+    return BodyLimits(RequestLimiter(0, budget), max_bytes, **options)
 
 
 @pytest.mark.parametrize("pieces", [[b"x" * 1000], [b"x"] * 1000, [b"x" * 400, b"", b"x" * 599, b"x"]])
@@ -122,7 +122,7 @@ def test_a_body_in_chunks_may_be_as_large_as_any_and_not_a_byte_larger(pieces: l
     more = [*pieces, b"y", b"z"]
     assert refusal(bounds, more) is ErrorKind.TOO_LARGE
     assert refusal(bounds, [pieces[0] + b"y" * (1001 - len(pieces[0]))]) is ErrorKind.TOO_LARGE
-    assert bounds.limiter.bytes_inside == 0 and bounds.shares.fits(("10.0.0.1", None), 1, True)
+    assert bounds.limiter.held_bytes == 0 and bounds.quota.fits(("10.0.0.1", None), 1, True)
 
 
 @pytest.mark.parametrize("length", ["1001", "9" * 30, "-1", "+5", "0x5", "1_0", ""])
@@ -144,13 +144,13 @@ def test_a_compressed_body_is_refused_by_name_and_unread(encoding: str) -> None:
         told = HTTP.post(running.url + CHAT, content=body, headers=sent)
         assert told.status_code == 415 and told.json()["error"]["code"] == "unsupported_encoding"
         assert "Content-Encoding" in told.json()["error"]["message"] and told.headers["accept-encoding"] == "identity"
-        assert app.state.limiter.bytes_inside == 0
+        assert app.state.limiter.held_bytes == 0
         assert HTTP.post(running.url + CHAT, json=chat_body(), headers={"Content-Encoding": "identity"}).status_code == 200
 
 
 def test_a_body_that_has_no_room_in_its_clients_share_waits_unread_until_there_is() -> None:
     async def story() -> None:
-        bounds = bounds_of(1000, client_bytes=1500, client_uploads=9, free_bytes=10, seconds=FOREVER)
+        bounds = bounds_of(1000, client_bytes=1500, client_uploads=9, unmetered_bytes=10, seconds=FOREVER)
         last_piece = asyncio.Event()
         reads = 0
 
@@ -168,17 +168,17 @@ def test_a_body_that_has_no_room_in_its_clients_share_waits_unread_until_there_i
         assert await of_another_key == b"z" * 900
         assert await run(bounds, [b"s" * 10], {"content-length": "10"}) == b"s" * 10  # needs no share
         assert await run(bounds, [b"m" * 50], {"content-length": "50"}) == b"m" * 50  # finds what large ones have to leave
-        assert not second.done() and bounds.limiter.bytes_inside == 450
+        assert not second.done() and bounds.limiter.held_bytes == 450
         last_piece.set()
-        assert await first == b"x" * 900 and await second == b"y" * 900 and bounds.limiter.bytes_inside == 0
+        assert await first == b"x" * 900 and await second == b"y" * 900 and bounds.limiter.held_bytes == 0
 
     asyncio.run(asyncio.wait_for(story(), 60))
 
 
 def test_a_body_for_which_no_room_is_made_in_time_is_refused() -> None:
     async def story() -> None:
-        bounds = bounds_of(1000, client_uploads=1, free_bytes=0, seconds=0.2)
-        with bounds.shares.sending(("10.0.0.1", None), 100):
+        bounds = bounds_of(1000, client_uploads=1, unmetered_bytes=0, seconds=0.2)
+        with bounds.quota.uploading(("10.0.0.1", None), 100):
             with pytest.raises(ServeError) as refused:
                 await run(bounds, [b"x" * 100], {"content-length": "100"})
         assert refused.value.kind is ErrorKind.OVERLOADED and refused.value.kind.fault.retry_after
@@ -189,14 +189,14 @@ def test_a_body_for_which_no_room_is_made_in_time_is_refused() -> None:
 
 def test_large_bodies_leave_a_quarter_of_the_budget_to_others() -> None:
     bounds = bounds_of(2 * MB, budget=4 * MB)
-    bounds.limiter.take_bytes(2 * MB)
+    bounds.limiter.reserve_bytes(2 * MB)
     assert refusal(bounds, [b"x" * MB, b"x" * (MB // 10)], {"content-length": str(MB + MB // 10)}) is ErrorKind.OVERLOADED
     assert len(asyncio.run(run(bounds, [b"x" * MB], {"content-length": str(MB)}))) == MB
-    bounds.limiter.take_bytes(2 * MB - 100 * KB)
+    bounds.limiter.reserve_bytes(2 * MB - 100 * KB)
     small = {"content-length": str(100 * KB)}
     assert len(asyncio.run(run(bounds, [b"x" * 100 * KB], small))) == 100 * KB
     assert refusal(bounds, [b"x" * 101 * KB], {"content-length": str(101 * KB)}) is ErrorKind.OVERLOADED
-    assert bounds.limiter.bytes_inside == 4 * MB - 100 * KB
+    assert bounds.limiter.held_bytes == 4 * MB - 100 * KB
 
 
 @pytest.mark.parametrize(
@@ -238,24 +238,24 @@ def send_what_is_taken(sock: socket.socket, data: bytes) -> None:
 
 def test_one_clients_stalled_bodies_leave_everybody_their_answers() -> None:
     """Eight largest ones that stop two bytes before their end: once they would have held the whole budget."""
-    size = 20 * FREE_BYTES
+    size = 20 * UNMETERED_BYTES
     app = create_worker_app(FakeEngine(), Limits(max_body_bytes=size, body_seconds=FOREVER), api_keys=("mine", "yours"))
     with RunningApp(app) as running, ExitStack() as stack:
         stalled = head_of(size, "mine") + b'{"a":"' + b"a" * (size - 8)
         for _ in range(8):
             sock = stack.enter_context(socket.create_connection(("127.0.0.1", running.port), timeout=60))
             threading.Thread(target=send_what_is_taken, args=(sock, stalled), daemon=True).start()
-        wait_until(lambda: app.state.limiter.bytes_inside >= 2 * (size - 2))
-        long = chat_body("x" * (FREE_BYTES + KB))  # needs a share, but is not large
+        wait_until(lambda: app.state.limiter.held_bytes >= 2 * (size - 2))
+        long = chat_body("x" * (UNMETERED_BYTES + KB))  # needs a share, but is not large
         for key in ("mine", "yours"):
             for body in (chat_body(), long):
                 told = HTTP.post(running.url + CHAT, json=body, headers={"Authorization": f"Bearer {key}"})
                 assert told.status_code == 200, (key, told.text[:200])
-        wait_until(lambda: app.state.limiter.bytes_inside == 2 * (size - 2))  # the other six wait unread
+        wait_until(lambda: app.state.limiter.held_bytes == 2 * (size - 2))  # the other six wait unread
         image_sized = b'{"a":"' + b"a" * (size - 8) + b'"}'  # of the largest size too
         keyed = {"Authorization": "Bearer yours", "Content-Type": "application/json"}
         assert HTTP.post(running.url + CHAT, content=image_sized, headers=keyed).status_code == 400
-    wait_until(lambda: app.state.limiter.bytes_inside == 0)
+    wait_until(lambda: app.state.limiter.held_bytes == 0)
 
 
 def test_a_stalled_body_is_ended() -> None:

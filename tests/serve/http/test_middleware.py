@@ -16,10 +16,10 @@ import pytest
 from fastapi import FastAPI
 
 from llava.serve.api.worker_app import create_worker_app
-from llava.serve.http import server as http_server
+from llava.serve.http import connections
 from llava.serve.http.errors import FieldError
 from llava.serve.http.keys import KeySet, read_secrets
-from llava.serve.http.middleware import HostNames, is_own_page
+from llava.serve.http.origins import AllowedHosts, is_own_page
 from llava.serve.http.request_limiter import RequestLimiter
 from llava.serve.http.server import INTERRUPTED, make_server, run_program, run_server
 from llava.serve.http.strict_json import MAX_JSON_ITEMS, parse_json
@@ -234,19 +234,19 @@ def test_a_body_that_grows_too_large_is_cut_off():
         app = create_worker_app(FakeEngine(), Limits(max_body_bytes=1000))
         response = call(app, "POST", path, content=endless(), headers={"content-type": "application/json"})
         assert response.status_code == 413 and response.json()["error"]["code"] == "request_too_large"
-        assert app.state.limiter.bytes_inside == app.state.limiter.inside == 0
+        assert app.state.limiter.held_bytes == app.state.limiter.in_flight == 0
 
 
 def test_all_bodies_together_are_bounded():
     limiter = RequestLimiter(10, 1000)
-    limiter.take_bytes(900)
+    limiter.reserve_bytes(900)
     with pytest.raises(ServeError) as refused:
-        limiter.take_bytes(101)
-    assert refused.value.kind is ErrorKind.OVERLOADED and limiter.bytes_inside == 900
+        limiter.reserve_bytes(101)
+    assert refused.value.kind is ErrorKind.OVERLOADED and limiter.held_bytes == 900
 
 
 def test_a_body_that_does_not_come_times_out(monkeypatch):
-    monkeypatch.setattr(http_server, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.3)
     app = create_worker_app(FakeEngine(), Limits(body_seconds=0.2))
     with RunningApp(app) as running:
         head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n" + "{"
@@ -254,11 +254,11 @@ def test_a_body_that_does_not_come_times_out(monkeypatch):
         answer = raw_exchange(running.port, head.encode())
         assert answer.startswith(b"HTTP/1.1 408") and b'"timeout"' in answer
         assert time.monotonic() - start < 30  # and the connection was closed, although the client never finished
-        wait_until(lambda: app.state.limiter.inside == 0)
+        wait_until(lambda: app.state.limiter.in_flight == 0)
 
 
 def test_headers_that_do_not_come_or_are_too_large_end_the_connection(monkeypatch):
-    monkeypatch.setattr(http_server, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.3)
     with RunningApp(create_worker_app(FakeEngine())) as running:
         start = time.monotonic()
         assert raw_exchange(running.port, b"") == b""
@@ -289,14 +289,14 @@ def test_two_requests_on_one_connection_are_both_answered():
 @pytest.mark.parametrize("path", [CHAT, WORKER])
 def test_a_full_server_says_so_before_the_body_comes(path):
     engine = FakeEngine(start_delay=60)
-    app = create_worker_app(engine, Limits(max_queue=1), places=1)
+    app = create_worker_app(engine, Limits(max_queue=1), concurrency=1)
     with RunningApp(app) as running:
         held = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(2)]
         body = json.dumps(chat_body()).encode()
         whole = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
         for sock in held:
             sock.sendall(whole)
-        wait_until(lambda: app.state.limiter.inside == 2)
+        wait_until(lambda: app.state.limiter.in_flight == 2)
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n".encode()
         with socket.create_connection(("127.0.0.1", running.port), timeout=60) as sock:
             sock.sendall(head)  # and not one byte of the body
@@ -307,20 +307,20 @@ def test_a_full_server_says_so_before_the_body_comes(path):
         assert HTTP.get(f"{running.url}/health").status_code == 200
         for sock in held:
             sock.close()
-        wait_until(lambda: app.state.limiter.inside == 0 and len(engine.cancelled) == 2)
+        wait_until(lambda: app.state.limiter.in_flight == 0 and len(engine.cancelled) == 2)
         engine.start_delay = 0
         post = HTTP.post(f"{running.url}{CHAT}", json=chat_body())
         assert post.status_code == 200
 
 
 def test_refusing_takes_less_than_50_milliseconds():
-    app = create_worker_app(FakeEngine(start_delay=60), Limits(max_queue=0), places=1)
+    app = create_worker_app(FakeEngine(start_delay=60), Limits(max_queue=0), concurrency=1)
 
     async def measure():
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
             first = asyncio.create_task(client.post(CHAT, json=chat_body()))
-            while not app.state.limiter.inside:
+            while not app.state.limiter.in_flight:
                 await asyncio.sleep(0.01)
             took = []
             for _ in range(20):
@@ -336,22 +336,22 @@ def test_refusing_takes_less_than_50_milliseconds():
 
 
 def test_choices_take_places_of_their_own():
-    app = create_worker_app(FakeEngine(), Limits(max_queue=0), places=2)
+    app = create_worker_app(FakeEngine(), Limits(max_queue=0), concurrency=2)
     assert call(app, "POST", CHAT, json=chat_body(n=2)).status_code == 200
-    with app.state.limiter.places():
+    with app.state.limiter.admit():
         full = call(app, "POST", CHAT, json=chat_body(n=2))
     assert full.status_code == 503 and full.headers["retry-after"] == "1"
-    assert app.state.limiter.inside == 0
+    assert app.state.limiter.in_flight == 0
 
 
 def test_more_choices_than_all_places_are_refused_for_good():
-    app = create_worker_app(FakeEngine(), Limits(max_queue=0), places=2)
+    app = create_worker_app(FakeEngine(), Limits(max_queue=0), concurrency=2)
     for stream in (False, True):
         refused = call(app, "POST", CHAT, json=chat_body(n=3, stream=stream))
         error = refused.json()["error"]
         assert (refused.status_code, error["code"], error["param"]) == (400, "invalid_request", "n")
         assert "n is 3" in error["message"] and "at most 2" in error["message"] and "retry-after" not in refused.headers
-    assert app.state.limiter.inside == 0
+    assert app.state.limiter.in_flight == 0
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/metrics"])
@@ -389,14 +389,14 @@ def test_a_page_is_our_own_by_its_origin(headers, is_own):
 
 def test_a_draining_gate_lets_nobody_in_but_those_inside_finish():
     limiter = RequestLimiter(5, 0)
-    with limiter.places():
+    with limiter.admit():
         limiter.start_draining()
-        with pytest.raises(ServeError) as refused, limiter.places():
+        with pytest.raises(ServeError) as refused, limiter.admit():
             pass
         assert refused.value.kind is ErrorKind.DRAINING
-        with limiter.more_places(2):
-            assert limiter.inside == 3
-    assert limiter.inside == 0
+        with limiter.admit_more(2):
+            assert limiter.in_flight == 3
+    assert limiter.in_flight == 0
     asyncio.run(asyncio.wait_for(limiter.finish(), 60))
 
 
@@ -484,7 +484,7 @@ def test_ctrl_c_before_the_server_runs_is_a_status_and_no_traceback(monkeypatch)
     ],
 )
 def test_only_names_that_nobody_else_can_point_here_are_answered(host, status):
-    app = HostNames(create_worker_app(FakeEngine()), ("mine.example",))
+    app = AllowedHosts(create_worker_app(FakeEngine()), ("mine.example",))
     assert call(app, "GET", "/health", headers={"Host": host}).status_code == status
 
 
