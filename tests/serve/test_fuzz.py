@@ -1,7 +1,7 @@
 """Requests that nobody would write: whatever comes in, no answer is a 500, and the server goes on.
 
 The engine is made up, the HTTP side is real. Schemathesis generates from the OpenAPI documents of the worker and of the controller; they
-describe neither headers nor queries, so Hypothesis adds those. The random bodies are valid ones with something broken, broken pictures,
+describe neither headers nor queries, so Hypothesis adds those. The random bodies are valid ones with something broken, broken images,
 random JSON and noise.
 """
 
@@ -137,7 +137,7 @@ def break_value(value: Any, dice: random.Random) -> Any:
 
 
 def break_file(data: bytes, dice: random.Random) -> bytes:
-    """A picture file with bytes changed, cut off or added."""
+    """An image file with bytes changed, cut off or added."""
     broken = bytearray(data)
     for _ in range(dice.randrange(1, 6)):
         broken[dice.randrange(len(broken))] = dice.randrange(256)
@@ -145,7 +145,7 @@ def break_file(data: bytes, dice: random.Random) -> bytes:
 
 
 def picture_body(path: str, file: bytes) -> bytes:
-    """A request about one picture."""
+    """A request about one image."""
     text = base64.b64encode(file).decode()
     body = chat_body("q", (data_url(text),)) if path == CHAT else worker_body("<image> q", images=[text])
     return json.dumps(body).encode()
@@ -355,7 +355,7 @@ def test_headers_reach_the_app_as_the_servers_parser_leaves_them() -> None:
     assert acceptable_headers([(b"Transfer-Encoding", b"gzip")]) == [(b"host", b"127.0.0.1")]
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # about the broken pictures
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # about the broken images
 
 
 @pytest.mark.slow

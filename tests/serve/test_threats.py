@@ -37,7 +37,7 @@ from starlette.routing import Route
 
 from llava import fetch as fetching
 from llava.serve import gradio_web_server
-from llava.serve.api import image_loader as pictures_page
+from llava.serve.api import image_loader
 from llava.serve.api.image_loader import ImageLoader
 from llava.serve.api.worker_app import create_worker_app
 from llava.serve.cluster.controller_app import create_controller_app
@@ -48,7 +48,7 @@ from llava.serve.page import uploads
 from llava.serve.page.app import PageOptions, create_page_app
 from llava.serve.page.guard import PageGuard
 from llava.serve.protocol import Limits
-from tests.serve.api.test_worker_app import BAD_PICTURES, told_of
+from tests.serve.api.test_worker_app import BAD_IMAGES, told_of
 from tests.serve.bodies import CHAT, WORKER, chat_body, data_url, picture, worker_body
 from tests.serve.cluster.test_controller_app import FOREIGN, MALFORMED, STATUS, RecordingConnector, no_names, settings
 from tests.serve.fake_engine import FakeEngine
@@ -69,21 +69,21 @@ ATTACKS: dict[str, tuple[str, ...]] = {
         "serve/cluster/test_controller_app.py::test_the_checked_address_is_what_is_connected_to_and_the_name_is_resolved_once",
         "serve/cluster/test_controller_app.py::test_a_worker_that_redirects_is_not_followed",
     ),
-    "CVE-2025-6242, CVE-2026-24779, CVE-2026-33626, CVE-2026-0599: server-side requests through addresses of pictures": (
-        "serve/test_threats.py::test_addresses_of_pictures_are_not_followed_unless_the_operator_says_so",
-        "serve/test_threats.py::test_followed_addresses_of_pictures_stay_on_the_public_internet",
+    "CVE-2025-6242, CVE-2026-24779, CVE-2026-33626, CVE-2026-0599: server-side requests through addresses of images": (
+        "serve/test_threats.py::test_addresses_of_images_are_not_followed_unless_the_operator_says_so",
+        "serve/test_threats.py::test_followed_addresses_of_images_stay_on_the_public_internet",
         "serve/api/test_worker_app.py::test_text_is_never_searched_for_addresses",
         "serve/api/test_worker_app.py::test_each_redirect_passes_the_same_door",
         "test_images.py::test_a_dripping_server_is_left_at_the_deadline",
         "test_images.py::test_bad_answers_are_refused",
     ),
     "CVE-2026-22778: a decoder's words tell addresses": (
-        "serve/test_threats.py::test_every_broken_picture_gets_the_same_words",
+        "serve/test_threats.py::test_every_broken_image_gets_the_same_words",
         "serve/http/test_middleware.py::test_nothing_about_an_inner_failure_leaves_the_log",
     ),
-    "CVE-2026-22773, GHSA-8jr5-v98p-w75m: odd pictures": (
+    "CVE-2026-22773, GHSA-8jr5-v98p-w75m: odd images": (
         "serve/test_faults.py::test_broken_and_odd_pictures_in_a_crowd_cost_nobody_an_answer",
-        "serve/api/test_worker_app.py::test_odd_pictures_are_read",
+        "serve/api/test_worker_app.py::test_odd_images_are_read",
         "test_images.py::test_exif_orientation_is_applied",
     ),
     "decompression bombs": (
@@ -335,7 +335,7 @@ PRIVATE = (
 )  # fmt: skip
 
 
-def test_addresses_of_pictures_are_not_followed_unless_the_operator_says_so(serve: Any) -> None:
+def test_addresses_of_images_are_not_followed_unless_the_operator_says_so(serve: Any) -> None:
     fetched: list[str] = []
     limits = Limits()
     loader = ImageLoader(limits, FakeEngine().prepare_image, fetch_bytes=lambda url, _: fetched.append(url) or b"")  # type: ignore
@@ -347,7 +347,7 @@ def test_addresses_of_pictures_are_not_followed_unless_the_operator_says_so(serv
     assert fetched == [] and served.engine.requests == []
 
 
-def test_followed_addresses_of_pictures_stay_on_the_public_internet(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_followed_addresses_of_images_stay_on_the_public_internet(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"inside.example": ["10.0.0.5"], "both.example": ["93.184.216.34", "127.0.0.1"], "public.example": ["93.184.216.34"]}
     resolved, connected = [], []
 
@@ -363,7 +363,7 @@ def test_followed_addresses_of_pictures_stay_on_the_public_internet(serve: Any, 
     def fetch(url: str, resolver: Any) -> bytes:
         return fetching.fetch(url, max_bytes=1000, timeout=SECONDS, resolve=resolver, connect=connect)
 
-    monkeypatch.setattr(pictures_page, "resolve_host", resolve)
+    monkeypatch.setattr(image_loader, "resolve_host", resolve)
     limits = Limits(allow_remote_images=True)
     served = serve(limits=limits, image_loader=ImageLoader(limits, FakeEngine().prepare_image, fetch_bytes=fetch))
     for url in PRIVATE:
@@ -374,11 +374,11 @@ def test_followed_addresses_of_pictures_stay_on_the_public_internet(serve: Any, 
     assert connected == ["93.184.216.34"] and resolved == ["public.example"]  # once
 
 
-# ---- pictures ----------------------------------------------------------------------------------------------------------------
+# ---- images ----------------------------------------------------------------------------------------------------------------
 
 
-def test_every_broken_picture_gets_the_same_words(worker: Served) -> None:
-    for name, url in BAD_PICTURES.items():
+def test_every_broken_image_gets_the_same_words(worker: Served) -> None:
+    for name, url in BAD_IMAGES.items():
         error = worker.ask("q", (url,)).json()["error"]
         assert error.pop("request_id") and error == {
             "message": told_of(url), "type": "invalid_request_error", "code": "invalid_image",
@@ -402,13 +402,13 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(size: tuple[int, int], bits: int, chunks: bytes) -> bytes:
-    """A grey picture's file."""
+    """A grey image's file."""
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunks + png_chunk(b"IEND", b"")
 
 
 def black_square(side: int) -> bytes:
-    """A picture of one bit per pixel, in a file of some kilobytes."""
+    """An image of one bit per pixel, in a file of some kilobytes."""
     rows = zlib.compress(b"\0" * (side * (1 + (side + 7) // 8)), 9)
     return png((side, side), 1, png_chunk(b"IDAT", rows))
 
@@ -427,7 +427,7 @@ def test_bombs_are_refused_by_their_headers(worker: Served) -> None:
     growth_while_asking_about(worker, base64.b64decode(picture()), (200, None))  # what is loaded for a first picture
     for file in bombs():
         assert growth_while_asking_about(worker, file, (400, "invalid_image")) < 60_000_000, file[:20]
-    assert growth_while_asking_about(worker, black_square(6000), (200, None)) > 100_000_000  # what a large picture takes is seen
+    assert growth_while_asking_about(worker, black_square(6000), (200, None)) > 100_000_000  # what a large image takes is seen
 
 
 # ---- what a request may hold -------------------------------------------------------------------------------------------------
@@ -559,7 +559,7 @@ def test_no_spelling_of_a_path_gets_around_the_key(serve: Any) -> None:
     assert served.raw(request_head("/%68ealth", "Connection: close", method="GET")).startswith(b"HTTP/1.1 200")  # the open path itself
 
 
-def test_keys_pictures_and_questions_stay_out_of_the_log_and_nobody_writes_a_line_of_it(
+def test_keys_images_and_questions_stay_out_of_the_log_and_nobody_writes_a_line_of_it(
     serve: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     served = serve(FakeEngine(), api_keys=("the-secret-key",))

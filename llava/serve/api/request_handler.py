@@ -69,7 +69,7 @@ class RequestHandler:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a request sent now would be worked on."""
+        """Whether a request sent now would run."""
         return self.engine.ready and not self.limiter.draining
 
     def status(self) -> dict[str, Any]:

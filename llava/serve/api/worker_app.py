@@ -94,7 +94,7 @@ def create_worker_app(
             await heartbeats
         with suppress(asyncio.TimeoutError):  # the server has waited for running answers, by its own `drain_seconds`
             await asyncio.wait_for(engine.drain(), LEFTOVER_SECONDS)
-        image_loader.close()
+        handler.image_loader.close()
         await engine.close()
 
     app = FastAPI(
@@ -116,6 +116,7 @@ def create_worker_app(
         api_keys=api_keys,
         allowed_origins=allowed_origins,
         generating_paths=tuple(BODY_SCHEMAS),
+        open_paths=("/health",),
         open_prefixes=open_prefixes,
         on_error=metrics.failed,
         error_bodies=LLAVA_ERROR_BODIES,

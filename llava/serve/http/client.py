@@ -1,7 +1,7 @@
-"""Calls from one server to another: to addresses already checked, without redirects, with a cap on size and on silence.
+"""Calls from one server to another: to addresses already checked, without redirects, with limits on size and time.
 
-What the other side sends is not believed: a body may be endless, never come, break off or be compressed to a bomb. A call that fails
-says how far it got, because that decides whether another server may be asked instead.
+The other side is not trusted: a body may be endless, never arrive, break off or be a compression bomb. A failed call says whether the
+request was sent, because that decides whether it may be sent to another server.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from llava.serve.http.sse import server_sent_events
 from llava.serve.http.watchdog import Watchdog
 
 MAX_FRAME_BYTES = 4_000_000
-"""Largest event or frame of a stream."""
+"""Maximum size of an event or a frame of a stream."""
 
 
 class Unreachable(Exception):
-    """No connection came about, so the request was not begun."""
+    """No connection was made, so the request was not sent."""
 
 
 class BrokenResponse(Exception):
-    """The other side ended early, fell silent, sent too much or something that HTTP does not know."""
+    """The other side ended early, timed out, sent too much or violated HTTP."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Timeouts:
 
 
 class Reply:
-    """The head of an answer, and its body as it comes."""
+    """The headers of a response, and its body as it arrives."""
 
     def __init__(self, response: httpx.Response, timeouts: Timeouts, max_bytes: int, ends_at: float) -> None:
         self.status = response.status_code
@@ -61,7 +61,7 @@ class Reply:
             BrokenResponse: it ended early, was too slow, too long or compressed.
         """
         if self._response.headers.get("content-encoding", "identity").lower() != "identity":
-            raise BrokenResponse("the body is compressed although that was not asked for")
+            raise BrokenResponse("the body is compressed although that was not requested")
         parts = self._response.aiter_raw()
         seen = 0
         with Watchdog() as watchdog:
@@ -70,7 +70,7 @@ class Reply:
                 try:
                     chunk = await watchdog.wait(anext(parts, b""), seconds)
                 except TimeoutError as error:
-                    raise BrokenResponse(f"nothing came for {seconds:.0f} seconds") from error
+                    raise BrokenResponse(f"no data for {seconds:.0f} seconds") from error
                 except (httpx.HTTPError, httpx.StreamError, ssl.SSLError, OSError) as error:
                     raise BrokenResponse(f"the body broke off: {type(error).__name__}") from error
                 if not chunk:
@@ -97,7 +97,7 @@ class Reply:
             raise BrokenResponse("the body is not JSON") from error
 
     async def frames(self, delimiter: bytes) -> AsyncIterator[bytes]:
-        """The body cut at a delimiter; what follows the last one is given too, unless it is empty.
+        """The body, split at a delimiter; what follows the last one too, unless it is empty.
 
         Raises:
             BrokenResponse: as `chunks`, or a frame is too long.
@@ -127,7 +127,7 @@ class Reply:
 
 @functools.cache
 def _certificates() -> ssl.SSLContext:
-    """Whom TLS trusts; reading the list takes longer than many a call."""
+    """The trusted certificates; loading them takes longer than many a call."""
     return httpx.create_ssl_context(trust_env=False)
 
 
@@ -135,9 +135,8 @@ class BoundedClient:
     """Calls other servers over one pool of connections.
 
     Args:
-        transport: what carries the requests; the network unless another is given. Environment's proxies are not used: another machine would
-            do the resolving.
-        max_connections: at most so many at once.
+        transport: the network by default. Proxies from the environment are not used: another machine would resolve the names.
+        max_connections: at once.
     """
 
     def __init__(self, transport: httpx.AsyncBaseTransport | None = None, max_connections: int = 1024) -> None:
@@ -163,22 +162,22 @@ class BoundedClient:
         content: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[Reply]:
-        """Send a request and give the head of the answer; leaving the block closes the connection unless the body was read to its end.
+        """Send a request and yield its response; leaving the block closes the connection unless the body was read to its end.
 
         Raises:
-            Unreachable: no address of the target takes connections. BrokenResponse: the head did not come, or is a redirect.
+            Unreachable: no address of the target accepts connections. BrokenResponse: no response headers, or a redirect.
         """
         ends_at = anyio.current_time() + timeouts.total
-        response = await self._first_answer(method, target, path, timeouts, content, headers or {})
+        response = await self._first_response(method, target, path, timeouts, content, headers or {})
         try:
             if 300 <= response.status_code < 400:
                 raise BrokenResponse(f"it answered with a redirect ({response.status_code}), which is not followed")
             yield Reply(response, timeouts, max_bytes, ends_at)
         finally:
-            with anyio.move_on_after(2, shield=True):  # the caller may be cancelled already; the connection still has to go
+            with anyio.move_on_after(2, shield=True):  # the caller may be cancelled already; the connection still has to be closed
                 await response.aclose()
 
-    async def _first_answer(
+    async def _first_response(
         self, method: str, target: Endpoint, path: str, timeouts: Timeouts, content: bytes | None, headers: Mapping[str, str]
     ) -> httpx.Response:
         problem: Exception | None = None
@@ -188,7 +187,7 @@ class BoundedClient:
                 target.base(address) + path,
                 content=content,
                 headers={**headers, "Host": target.url.authority, "Accept-Encoding": "identity"},
-                # httpx's own clocks run per read; the scope below covers the whole head
+                # httpx's read timeout is per read; the scope below covers all headers
                 timeout=httpx.Timeout(None, connect=timeouts.connect, pool=timeouts.connect, write=timeouts.read),
                 extensions={"sni_hostname": target.url.host},
             )
@@ -198,9 +197,9 @@ class BoundedClient:
             except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
                 problem = error
             except TimeoutError as error:
-                raise BrokenResponse(f"no answer began within {timeouts.headers:.0f} seconds") from error
+                raise BrokenResponse(f"no response within {timeouts.headers:.0f} seconds") from error
             except (httpx.HTTPError, ssl.SSLError, OSError) as error:
-                raise BrokenResponse(f"it broke off before its answer: {type(error).__name__}") from error
+                raise BrokenResponse(f"the connection broke before the response: {type(error).__name__}") from error
         raise Unreachable("no connection to any of its addresses") from problem
 
 

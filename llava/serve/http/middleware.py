@@ -82,7 +82,7 @@ class RequestIds:
         request_id = given if given is not None and _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {}).update(request_id=request_id, error_body=self.error_bodies.get(scope["path"], error_body))
         status, start = 0, time.perf_counter()
-        extra = [(b"x-request-id", request_id.encode()), *_SAFETY_HEADERS, *(_CLOSING if _is_framed_twice(scope) else ())]
+        extra = [(b"x-request-id", request_id.encode()), *_SECURITY_HEADERS, *(_CLOSING if _is_framed_twice(scope) else ())]
 
         async def named(message: Message) -> None:
             nonlocal status
@@ -153,9 +153,7 @@ def _is_framed_twice(scope: Scope) -> bool:
 
 
 _CLOSING = ((b"connection", b"close"),)
-_SAFETY_HEADERS = ((b"x-content-type-options", b"nosniff"),)
-
-
+_SECURITY_HEADERS = ((b"x-content-type-options", b"nosniff"),)
 _FOREIGN_ORIGIN = (
     "Web pages of other sites may not call this server without an API key; the operator sets one, or adds the site with "
     "--allowed-origins."
@@ -177,7 +175,7 @@ class RequireApiKey:
         app: ASGIApp,
         keys: KeySet,
         origins: Collection[str] = (),
-        open_paths: Sequence[str] = ("/health",),
+        open_paths: Sequence[str] = (),
         open_prefixes: Sequence[str] = (),
     ) -> None:
         self.app, self.keys, self.origins = app, keys, frozenset(origins)
@@ -240,7 +238,7 @@ def guard_app(
     allowed_origins: Sequence[str] = (),
     generating_paths: Sequence[str] = (),
     small_paths: Sequence[str] = (),
-    open_paths: Sequence[str] = ("/health",),
+    open_paths: Sequence[str] = (),
     open_prefixes: Sequence[str] = (),
     on_error: Callable[[ErrorKind], None] = lambda kind: None,
     error_bodies: Mapping[str, ErrorFormat] | None = None,
@@ -249,7 +247,7 @@ def guard_app(
 
     Args:
         allowed_origins: of web sites whose pages may read responses, see `flag_checks.check_origins`.
-        on_error, error_bodies: see `RequestIds`.
+        open_paths, open_prefixes: see `RequireApiKey`. on_error, error_bodies: see `RequestIds`.
         generating_paths: count as in flight. small_paths: open paths whose bodies are small and have a budget of their own.
     """
     app.state.limiter, app.state.drain = limiter, limiter.finish

@@ -38,7 +38,7 @@ def test_a_plain_question_is_greedy_and_lets_the_model_choose():
     assert (call.n, call.stream, call.include_usage, call.sources) == (1, False, False, ())
 
 
-def test_parts_become_text_with_a_placeholder_where_each_picture_stands():
+def test_parts_become_text_with_a_placeholder_where_each_image_stands():
     body = chat_body("first?", ("data:a", "data:b"))
     body["messages"][0]["content"].append({"type": "image_url", "image_url": {"url": "data:c", "detail": "auto"}})
     body["messages"] += [{"role": "assistant", "content": "no"}, {"role": "user", "content": "why"}]
@@ -376,7 +376,7 @@ def ask(client, text="what is this", urls=(), **fields):
     return client.chat.completions.create(model="fake", messages=body["messages"], **fields)
 
 
-def test_the_sdk_asks_about_a_picture(client):
+def test_the_sdk_asks_about_an_image(client):
     answer = ask(client, "what is this", (data_url(picture()),), extra_body={"granularity": 36, "max_visual_tokens": 64})
     assert answer.choices[0].message.content == "<image> what is this [30x20]"
     assert answer.choices[0].finish_reason == "stop"

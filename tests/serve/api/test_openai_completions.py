@@ -61,7 +61,7 @@ def test_images_stand_at_their_places():
         ({"prompt": ["<image>", "b"], "images": ["AAAA"]}, "images", "by itself"),
         ({"prompt": "<image>"}, "images", "make them agree"),
         ({"images": ["AAAA"]}, "images", "make them agree"),
-        ({"prompt": "<image>" * 9, "images": ["A"] * 9}, "images", "9 pictures"),
+        ({"prompt": "<image>" * 9, "images": ["A"] * 9}, "images", "9 images"),
         ({"logprobs": 21}, "logprobs", "expected at most 20"),
         ({"logprobs": True}, "logprobs", "valid integer"),
         ({"max_tokens": 601}, "max_tokens", "expected at most 600"),

@@ -1,4 +1,4 @@
-"""A whole worker over a made-up engine: both protocols, pictures, faults, clients that leave, registration, and its end."""
+"""A whole worker over a made-up engine: both protocols, images, faults, clients that leave, registration, and its end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from PIL import Image
 from llava import fetch as fetching
 from llava import images as images_page
 from llava.fetch import AddressError, FetchError, TooLargeError
-from llava.serve.api import image_loader as pictures_page
+from llava.serve.api import image_loader
 from llava.serve.api.image_loader import (
     FETCH_ERROR_TEXTS,
     NO_IMAGE_THERE,
@@ -194,7 +194,7 @@ def test_status_and_readiness():
     assert call(app, "POST", CHAT, json=chat_body()).status_code == 503
 
 
-# pictures
+# images
 
 
 def encoded(image: Image.Image, file_format: str, **options) -> str:
@@ -203,7 +203,7 @@ def encoded(image: Image.Image, file_format: str, **options) -> str:
     return data_url(base64.b64encode(buffer.getvalue()).decode())
 
 
-def odd_pictures():
+def odd_images():
     exif = Image.Exif()
     exif[274] = 6  # turn by a quarter
     frames = [Image.new("RGB", (9, 7), colour) for colour in ("red", "blue")]
@@ -220,9 +220,9 @@ def odd_pictures():
     }
 
 
-@pytest.mark.parametrize("name", sorted(odd_pictures()))
-def test_odd_pictures_are_read(name):
-    url, size = odd_pictures()[name]
+@pytest.mark.parametrize("name", sorted(odd_images()))
+def test_odd_images_are_read(name):
+    url, size = odd_images()[name]
     response = ask(FakeEngine(), "q", (url,))
     assert response.json()["choices"][0]["message"]["content"].endswith(f"[{size}]")
 
@@ -234,10 +234,10 @@ def png_header(width: int, height: int) -> str:
     return data_url(base64.b64encode(b"\x89PNG\r\n\x1a\n" + chunk + b"\0" * 200).decode())
 
 
-BAD_PICTURES = {
+BAD_IMAGES = {
     "no bytes": "data:image/png;base64,",
     "no base64": "data:image/png;base64,!!!!",
-    "no picture": "data:image/png;base64,AAAA",
+    "no image": "data:image/png;base64,AAAA",
     "text": "data:text/plain;base64,AAAA",
     "plain": "data:image/png,AAAA",
     "bomb": png_header(60_000, 60_000),
@@ -260,18 +260,18 @@ BAD_PICTURES = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(BAD_PICTURES))
-def test_bad_pictures_have_one_constant_answer(name, no_connections):
+@pytest.mark.parametrize("name", sorted(BAD_IMAGES))
+def test_bad_images_have_one_constant_answer(name, no_connections):
     engine = FakeEngine()
-    response = ask(engine, "q", (BAD_PICTURES[name],))
+    response = ask(engine, "q", (BAD_IMAGES[name],))
     assert response.status_code == 400 and response.json()["error"]["code"] == "invalid_image"
-    assert response.json()["error"]["message"] == told_of(BAD_PICTURES[name])
+    assert response.json()["error"]["message"] == told_of(BAD_IMAGES[name])
     assert response.json()["error"]["param"] == "messages[0].content[0].image_url.url"
     assert engine.requests == [] and no_connections == []
 
 
 def told_of(url: str) -> str:
-    """The sentence about a picture that cannot be used: it depends on what kind of address that has, and on nothing else."""
+    """The sentence about an image that cannot be used: it depends on what kind of address that has, and on nothing else."""
     if url.startswith(("http://", "https://")):
         return NOT_FETCHED
     return ErrorKind.INVALID_IMAGE.fault.text if url.startswith("data:") else NOT_READ
@@ -329,7 +329,7 @@ class Network:
         self.resolved: list[str] = []
         self.connected: list[str] = []
         self.far_ends: list[socket.socket] = []
-        monkeypatch.setattr(pictures_page, "resolve_host", self.resolve)
+        monkeypatch.setattr(image_loader, "resolve_host", self.resolve)
 
     def resolve(self, host: str, port: int) -> list[str]:
         self.resolved.append(host)
@@ -362,7 +362,7 @@ def redirect(to: str) -> bytes:
     return f"HTTP/1.1 302 Found\r\nLocation: {to}\r\nContent-Length: 0\r\n\r\n".encode()
 
 
-def test_a_remote_picture_comes_from_the_address_that_was_checked(monkeypatch, no_connections):
+def test_a_remote_image_comes_from_the_address_that_was_checked(monkeypatch, no_connections):
     network = Network(monkeypatch, {"pictures.example": ["93.184.216.34"]}, {"93.184.216.34": http_answer(base64.b64decode(picture()))})
     assert network.ask("http://pictures.example/a.png").json()["choices"][0]["message"]["content"].endswith("[30x20]")
     assert network.resolved == ["pictures.example"] and network.connected == ["93.184.216.34"] and no_connections == []
@@ -376,7 +376,7 @@ def test_a_remote_picture_comes_from_the_address_that_was_checked(monkeypatch, n
         "http://user@inside.example/x", "http://pictures.example\\@127.0.0.1/x", "http://pictures.example:0/", "http://nobody.example/x",
     ],
 )  # fmt: skip
-def test_remote_pictures_from_private_addresses_are_refused(monkeypatch, no_connections, url):
+def test_remote_images_from_private_addresses_are_refused(monkeypatch, no_connections, url):
     names = {"inside.example": ["10.0.0.5"], "both.example": ["93.184.216.34", "127.0.0.1"], "pictures.example": ["93.184.216.34"]}
     network = Network(monkeypatch, names, {})
     response = network.ask(url)
