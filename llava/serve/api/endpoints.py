@@ -1,4 +1,4 @@
-"""The endpoints whose bodies name a model: what each takes, how it is read, and how its answer is written; for worker and controller."""
+"""The table of endpoints whose bodies name a model: schema, parser, and writer of the answer; for workers and controllers."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ BODY_SCHEMAS: Mapping[str, type[BaseModel]] = {
     TOKENIZE_PATH: TokenizeRequest,
     DETOKENIZE_PATH: DetokenizeRequest,
 }
-"""Path to schema. A request to any of these takes a place."""
+"""Path to schema. A request to any of these counts as in flight."""
 BODY_READERS: Mapping[str, Callable[[Any, ModelCard, Limits], object]] = {
     **{path: endpoint.read for path, endpoint in GENERATING_ENDPOINTS.items()},
     TOKENIZE_PATH: read_tokenize,
     DETOKENIZE_PATH: read_detokenize,
 }
-"""Path to what reads a body, and says what is wrong with it."""
+"""Path to the parser of its body, which raises what is wrong with it."""

@@ -45,7 +45,7 @@ class WorkerRequest(RoutingFields):
 
 
 def read_worker_request(value: Any, card: ModelCard, limits: Limits) -> ParsedRequest:
-    """Read the JSON values of a worker request.
+    """Parse the JSON values of a worker request.
 
     Raises:
         FieldError: what cannot be done, and in which field.

@@ -19,7 +19,7 @@ from llava.serve.api.compat_fields import CHAT_FIELDS, IMAGE_FIELDS, IMAGE_URL_F
 from llava.serve.api.parsed_request import FullAnswer, ImageSource, ParsedRequest
 from llava.serve.api.request_fields import AnswerFields, check_model, read_count, read_include_usage
 from llava.serve.api.routing_fields import DETAIL_DESCRIPTION, DETAILS, ImageDetail, read_routing
-from llava.serve.api.sampling_fields import longest_answer, read_sampling
+from llava.serve.api.sampling_fields import check_at_most, longest_answer, read_sampling
 from llava.serve.api.turns import ChatTurn, read_turns
 from llava.serve.api.validation import validate
 from llava.serve.http.errors import FieldError, error_fields
@@ -100,10 +100,10 @@ class TextCompletion(ChatCompletion):
 
 
 def read_chat(value: Any, card: ModelCard, limits: Limits) -> ParsedRequest:
-    """Read the JSON values of a chat request.
+    """Parse the JSON values of a chat request.
 
     Args:
-        card: the model that is asked. limits: what one request may hold.
+        card: of the served model. limits: of one request.
 
     Raises:
         FieldError: what cannot be done, and in which field.
@@ -127,9 +127,9 @@ def read_messages(
     messages: Sequence[ChatMessage], card: ModelCard, limits: Limits
 ) -> tuple[tuple[Message, ...], tuple[ImageSource, ...]]:
     """The messages of a chat, see `read_turns`."""
-    places = [f"messages[{index}].content" for index in range(len(messages))]
-    spoken = [ChatTurn(message.role, _parts(message.content, param), param) for message, param in zip(messages, places, strict=True)]
-    return read_turns(spoken, card, limits, "messages")
+    params = [f"messages[{index}].content" for index in range(len(messages))]
+    turns = [ChatTurn(message.role, _parts(message.content, param), param) for message, param in zip(messages, params, strict=True)]
+    return read_turns(turns, card, limits, "messages")
 
 
 def _parts(content: str | list[ContentPart] | None, param: str) -> list[str | ImageSource]:
@@ -147,9 +147,8 @@ def _read_sampling(request: ChatRequest, limits: Limits) -> Sampling:
     if request.max_tokens is not None and request.max_completion_tokens not in (None, request.max_tokens):
         raise FieldError("max_tokens and max_completion_tokens differ, but mean the same; give one.", "max_tokens")
     if request.top_logprobs and not request.logprobs:
-        raise FieldError("top_logprobs is there, but logprobs is not true; set both or neither.", "top_logprobs")
-    if (request.top_logprobs or 0) > limits.max_logprobs:
-        raise FieldError(f"top_logprobs is {request.top_logprobs}, expected at most {limits.max_logprobs}.", "top_logprobs")
+        raise FieldError("top_logprobs is set, but logprobs is not true; set both or neither.", "top_logprobs")
+    check_at_most(request.top_logprobs, limits.max_logprobs, "top_logprobs")
     asked = request.max_tokens or request.max_completion_tokens
     longest = longest_answer(asked, limits, "max_tokens" if request.max_tokens else "max_completion_tokens")
     return read_sampling(request, limits, longest, (request.top_logprobs or 0) if request.logprobs else None)

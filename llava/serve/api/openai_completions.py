@@ -15,7 +15,7 @@ from llava.serve.api.openai_chat import ChatWriter
 from llava.serve.api.parsed_request import ImageSource, ParsedRequest
 from llava.serve.api.request_fields import AnswerFields, check_model, read_count, read_include_usage
 from llava.serve.api.routing_fields import read_routing
-from llava.serve.api.sampling_fields import longest_answer, read_sampling
+from llava.serve.api.sampling_fields import check_at_most, longest_answer, read_sampling
 from llava.serve.api.turns import check_images, check_prompt_length
 from llava.serve.api.validation import validate
 from llava.serve.http.errors import FieldError, field_path
@@ -41,7 +41,7 @@ class CompletionRequest(AnswerFields):
 
 
 def read_completion(value: Any, card: ModelCard, limits: Limits) -> ParsedRequest:
-    """Read the JSON values of a completion request.
+    """Parse the JSON values of a completion request.
 
     Raises:
         FieldError: what cannot be done, and in which field.
@@ -53,8 +53,7 @@ def read_completion(value: Any, card: ModelCard, limits: Limits) -> ParsedReques
     n = read_count(request.n, limits)
     if n * len(prompts) > limits.max_n:
         raise FieldError(f"There are {len(prompts)} prompts with {n} answers each, expected at most {limits.max_n} answers.", "prompt")
-    if (request.logprobs or 0) > limits.max_logprobs:
-        raise FieldError(f"logprobs is {request.logprobs}, expected at most {limits.max_logprobs}.", "logprobs")
+    check_at_most(request.logprobs, limits.max_logprobs, "logprobs")
     longest = longest_answer(request.max_tokens, limits, "max_tokens", NEW_TOKENS)
     return ParsedRequest(
         prompts=prompts,

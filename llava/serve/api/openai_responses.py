@@ -22,10 +22,10 @@ from llava.serve.api.guide_fields import FormatType, JsonSchema, guide_of_format
 from llava.serve.api.parsed_request import FullAnswer, ImageSource, ParsedRequest
 from llava.serve.api.request_fields import ClientFields, check_model
 from llava.serve.api.routing_fields import DETAIL_DESCRIPTION, DETAILS, ImageDetail, RoutingFields, read_routing
-from llava.serve.api.sampling_fields import SamplingFields, longest_answer, read_sampling
+from llava.serve.api.sampling_fields import SamplingFields, check_at_most, longest_answer, read_sampling
 from llava.serve.api.turns import ChatTurn, read_turns
 from llava.serve.api.validation import validate
-from llava.serve.http.errors import FieldError, error_fields
+from llava.serve.http.errors import error_fields
 from llava.serve.http.json_response import compact_json
 from llava.serve.protocol import Finished, Guide, Limits, ModelCard, ServeError, Started, TokenScore
 
@@ -113,7 +113,7 @@ class ResponseRequest(SamplingFields, RoutingFields, ClientFields):
 
 
 def read_response(value: Any, card: ModelCard, limits: Limits) -> ParsedRequest:
-    """Read the JSON values of a request to the Responses API.
+    """Parse the JSON values of a request to the Responses API.
 
     Raises:
         FieldError: what cannot be done, and in which field.
@@ -170,8 +170,7 @@ def _repeated_text(text: TextFields | None) -> dict[str, Any]:
 
 def _read_logprobs(request: ResponseRequest, limits: Limits) -> int | None:
     """How many alternatives to report per token; `None` where no log probabilities are requested."""
-    if (request.top_logprobs or 0) > limits.max_logprobs:
-        raise FieldError(f"top_logprobs is {request.top_logprobs}, expected at most {limits.max_logprobs}.", "top_logprobs")
+    check_at_most(request.top_logprobs, limits.max_logprobs, "top_logprobs")
     wanted = "message.output_text.logprobs" in (request.include or ()) or bool(request.top_logprobs)
     return (request.top_logprobs or 0) if wanted else None
 

@@ -7,7 +7,7 @@ from pydantic import Field
 from llava.serve.api.body_models import StrictModel
 from llava.serve.api.compat_fields import STREAM_OPTIONS_FIELDS, with_compat_fields
 from llava.serve.api.routing_fields import RoutingFields
-from llava.serve.api.sampling_fields import SamplingFields
+from llava.serve.api.sampling_fields import SamplingFields, check_at_most
 from llava.serve.http.errors import FieldError
 from llava.serve.protocol import ErrorKind, Limits, ModelCard
 
@@ -20,7 +20,7 @@ class StreamOptions(StrictModel):
 
 
 class ClientFields(StrictModel):
-    """For the client's own records; nothing of an answer depends on them."""
+    """For the client's own records; they do not affect the answer."""
 
     user: str | None = Field(None, max_length=256, description="Written to the log beside the request's id.")
     metadata: dict[str, str] | None = None
@@ -40,16 +40,15 @@ class AnswerFields(SamplingFields, RoutingFields, ClientFields):
 
 
 def read_count(n: int | None, limits: Limits) -> int:
-    """How many answers are wanted."""
-    if (n or 1) > limits.max_n:
-        raise FieldError(f"n is {n}, expected at most {limits.max_n}.", "n")
+    """The number of answers to each prompt."""
+    check_at_most(n, limits.max_n, "n")
     return n or 1
 
 
 def read_include_usage(fields: AnswerFields) -> bool:
     """Whether a stream ends with a chunk about usage."""
     if fields.stream_options is not None and not fields.stream:
-        raise FieldError("stream_options is there, but stream is not true; set both or neither.", "stream_options")
+        raise FieldError("stream_options is set, but stream is not true; set both or neither.", "stream_options")
     return bool(fields.stream_options and fields.stream_options.include_usage)
 
 

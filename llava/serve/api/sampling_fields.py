@@ -93,9 +93,14 @@ def longest_answer(count: int | None, limits: Limits, param: str, default: int =
     """
     if count is None:
         return min(default, limits.max_new_tokens)
-    if count > limits.max_new_tokens:
-        raise FieldError(AT_MOST.format(param=param, number=count, most=limits.max_new_tokens), param)
+    check_at_most(count, limits.max_new_tokens, param)
     return count
+
+
+def check_at_most(count: int | None, most: int, param: str) -> None:
+    """Refuse a number above the server's limit."""
+    if count is not None and count > most:
+        raise FieldError(AT_MOST.format(param=param, number=count, most=most), param)
 
 
 def read_stop(stop: str | Sequence[str] | None, limits: Limits) -> tuple[str, ...]:

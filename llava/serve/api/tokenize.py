@@ -55,7 +55,7 @@ class Tokens(BaseModel):
 
 
 def read_tokenize(value: Any, card: ModelCard, limits: Limits) -> tuple[ParsedRequest, TokenizeRequest]:
-    """Read the JSON values of a request for tokens.
+    """Parse the JSON values of a request for tokens.
 
     Returns:
         The parsed request whose prompt is to be tokenized, and the body itself.
@@ -94,7 +94,7 @@ def token_fields(found: PromptTokens, card: ModelCard, with_texts: bool) -> dict
 
 
 def read_detokenize(value: Any, card: ModelCard, limits: Limits) -> list[int]:
-    """Read the JSON values of a request for text: the ids.
+    """Parse the JSON values of a request for text: the ids.
 
     Raises:
         FieldError: what cannot be done, and in which field.
