@@ -105,12 +105,12 @@ ATTACKS: dict[str, tuple[str, ...]] = {
     "CVE-2025-48956, CVE-2025-61620: huge headers and bodies, clients' own template arguments": (
         "serve/test_threats.py::test_the_fields_of_a_request_are_a_closed_set",
         "serve/test_threats.py::test_sizes_and_counts_have_caps",
-        "serve/http/test_middleware.py::test_headers_that_do_not_come_or_are_too_large_end_the_connection",
+        "serve/http/test_connections.py::test_headers_that_do_not_come_or_are_too_large_end_the_connection",
         "serve/test_fuzz.py::test_no_random_body_is_a_500",
     ),
     "CVE-2025-59425: a key compared in variable time": (
         "serve/test_threats.py::test_keys_are_compared_in_constant_time_by_a_running_server",
-        "serve/http/test_middleware.py::test_all_keys_are_compared_in_constant_time_whichever_fits",
+        "serve/http/test_keys.py::test_all_keys_are_compared_in_constant_time_whichever_fits",
     ),
     "CVE-2024-1561, CVE-2024-4325, CVE-2026-7302: files through the page or clients' file names": (
         "serve/test_gradio_web_server.py::test_no_file_proxy_or_unknown_address_is_served",
