@@ -104,6 +104,7 @@ def create_worker_app(
         docs_url=None,
         redoc_url=None,
         default_response_class=JsonResponse,
+        responses={"default": {"model": ErrorBody, "description": "What went wrong."}},
     )
     app.state.handler = handler
     app.state.failed = lambda: engine.stats().failed is not None
@@ -125,47 +126,45 @@ def create_worker_app(
 
 
 def _add_routes(app: FastAPI, handler: RequestHandler, metrics: Metrics, not_ready: ErrorKind) -> None:
-    errors: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorBody, "description": "What went wrong."}}
-
     for path, endpoint in GENERATING_ENDPOINTS.items():
-        _add_generating(app, path, handler, endpoint, errors)
+        _add_generating(app, path, handler, endpoint)
 
-    @app.post(TOKENIZE_PATH, response_model=None, responses={200: {"model": Tokens}, **errors})
+    @app.post(TOKENIZE_PATH, response_model=None, responses={200: {"model": Tokens}})
     async def tokenize(request: Request) -> dict[str, Any]:
         return await handler.tokenize(request)
 
-    @app.post(DETOKENIZE_PATH, response_model=None, responses={200: {"model": dict[str, str]}, **errors})
+    @app.post(DETOKENIZE_PATH, response_model=None, responses={200: {"model": dict[str, str]}})
     async def detokenize(request: Request) -> dict[str, str]:
         return await handler.detokenize(request)
 
     @app.get("/get_server_info", include_in_schema=False)  # older routers' names
-    @app.get("/server_info", responses=errors)
+    @app.get("/server_info")
     async def server_info() -> dict[str, Any]:
         return handler.server_info()
 
     @app.get("/get_model_info", include_in_schema=False)
-    @app.get("/model_info", responses=errors)
+    @app.get("/model_info")
     async def model_info() -> dict[str, Any]:
         return handler.model_info()
 
-    @app.post(STATUS_PATH, responses=errors)
+    @app.post(STATUS_PATH)
     async def worker_get_status() -> dict[str, Any]:
         return handler.status()
 
-    @app.get("/v1/models", response_model=None, responses={200: {"model": ModelList}, **errors})
+    @app.get("/v1/models", response_model=None, responses={200: {"model": ModelList}})
     async def list_models() -> dict[str, Any]:
         return {"object": "list", "data": [model_fields(handler.engine.card, handler.created)]}
 
-    @app.get("/v1/models/{model:path}", response_model=None, responses={200: {"model": ModelFields}, **errors})
+    @app.get("/v1/models/{model:path}", response_model=None, responses={200: {"model": ModelFields}})
     async def get_model(model: str) -> dict[str, Any]:
         check_model(model, handler.engine.card)
         return model_fields(handler.engine.card, handler.created)
 
-    @app.get("/health", responses=errors)
+    @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "alive"}
 
-    @app.get("/ready", response_model=None, responses={200: {"model": dict[str, str]}, **errors})
+    @app.get("/ready", response_model=None, responses={200: {"model": dict[str, str]}})
     async def ready(request: Request) -> Response:
         if handler.is_ready:
             return JsonResponse({"status": "ready"})
@@ -176,15 +175,15 @@ def _add_routes(app: FastAPI, handler: RequestHandler, metrics: Metrics, not_rea
         detail = "The engine takes no requests now." if not_ready is ErrorKind.OVERLOADED else None
         return error_response(ServeError(not_ready, detail), request.scope)
 
-    @app.get("/metrics", response_model=None, responses=errors)
+    @app.get("/metrics", response_model=None)
     async def show_metrics() -> Response:
         return Response(metrics.render(), media_type=CONTENT_TYPE)
 
 
-def _add_generating(app: FastAPI, path: str, handler: RequestHandler, endpoint: GeneratingEndpoint, errors: dict[int | str, Any]) -> None:
+def _add_generating(app: FastAPI, path: str, handler: RequestHandler, endpoint: GeneratingEndpoint) -> None:
     answers: dict[int | str, dict[str, Any]] = {200: {"model": endpoint.answer}} if endpoint.answer is not None else {}
 
-    @app.post(path, name=path.strip("/").replace("/", "_"), response_model=None, responses={**answers, **errors})
+    @app.post(path, name=path.strip("/").replace("/", "_"), response_model=None, responses=answers)
     async def answer(request: Request) -> Response:
         return await handler.answer(request, endpoint)
 
