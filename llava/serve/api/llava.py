@@ -40,7 +40,7 @@ class WorkerRequest(RoutingFields):
     max_new_tokens: int | None = Field(None, ge=1, description="256 when missing.")
     stop: str | Annotated[list[str], Field(max_length=1024, fail_fast=True)] | None = None
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    echo: bool = Field(True, description="Whether the prompt stands before the text of each part.")
+    echo: bool = Field(True, description="Whether the text of each part begins with the prompt.")
     vis_token_granularity: Granularity | None = Field(None, description="Another name of `granularity`.")
 
 

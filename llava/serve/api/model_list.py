@@ -31,7 +31,7 @@ class ModelList(BaseModel):
 
 
 def model_fields(card: ModelCard, created: int) -> dict[str, Any]:
-    """A model as `/v1/models` tells it."""
+    """The values of `ModelFields`."""
     return {
         "id": card.name,
         "object": "model",

@@ -61,7 +61,7 @@ _PART_TYPES = {
     "input[*].content[*]": "'input_text', 'input_image' or 'output_text'",
 }
 _KIND_CLAUSES = {
-    "extra_forbidden": "this field is not known here",
+    "extra_forbidden": "this field is unknown",
     "missing": "this field is missing",
     "model_type": "expected an object",  # pydantic's message names our classes
     "model_attributes_type": "expected an object",

@@ -11,7 +11,7 @@ from functools import cache
 from string import Formatter
 
 AT_MOST = "{param} is {number}, expected at most {most}."
-TOO_MANY_ANSWERS = "n is {number}, but this server works on at most {most} answers at once; ask for fewer."
+TOO_MANY_ANSWERS = "n is {number}, but this server generates at most {most} answers at once; request fewer."
 NO_IMAGES = "This model takes no images."
 TOO_LONG = "The text of the prompt is too long: it leaves no room for an answer within {positions} positions; shorten it."
 TOO_LONG_WITH_IMAGES = (
@@ -19,17 +19,17 @@ TOO_LONG_WITH_IMAGES = (
 )
 NO_SUCH_TOKEN = "There is no token {number}; this model's tokenizer has {count}, counted from 0."
 TOKEN_OUT_OF_VOCABULARY = "{param} has the token id {number}, but this model's vocabulary has {count}, counted from 0."
-GUIDE_UNSUPPORTED = "What {param} asks for cannot be followed here; the documentation says what can."
-GUIDE_UNSUPPORTED_KEYWORDS = "What {param} asks for cannot be followed here: it has {keywords}; the documentation says what can."
-GUIDE_TOO_COMPLEX = "What {param} asks for became too much to follow; simplify it."
-GUIDES_UNSUPPORTED = "The answers of this model cannot be held to a form; leave the field out."
-BACKEND_LACKS_FIELD = "The server behind this model is not known to have {param}; leave it out."
+GUIDE_UNSUPPORTED = "The constraint in {param} is not supported; the documentation says what is."
+GUIDE_UNSUPPORTED_KEYWORDS = "The constraint in {param} is not supported, because of {keywords}; the documentation says what is."
+GUIDE_TOO_COMPLEX = "The constraint in {param} became too complex; simplify it."
+GUIDES_UNSUPPORTED = "This model does not support constrained answers; leave the field out."
+BACKEND_LACKS_FIELD = "The server behind this model is not known to support {param}; leave it out."
 BACKEND_LACKS_GRANULARITIES = (
     "The server behind this model has no granularities to choose from; leave out granularity, max_visual_tokens and granularity_bias."
 )
-BACKEND_LACKS_TOKENS = "The server behind this model does not tell its tokens."
+BACKEND_LACKS_TOKENS = "The server behind this model does not return tokens."
 UNKNOWN_TEMPLATE = (
-    "The server behind this model takes turns, and this finished prompt is written with no known template; send turns to "
+    "The server behind this model takes messages, and this prompt matches no known template; send messages to "
     "/v1/chat/completions."
 )
 ERROR_TEMPLATES = (

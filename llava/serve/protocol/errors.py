@@ -51,7 +51,7 @@ class ErrorKind(Enum):
 _CLIENT, _SERVER = "invalid_request_error", "server_error"
 
 FAULTS: dict[ErrorKind, Fault] = {
-    ErrorKind.INVALID_REQUEST: Fault(400, _CLIENT, "The request cannot be read or asks for something that does not exist here.", 10),
+    ErrorKind.INVALID_REQUEST: Fault(400, _CLIENT, "The request is malformed or asks for something that this server does not have.", 10),
     ErrorKind.INVALID_IMAGE: Fault(
         400,
         _CLIENT,

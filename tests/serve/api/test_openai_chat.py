@@ -170,7 +170,7 @@ NO_PART = "'messages[0].content[0]': expected an object whose type is 'text' or 
         (part_of_user({}), NO_PART),
         (part_of_user("x"), "'messages[0].content[0]': expected an object."),
         ({"chat_template": "x"}, f"'chat_template': {UNSUPPORTED}null."),
-        ({"chat_templates": "x"}, "'chat_templates': this field is not known here."),
+        ({"chat_templates": "x"}, "'chat_templates': this field is unknown."),
     ],
 )
 def test_a_refusal_says_what_is_taken_here_in_words_of_the_api(fields, told):

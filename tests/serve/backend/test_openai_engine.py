@@ -177,12 +177,12 @@ def test_a_server_that_may_ignore_a_field_is_not_asked(owner: object) -> None:
     with FakeBackend(lambda exchange: exchange.chat(["x"]), models=models) as fake:
         for name in [each.name for each in fields(Sampling) if getattr(ALL_BEYOND, each.name) != each.default]:
             wish = Sampling(**{name: getattr(ALL_BEYOND, name)})
-            with pytest.raises(ServeError, match="is not known to have") as refused:
+            with pytest.raises(ServeError, match="is not known to support") as refused:
                 with_engine(fake, partial(collected, request=asking(sampling=wish)))
             assert refused.value.kind is ErrorKind.INVALID_REQUEST and refused.value.param in BEYOND_OPENAI
         assert not fake.requests
         for kind in (GuideKind.REGEX, GuideKind.CHOICE, GuideKind.GRAMMAR):
-            with pytest.raises(ServeError, match="is not known to have its_name"):
+            with pytest.raises(ServeError, match="is not known to support its_name"):
                 with_engine(fake, partial(collected, request=asking(sampling=Sampling(guide=Guide(kind, "[]", "its_name")))))
         assert len(fake.requests) == 0
         of_openai = Sampling(seed=1, stop=("x",), presence_penalty=1.0, frequency_penalty=1.0, logit_bias=((3, 1.0),))
