@@ -32,7 +32,7 @@ from PIL import Image
 
 from llava.inference import MICRO_MODEL, Answer, Assistant, Options
 from llava.messages import RoutingRequest
-from llava.serve.api import worker_app as worker_base
+from llava.serve.api import request_handler
 from llava.serve.api.coalescing import CoalescedPieces
 from llava.serve.api.worker_app import create_worker_app
 from llava.serve.cluster.controller_app import create_controller_app
@@ -417,7 +417,7 @@ def test_clients_that_do_not_read_hold_up_nobody_and_are_let_go(
     service: Service, assistant: Assistant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """LLaVA's protocol repeats the prompt with every part, so that a long prompt, each token sent, soon outgrows the system's buffers."""
-    monkeypatch.setattr(worker_base, "CoalescedPieces", functools.partial(CoalescedPieces, seconds=0.0))
+    monkeypatch.setattr(request_handler, "CoalescedPieces", functools.partial(CoalescedPieces, seconds=0.0))
     text = "triangle " * 1500  # which the shipped model goes on with
     body = {"model": "micro", "prompt": f"USER: {text} ASSISTANT:", "temperature": 0.0, "max_new_tokens": 300, "stop": "none"}
     slow = [open_stream(service.inside.url, WORKER, body) for _ in range(2)]

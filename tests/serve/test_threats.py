@@ -121,8 +121,8 @@ ATTACKS: dict[str, tuple[str, ...]] = {
         "serve/test_threats.py::test_uploads_that_drip_in_are_bounded_in_number_and_time",
     ),
     "uploads that stall, and bodies before keys": (
-        "serve/http/test_bodies.py::test_one_clients_stalled_bodies_leave_everybody_their_answers",
-        "serve/http/test_bodies.py::test_a_slow_body_goes_on_and_a_stalled_one_is_ended",
+        "serve/http/test_body_limits.py::test_one_clients_stalled_bodies_leave_everybody_their_answers",
+        "serve/http/test_body_limits.py::test_a_slow_body_goes_on_and_a_stalled_one_is_ended",
         "serve/cluster/test_controller_app.py::test_keys_and_tokens_are_judged_from_the_head",
         "serve/cluster/test_controller_app.py::test_strangers_bodies_have_a_budget_of_their_own",
         "serve/test_threats.py::test_one_clients_connections_leave_some_to_others",
@@ -134,7 +134,7 @@ ATTACKS: dict[str, tuple[str, ...]] = {
         "serve/cluster/test_controller_app.py::test_a_lying_workers_words_reach_nobody",
         "serve/cluster/test_controller_app.py::test_a_lie_that_is_hidden_in_a_stream_reaches_nobody",
     ),
-    "compressed bodies": ("serve/http/test_bodies.py::test_a_compressed_body_is_refused_by_name_and_unread",),
+    "compressed bodies": ("serve/http/test_body_limits.py::test_a_compressed_body_is_refused_by_name_and_unread",),
     "web pages of other sites": (
         "serve/test_threats.py::test_a_web_page_cannot_ask_a_server_on_the_readers_machine",
         "serve/cluster/test_controller_app.py::test_pages_of_the_sites_that_the_operator_names_may_ask",

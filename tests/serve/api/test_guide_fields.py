@@ -87,9 +87,9 @@ def test_what_asks_for_nothing(fields):
         ({"response_format": named([])}, "response_format.json_schema.schema", "expected an object"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format.json_schema.schema", "missing"),
         ({"response_format": named({"enum": ["x" * 100]})}, "response_format.json_schema.schema", "characters, expected at most 100"),
-        ({"guided_json": "{"}, "guided_json", "no JSON"),
-        ({"guided_json": "[" * 99}, "guided_json", "no JSON"),
-        ({"guided_json": "[1]"}, "guided_json", "no object"),
+        ({"guided_json": "{"}, "guided_json", "not JSON"),
+        ({"guided_json": "[" * 99}, "guided_json", "not JSON"),
+        ({"guided_json": "[1]"}, "guided_json", "not an object"),
         ({"guided_json": 5}, "guided_json", "expected a JSON schema"),
         ({"structured_outputs": {"json": 5}}, "structured_outputs.json", "expected a JSON schema"),
         ({"structured_outputs": {"disable_any_whitespace": 3}}, "structured_outputs.disable_any_whitespace", "not supported"),
@@ -97,9 +97,9 @@ def test_what_asks_for_nothing(fields):
         ({"structured_outputs": {"xml": "x"}}, "structured_outputs.xml", "not known"),
         ({"guided_choice": []}, "guided_choice", "at least 1 item"),
         ({"guided_regex": "a" * 101}, "guided_regex", "has 101 characters, expected at most 100"),
-        ({"guided_regex": "a", "regex": "a"}, "regex", "guided_regex and regex both say"),
-        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs.choice", "both say"),
-        ({"response_format": {"type": "json_object"}, "guided_json": {}}, "guided_json", "both say"),
+        ({"guided_regex": "a", "regex": "a"}, "regex", "guided_regex and regex both constrain"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs.choice", "both constrain"),
+        ({"response_format": {"type": "json_object"}, "guided_json": {}}, "guided_json", "both constrain"),
     ],
 )
 def test_refused_by_the_name_of_the_field(fields, param, told):
@@ -121,8 +121,8 @@ def of_response(**fields: Any) -> Any:
 def test_the_responses_api_says_it_in_a_field_of_its_own_and_tells_it_again(wanted, text, param):
     call = of_response(text={"format": wanted, "verbosity": "medium"})
     assert call.sampling.guide == Guide(GuideKind.JSON, text, "any") and call.sampling.guide.param == param
-    assert call.told["text"] == {"format": wanted, "verbosity": "medium"}
-    assert of_response().told["text"] == {"format": {"type": "text"}, "verbosity": "medium"}
+    assert call.repeated["text"] == {"format": wanted, "verbosity": "medium"}
+    assert of_response().repeated["text"] == {"format": {"type": "text"}, "verbosity": "medium"}
     assert of_response(text={"format": {"type": "text"}}).sampling.guide is of_response().sampling.guide is None
 
 
@@ -131,7 +131,7 @@ def test_the_responses_api_says_it_in_a_field_of_its_own_and_tells_it_again(want
     [
         ({"text": {"format": {"type": "xml"}}}, "text.format.type", "'text', 'json_object' or 'json_schema'"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema", "missing"),
-        ({"text": {"format": FORMAT}, "guided_regex": "a"}, "guided_regex", "text.format.schema and guided_regex both say"),
+        ({"text": {"format": FORMAT}, "guided_regex": "a"}, "guided_regex", "text.format.schema and guided_regex both constrain"),
     ],
 )
 def test_what_it_refuses_is_named_there(fields, param, told):

@@ -67,4 +67,4 @@ def test_a_model_without_granularities_refuses_each_by_its_name(fields, param):
 def test_what_the_engine_blames_has_the_clients_name():
     call = read("<image> a <image>", images=["A", "B"], vis_token_granularity=36)
     for told, param in (("images[1]", "images[1]"), ("granularity", "vis_token_granularity"), ("prompt", "prompt"), (None, None)):
-        assert call.named(ServeError(ErrorKind.INVALID_REQUEST, "x", told)).param == param
+        assert call.with_client_names(ServeError(ErrorKind.INVALID_REQUEST, "x", told)).param == param

@@ -38,7 +38,7 @@ def test_a_text_is_a_users_turn():
     call = read(instructions="Be brief.", max_output_tokens=9, temperature=0.5, top_p=0.9, stream=True, user="me", metadata={"a": "b"})
     assert call.turns == (Message("system", "Be brief."), Message("user", "what?"))
     assert (call.sampling.max_new_tokens, call.sampling.temperature, call.sampling.top_p) == (9, 0.5, 0.9)
-    assert call.stream and call.user == "me" and call.told["metadata"] == {"a": "b"}
+    assert call.stream and call.user == "me" and call.repeated["metadata"] == {"a": "b"}
 
 
 def test_items_are_turns_and_answers_come_back_as_they_came():
