@@ -97,7 +97,7 @@ def _of_response_format(constraint: ResponseFormat | None, limits: Limits) -> li
     return [] if found is None else [found]
 
 
-def guide_of_format(kind: FormatType, schema: JsonSchema | None, names: Sequence[str], limits: Limits) -> Guide | None:
+def guide_of_format(format_type: FormatType, schema: JsonSchema | None, names: Sequence[str], limits: Limits) -> Guide | None:
     """OpenAI's formats, which its two APIs spell differently.
 
     Args:
@@ -107,13 +107,13 @@ def guide_of_format(kind: FormatType, schema: JsonSchema | None, names: Sequence
         FieldError: a schema is missing, superfluous or too long.
     """
     param = field_path(names[:2])
-    if kind == "json_schema" and schema is None:
+    if format_type == "json_schema" and schema is None:
         raise FieldError(f"{param!r}: this field is missing.", param)
-    if kind != "json_schema" and schema is not None:
-        raise FieldError(f"There is a schema, but the type is {kind!r}; make it 'json_schema', or leave the schema out.", param)
+    if format_type != "json_schema" and schema is not None:
+        raise FieldError(f"There is a schema, but the type is {format_type!r}; make it 'json_schema', or leave the schema out.", param)
     if schema is not None:
         return guide_of(GuideKind.JSON, schema, field_path(names), limits)
-    return guide_of(GuideKind.JSON, ANY_OBJECT, names[0], limits) if kind == "json_object" else None
+    return guide_of(GuideKind.JSON, ANY_OBJECT, names[0], limits) if format_type == "json_object" else None
 
 
 def _of_structured_outputs(constraint: StructuredOutputs | None, limits: Limits) -> list[Guide]:

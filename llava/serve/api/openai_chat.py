@@ -163,11 +163,11 @@ class ChatWriter:
     """
 
     media_type = "text/event-stream"
-    kind, whole, part, text_field = "chatcmpl", "chat.completion", "chat.completion.chunk", "content"
+    id_prefix, object_type, chunk_type, text_field = "chatcmpl", "chat.completion", "chat.completion.chunk", "content"
 
     def __init__(self, request_id: str, model: str, parsed: ParsedRequest) -> None:
         self.parsed = parsed
-        self.head = {"id": f"{self.kind}-{request_id}", "created": int(time.time()), "model": model}
+        self.head = {"id": f"{self.id_prefix}-{request_id}", "created": int(time.time()), "model": model}
         self.scored = parsed.sampling.logprobs is not None
         self._no_usage: dict[str, Any] = {"usage": None} if parsed.include_usage else {}
         self._frames: dict[int, tuple[bytes, bytes]] = {}
@@ -177,7 +177,7 @@ class ChatWriter:
             self._choice(index, self.whole_text(text), self.scores(index, text, scores), ending.finish_reason)
             for index, (text, scores, ending) in enumerate(answers)
         ]
-        return {**self.head, "object": self.whole, "choices": choices, **self._costs([ending for _, _, ending in answers])}
+        return {**self.head, "object": self.object_type, "choices": choices, **self._costs([ending for _, _, ending in answers])}
 
     def on_started(self, index: int, event: Started) -> bytes:
         """The chunk before any text; it already reports what the images cost."""
@@ -201,7 +201,7 @@ class ChatWriter:
         if not self.parsed.include_usage:
             return STREAM_END
         costs = self._costs([endings[index] for index in sorted(endings)])
-        return server_sent({**self.head, "object": self.part, "choices": [], **costs}) + STREAM_END
+        return server_sent({**self.head, "object": self.chunk_type, "choices": [], **costs}) + STREAM_END
 
     def on_error(self, error: ServeError, request_id: str) -> bytes:
         return server_sent({"error": error_fields(error, request_id)}) + STREAM_END
@@ -230,7 +230,7 @@ class ChatWriter:
 
     def _chunk(self, index: int, text: Mapping[str, Any], logprobs: Any, finish_reason: str | None, **extra: Any) -> bytes:
         choice = self._choice(index, text, logprobs, finish_reason)
-        return server_sent({**self.head, "object": self.part, "choices": [choice], **self._no_usage, **extra})
+        return server_sent({**self.head, "object": self.chunk_type, "choices": [choice], **self._no_usage, **extra})
 
     @staticmethod
     def _choice(index: int, text: Mapping[str, Any], logprobs: Any, finish_reason: str | None) -> dict[str, Any]:

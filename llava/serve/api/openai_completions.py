@@ -87,7 +87,7 @@ def read_images(prompts: Sequence[str], images: Sequence[str] | None, card: Mode
 class CompletionWriter(ChatWriter):
     """Writes the answer to one request, whose choices are plain texts."""
 
-    kind, whole, part, text_field = "cmpl", "text_completion", "text_completion", "text"
+    id_prefix, object_type, chunk_type, text_field = "cmpl", "text_completion", "text_completion", "text"
 
     def __init__(self, request_id: str, model: str, parsed: ParsedRequest) -> None:
         super().__init__(request_id, model, parsed)

@@ -228,9 +228,9 @@ class ResponseWriter:
     def on_error(self, error: ServeError, request_id: str) -> bytes:
         return error_event(error, request_id, self._count)
 
-    def _event(self, kind: str, **fields: Any) -> bytes:
+    def _event(self, event_type: str, **fields: Any) -> bytes:
         self._count += 1
-        return _typed_event(kind, self._count - 1, **fields)
+        return _typed_event(event_type, self._count - 1, **fields)
 
     def _response(self, status: str, output: list[dict[str, Any]], ending: Finished | None = None) -> dict[str, Any]:
         sampling = self.parsed.sampling
@@ -274,8 +274,9 @@ def error_event(error: ServeError, request_id: str, sequence_number: int = 0) ->
     return _typed_event("error", sequence_number, **{name: fields[name] for name in ("code", "message", "param")}, error=fields)
 
 
-def _typed_event(kind: str, sequence_number: int, **fields: Any) -> bytes:
-    return b"event: " + kind.encode() + b"\ndata: " + compact_json({"type": kind, "sequence_number": sequence_number, **fields}) + b"\n\n"
+def _typed_event(event_type: str, sequence_number: int, **fields: Any) -> bytes:
+    data = compact_json({"type": event_type, "sequence_number": sequence_number, **fields})
+    return b"event: " + event_type.encode() + b"\ndata: " + data + b"\n\n"
 
 
 def _status(ending: Finished) -> str:
