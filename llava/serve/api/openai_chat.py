@@ -136,10 +136,10 @@ def _parts(content: str | list[ContentPart] | None, param: str) -> list[str | Im
     if not isinstance(content, list):
         return [content or ""]
     return [
-        ImageSource(part.image_url.url, f"{param}[{place}].image_url.url", DETAILS.get(part.image_url.detail))
+        ImageSource(part.image_url.url, f"{param}[{index}].image_url.url", DETAILS.get(part.image_url.detail))
         if isinstance(part, ImagePart)
         else part.text
-        for place, part in enumerate(content)
+        for index, part in enumerate(content)
     ]
 
 

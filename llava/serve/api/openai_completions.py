@@ -73,14 +73,15 @@ def read_images(prompts: Sequence[str], images: Sequence[str] | None, card: Mode
     Raises:
         FieldError: what cannot be done, and in which field.
     """
-    sources = tuple(ImageSource(text, field_path(("images", place)), plain_base64=True) for place, text in enumerate(images or ()))
+    sources = tuple(ImageSource(text, field_path(("images", index)), plain_base64=True) for index, text in enumerate(images or ()))
     check_images(len(sources), card, limits, "images")
     check_prompt_length(sum(map(len, prompts)), limits, "prompt")
     if sources and len(prompts) > 1:
         raise FieldError(f"There are images, but {len(prompts)} prompts; send each prompt that has images by itself.", "images")
-    places = sum(prompt.count(DEFAULT_IMAGE_TOKEN) for prompt in prompts)
-    if places != len(sources):
-        raise FieldError(f"The prompt has {places} {DEFAULT_IMAGE_TOKEN}, but there are {len(sources)} images; make them agree.", "images")
+    placeholders = sum(prompt.count(DEFAULT_IMAGE_TOKEN) for prompt in prompts)
+    if placeholders != len(sources):
+        wrong = f"The prompt has {placeholders} {DEFAULT_IMAGE_TOKEN}, but there are {len(sources)} images; make them agree."
+        raise FieldError(wrong, "images")
     return sources
 
 
@@ -125,20 +126,20 @@ class _TextOffsets:
     """
 
     def __init__(self) -> None:
-        self.place = 0
+        self.offset = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._is_stripped: bool | None = None  # not known before the first text
 
     def of(self, text: str, scores: Sequence[TokenScore]) -> list[int]:
-        """The places of the next tokens. text: the answer's next."""
+        """The offsets of the next tokens. text: the next piece of the answer."""
         if self._is_stripped is None and text:
             self._is_stripped = not text[0].isspace()
-        places = []
+        offsets = []
         for score in scores:
-            places.append(self.place)
+            offsets.append(self.offset)
             letters = self._decoder.decode(score.data)
-            self.place += len(letters.lstrip() if self.place == 0 and self._is_stripped else letters)
-        return places
+            self.offset += len(letters.lstrip() if self.offset == 0 and self._is_stripped else letters)
+        return offsets
 
 
 def _shown(text: str) -> str:

@@ -150,8 +150,8 @@ def _turn(message: InputMessage, param: str) -> ChatTurn:
     if isinstance(message.content, str):
         return ChatTurn(message.role, [message.content], param)
     parts = [
-        ImageSource(part.image_url, f"{param}[{place}].image_url", DETAILS.get(part.detail)) if isinstance(part, InputImage) else part.text
-        for place, part in enumerate(message.content)
+        ImageSource(part.image_url, f"{param}[{index}].image_url", DETAILS.get(part.detail)) if isinstance(part, InputImage) else part.text
+        for index, part in enumerate(message.content)
     ]
     return ChatTurn(message.role, parts, param)
 
@@ -186,7 +186,7 @@ class ResponseWriter:
 
     def __init__(self, request_id: str, model: str, parsed: ParsedRequest) -> None:
         self.parsed = parsed
-        self.place = {"item_id": f"msg_{request_id}", "output_index": 0, "content_index": 0}
+        self.location = {"item_id": f"msg_{request_id}", "output_index": 0, "content_index": 0}
         self._head = {"id": f"resp_{request_id}", "object": "response", "created_at": int(time.time()), "model": model}
         self._count = 0  # events so far
         self._texts: list[str] = []
@@ -204,20 +204,20 @@ class ResponseWriter:
             self._event("response.created", response=begun)
             + self._event("response.in_progress", response=begun)
             + self._event("response.output_item.added", output_index=0, item=empty)
-            + self._event("response.content_part.added", **self.place, part=self._part("", ()))
+            + self._event("response.content_part.added", **self.location, part=self._part("", ()))
         )
 
     def on_text(self, index: int, text: str, scores: Sequence[TokenScore]) -> bytes:
         self._texts.append(text)
         self._scores.extend(scores)
-        return self._event("response.output_text.delta", **self.place, delta=text, logprobs=self._logprobs(scores))
+        return self._event("response.output_text.delta", **self.location, delta=text, logprobs=self._logprobs(scores))
 
     def on_finished(self, index: int, event: Finished) -> bytes:
         status, text = _status(event), "".join(self._texts)
         item = self._item(status, text, self._scores)
         return (
-            self._event("response.output_text.done", **self.place, text=text, logprobs=self._logprobs(self._scores))
-            + self._event("response.content_part.done", **self.place, part=self._part(text, self._scores))
+            self._event("response.output_text.done", **self.location, text=text, logprobs=self._logprobs(self._scores))
+            + self._event("response.content_part.done", **self.location, part=self._part(text, self._scores))
             + self._event("response.output_item.done", output_index=0, item=item)
             + self._event(f"response.{status}", response=self._response(status, [item], event))
         )
@@ -259,7 +259,7 @@ class ResponseWriter:
 
     def _item(self, status: str, text: str, scores: Sequence[TokenScore]) -> dict[str, Any]:
         content = [self._part(text, scores)]
-        return {"id": self.place["item_id"], "type": "message", "role": "assistant", "status": status, "content": content}
+        return {"id": self.location["item_id"], "type": "message", "role": "assistant", "status": status, "content": content}
 
     def _part(self, text: str, scores: Sequence[TokenScore]) -> dict[str, Any]:
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": self._logprobs(scores)}

@@ -78,7 +78,7 @@ class ParsedRequest:
 
     def with_client_names(self, error: ServeError) -> ServeError:
         """An engine's error about a field of its request, under the client's name of that field."""
-        names = {**{f"images[{place}]": source.param for place, source in enumerate(self.sources)}, **self.field_names}
+        names = {**{f"images[{index}]": source.param for index, source in enumerate(self.sources)}, **self.field_names}
         return ServeError(error.kind, error.detail, names.get(error.param or "", error.param), error.least)
 
 

@@ -74,8 +74,8 @@ _KIND_CLAUSES = {
 
 def _field_path(loc: Sequence[int | str]) -> str:
     """The names and indices in pydantic's path, without the branches of unions and the types of parts."""
-    kinds = {place + 1 for place, part in enumerate(loc) if isinstance(part, int) and "content" in loc[:place]}
-    return field_path([part for place, part in enumerate(loc) if place not in kinds and _is_field(part)])[:200]
+    kinds = {index + 1 for index, part in enumerate(loc) if isinstance(part, int) and "content" in loc[:index]}
+    return field_path([part for index, part in enumerate(loc) if index not in kinds and _is_field(part)])[:200]
 
 
 def _is_field(part: int | str) -> bool:
