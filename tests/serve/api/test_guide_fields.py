@@ -94,7 +94,7 @@ def test_what_asks_for_nothing(fields):
         ({"structured_outputs": {"json": 5}}, "structured_outputs.json", "expected a JSON schema"),
         ({"structured_outputs": {"disable_any_whitespace": 3}}, "structured_outputs.disable_any_whitespace", "not supported"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag", "not supported"),
-        ({"structured_outputs": {"xml": "x"}}, "structured_outputs.xml", "not known"),
+        ({"structured_outputs": {"xml": "x"}}, "structured_outputs.xml", "is unknown"),
         ({"guided_choice": []}, "guided_choice", "at least 1 item"),
         ({"guided_regex": "a" * 101}, "guided_regex", "has 101 characters, expected at most 100"),
         ({"guided_regex": "a", "regex": "a"}, "regex", "guided_regex and regex both constrain"),

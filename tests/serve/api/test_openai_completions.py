@@ -50,7 +50,7 @@ def test_images_stand_at_their_places():
         ({"suffix": "x"}, "suffix", "not supported here"),
         ({"echo": True}, "echo", "not supported here"),
         ({"best_of": 2}, "best_of", "not supported here"),
-        ({"messages": []}, "messages", "not known here"),
+        ({"messages": []}, "messages", "is unknown"),
         ({"prompt": [1, 2]}, "prompt[0]", "valid string"),
         ({"prompt": 5}, "prompt", "expected a text, or a list of texts"),
         ({"prompt": []}, "prompt", "expected a text, or a list of texts"),
