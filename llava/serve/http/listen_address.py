@@ -10,6 +10,8 @@ from typing import Any
 def check_address(host: str, port: int) -> None:
     """Check that a server could listen here, before a model is loaded for it: bind as it would, and close again.
 
+    uvicorn's `bind_socket` ends the process instead of raising, and binds one address family only.
+
     Args:
         port: 0 picks a free one.
 

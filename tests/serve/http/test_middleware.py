@@ -1,4 +1,4 @@
-"""What stands before the endpoints: ids, errors, keys, admission, and bounds on headers, bodies and time."""
+"""The middleware: ids, errors, keys, a full server, and limits on headers, bodies and time."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_other_methods_and_addresses_have_constant_answers(method):
     assert missing.status_code == 404 and "secret" not in missing.text
 
 
-def test_every_path_but_health_asks_for_a_key():
+def test_every_path_but_health_requires_a_key():
     app = create_worker_app(FakeEngine(), api_keys=("right-1", "right-2"))
     read = ("/ready", "/metrics", "/v1/models", "/openapi.json", "/nothing", "/health/", "//health", "/health/../metrics")
     for method, path in [*(("GET", path) for path in read), *(("POST", path) for path in (CHAT, WORKER, "/worker_get_status"))]:

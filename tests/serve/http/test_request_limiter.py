@@ -22,7 +22,7 @@ def test_all_bodies_together_are_bounded():
     assert refused.value.kind is ErrorKind.OVERLOADED and limiter.held_bytes == 900
 
 
-def test_choices_take_places_of_their_own():
+def test_each_choice_counts_as_in_flight():
     app = create_worker_app(FakeEngine(), Limits(max_queue=0), concurrency=2)
     assert call(app, "POST", CHAT, json=chat_body(n=2)).status_code == 200
     with app.state.limiter.admit():
@@ -31,7 +31,7 @@ def test_choices_take_places_of_their_own():
     assert app.state.limiter.in_flight == 0
 
 
-def test_more_choices_than_all_places_are_refused_for_good():
+def test_more_choices_than_the_capacity_are_refused_for_good():
     app = create_worker_app(FakeEngine(), Limits(max_queue=0), concurrency=2)
     for stream in (False, True):
         refused = call(app, "POST", CHAT, json=chat_body(n=3, stream=stream))
@@ -41,7 +41,7 @@ def test_more_choices_than_all_places_are_refused_for_good():
     assert app.state.limiter.in_flight == 0
 
 
-def test_a_draining_gate_lets_nobody_in_but_those_inside_finish():
+def test_a_draining_server_admits_nothing_and_finishes_what_is_in_flight():
     limiter = RequestLimiter(5, 0)
     with limiter.admit():
         limiter.start_draining()

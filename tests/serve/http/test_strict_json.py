@@ -53,7 +53,7 @@ def test_plain_json_is_read():
         ("\\ud83d\\n", "\ufffd\n"),
     ],
 )
-def test_half_a_character_is_read_as_the_sign_for_one_that_is_not_known(written, read):
+def test_a_lone_surrogate_is_read_as_the_replacement_character(written, read):
     assert parse_json(f'{{"a": ["{written}"]}}'.encode()) == {"a": [read]}
     assert parse_json(f'{{"{written}": 1}}'.encode()) == {read: 1}
 
@@ -61,6 +61,6 @@ def test_half_a_character_is_read_as_the_sign_for_one_that_is_not_known(written,
 @pytest.mark.parametrize(
     "body", [b'{"\\ud800": 1, "\\ud801": 2}', b'{"a": "\\ud8"}', b'{"a": "\\UD83D"}', b'{"a": \\ud83d}', b'"\xed\xa0\xbd"']
 )
-def test_half_a_character_lets_no_other_mistake_through(body):
+def test_a_lone_surrogate_lets_no_other_error_through(body):
     with pytest.raises(FieldError):
         parse_json(body)
