@@ -22,7 +22,8 @@ from dataclasses import replace
 from fastapi import FastAPI
 
 from llava.serve.api.worker_app import create_worker_app, run_worker
-from llava.serve.backend.openai_engine import Backend, RemoteEngine, list_models
+from llava.serve.backend.openai_engine import RemoteEngine
+from llava.serve.backend.openai_server import Backend, list_models
 from llava.serve.cluster.registration import Registration
 from llava.serve.http.client import BoundedClient, BrokenResponse, Timeouts, Unreachable
 from llava.serve.http.flag_checks import check_at_least

@@ -13,7 +13,7 @@ from PIL import Image
 
 from llava.inference import Message, write_prompt
 from llava.serve.api.worker_app import create_worker_app
-from llava.serve.backend.openai_engine import Backend
+from llava.serve.backend.openai_server import Backend
 from llava.serve.http.client import Timeouts
 from llava.serve.protocol import ErrorKind, Limits, ServeError
 from llava.serve.sglang_worker import backend_from, build_parser, create_bridge_app, main

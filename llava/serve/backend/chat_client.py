@@ -1,6 +1,6 @@
-"""A client of the OpenAI API, with what this project adds: granularity in the request, a report of the visual tokens in the answer.
+"""The web page's client of the OpenAI API, with this project's additions: granularity in, a report of the visual tokens out.
 
-Used by the page; knows nothing of the model, so that a process that only talks to servers need not load torch.
+Asked for an answer, it yields it as it comes:
 
     async with ChatClient("http://localhost:30000") as client:
         async for event in client.stream(body):   # Delta, Delta, ..., Outcome
@@ -18,18 +18,21 @@ from urllib.parse import urlsplit
 
 import httpx
 
-MAX_EVENT_CHARACTERS = 4_000_000
-"""Longest line of a stream; the last chunk of an answer about many pictures has some kilobytes."""
+from llava.serve.http.client import first_bytes
+from llava.serve.http.sse import server_sent_events
+
+MAX_EVENT_BYTES = 4_000_000
+"""Largest event of a stream; the last chunk of an answer about many images has some kilobytes."""
 MAX_ERROR_BYTES = 100_000
-"""Most of an error body that is read."""
+"""Of an error's body that are read."""
 
 
 @dataclass(frozen=True)
 class ModelInfo:
     """A served model, as `/v1/models` describes it.
 
-    granularities: tokens per view, coarse to fine; empty where there is nothing to choose. max_images: per request. description: for
-    people who ask it; empty where the server has none.
+    granularities: tokens per view, coarse to fine; empty where there is nothing to choose. max_images: per request. description: shown
+    to users; empty where the server has none.
     """
 
     name: str
@@ -42,7 +45,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Delta:
-    """The next stretch of the answer."""
+    """The next piece of the answer's text."""
 
     text: str
 
@@ -52,7 +55,7 @@ class Outcome:
     """The end of an answer.
 
     finish_reason: `stop` or `length`. usage: OpenAI's counts and ours (`visual_tokens`, `full_visual_tokens`, `granularities`).
-    images: one report per picture. milliseconds: the server's, per part. Empty where the server does not say.
+    images: one report per image. milliseconds: the server's, per part. Empty where the server reports none.
     """
 
     finish_reason: str | None = None
@@ -63,10 +66,10 @@ class Outcome:
 
 
 class ChatError(Exception):
-    """What went wrong, ready to be shown.
+    """A failure that can be shown to a user.
 
     text: a sentence. code: OpenAI's error code, or ours. request_id: under which the server logged it. status: HTTP's, if there was one.
-    param: the field of the request that is to blame. least: the smallest value of it that would do.
+    param: the field of the request that caused it. least: the smallest value of that field that would do.
     """
 
     def __init__(
@@ -100,7 +103,7 @@ class ChatClient:
     Args:
         url: a controller, or a worker by itself.
         api_key: sent as bearer token.
-        first_byte_seconds: how long a busy server may think, and pause between two pieces.
+        first_byte_seconds: how long the server may take to the first byte, and between two pieces.
     """
 
     def __init__(self, url: str, api_key: str | None = None, *, first_byte_seconds: float = 300.0) -> None:
@@ -142,7 +145,7 @@ class ChatClient:
         return sorted({model.name: model for model in found}.values(), key=lambda model: model.name)
 
     async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[Delta | Outcome]:
-        """Ask for one answer; `Delta`s, then one `Outcome`. Closing the iterator hangs up, and the server stops working on it.
+        """Ask for one answer; `Delta`s, then one `Outcome`. Closing the iterator disconnects, and the server cancels the request.
 
         Args:
             body: of `/v1/chat/completions`; streaming and usage are switched on here.
@@ -155,7 +158,7 @@ class ChatClient:
             async with self._client.stream("POST", "/v1/chat/completions", json=whole) as response:
                 request_id = response.headers.get("x-request-id")
                 if response.status_code != 200:
-                    raise _error_of(response.status_code, await _beginning(response), request_id)
+                    raise _error_of(response.status_code, await first_bytes(response.aiter_bytes(), MAX_ERROR_BYTES), request_id)
                 async for event in _events(response, request_id, self.url):
                     yield event
         except httpx.HTTPError as error:
@@ -179,15 +182,6 @@ def _model_info(entry: Mapping[str, Any]) -> ModelInfo:
         max_images=int(ours.get("max_images", 8)),
         description=str(ours.get("description") or "")[:1000],
     )
-
-
-async def _beginning(response: httpx.Response) -> bytes:
-    body = b""
-    async for chunk in response.aiter_bytes():
-        body += chunk
-        if len(body) > MAX_ERROR_BYTES:
-            break
-    return body[:MAX_ERROR_BYTES]
 
 
 def _garbage(url: str) -> ChatError:
@@ -217,19 +211,16 @@ def _stated_error(error: Mapping[str, Any], status: int | None, request_id: str 
 
 
 async def _events(response: httpx.Response, request_id: str | None, url: str) -> AsyncIterator[Delta | Outcome]:
-    """Read server-sent events to the `[DONE]` that ends them."""
+    """Read the stream of an answer to the `[DONE]` that ends it."""
     finish_reason: str | None = None
     usage: Mapping[str, Any] = {}
     ours: Mapping[str, Any] = {}
-    async for line in _lines(response, url):
-        if not line.startswith("data:"):
-            continue
-        data = line[5:].strip()
-        if data == "[DONE]":
-            yield _outcome(finish_reason, usage, ours, request_id)
-            return
-        try:
-            chunk = json.loads(data)
+    try:
+        async for event in server_sent_events(response.aiter_bytes(), MAX_EVENT_BYTES):
+            if event.data.strip() == "[DONE]":
+                yield _outcome(finish_reason, usage, ours, request_id)
+                return
+            chunk = event.json()
             if chunk.get("error"):
                 raise _stated_error(chunk["error"], None, request_id)
             request_id = request_id or chunk.get("id")
@@ -238,23 +229,11 @@ async def _events(response: httpx.Response, request_id: str | None, url: str) ->
             for choice in chunk.get("choices") or ():
                 finish_reason = choice.get("finish_reason") or finish_reason
                 text += (choice.get("delta") or {}).get("content") or ""
-        except (ValueError, TypeError, AttributeError) as error:
-            raise _garbage(url) from error
-        if text:
-            yield Delta(text)
+            if text:
+                yield Delta(text)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise _garbage(url) from error
     raise ChatError("The server broke off in the middle of the answer.", "connection_lost", request_id)
-
-
-async def _lines(response: httpx.Response, url: str) -> AsyncIterator[str]:
-    """Lines of a stream, none longer than `MAX_EVENT_CHARACTERS`."""
-    rest = ""
-    async for text in response.aiter_text():
-        rest += text
-        if len(rest) > MAX_EVENT_CHARACTERS:
-            raise _garbage(url)
-        *whole, rest = rest.split("\n")
-        for line in whole:
-            yield line.rstrip("\r")
 
 
 def _outcome(finish_reason: str | None, usage: Mapping[str, Any], ours: Mapping[str, Any], request_id: str | None) -> Outcome:

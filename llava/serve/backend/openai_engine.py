@@ -1,8 +1,7 @@
-"""An engine that has no model: it passes requests on to an OpenAI-compatible server and gives back what that streams.
+"""An engine without a model: it sends requests to an OpenAI-compatible server and turns what that streams into events.
 
-The backend (SGLang, vLLM, or this project's own worker) is named by the operator. It is asked for its model list now and then, which says
-whether it is there and what it can do. Its answers are not believed further than they can be read: errors reach clients with constant
-texts, the details go to the log.
+The backend (SGLang, vLLM, or this project's own worker) is named by the operator. Its model list is polled: it shows whether the backend is
+up and what it can do. Its text is not trusted: clients get constant texts for its errors, the details go to the log.
 """
 
 from __future__ import annotations
@@ -10,19 +9,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from time import monotonic
 from typing import Any
 
 from PIL import Image
 
 from llava.messages import RoutingRequest
-from llava.rules import Text
 from llava.serve.api.paths import CHAT_PATH, DETOKENIZE_PATH, TOKENIZE_PATH
-from llava.serve.backend.openai_stream import chat_body, check_head, check_sampling, data_url, is_count, read_stream
-from llava.serve.backend.token_ids import prompt_tokens, tokenize_body
-from llava.serve.http.addresses import Endpoint, parse_worker_url
-from llava.serve.http.client import BoundedClient, BrokenResponse, Timeouts, Unreachable
+from llava.serve.backend.openai_request import chat_body, check_sampling, data_url
+from llava.serve.backend.openai_server import Backend, BackendModel, list_models
+from llava.serve.backend.openai_stream import check_head, read_stream
+from llava.serve.backend.openai_tokens import prompt_tokens, tokenize_body
+from llava.serve.http.client import BoundedClient, BrokenResponse, Unreachable
 from llava.serve.http.json_response import compact_json
 from llava.serve.protocol import EngineImage, EngineStats, ErrorKind, Event, GenerationRequest, ModelCard, PromptTokens, ServeError
 from llava.serve.protocol.error_templates import BACKEND_LACKS_GRANULARITIES, BACKEND_LACKS_TOKENS
@@ -30,95 +29,9 @@ from llava.serve.protocol.error_templates import BACKEND_LACKS_GRANULARITIES, BA
 logger = logging.getLogger(__name__)
 
 _MAX_STREAM_BYTES = 256_000_000
-_MAX_LIST_BYTES = 4_000_000
 _MAX_TOKENS_BYTES = 64_000_000
 _WAITING_EVENTS = 64
-"""Events of one answer that may wait for a slow reader; then the backend's stream is no longer read."""
-
-
-@dataclass(frozen=True)
-class Backend:
-    """Which server, and how it is used.
-
-    url: `http(s)://host:port`, with `/v1` or without. model: the name the backend knows the model by. api_key: sent as a bearer token.
-    name: what our clients call the model; by default the same.
-    context_length: what is told to clients where the backend does not say. max_images: per request.
-    concurrency: requests the backend gets at once; the next ones wait here, at most max_queue of them.
-    timeouts: seconds for an answer. poll_seconds: between two looks at its model list.
-    """
-
-    url: str
-    model: str
-    name: str | None = None
-    api_key: str | None = None
-    context_length: int = 4096
-    max_images: int = 8
-    concurrency: int = 32
-    max_queue: int = 64
-    timeouts: Timeouts = field(default_factory=lambda: Timeouts(connect=3.0, headers=300.0, read=120.0, total=1800.0))
-    poll_seconds: float = 5.0
-
-    @property
-    def endpoint(self) -> Endpoint:
-        """Where it is called; its name is resolved anew by every connection, as an operator expects of an address they wrote.
-
-        Raises:
-            ValueError: the URL is not of the form.
-        """
-        url = parse_worker_url(self.url.rstrip("/").removesuffix("/v1"))
-        return Endpoint(url, (url.host,))
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-
-
-_DESCRIPTION = Text(longest=1000)
-
-
-@dataclass(frozen=True)
-class BackendModel:
-    """One entry of a backend's model list. owner: whose server it is, as `owned_by` says, or nothing."""
-
-    name: str
-    context_length: int | None
-    granularities: tuple[int, ...]
-    has_router: bool
-    owner: str = ""
-    description: str | None = None
-
-
-async def list_models(outbound: BoundedClient, backend: Backend) -> list[BackendModel]:
-    """Ask a backend for its models.
-
-    Raises:
-        Unreachable: it is not there. BrokenResponse: it does not answer, or not with a list of models.
-    """
-    timeouts = Timeouts(connect=3.0, headers=5.0, read=5.0, total=10.0)
-    async with outbound.call(
-        "GET", backend.endpoint, "/v1/models", timeouts=timeouts, max_bytes=_MAX_LIST_BYTES, headers=backend.headers
-    ) as reply:
-        if reply.status != 200:
-            raise BrokenResponse(f"it answered with status {reply.status} when asked for its models")
-        listed = await reply.json()
-    entries = listed.get("data") if isinstance(listed, dict) else None
-    if not isinstance(entries, list):
-        raise BrokenResponse("its answer is not a list of models")
-    return [_backend_model(entry) for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
-
-
-def _backend_model(entry: dict[str, Any]) -> BackendModel:
-    lengths = [entry.get(key) for key in ("context_length", "max_model_len")]
-    levels = entry.get("granularities")
-    known = isinstance(levels, list) and all(is_count(level) for level in levels)
-    return BackendModel(
-        entry["id"],
-        next((length for length in lengths if isinstance(length, int) and length > 0), None),
-        tuple(levels) if known and levels else (),
-        entry.get("has_router") is True,
-        str(entry.get("owned_by") or ""),
-        entry["description"] if _DESCRIPTION.accepts(entry.get("description")) else None,
-    )
+"""Events of one answer that may wait for a slow reader; beyond that the backend's stream is not read on."""
 
 
 class RemoteEngine:
@@ -133,7 +46,7 @@ class RemoteEngine:
         self.backend = backend
         self.outbound = outbound or BoundedClient()
         self._model: BackendModel | None = None
-        self._places = asyncio.Semaphore(backend.concurrency)
+        self._concurrency = asyncio.Semaphore(backend.concurrency)
         self._generations: set[RemoteGeneration] = set()
         self._draining = False
         self._watch: asyncio.Task[None] | None = None
@@ -156,12 +69,12 @@ class RemoteEngine:
         return self._model is not None and not self._draining
 
     def start(self) -> None:
-        """Begin to look at the backend's model list now and then; called within a running event loop."""
+        """Begin to poll the backend's model list; called within a running event loop."""
         if self._watch is None:
-            self._watch = asyncio.get_running_loop().create_task(self._keep_looking())
+            self._watch = asyncio.get_running_loop().create_task(self._poll())
 
     async def look(self) -> bool:
-        """Ask the backend for its models once; returns whether ours is among them, and notes what it can do."""
+        """Ask the backend for its models once and keep what ours can do; returns whether it is among them."""
         try:
             models = await list_models(self.outbound, self.backend)
         except (Unreachable, BrokenResponse) as error:
@@ -178,7 +91,7 @@ class RemoteEngine:
             logger.info("the backend %s serves %r", self.backend.url, self.backend.model)
         self._model = model
 
-    async def _keep_looking(self) -> None:
+    async def _poll(self) -> None:
         while True:
             await self.look()
             await asyncio.sleep(self.backend.poll_seconds)
@@ -207,18 +120,18 @@ class RemoteEngine:
         self._check(request)
         body = await asyncio.to_thread(tokenize_body, request, special, self.backend.model)
         try:
-            return prompt_tokens(await self._asked(TOKENIZE_PATH, body))
+            return prompt_tokens(await self._post(TOKENIZE_PATH, body))
         except BrokenResponse as error:
             raise ServeError(ErrorKind.BACKEND_FAILED) from error
 
     async def detokenize(self, ids: Sequence[int]) -> str:
-        answer = await self._asked(DETOKENIZE_PATH, {"model": self.backend.model, "tokens": list(ids)})
+        answer = await self._post(DETOKENIZE_PATH, {"model": self.backend.model, "tokens": list(ids)})
         if not isinstance(answer.get("prompt"), str):
             raise ServeError(ErrorKind.BACKEND_FAILED)
         return str(answer["prompt"])
 
-    async def _asked(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The backend's answer to something else than a chat."""
+    async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The backend's answer at a path that streams nothing."""
         try:
             async with self.outbound.call(
                 "POST",
@@ -257,15 +170,15 @@ class RemoteEngine:
         await self.outbound.close()
 
     def ended(self, generation: RemoteGeneration) -> None:
-        """Called by a generation at its end, whatever that was."""
+        """Called by a generation when it ends, in whatever way."""
         self._generations.discard(generation)
 
     async def events(self, generation: RemoteGeneration) -> AsyncIterator[Event]:
-        """Ask the backend and give its answer's events; waits for a place first."""
+        """Wait until the backend takes another request, send it, and yield the answer's events."""
         request = generation.request
         begun = monotonic()
         self._check(request)
-        async with self._places:
+        async with self._concurrency:
             generation.running = True
             queued = monotonic()
             content = await asyncio.to_thread(self._body, request)
@@ -288,12 +201,12 @@ class RemoteEngine:
 
     def _check(self, request: GenerationRequest) -> None:
         check_sampling(request.sampling, self._owner)
-        asked = replace(request.routing, details=()) != RoutingRequest()
-        if asked and not self.card.granularities:
+        is_routed = replace(request.routing, details=()) != RoutingRequest()
+        if is_routed and not self.card.granularities:
             raise ServeError(ErrorKind.INVALID_REQUEST, BACKEND_LACKS_GRANULARITIES, "granularity")
         if len(request.images) > self.backend.max_images:
             raise ServeError(
-                ErrorKind.INVALID_REQUEST, f"The request holds {len(request.images)} pictures, expected at most {self.backend.max_images}."
+                ErrorKind.INVALID_REQUEST, f"The request holds {len(request.images)} images, expected at most {self.backend.max_images}."
             )
 
     def _body(self, request: GenerationRequest) -> bytes:
@@ -301,7 +214,7 @@ class RemoteEngine:
 
 
 class RemoteGeneration:
-    """One answer on its way from the backend; see `protocol.Generation`."""
+    """One answer that the backend is streaming; see `protocol.Generation`."""
 
     def __init__(self, engine: RemoteEngine, request: GenerationRequest) -> None:
         self.request = request
@@ -330,7 +243,7 @@ class RemoteGeneration:
             self.cancel()
 
     async def _pump(self) -> ServeError | None:
-        """Take the backend's events in; returns what went wrong."""
+        """Move the backend's events into the queue; returns the error that ended them, if any."""
         try:
             async for event in self._engine.events(self):
                 await self._room.acquire()
@@ -351,6 +264,6 @@ class RemoteGeneration:
         return ServeError(kind)
 
     def _done(self, task: asyncio.Task[ServeError | None]) -> None:
-        """Give the place back before the reader learns of the end."""
+        """Leave the engine before the reader is woken by the end."""
         self._engine.ended(self)
         self._events.put_nowait(ServeError(ErrorKind.CANCELLED) if task.cancelled() else task.result())

@@ -1,50 +1,24 @@
-"""An answer of an OpenAI-compatible server, read as events: the wire of `llava.serve.backend.openai_engine`.
+"""The answer of OpenAI's chat completions as an engine's events.
 
-What is read here was written by somebody else's server. Whatever is not what it should be raises `BrokenResponse`; what it says of an error
-is logged, and clients get the constant texts of `llava.serve.protocol`.
+It was written by somebody else's server. Whatever is malformed raises `BrokenResponse`; the text of its errors goes to the log, and
+clients get the constant texts of `llava.serve.protocol`.
 """
 
 from __future__ import annotations
 
-import base64
-import json
 import logging
 import math
-import re
-from collections.abc import AsyncIterator, Iterator, Sequence
-from io import BytesIO
+from collections.abc import AsyncIterator
 from time import monotonic
 from typing import Any
 
-from PIL import Image
-
-from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.messages import Detail, Message, RoutingRequest, normalise_turns
-from llava.serve.api.guide_fields import ANY_OBJECT
-from llava.serve.api.read_prompt import read_prompt
-from llava.serve.http.client import BrokenResponse, Reply, parse_json_object
-from llava.serve.protocol import (
-    EngineImage,
-    ErrorKind,
-    Event,
-    Finished,
-    GenerationRequest,
-    Guide,
-    GuideKind,
-    ImageReport,
-    Piece,
-    Sampling,
-    ServeError,
-    Started,
-    TokenScore,
-)
-from llava.serve.protocol.error_templates import BACKEND_LACKS_FIELD, UNKNOWN_TEMPLATE
+from llava.serve.http.client import BrokenResponse, Reply, first_bytes, parse_json_object
+from llava.serve.protocol import ErrorKind, Event, Finished, ImageReport, Piece, ServeError, Started, TokenScore
 
 logger = logging.getLogger(__name__)
 
 _MAX_ERROR_BYTES = 64_000
 
-# What a backend of our own may say of a request in OpenAI's `code`, with the same meaning here.
 _PASSED_ON = {
     kind.value: kind
     for kind in (
@@ -56,6 +30,7 @@ _PASSED_ON = {
         ErrorKind.TOO_LARGE,
     )
 }
+"""Errors of this project's own workers, by OpenAI's `code`, that mean the same here."""
 _BY_STATUS = {
     400: ErrorKind.INVALID_REQUEST,
     413: ErrorKind.TOO_LARGE,
@@ -63,154 +38,12 @@ _BY_STATUS = {
     429: ErrorKind.OVERLOADED,
     503: ErrorKind.OVERLOADED,
 }
-_OUR_FAULT = (401, 403, 404, 405)
-"""Statuses that say that the bridge is set up wrongly, not that the client asked for something wrong."""
-
-
-_OF_OPENAI = {"seed": "seed", "stop": "stop", "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty"}
-_BEYOND_OPENAI = {
-    "min_new_tokens": "min_tokens",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "stop_token_ids": "stop_token_ids",
-    "ignore_eos": "ignore_eos",
-}
-"""Fields of `Sampling` that are told where they ask for something: their names in OpenAI's API, and in vLLM's and SGLang's beyond it."""
-_KNOW_BEYOND = frozenset(("vllm", "sglang", "avg-llava"))
-"""Whose servers know the latter, by `owned_by` of their models; other servers may ignore what they do not know."""
-
-
-def check_sampling(sampling: Sampling, owner: str) -> None:
-    """Refuse what the backend might ignore.
-
-    Args:
-        owner: of the model, as the backend tells it.
-
-    Raises:
-        ServeError: with the field.
-    """
-    unknown = [] if owner in _KNOW_BEYOND else [name for own, name in _BEYOND_OPENAI.items() if _asks(sampling, own)]
-    if sampling.guide is not None and owner not in _KNOW_BEYOND and sampling.guide.kind is not GuideKind.JSON:
-        unknown.append(sampling.guide.param)
-    if unknown:
-        raise ServeError(ErrorKind.INVALID_REQUEST, BACKEND_LACKS_FIELD.format(param=unknown[0]), unknown[0])
-
-
-def guide_body(guide: Guide, owner: str) -> dict[str, Any]:
-    """What the answer has to be, in words that the backend knows: OpenAI's for JSON, for anything else its own."""
-    if guide.kind is GuideKind.JSON:
-        schema = json.loads(guide.text)
-        if schema == ANY_OBJECT:
-            return {"response_format": {"type": "json_object"}}
-        return {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}}
-    value = json.loads(guide.text) if guide.kind is GuideKind.CHOICE else guide.text
-    if owner != "sglang":
-        return {"structured_outputs": {guide.kind.value: value}}
-    if guide.kind is GuideKind.GRAMMAR:
-        return {"ebnf": value}
-    return {"regex": value if guide.kind is GuideKind.REGEX else "|".join(re.escape(choice) for choice in value)}
-
-
-def _asks(sampling: Sampling, name: str) -> bool:
-    return bool(getattr(sampling, name) != getattr(Sampling, name))
-
-
-def chat_body(request: GenerationRequest, model: str, owner: str = "") -> dict[str, Any]:
-    """A request as the body of a chat completion; pictures become PNG data URLs.
-
-    Raises:
-        ServeError: the turns or their placeholders do not fit the pictures, or a finished prompt is of no known template.
-    """
-    sampling = request.sampling
-    body: dict[str, Any] = {
-        "model": model,
-        "messages": chat_messages(request_turns(request), request.images, request.routing),
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "max_tokens": sampling.max_new_tokens,
-    }
-    for own, name in (_OF_OPENAI | _BEYOND_OPENAI).items():
-        if _asks(sampling, own):
-            value = getattr(sampling, own)
-            body[name] = list(value) if isinstance(value, tuple) else value
-    if sampling.logit_bias:
-        body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
-    if sampling.guide is not None:
-        body |= guide_body(sampling.guide, owner)
-    if sampling.logprobs is not None:
-        body["logprobs"], body["top_logprobs"] = True, sampling.logprobs
-    return body | routing_fields(request.routing)
-
-
-def routing_fields(routing: RoutingRequest) -> dict[str, Any]:
-    """What is asked about granularity, as fields of a body; each image's detail stands in the image's own part."""
-    fields: dict[str, Any] = {}
-    if routing.granularity is not None:
-        fields["granularity"] = routing.granularity if isinstance(routing.granularity, int) else list(routing.granularity)
-    if routing.max_visual_tokens is not None:
-        fields["max_visual_tokens"] = routing.max_visual_tokens
-    if routing.bias:
-        fields["granularity_bias"] = routing.bias
-    return fields
-
-
-def request_turns(request: GenerationRequest) -> Sequence[Message]:
-    """The turns to send: a request's own as every template can write them, or those of its finished prompt as they stand there."""
-    if request.prompt is None:
-        try:
-            return normalise_turns(request.messages, len(request.images))
-        except ValueError as error:  # the sentence is this package's own and holds counts and roles only
-            raise ServeError(ErrorKind.INVALID_REQUEST, str(error)) from error
-    turns = read_prompt(request.prompt)
-    if turns is None:
-        raise ServeError(ErrorKind.INVALID_REQUEST, UNKNOWN_TEMPLATE, "prompt")
-    return turns
-
-
-def chat_messages(turns: Sequence[Message], images: Sequence[EngineImage], routing: RoutingRequest) -> list[dict[str, Any]]:
-    """Turns as OpenAI's messages, each image where its placeholder stands.
-
-    Raises:
-        ServeError: as many placeholders as images were expected.
-    """
-    marked = sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
-    if marked != len(images):
-        raise ServeError(
-            ErrorKind.INVALID_REQUEST, f"The text holds {marked} <image> placeholders, but {len(images)} pictures came; make them agree."
-        )
-    waiting = iter([_image_part(image, routing.detail_of(place)) for place, image in enumerate(images)])
-    return [{"role": turn.role, "content": _content(turn.text, waiting)} for turn in turns]
-
-
-def _content(text: str, images: Iterator[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """A turn's text, cut at its placeholders; the line break that a template puts after a picture goes with it."""
-    head, *rest = text.split(DEFAULT_IMAGE_TOKEN)
-    if not rest:
-        return head
-    parts: list[dict[str, Any]] = [{"type": "text", "text": head}] if head else []
-    for piece in rest:
-        parts.append(next(images))
-        if shown := piece.removeprefix("\n"):
-            parts.append({"type": "text", "text": shown})
-    return parts
-
-
-def _image_part(image: EngineImage, detail: Detail | None) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": image.content, **({"detail": detail} if detail else {})}}
-
-
-def data_url(image: Image.Image) -> str:
-    """An image as a backend gets it."""
-    buffer = BytesIO()
-    image.save(buffer, format="PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+_MISCONFIGURED = (401, 403, 404, 405)
+"""Statuses that mean that the bridge is set up wrongly, not that the client's request is wrong."""
 
 
 async def check_head(reply: Reply, media_type: str = "text/event-stream") -> None:
-    """Let an answer of the type that is expected through.
+    """Check that an answer is of the expected type.
 
     Raises:
         ServeError: the backend answered with an error. BrokenResponse: it answered with something else.
@@ -222,9 +55,9 @@ async def check_head(reply: Reply, media_type: str = "text/event-stream") -> Non
 
 
 async def _refusal(reply: Reply) -> ServeError:
-    body = await _short_body(reply)
+    body = await first_bytes(reply.chunks(), _MAX_ERROR_BYTES)
     logger.warning("the backend answered with status %d: %r", reply.status, body[:500])
-    if reply.status in _OUR_FAULT:
+    if reply.status in _MISCONFIGURED:
         return ServeError(ErrorKind.BACKEND_FAILED)
     passed_on = _PASSED_ON.get(_error_code(parse_json_object(body)))
     if passed_on is not None and passed_on.fault.status == reply.status:
@@ -232,18 +65,6 @@ async def _refusal(reply: Reply) -> ServeError:
     if reply.status in _BY_STATUS:
         return ServeError(_BY_STATUS[reply.status])
     return ServeError(ErrorKind.INVALID_REQUEST if 400 <= reply.status < 500 else ErrorKind.BACKEND_FAILED)
-
-
-async def _short_body(reply: Reply) -> bytes:
-    body = b""
-    try:
-        async for chunk in reply.chunks():
-            body += chunk
-            if len(body) > _MAX_ERROR_BYTES:
-                break
-    except BrokenResponse:
-        pass  # the status has been read, and the text is for the log alone
-    return body[:_MAX_ERROR_BYTES]
 
 
 def _error_code(body: dict[str, Any] | None) -> str:
@@ -303,7 +124,7 @@ class _StreamParser:
         events: list[Event] = self._start() if self._report else []
         for choice in choices:
             if choice.get("index", 0) != 0:
-                raise BrokenResponse("the stream holds a second answer that was not asked for")
+                raise BrokenResponse("the stream holds a second answer that was not requested")
             events += self._take_choice(choice)
         return events
 
@@ -340,11 +161,11 @@ class _StreamParser:
         return Finished(self._reason, _count(self._usage, "prompt_tokens"), completion, image_reports(self._report), milliseconds)
 
     def _milliseconds(self, first: float) -> dict[str, float]:
-        """The backend's own parts where it tells them, and the sums as they are seen from here."""
-        told = self._report.get("milliseconds")
-        parts = {str(part): float(value) for part, value in told.items() if is_number(value)} if isinstance(told, dict) else {}
-        seen = {"queue": 1000 * (self._queued - self._begun), "prefill": 1000 * (first - self._queued)}
-        return {**seen, **parts, "ttft": 1000 * (first - self._begun)}
+        """The backend's own parts where it reports them, and the sums as measured here."""
+        reported = self._report.get("milliseconds")
+        parts = {str(part): float(value) for part, value in reported.items() if is_number(value)} if isinstance(reported, dict) else {}
+        measured = {"queue": 1000 * (self._queued - self._begun), "prefill": 1000 * (first - self._queued)}
+        return {**measured, **parts, "ttft": 1000 * (first - self._begun)}
 
 
 def is_count(value: object) -> bool:
@@ -380,15 +201,15 @@ def _token_and_score(token: object) -> tuple[str, float] | None:
 
 
 def _token_text(token: dict[str, Any]) -> str:
-    """A token's text by its bytes, where the backend tells them: a part of a character has no text of its own."""
-    told = token.get("bytes")
-    if isinstance(told, list) and all(type(value) is int and 0 <= value < 256 for value in told):
-        return bytes(told).decode("utf-8", "surrogateescape")
+    """A token's text from its bytes, where the backend reports them: a part of a character has no text of its own."""
+    data = token.get("bytes")
+    if isinstance(data, list) and all(type(value) is int and 0 <= value < 256 for value in data):
+        return bytes(data).decode("utf-8", "surrogateescape")
     return str(token["token"])
 
 
 def image_reports(report: dict[str, Any]) -> tuple[ImageReport, ...]:
-    """What a backend of our own says in `avg_llava` of each picture's cost; empty where it does not."""
+    """The cost of each image, as this project's workers report it in `avg_llava`; empty where it is missing."""
     images = report.get("images")
     return tuple(_image_report(image) for image in images if isinstance(image, dict)) if isinstance(images, list) else ()
 

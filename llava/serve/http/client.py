@@ -10,7 +10,7 @@ import functools
 import json
 import ssl
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -201,6 +201,17 @@ class BoundedClient:
             except (httpx.HTTPError, ssl.SSLError, OSError) as error:
                 raise BrokenResponse(f"the connection broke before the response: {type(error).__name__}") from error
         raise Unreachable("no connection to any of its addresses") from problem
+
+
+async def first_bytes(chunks: AsyncIterator[bytes], most: int) -> bytes:
+    """The beginning of a body, at most so many bytes, or as much of it as came before it broke off; the rest is not read."""
+    body = b""
+    with suppress(BrokenResponse, httpx.HTTPError):
+        async for chunk in chunks:
+            body += chunk
+            if len(body) > most:
+                break
+    return body[:most]
 
 
 def parse_json_object(text: str | bytes) -> dict[str, Any] | None:

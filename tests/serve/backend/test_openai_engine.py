@@ -19,8 +19,9 @@ from llava.conversation import SeparatorStyle, conv_templates
 from llava.inference import Message, write_prompt
 from llava.messages import RoutingRequest
 from llava.serve.api.read_prompt import read_prompt
-from llava.serve.backend.openai_engine import Backend, RemoteEngine
-from llava.serve.backend.openai_stream import chat_body, data_url
+from llava.serve.backend.openai_engine import RemoteEngine
+from llava.serve.backend.openai_request import chat_body, data_url
+from llava.serve.backend.openai_server import Backend
 from llava.serve.http.client import Timeouts
 from llava.serve.protocol import (
     EngineImage,
