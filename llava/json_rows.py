@@ -1,12 +1,11 @@
-"""The one reader of files that hold JSON values one after the other: training rows, questions, answers.
+"""The one reader of files that hold a sequence of JSON values: training rows, questions, answers.
 
-What stands in the file decides how it is read, and not how it is called. A file that starts with `[` is a list, or several one after
-the other, and their elements are its rows; in any other file each value is a row, whether one per line (JSONL), several side by side,
-or one over several lines. Byte order marks count as white space. The file passes through a window of a few rows, so a file of any
-size takes little memory.
+The content of a file decides how it is read, not its name. A file that starts with `[` is a list, or several in a row, and their elements
+are its rows; in any other file each value is a row, whether one per line (JSONL), several on a line, or one over several lines. Byte order
+marks count as white space. The file is read through a window of a few rows, so a file of any size takes little memory.
 
-Within a list nothing behind a mistake can be told apart, so it is an error. Elsewhere a value that cannot be read is a row of its own
-that says what is wrong with it, and reading goes on behind it. Nothing here knows what a row means.
+Within a list nothing after a syntax error can be parsed, so it is an error. Elsewhere a value that cannot be parsed is a row of its own
+that says what is wrong with it, and reading continues behind it. Nothing here knows what a row means.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 MAX_ROW_CHARACTERS = 64 * 2**20
-"""Longest value; what is longer is no row but a file of another format, or a broken one."""
+"""Longest value; anything longer is not a row but a file of another format, or a broken one."""
 CHUNK_BYTES = 2**20
 
 _SPACE = re.compile(r"[\s\ufeff]*")
 _NEXT_LINE = re.compile(r"\n")
 _NEXT_VALUE = re.compile(r"\n(?=[\[{])")
 _LONGEST_TOKEN = len(r"\ud83d\ude00") + 4
-"""A mistake so close to the end of the window may be a word or an escape that the window cuts."""
+"""An error this close to the end of the window may be a literal or an escape that the window cuts."""
 _QUOTED = 40
 
 
@@ -36,9 +35,9 @@ class JsonRow(NamedTuple):
 
     Attributes:
         line: the line it starts in, counted from 1.
-        text: the value as it stands in the file.
-        value: what it says; `None` where it cannot be read.
-        problem: why it cannot be read and what to do, without a full stop; empty otherwise.
+        text: the value as it is in the file.
+        value: the parsed value; `None` where it cannot be parsed.
+        problem: why it cannot be parsed and what to do, without a full stop; empty otherwise.
     """
 
     line: int
@@ -58,13 +57,13 @@ def iter_rows(file: BinaryIO, name: str, allow_nan: bool = True, digest: Any = N
 
     Args:
         file: open for bytes.
-        name: what errors call it.
-        allow_nan: read `NaN`, `Infinity` and numbers beyond a float's range, as Python writes them; JSON has none of them, so a reader
-            that hands values on refuses them.
+        name: what errors call the file.
+        allow_nan: accept `NaN`, `Infinity` and numbers beyond the range of a float, as Python writes them; they are not JSON, so callers
+            that pass values on refuse them.
         digest: a hash that is updated with every byte.
 
     Raises:
-        ValueError: bytes that are not UTF-8, a value without end, or a list with a mistake; the sentence names the line.
+        ValueError: bytes that are not UTF-8, a value without an end, or a list with a syntax error; the message names the line.
     """
     window = _Window(file, name, allow_nan, digest)
     return _elements(window) if window.next_character() == "[" else _values(window)
@@ -74,7 +73,7 @@ def parse_row(text: str, allow_nan: bool = True) -> Any:
     """The value of a row's text.
 
     Raises:
-        ValueError: why it cannot be read and what to do, without a full stop.
+        ValueError: why it cannot be parsed and what to do, without a full stop.
     """
     try:
         start = _skip_space(text, 0)
@@ -87,7 +86,7 @@ def parse_row(text: str, allow_nan: bool = True) -> Any:
 
 
 def _values(window: _Window) -> Iterator[JsonRow]:
-    """Values side by side or below each other."""
+    """Values in sequence, on one line or on several."""
     while window.next_character():
         line = window.line
         try:
@@ -104,12 +103,12 @@ def _elements(window: _Window) -> Iterator[JsonRow]:
     """The elements of lists that follow each other.
 
     Raises:
-        ValueError: a mistake; the sentence says in which line and behind how many rows.
+        ValueError: a syntax error; the message says in which line and after how many rows.
     """
     count = 0
     while start := window.next_character():
         if start != "[":
-            raise window.error(count, f"the list is followed by {_quoted(start)}; put all rows into one list, or take its brackets away")
+            raise window.error(count, f"the list is followed by {_quoted(start)}; put all rows into one list, or remove its brackets")
         window.at += 1
         if window.next_character() == "]":
             window.at += 1
@@ -117,7 +116,7 @@ def _elements(window: _Window) -> Iterator[JsonRow]:
         separator = ","
         while separator == ",":
             if window.next_character() == "]":
-                raise window.error(count, "a comma stands before the closing ']'; take it away")
+                raise window.error(count, "there is a comma before the closing ']'; remove it")
             line = window.line
             try:
                 row = JsonRow(line, *window.value())
@@ -141,7 +140,7 @@ class _Window:
 
     Attributes:
         text: the window.
-        at: where in it reading goes on.
+        at: position in the window where reading continues.
     """
 
     def __init__(self, file: BinaryIO, name: str, allow_nan: bool, digest: Any) -> None:
@@ -156,13 +155,13 @@ class _Window:
 
     @property
     def line(self) -> int:
-        """The line that reading is in, counted from 1."""
+        """The current line, counted from 1."""
         self._line += self.text.count("\n", self._counted, self.at)
         self._counted = self.at
         return self._line
 
     def next_character(self) -> str:
-        """Skip white space; the character there, or nothing at the end."""
+        """Skip white space; the next character, or an empty string at the end."""
         while True:
             self.at = _skip_space(self.text, self.at)
             if self.at < len(self.text):
@@ -184,19 +183,19 @@ class _Window:
                 if self._ended or not _may_be_cut(error):
                     raise
             else:
-                if end < len(self.text) or self._ended:  # a number at the very end may go on
+                if end < len(self.text) or self._ended:  # a number at the very end may continue
                     text, self.at = self.text[self.at : end], end
                     return text, value
             self._move_within_value()
 
     def skip_broken(self, mistake: int) -> str:
-        """Go on behind a value that cannot be read, and return its text.
+        """Continue after a value that cannot be parsed, and return its text.
 
-        That is its line, or, where the value began well and went wrong in a later one, everything up to the next line that begins as
-        a row does: half a line costs nothing but itself, and an object over many lines is one broken row.
+        That is its line, or, where the error is in a later line than the value's start, everything up to the next line that starts like
+        a row: a truncated line costs only itself, and a broken object over many lines is one broken row.
 
         Args:
-            mistake: where in the window it goes wrong.
+            mistake: position of the error in the window.
         """
         end = _NEXT_LINE
         if "\n" in self.text[self.at : mistake]:
@@ -208,7 +207,7 @@ class _Window:
         return text.rstrip()
 
     def error(self, count: int, problem: str) -> ValueError:
-        """The sentence about a list that cannot be read beyond here."""
+        """The error for a list that cannot be read beyond this position."""
         return ValueError(f"{self._name} is not a valid JSON list: line {self.line}, after {count} rows: {problem}.")
 
     def _move_within_value(self) -> None:
@@ -220,7 +219,7 @@ class _Window:
         self._move()
 
     def _move(self) -> None:
-        """Drop what was read and append as much as is left, so that a long value is scanned a few times only."""
+        """Drop what was read and double what is left, so that a long value is scanned only a few times."""
         self._line, self._counted = self.line, 0
         parts = [self.text[self.at :]]
         missing = max(1, len(parts[0]))
@@ -253,11 +252,11 @@ class _Window:
 
 
 class BrokenFileError(ValueError):
-    """Nothing behind this place can be read: bytes that are no text, or a value that goes on beyond `MAX_ROW_CHARACTERS`."""
+    """The rest of the file cannot be read: bytes that are not text, or a value longer than `MAX_ROW_CHARACTERS`."""
 
 
 class _NotInJsonError(ValueError):
-    """A number that Python's reader takes though JSON has none such."""
+    """A number that Python's parser accepts although it is not JSON."""
 
 
 def _skip_space(text: str, start: int) -> int:
@@ -271,7 +270,7 @@ def _decoder(allow_nan: bool) -> json.JSONDecoder:
 
 
 def _refuse_number(text: str) -> float:
-    raise _NotInJsonError(f"{text[:_QUOTED]} is no number in JSON; write null, or a number")
+    raise _NotInJsonError(f"{text[:_QUOTED]} is not a number in JSON; write null or a finite number")
 
 
 def _finite(text: str) -> float:
@@ -283,20 +282,20 @@ def _may_be_cut(error: json.JSONDecodeError) -> bool:
     return error.msg.startswith("Unterminated string") or len(error.doc) - error.pos < _LONGEST_TOKEN
 
 
-_CUT_OFF = "ends before it is complete, as in a file that was cut off; copy or write it again"
+_CUT_OFF = "ends before it is complete, as in a truncated file; copy or write it again"
 
 
 def _problem(error: Exception, text: str, start: int = 0) -> str:
-    """What is wrong with the value that starts in `text` at `start`, and what to do."""
+    """What is wrong with the value that starts at `start` in `text`, and what to do."""
     if isinstance(error, RecursionError):
-        return f"the value {_quoted(text, start)} is nested too deeply; write it flatter"
+        return f"the value {_quoted(text, start)} is nested too deeply; flatten it"
     if not isinstance(error, json.JSONDecodeError):
         said = str(error)
-        return "a number has more digits than can be read; write it as a text" if "integer string conversion" in said else said
+        return "a number has too many digits to be parsed; write it as a string" if "integer string conversion" in said else said
     if "\0" in text[start : start + _QUOTED]:
-        return "there are NUL characters, as in UTF-16 or in a file that was cut off while it was written; write it anew as UTF-8"
+        return "there are NUL characters, as in UTF-16 or in a file that was truncated while it was written; write it again as UTF-8"
     if text.startswith(",", start):
-        return "a comma stands where a row should start; only a list has commas, so put all rows into one [ ], or take the commas away"
+        return "there is a comma where a row should start; only lists have commas, so put all rows into one [ ], or remove the commas"
     if error.msg.startswith("Unterminated string") or not error.doc[error.pos :].strip():
         return f"the value {_CUT_OFF}"
     found = f"{error.msg.removesuffix(' at')} at {_quoted(error.doc, error.pos)}"

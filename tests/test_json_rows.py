@@ -55,11 +55,11 @@ def test_nothing_is_no_row(text: str) -> None:
         ("{'id': 1}", "double quotes.*json.dumps"),
         ('{"id": tru}', "not valid JSON"),
         ("id,text", "not valid JSON"),
-        (",", r"a comma stands where a row should start; .* into one \[ \]"),
-        ("\0\0\0\0", "NUL characters, as in UTF-16 or in a file that was cut off"),
+        (",", r"there is a comma where a row should start; .* into one \[ \]"),
+        ("\0\0\0\0", "NUL characters, as in UTF-16 or in a file that was truncated"),
         ('{"id": "\0"}', "NUL characters"),
-        ('{"w": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply; write it flatter"),
-        ('{"w": ' + "1" * 5000 + "}", "more digits than can be read; write it as a text"),
+        ('{"w": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply; flatten it"),
+        ('{"w": ' + "1" * 5000 + "}", "too many digits to be parsed; write it as a string"),
         ('{\n "id": 1\n "text": 2,\n "w": {\n }\n}', "not valid JSON .*at '\"text\": 2,'"),
     ],
 )
@@ -80,7 +80,7 @@ def test_a_broken_value_costs_nothing_but_itself(broken: str, problem: str) -> N
     ("text", "message"),
     [
         ('[{"a": 1},\n{"b" 2}]', "FILE is not a valid JSON list: line 2, after 1 rows: not valid JSON"),
-        ('[{"a": 1},\n\n]', "line 3, after 1 rows: a comma stands before the closing"),
+        ('[{"a": 1},\n\n]', "line 3, after 1 rows: there is a comma before the closing"),
         ('[{"a": 1}\n{"b": 2}]', r"line 2, after 1 rows: the row is followed by '\{'"),
         ('[{"a": 1},\n', "after 1 rows: the value ends before it is complete"),
         ('[{"a": 1}\n', "after 1 rows: the list ends before it is complete"),
@@ -118,8 +118,8 @@ def test_numbers_that_json_has_not(number: str) -> None:
     line = f'{{"w": [{number}]}}\n{{"a": 1.5}}'
     assert not math.isfinite(rows_of(line)[0].value["w"][0])
     refused, following = rows_of(line, allow_nan=False)
-    assert refused.problem == f"{number} is no number in JSON; write null, or a number" and following.value == {"a": 1.5}
-    with pytest.raises(ValueError, match="is no number in JSON"):
+    assert refused.problem == f"{number} is not a number in JSON; write null or a finite number" and following.value == {"a": 1.5}
+    with pytest.raises(ValueError, match="is not a number in JSON"):
         parse_row(refused.text, allow_nan=False)
 
 

@@ -1,14 +1,14 @@
-"""Adapter folders: what LoRA learnt about a language model, and the whole parts that learnt beside it.
+"""Adapter folders: the LoRA matrices of a language model, and the parts that were trained in full beside them.
 
-    adapter_config.json                 peft's: rank, scale, which layers, the model underneath
+    adapter_config.json                 peft's: rank, scale, which layers, the base model
     adapter_model.safetensors           peft's: the low-rank matrices, under peft's names
     non_lora_trainables.safetensors     projector, newline vector, router, and the vision tower where it was trained
     config.json                         ours: every field of the multimodal configuration
     tokenizer files                     in folders that our trainer wrote
 
 A folder is an adapter because `adapter_config.json` is in it. The matrices are injected into the language model in place, so
-the model keeps its class, and every parameter that is not LoRA's keeps its part of the model in front of its name. LLaVA's
-own adapter folders are read too; their pickled files only with the caller's leave.
+the model keeps its class, and parameters that are not LoRA's keep their names. LLaVA's
+own adapter folders are read too; their pickled files only if the caller allows it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def is_adapter(path: str | Path) -> bool:
 
 
 def has_adapter(model: Any) -> bool:
-    """Whether LoRA matrices stand in this model's language model, not merged."""
+    """Whether this model's language model has LoRA matrices that are not merged."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
@@ -76,7 +76,7 @@ def adapter_base(folder: str | Path, model_base: str | None = None) -> str:
     """The model that an adapter belongs to: the caller's, or the one that the adapter names.
 
     Raises:
-        ValueError: neither, a local model that is gone, or a model that is an adapter itself.
+        ValueError: neither is given, a local model that no longer exists, or a base that is itself an adapter.
     """
     base = model_base
     if base is None:
@@ -86,14 +86,14 @@ def adapter_base(folder: str | Path, model_base: str | None = None) -> str:
         near = [Path(base), Path(folder) / base, Path(folder).parent / base]
         base = next((str(path) for path in near if path.is_dir()), base)
         if Path(base).is_absolute() and not Path(base).is_dir():
-            raise ValueError(f"{folder} was trained over {base}, which is not there; give the model's place now as model_base.")
+            raise ValueError(f"{folder} was trained on {base}, which does not exist; give the model's current path as model_base.")
     if is_adapter(base):
         raise ValueError(f"{base} is an adapter itself; merge it with scripts/merge_lora_weights.py and give the merged model.")
     return base
 
 
 def tokenizer_source(folder: str | Path, base: str) -> str:
-    """Where an adapter's tokenizer is: in its folder, or, in LLaVA's own folders, with the model underneath."""
+    """Where an adapter's tokenizer is: in its folder, or, for LLaVA's own folders, with the base model."""
     return str(folder) if any((Path(folder) / name).is_file() for name in TOKENIZER_FILES) else base
 
 
@@ -101,14 +101,14 @@ def read_lora_config(folder: str | Path) -> Any:
     """Peft's configuration of an adapter folder, limited to the language model.
 
     Raises:
-        ValueError: another method than LoRA, or LoRA with biases of the layers underneath.
+        ValueError: a method other than LoRA, or LoRA with biases of the base model.
         ImportError: peft is not installed.
     """
     try:
         from peft import LoraConfig
     except ImportError as error:
         raise ImportError(
-            f'{folder} is an adapter, which takes peft to read; run pip install -e ".[train]", or merge it elsewhere with '
+            f'{folder} is an adapter, and reading it needs peft; run pip install -e ".[train]", or merge it elsewhere with '
             "scripts/merge_lora_weights.py."
         ) from error
 
@@ -130,7 +130,7 @@ def read_lora_config(folder: str | Path) -> Any:
 
 
 def _read_adapter_config(folder: str | Path) -> dict[str, Any]:
-    """adapter_config.json, judged."""
+    """adapter_config.json, checked against `LORA_RULES`."""
     file = Path(folder) / ADAPTER_CONFIG
     stored = read_object(file)
     found = faults(stored, LORA_RULES)
@@ -143,7 +143,7 @@ def _read_adapter_config(folder: str | Path) -> dict[str, Any]:
 
 
 def _check_ranks(folder: Path, config: Any) -> None:
-    """Hold the ranks of the matrices' headers against the configuration, before matrices of its ranks are made."""
+    """Compare the ranks in the headers of the weights with the configuration, before matrices of those ranks are created."""
     file = folder / ADAPTER_FILES[0]
     ranks = {config.r, *(config.rank_pattern or {}).values()}
     stored = read_headers([file]) if file.is_file() else {}
@@ -154,15 +154,15 @@ def _check_ranks(folder: Path, config: Any) -> None:
 
 
 def attach_adapter(model: Any, config: Any, dtype: torch.dtype = torch.float32) -> None:
-    """Put LoRA matrices into the language model, in place; they start as no change at all.
+    """Insert LoRA matrices into the language model, in place; at first they change nothing.
 
     Args:
         model: a multimodal language model, quantised or not.
         config: peft's `LoraConfig`; layers outside the language model are refused.
-        dtype: of the matrices. float32 unless something else keeps a float32 copy of them.
+        dtype: of the matrices; float32 unless something else keeps a float32 copy of them.
 
     Raises:
-        ValueError: the configuration names no layer of the language model, or others.
+        ValueError: the configuration names no layer of the language model, or layers elsewhere.
     """
     base = config.base_model_name_or_path
     try:
@@ -179,7 +179,7 @@ def attach_adapter(model: Any, config: Any, dtype: torch.dtype = torch.float32) 
 
 
 def load_lora(model: Any, folder: str | Path, use_safetensors: bool = True) -> None:
-    """Fill attached matrices from an adapter folder.
+    """Load attached matrices from an adapter folder.
 
     Raises:
         ValueError: the folder's matrices are not exactly this model's.
@@ -193,7 +193,7 @@ def load_lora(model: Any, folder: str | Path, use_safetensors: bool = True) -> N
 
 
 def read_rest(folder: str | Path, use_safetensors: bool = True) -> dict[str, Tensor]:
-    """The whole parts of an adapter folder, under their names in a full checkpoint.
+    """The parts of an adapter folder that were trained in full, under their names in a full checkpoint.
 
     Args:
         use_safetensors: `False` also reads LLaVA's pickled `non_lora_trainables.bin`, with `weights_only`.
@@ -205,7 +205,7 @@ def read_rest(folder: str | Path, use_safetensors: bool = True) -> dict[str, Ten
 
 
 def load_rest(model: Any, rest: Mapping[str, Tensor], source: str | Path) -> None:
-    """Fill projector, newline, router and tower from `read_rest`, and remember a tower so that it is saved again.
+    """Load projector, newline, router and tower from `read_rest`, and remember a tower so that it is saved again.
 
     Raises:
         ValueError: weights that this model has no place for.
@@ -219,7 +219,7 @@ def load_rest(model: Any, rest: Mapping[str, Tensor], source: str | Path) -> Non
 
 
 def rest_names(model: Any) -> set[str]:
-    """Parameters that go into the rest file: projector, newline, router; the tower where it learns or came with the adapter."""
+    """Parameters that go into the rest file: projector, newline, router; the tower where it is trained or came with the adapter."""
     trained = any(parameter.requires_grad for name, parameter in model.named_parameters() if name.startswith(TOWER_PREFIX))
     prefixes: tuple[str, ...] = REST_PREFIXES
     if trained or getattr(model, "adapter_holds_tower", False):
@@ -232,8 +232,8 @@ def save_adapter(model: Any, folder: Path, state_dict: Mapping[str, Tensor] | No
 
     Args:
         model: with an attached adapter.
-        folder: made where it is missing. Write to a staging folder if readers may come in between.
-        state_dict: the model's weights where they were gathered from several processes.
+        folder: created where it is missing. Write to a staging folder if others may read it meanwhile.
+        state_dict: the model's weights, where they were gathered from several processes.
     """
     from peft import get_peft_model_state_dict
 
@@ -247,12 +247,12 @@ def save_adapter(model: Any, folder: Path, state_dict: Mapping[str, Tensor] | No
     lora_config.save_pretrained(str(folder))
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # how the language model was held in memory, not what the adapter is
+        del config.quantization_config  # how the language model was held in memory, not a property of the adapter
     config.save_pretrained(folder)
 
 
 def restore_adapter(model: Any, folder: Path) -> None:
-    """Fill a model that trains an adapter from one of its own checkpoints, exactly.
+    """Load one of its own checkpoints into a model that trains an adapter.
 
     Raises:
         ValueError: the checkpoint holds other parameters, or was made with another rank or scale.
@@ -277,9 +277,9 @@ def restore_adapter(model: Any, folder: Path) -> None:
 
 @torch.no_grad()
 def merge_adapter(model: Any) -> None:
-    """Add the low-rank matrices to the layers they belong to and take them out, in place.
+    """Add the low-rank matrices to their layers and remove them, in place.
 
-    The sum is made in float32 and rounded once to the layer's own dtype.
+    The sum is computed in float32 and rounded once to the layer's own dtype.
 
     Raises:
         ValueError: a quantised language model, or matrices that are not finite.
@@ -287,7 +287,7 @@ def merge_adapter(model: Any) -> None:
     from peft.tuners.lora import LoraLayer
 
     if getattr(model, "is_quantized", False):
-        raise ValueError("LoRA cannot be merged into quantised weights without losing much of it; load the model without 4-bit or 8-bit.")
+        raise ValueError("LoRA cannot be merged into quantised weights without large rounding errors; load the model in 16 bits.")
     for name, layer in [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]:
         whole: Any = layer.get_base_layer()
         dtype = whole.weight.dtype

@@ -1,7 +1,7 @@
 """Flags of a training run: LLaVA's names, mapped to what today's transformers calls them.
 
-Three dataclasses are filled from one command line. `check_arguments` looks at them together and refuses what contradicts
-itself, all findings at once.
+Three dataclasses are filled from one command line. `check_arguments` looks at them together and refuses contradictions, all findings at
+once; `ignored_flags` names what scripts of LLaVA pass without any effect here.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class ModelArguments:
     """Which model is trained and what it is made of."""
 
     model_name_or_path: str = field(metadata={"help": "Language model or AVG-LLaVA checkpoint to start from."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Accepted for scripts of LLaVA, without effect; set HF_HOME."})
     version: str | None = field(default=None, metadata={"help": "Conversation template; the stage's own by default."})
     vision_tower: str | None = field(
         default=None, metadata={"help": "CLIP folder or hub id; needed unless the checkpoint holds a tower."}
@@ -50,11 +51,11 @@ class ModelArguments:
         default=None, metadata={"help": "flat, spatial or spatial_unpad (new models: spatial_unpad)."}
     )
     mm_use_im_start_end: bool | None = field(
-        default=None, metadata={"help": "Surround each picture with start and end tokens."}
+        default=None, metadata={"help": "Surround each image with start and end tokens."}
     )
     mm_use_im_patch_token: bool | None = field(default=None, metadata={"help": "Add LLaVA's patch token."})
     vis_token_granularity: str | None = field(
-        default=None, metadata={"help": "Tokens per view of each level, coarse to fine, as in 36,72,144,288,576."}
+        default=None, metadata={"help": "Tokens per view of each granularity, coarse to fine, as in 36,72,144,288,576."}
     )
     unpad_rule: str | None = field(default=None, metadata={"help": "picture (new models) or pooled_grid (released)."})
     router_attention_axis: str | None = field(default=None, metadata={"help": "views or tokens."})
@@ -65,7 +66,7 @@ class ModelArguments:
 
     @property
     def granularities(self) -> list[int] | None:
-        """The levels as numbers, coarse to fine.
+        """The granularities as numbers, coarse to fine.
 
         Raises:
             ValueError: not a comma-separated list of rising numbers.
@@ -86,21 +87,21 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which rows and pictures are learnt from."""
+    """Which rows and images are trained on."""
 
     data_path: str = field(metadata={"help": "LLaVA's JSON or JSONL, or a mixture manifest (YAML)."})
     eval_data_path: str | None = field(default=None, metadata={"help": "Rows for evaluation during training."})
-    image_folder: str | None = field(default=None, metadata={"help": "Folder, zip or tar that picture names are relative to."})
+    image_folder: str | None = field(default=None, metadata={"help": "Folder, zip or tar that image names are relative to."})
     index_cache: str | None = field(
         default=None, metadata={"help": "Folder for the index of the rows; a hidden one beside the data by default."}
     )
     lazy_preprocess: bool = field(
-        default=True, metadata={"help": "Write ids and labels when a row is read; otherwise all before the first step."}
+        default=True, metadata={"help": "Tokenize a row when it is read; otherwise all rows before the first step."}
     )
-    is_multimodal: bool = field(default=True, metadata={"help": "Whether rows may have pictures."})
+    is_multimodal: bool = field(default=True, metadata={"help": "Whether rows may have images."})
     image_aspect_ratio: str | None = field(
         default=None,
-        metadata={"help": "square, pad or anyres; the checkpoint's by default, and another one than it was trained with is a warning."},
+        metadata={"help": "square, pad or anyres; the checkpoint's by default, with a warning for any other."},
     )
     image_grid_pinpoints: str | None = field(
         default=None, metadata={"help": 'Canvases of anyres, (width, height), as in "[[336, 672], [672, 336]]".'}
@@ -112,7 +113,7 @@ class DataArguments:
         default=0.01, metadata={"help": "With skip: stop when more than this share of the rows is broken."}
     )
     cache_image_features_gb: float = field(
-        default=0.0, metadata={"help": "Memory for features of a frozen vision tower, so that a picture is encoded once."}
+        default=0.0, metadata={"help": "Memory for features of a frozen vision tower, so that an image is encoded once."}
     )
 
     @property
@@ -135,7 +136,7 @@ class DataArguments:
 
 @dataclass
 class LoraFlags:
-    """Flags of LoRA and QLoRA."""
+    """Flags of LoRA and QLoRA, by LLaVA's names."""
 
     lora_enable: bool = field(default=False, metadata={"help": "Train an adapter of the language model in place of its weights."})
     lora_r: int | None = field(default=None, metadata={"help": "Rank; 64, or that of the adapter the run starts from."})
@@ -143,10 +144,10 @@ class LoraFlags:
         default=None, metadata={"help": "Scale, divided by the rank; 16, or that of the adapter the run starts from."}
     )
     lora_dropout: float | None = field(
-        default=None, metadata={"help": "Dropout in front of the matrices; 0.05, or that of the adapter the run starts from."}
+        default=None, metadata={"help": "Dropout before the matrices; 0.05, or that of the adapter the run starts from."}
     )
-    lora_weight_path: str = field(default="", metadata={"help": "Adapter folder to train on, over --model_name_or_path."})
-    lora_bias: str = field(default="none", metadata={"help": "none; the biases of the layers underneath do not learn."})
+    lora_weight_path: str = field(default="", metadata={"help": "Adapter folder to continue from, over --model_name_or_path."})
+    lora_bias: str = field(default="none", metadata={"help": "none; biases of the base model are not trained."})
     bits: int = field(default=16, metadata={"help": "16, or 8 or 4: quantise the language model and train an adapter on it (QLoRA)."})
     double_quant: bool = field(default=True, metadata={"help": "Quantise the scales of 4-bit weights too."})
     quant_type: str = field(default="nf4", metadata={"help": "4-bit numbers: nf4 or fp4."})
@@ -158,21 +159,21 @@ class TrainingArguments(LoraFlags, transformers.TrainingArguments):
 
     learning_rate: float | None = field(default=None, metadata={"help": "The stage's own by default."})  # type: ignore[assignment]
     lr_scheduler_type: str = field(default=PUBLISHED_SCHEDULE, metadata={"help": "Schedule of the learning rate."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Rows hold pictures the model's forward does not name."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Rows hold images, which the model's forward does not name."})
     report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, wandb or none."})
     stage: str | None = field(default=None, metadata={"help": f"{', '.join(STAGES)}; inferred from the flags without it."})
     tune_mm_mlp_adapter: bool | None = field(default=None, metadata={"help": "Train the projector only (align)."})
-    freeze_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Leave the projector as it is."})
-    freeze_backbone: bool = field(default=False, metadata={"help": "Leave the language model as it is."})
+    freeze_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Freeze the projector."})
+    freeze_backbone: bool = field(default=False, metadata={"help": "Freeze the language model."})
     unfreeze_mm_vision_tower: bool | None = field(
-        default=None, metadata={"help": "Whether the vision tower learns; the stage decides by default."}
+        default=None, metadata={"help": "Whether the vision tower is trained; the stage decides by default."}
     )
     tune_router: bool | None = field(default=None, metadata={"help": "Train the router only (rglf)."})
     router_select: bool | None = field(default=None, metadata={"help": "Whether the model has a router."})
     mm_vision_tower_lr: float | None = field(default=None, metadata={"help": "Learning rate of the vision tower."})
     mm_projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
     group_by_modality_length: bool = field(
-        default=False, metadata={"help": "Batches of like length that hold only pictures or only text."}
+        default=False, metadata={"help": "Batches of similar length, each with images in all rows or in none."}
     )
     model_max_length: int | None = field(
         default=None, metadata={"help": "Longest row, text and visual tokens together; the checkpoint's context by default."}
@@ -182,12 +183,12 @@ class TrainingArguments(LoraFlags, transformers.TrainingArguments):
     )
     accept_lost_state: bool = field(
         default=False,
-        metadata={"help": "Resume from a checkpoint without checksums, or with optimizer, schedule or random state lost (starts anew)."},
+        metadata={"help": "Resume from a checkpoint without checksums, or without its optimizer, schedule or random state."},
     )
     evaluation_strategy: str | None = field(default=None, metadata={"help": "Older name of --eval_strategy."})
     warmup_ratio: float | None = field(default=None, metadata={"help": "Share of the steps that warm up."})
     on_nonfinite_loss: str = field(
-        default="raise", metadata={"help": "raise, or skip: log the step and its rows, drop its gradients and go on."}
+        default="raise", metadata={"help": "raise, or skip: log the step and its rows, drop its gradients and continue."}
     )
     margin: float = field(default=1.0, metadata={"help": "Scale of the ranking margins (rglf)."})
     rank_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the ranking loss (rglf)."})
@@ -199,7 +200,7 @@ class TrainingArguments(LoraFlags, transformers.TrainingArguments):
         default=None, metadata={"help": "Parquet of score_granularities: train the router without the language model."}
     )
     router_without_instruction: bool = field(
-        default=False, metadata={"help": "Control experiment: the router sees the picture only (rglf)."}
+        default=False, metadata={"help": "Control experiment: the router sees the image only (rglf)."}
     )
 
     def __post_init__(self) -> None:
@@ -289,6 +290,16 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
         raise ValueError("these flags cannot work together:\n- " + "\n- ".join(errors))
 
 
+def ignored_flags(model_args: ModelArguments, training_args: TrainingArguments) -> list[str]:
+    """Flags of the published scripts that were given and change nothing; stage 4 trains the router alone, there as here."""
+    given = {
+        "--cache_dir (set HF_HOME)": model_args.cache_dir is not None,
+        "--unfreeze_mm_vision_tower True": training_args.stage == "rglf" and bool(training_args.unfreeze_mm_vision_tower),
+        "--mm_vision_tower_lr": training_args.stage == "rglf" and training_args.mm_vision_tower_lr is not None,
+    }
+    return [flag for flag, ignored in given.items() if ignored]
+
+
 def _stage_errors(args: TrainingArguments) -> list[str]:
     if args.stage not in STAGES:
         return [f"--stage is {args.stage!r}; choose one of {', '.join(STAGES)}."]
@@ -300,7 +311,7 @@ def _stage_errors(args: TrainingArguments) -> list[str]:
             errors.append(f"{flag} True belongs to stage {meant}, but the stage is {stage.name}; drop one of the two.")
         if value is False and stage.name == meant:
             errors.append(f"{flag} False contradicts stage {meant}; drop one of the two.")
-    if args.unfreeze_mm_vision_tower and "vision_tower" not in stage.trains:
+    if args.unfreeze_mm_vision_tower and "vision_tower" not in stage.trains and stage.name != "rglf":
         errors.append(f"--unfreeze_mm_vision_tower True, but stage {stage.name} does not train the vision tower.")
     if args.mm_projector_lr is not None and "projector" not in stage.trains - args.frozen_parts:
         errors.append(f"--mm_projector_lr is given, but stage {stage.name} with these flags does not train the projector.")
@@ -309,8 +320,8 @@ def _stage_errors(args: TrainingArguments) -> list[str]:
     if args.on_nonfinite_loss not in ("raise", "skip"):
         errors.append(f"--on_nonfinite_loss is {args.on_nonfinite_loss!r}; choose raise or skip.")
     if args.on_nonfinite_loss == "skip" and args.fp16:
-        errors.append("--on_nonfinite_loss skip has nothing to do under --fp16, whose scaler skips such steps itself; drop one of the two.")
-    if args.mm_vision_tower_lr is not None and "vision_tower" not in stage.trains:
+        errors.append("--on_nonfinite_loss skip has no effect under --fp16, whose scaler skips such steps itself; drop one of the two.")
+    if args.mm_vision_tower_lr is not None and "vision_tower" not in stage.trains and stage.name != "rglf":
         errors.append(f"--mm_vision_tower_lr is given, but stage {stage.name} does not train the vision tower.")
     if args.on_nonfinite_loss == "skip" and args.deepspeed:
         errors.append("--on_nonfinite_loss skip needs the gradients that DeepSpeed keeps to itself; drop one of the two.")
@@ -329,7 +340,7 @@ def _router_errors(args: TrainingArguments) -> list[str]:
         if getattr(args, flag) < 0:
             errors.append(f"--{flag} is {getattr(args, flag)}; give 0 or more.")
     if args.rank_loss_weight == 0 and args.ce_loss_weight == 0:
-        errors.append("--rank_loss_weight and --ce_loss_weight are both 0; one must be above, or nothing is learnt.")
+        errors.append("--rank_loss_weight and --ce_loss_weight are both 0; one must be above 0, or nothing is trained.")
     return errors
 
 
@@ -344,12 +355,12 @@ def _data_errors(args: DataArguments) -> list[str]:
     if args.cache_image_features_gb < 0:
         errors.append(f"--cache_image_features_gb is {args.cache_image_features_gb}; give 0 or more.")
     if args.image_folder is not None and not args.is_multimodal:
-        errors.append("--image_folder is given, but --is_multimodal False lets no row have pictures.")
+        errors.append("--image_folder is given, but --is_multimodal False allows no row to have images.")
     return errors
 
 
 def lora_errors(args: TrainingArguments, model_path: str, projector_given: bool) -> list[str]:
-    """What the flags of LoRA and QLoRA contradict, one sentence each.
+    """Contradictions among the flags of LoRA and QLoRA, one sentence each.
 
     Args:
         args: all flags of training.
@@ -363,7 +374,7 @@ def lora_errors(args: TrainingArguments, model_path: str, projector_given: bool)
         errors += [f"{flag} is given without --lora_enable True; add that or drop it." for flag in given]
         if args.bits in (4, 8):
             errors.append(
-                f"--bits {args.bits} quantises the language model, which then learns through an adapter only; add --lora_enable True."
+                f"--bits {args.bits} quantises the language model, which can then be trained with an adapter only; add --lora_enable True."
             )
         return errors
     stage = STAGES.get(args.stage or "")
@@ -373,13 +384,13 @@ def lora_errors(args: TrainingArguments, model_path: str, projector_given: bool)
             "given as --model_name_or_path is merged before the stage starts)."
         )
     if args.freeze_backbone:
-        errors.append("--lora_enable True adapts the language model, which --freeze_backbone True leaves as it is; drop one of the two.")
+        errors.append("--lora_enable True adapts the language model, which --freeze_backbone True freezes; drop one of the two.")
     if args.lora_weight_path and not is_adapter(args.lora_weight_path):
-        errors.append(f"--lora_weight_path is {args.lora_weight_path!r}, which is no adapter folder; give one with adapter_config.json.")
+        errors.append(f"--lora_weight_path is {args.lora_weight_path!r}, not an adapter folder; give one with adapter_config.json.")
     places = {"--lora_weight_path": args.lora_weight_path, "--model_name_or_path": model_path}
     starts = [flag for flag, path in places.items() if path and is_adapter(path)]
     if len(starts) == 2:
-        errors.append(f"{' and '.join(starts)} both name an adapter; give one of them, or the model underneath as --model_name_or_path.")
+        errors.append(f"{' and '.join(starts)} both name an adapter; give one of them, or its base model as --model_name_or_path.")
     if starts and projector_given:
         errors.append(f"--pretrain_mm_mlp_adapter would replace the projector that came with {starts[0]}; drop it.")
     return errors
@@ -392,9 +403,9 @@ def _lora_value_errors(args: TrainingArguments) -> list[str]:
     if args.quant_type not in ("nf4", "fp4"):
         errors.append(f"--quant_type is {args.quant_type!r}; choose nf4 or fp4.")
     if args.quant_type == "fp4" and args.bits != 4:
-        errors.append(f"--quant_type fp4 is a kind of 4-bit numbers, but --bits is {args.bits}; give --bits 4.")
+        errors.append(f"--quant_type fp4 is a 4-bit format, but --bits is {args.bits}; give --bits 4.")
     if args.lora_bias != "none":
-        errors.append(f"--lora_bias is {args.lora_bias!r}; only none can be merged back into the model.")
+        errors.append(f"--lora_bias is {args.lora_bias!r}; only none is supported: trained biases could not be merged back into the model.")
     if args.lora_r is not None and args.lora_r < 1:
         errors.append(f"--lora_r is {args.lora_r}; give 1 or more.")
     if args.lora_alpha is not None and args.lora_alpha <= 0:
@@ -403,5 +414,5 @@ def _lora_value_errors(args: TrainingArguments) -> list[str]:
         errors.append(f"--lora_dropout is {args.lora_dropout}; give a share from 0 to below 1.")
     deepspeed = getattr(args, "hf_deepspeed_config", None)
     if args.bits in (4, 8) and deepspeed is not None and deepspeed.is_zero3():
-        errors.append(f"--bits {args.bits} packs weights in a form that ZeRO-3 cannot share out; use a ZeRO-2 configuration.")
+        errors.append(f"--bits {args.bits} packs weights in a form that ZeRO-3 cannot shard; use a ZeRO-2 configuration.")
     return errors

@@ -5,7 +5,7 @@ Beside what it holds, a folder that training wrote has a `checkpoint.json`:
     {"stage": "rglf", "step": 400, "sha256": {"config.json": "9f86d0...", "model.safetensors": "60303a...", ...}}
 
 It is written when everything else is on the disk. A finished model is moved into the output folder, which holds other things too, in an
-order that leaves it found or not found at any moment, and that the next run completes where it was broken off (`publish_into`).
+order in which readers find it either complete or not at all, and which the next run completes after an interruption (`publish_into`).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     except (ValueError, TypeError):
         sound = False
     if not sound:
-        raise ValueError(f"{file} is damaged; go on from another checkpoint, or start anew with --overwrite_output_dir True.")
+        raise ValueError(f"{file} is damaged; resume from another checkpoint, or start over with --overwrite_output_dir True.")
     return found
 
 
@@ -89,7 +89,7 @@ def damaged_files(folder: Path, manifest: Manifest, names: Collection[str] | Non
 
 
 def _checksums(folder: Path, names: Collection[str]) -> dict[str, str]:
-    with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # hashing lets the interpreter go, so the disk decides how long it takes
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # hashing releases the interpreter's lock, so the disk is the bottleneck
         return dict(zip(names, pool.map(lambda name: _sha256(folder / name), names), strict=True))
 
 
@@ -108,7 +108,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def keep_newest(folder: Path, limit: int | None, keep: str | None = None) -> None:
-    """Delete the oldest checkpoints beyond `limit`, never the one that `keep` names, wherever the folder was when it was named."""
+    """Delete the oldest checkpoints beyond `limit`, except the one with the name of the folder `keep`."""
     if not limit or limit < 1:
         return
     for old in checkpoints(folder)[:-limit]:
@@ -117,7 +117,7 @@ def keep_newest(folder: Path, limit: int | None, keep: str | None = None) -> Non
 
 
 def restore_weights(model: Any, folder: Path) -> None:
-    """Fill `model` with the weights of a checkpoint folder, whatever layout its parameter names have.
+    """Load the weights of a checkpoint folder into `model`, whatever layout its parameter names have.
 
     A model that trains an adapter is restored from an adapter folder, and any other from a full checkpoint.
 
@@ -150,12 +150,12 @@ def projector_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_projector(weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write `mm_projector.safetensors` into `folder`, from a state dict that holds whole weights."""
+    """Write `mm_projector.safetensors` into `folder`, from a state dict of full weights."""
     save_file(projector_weights(weights), folder / PROJECTOR_FILE, metadata={"format": "pt"})
 
 
 def load_projector(model: nn.Module, path: Path, allow_bin: bool = False) -> None:
-    """Fill the projector (and the newline vector, where the file has one) from a projector-only file.
+    """Load the projector (and the newline vector, where the file has one) from a projector-only file.
 
     Args:
         model: the multimodal language model.
@@ -163,7 +163,7 @@ def load_projector(model: nn.Module, path: Path, allow_bin: bool = False) -> Non
         allow_bin: also read LLaVA's pickled `mm_projector.bin`, weights only.
 
     Raises:
-        ValueError: no such file, a pickle without leave, or weights that do not fit.
+        ValueError: no such file, a pickle that was not allowed, or weights that do not fit.
     """
     file = path / PROJECTOR_FILE if path.is_dir() else path
     if not file.is_file():
@@ -191,18 +191,18 @@ def load_projector(model: nn.Module, path: Path, allow_bin: bool = False) -> Non
 def publish_into(staging: Path, folder: Path) -> None:
     """Move a finished model with its manifest into a folder that holds other things too.
 
-    Without its config.json a folder is no checkpoint, so a reader finds the old model, none, or the new one: it goes first and comes
-    last. The manifest comes last but one, so what a kill leaves says what belongs to it, and `complete_publication` goes on.
+    Without its config.json a folder is not a checkpoint, so that file is removed first and moved last: a reader finds the old model, none,
+    or the new one. The manifest comes last but one, so after a kill it says what belongs to the model, and `complete_publication` goes on.
     """
     sync_tree(staging)
     _move(staging, folder)
 
 
 def complete_publication(folder: Path) -> None:
-    """Go on where a killed run left a finished model half moved."""
+    """Complete the move of a finished model that a killed run left unfinished."""
     staging = folder / FINISHED
     if (staging / CONFIG).is_file() and (read_manifest(staging) or read_manifest(folder)):
-        logger.info("putting the finished model of a killed run in its place, %s", folder)
+        logger.info("moving the finished model of a killed run to %s", folder)
         _move(staging, folder)
     elif staging.is_dir() and not any(staging.iterdir()):
         staging.rmdir()

@@ -1,8 +1,8 @@
-"""LoRA and QLoRA: a few low-rank matrices learn in place of the language model's weights, which stay whole or are quantised.
+"""LoRA and QLoRA: low-rank matrices are trained in place of the language model's weights, which stay frozen or are also quantised.
 
-LoRA: https://arxiv.org/abs/2106.09685. QLoRA: https://arxiv.org/abs/2305.14314. The matrices stand in the linear layers of the
-language model only. Projector, newline vector and vision tower train as the stage says, in full. The flags have LLaVA's names;
-what an adapter folder holds is said in `llava/model/adapter.py`.
+LoRA: https://arxiv.org/abs/2106.09685. QLoRA: https://arxiv.org/abs/2305.14314. Only linear layers of the
+language model get an adapter. Projector, newline vector and vision tower are trained in full, as the stage says. `arguments.py` has the
+flags; `llava/model/adapter.py` says what an adapter folder holds.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ def quantization_options(args: TrainingArguments, path: str) -> dict[str, Any]:
 
 
 def attach_lora(model: Any, args: TrainingArguments, base: str, adapter: str | None, dtype: torch.dtype) -> None:
-    """Attach the matrices that the run trains, and hold what is frozen around them in the run's 16-bit type.
+    """Attach the matrices that the run trains, and hold the frozen weights around them in the run's 16-bit type.
 
     Args:
         model: the assembled model.
         args: all flags of training.
-        base: the model underneath, which the adapter will name.
-        adapter: a folder to train on from; `None` starts a new adapter.
-        dtype: of what trains.
+        base: the base model, which the adapter's config will name.
+        adapter: a folder to continue from; `None` starts a new adapter.
+        dtype: of the trained parameters.
 
     Raises:
-        ValueError: flags that differ from the adapter to train on.
+        ValueError: flags that differ from those of the adapter to continue from.
     """
     config = _new_config(model, args) if adapter is None else _stored_config(args, adapter)
     config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
@@ -58,19 +58,24 @@ def attach_lora(model: Any, args: TrainingArguments, base: str, adapter: str | N
     _shrink_language_model(model, args)
 
 
-def _new_config(model: Any, args: TrainingArguments) -> Any:
+def new_lora_config(model: Any, lora_r: int, lora_alpha: float, lora_dropout: float) -> Any:
+    """Peft's configuration of a new adapter on every linear layer of the language model."""
     from peft import LoraConfig
 
-    values = {name: default if getattr(args, name) is None else getattr(args, name) for name, default in PUBLISHED_LORA.items()}
-    words = "|".join(language_linears(model))
+    layers = "|".join(language_linears(model))
     return LoraConfig(
-        r=values["lora_r"],
-        lora_alpha=values["lora_alpha"],
-        lora_dropout=values["lora_dropout"],
+        r=lora_r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
         bias="none",
         task_type="CAUSAL_LM",
-        target_modules=rf"{LANGUAGE_LAYERS.replace('.', '[.]')}[0-9]+[.].*[.]({words})",
+        target_modules=rf"{LANGUAGE_LAYERS.replace('.', '[.]')}[0-9]+[.].*[.]({layers})",
     )
+
+
+def _new_config(model: Any, args: TrainingArguments) -> Any:
+    given = {name: getattr(args, name) for name in PUBLISHED_LORA if getattr(args, name) is not None}
+    return new_lora_config(model, **{**PUBLISHED_LORA, **given})
 
 
 def _stored_config(args: TrainingArguments, adapter: str) -> Any:
@@ -90,7 +95,7 @@ def _compute_dtype(args: TrainingArguments) -> torch.dtype:
 
 
 def _shrink_language_model(model: Any, args: TrainingArguments) -> None:
-    """Frozen weights need no float32 master copy: with --bf16 or --fp16 the language model is held in that type."""
+    """Cast the frozen language model to the type of --bf16 or --fp16: it needs no float32 master copy."""
     dtype = _compute_dtype(args)
     if args.deepspeed or args.bits != 16 or dtype == torch.float32:
         return

@@ -1,7 +1,7 @@
-"""What an output folder holds, and what a run may do with it: begin, go on, or find that everything is done.
+"""What an output folder holds, and what a run may do with it: start, resume, or find that everything is done.
 
-A folder belongs to one run at a time (`held`). What an earlier one left in it is gone on from, kept, or removed where that is asked for,
-and never mixed with what this one writes. A checkpoint is gone on from when every file has the checksum that it was written with.
+A folder belongs to one run at a time (`held`). What an earlier run left in it is resumed from, kept, or removed on request, and never mixed
+with what this run writes. A run resumes only from a checkpoint whose files all have the checksums that they were written with.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ LOCK = ".run.lock"
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins.
+    """Where a run starts.
 
     Attributes:
-        checkpoint: the folder that it goes on from, `None` to begin with the first step.
+        checkpoint: the folder that it resumes from, `None` to start at the first step.
         lost_state: files of the checkpoint's state whose loss was accepted.
-        finished: the finished model that the folder holds where the newest checkpoint is asked for; there may be nothing left to do.
+        finished: the finished model that the folder holds, if the run asked for the newest checkpoint; there may be nothing left to do.
     """
 
     checkpoint: Path | None = None
@@ -41,7 +41,7 @@ class Start:
 
 @contextmanager
 def held(args: TrainingArguments) -> Iterator[None]:
-    """Keep other runs out of the output folder while the block runs; in a distributed run the saving process holds it for all.
+    """Lock the output folder while the block runs; in a distributed run the saving process holds the lock for all.
 
     Raises:
         ValueError: another run is writing there.
@@ -54,45 +54,45 @@ def held(args: TrainingArguments) -> Iterator[None]:
 
 
 def prepare(args: TrainingArguments) -> Start:
-    """Clear what killed runs left half, look at what is there, and say where this run begins.
+    """Clean up after killed runs, look at what the folder holds, and decide where this run starts.
 
     Raises:
-        ValueError: an earlier run that this one neither goes on from nor may remove, or a checkpoint that cannot be gone on from.
+        ValueError: an earlier run that this one neither resumes nor may remove, or a checkpoint that cannot be resumed from.
     """
     output = args.output_folder
     if args.should_save:
         complete_publication(output)
         remove_unfinished(output)
-    wish = _resume_wish(args)
-    if wish is None:
+    requested = _requested_checkpoint(args)
+    if requested is None:
         _make_room(args)
         return Start()
-    if wish == "newest":
+    if requested == "newest":
         finished = _finished(args)
-        return go_on(args) if finished is None else Start(finished=finished)
-    return _checked(Path(wish), args)
+        return resume_newest(args) if finished is None else Start(finished=finished)
+    return _checked(Path(requested), args)
 
 
-def go_on(args: TrainingArguments) -> Start:
-    """Begin at the newest checkpoint of the output folder.
+def resume_newest(args: TrainingArguments) -> Start:
+    """Resume from the newest checkpoint of the output folder.
 
     Raises:
-        ValueError: there is none, or it cannot be gone on from.
+        ValueError: there is none, or it cannot be resumed from.
     """
     earlier = checkpoints(args.output_folder)
     if not earlier:
         raise ValueError(
-            f"{args.output_folder} holds no checkpoint to go on from; leave --resume_from_checkpoint out to begin with the first step."
+            f"{args.output_folder} holds no checkpoint to resume from; leave --resume_from_checkpoint out to start at the first step."
         )
     return _checked(earlier[-1], args)
 
 
 def kept(args: TrainingArguments) -> str:
-    """What an interrupted run leaves, without a full stop."""
+    """What an interrupted run leaves behind, without a full stop."""
     earlier = checkpoints(args.output_folder)
     if not earlier:
         return f"no checkpoint had been written to {args.output_folder}"
-    return f"{earlier[-1]} is whole; the same command with --resume_from_checkpoint True goes on from it"
+    return f"{earlier[-1]} is complete; the same command with --resume_from_checkpoint True resumes from it"
 
 
 def random_state_file(args: TrainingArguments) -> str:
@@ -100,16 +100,16 @@ def random_state_file(args: TrainingArguments) -> str:
     return f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
 
 
-def _resume_wish(args: TrainingArguments) -> str | None:
+def _requested_checkpoint(args: TrainingArguments) -> str | None:
     """A checkpoint's folder, `newest`, or `None`: the flag takes a folder, or `True` for the newest one of the output folder."""
     value = args.resume_from_checkpoint
     return {"true": "newest", "false": None}.get(value.lower(), value) if value is not None else None
 
 
 def _make_room(args: TrainingArguments) -> None:
-    """Refuse a folder that holds an earlier run, or take it where that is asked for.
+    """Refuse a folder that holds an earlier run, or clear it with `--overwrite_output_dir`.
 
-    An earlier model stays until the new one takes its place, but is no longer taken for this run's.
+    An earlier model stays until the new one replaces it, but no longer counts as this run's.
     """
     output = args.output_folder
     earlier = checkpoints(output)
@@ -119,7 +119,7 @@ def _make_room(args: TrainingArguments) -> None:
     if not args.overwrite_output_dir:
         found = earlier[-1].name if earlier else "a finished model"
         raise ValueError(
-            f"{output} holds {found} of an earlier run; go on from it with --resume_from_checkpoint True, start anew with "
+            f"{output} holds {found} of an earlier run; resume it with --resume_from_checkpoint True, start over with "
             "--overwrite_output_dir True, or choose another --output_dir."
         )
     if args.should_save:
@@ -145,7 +145,7 @@ def _finished(args: TrainingArguments) -> Manifest | None:
     _check_stage(output, manifest, args)
     damaged = damaged_files(output, manifest)
     if damaged:
-        logger.warning("the finished model in %s is damaged (%s); it is made anew from the newest checkpoint", output, ", ".join(damaged))
+        logger.warning("the finished model in %s is damaged (%s); it is rebuilt from the newest checkpoint", output, ", ".join(damaged))
         return None
     return manifest
 
@@ -159,7 +159,7 @@ def _check_stage(folder: Path, manifest: Manifest, args: TrainingArguments) -> N
 
 
 def _checked(folder: Path, args: TrainingArguments) -> Start:
-    """Begin at a checkpoint, if all of it is there as it was written.
+    """Resume from a checkpoint, if all of its files are as they were written.
 
     In a distributed run the saving process checks every file for all.
 
@@ -179,29 +179,29 @@ def _checked(folder: Path, args: TrainingArguments) -> Start:
     if broken:
         raise ValueError(
             f"checkpoint {folder} is damaged: {', '.join(broken)} {'is' if len(broken) == 1 else 'are'} missing or not as written. Copy it "
-            f"again, {_another(folder)}start anew with --overwrite_output_dir True."
+            f"again, {_another(folder)}start over with --overwrite_output_dir True."
         )
     lost = [name for name in needed if name in damaged or not (folder / name).is_file()] + [name for name in damaged if name == MANIFEST]
     if lost and not args.accept_lost_state:
-        risk = "what is lost would start anew" if lost != [MANIFEST] else "older versions wrote none, and damage could not be seen"
+        risk = "lost state is initialised again" if lost != [MANIFEST] else "older versions wrote none, and damage could not be seen"
         raise ValueError(
-            f"checkpoint {folder} lacks {', '.join(lost)}, or not all of it is as written: {risk}. Copy it again, or accept that with "
+            f"checkpoint {folder} lacks {', '.join(lost)}, or they are not as written: {risk}. Copy it again, or accept that with "
             "--accept_lost_state True."
         )
     if lost:
-        logger.warning("going on from %s without %s, as --accept_lost_state allows", folder, ", ".join(lost))
+        logger.warning("resuming from %s without %s, as --accept_lost_state allows", folder, ", ".join(lost))
     return Start(folder, frozenset(lost))
 
 
 def _another(folder: Path) -> str:
     others = [path for path in checkpoints(folder.parent) if path != folder]
-    return f"go on from another one with --resume_from_checkpoint {others[-1]}, or " if others else "or "
+    return f"resume from another one with --resume_from_checkpoint {others[-1]}, or " if others else "or "
 
 
 def _state_files(args: TrainingArguments, manifest: Manifest | None) -> list[str]:
-    """Files that this run's processes read beside weights: those that every such run has, and those that the checkpoint was written with.
+    """State files that this run's processes read: those that every such run has, and those that the checkpoint was written with.
 
-    DeepSpeed keeps the optimiser among its own shards, and the schedule where it made it.
+    DeepSpeed keeps the optimizer in its own shards, and the schedule too where it created it.
     """
     always = [] if args.deepspeed else [OPTIMIZER_NAME, SCHEDULER_NAME]
     written = [name for name in (SCHEDULER_NAME, SCALER_NAME) if manifest and name in manifest.sha256 and name not in always]
@@ -210,5 +210,5 @@ def _state_files(args: TrainingArguments, manifest: Manifest | None) -> list[str
 
 
 def _is_state(name: str) -> bool:
-    """Whether training can go on without a file of a checkpoint, with a worse memory."""
+    """Whether a file of a checkpoint holds state that training can resume without."""
     return name in (MANIFEST, OPTIMIZER_NAME, SCHEDULER_NAME, SCALER_NAME) or (name.startswith("rng_state") and name.endswith(".pth"))

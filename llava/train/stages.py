@@ -1,7 +1,7 @@
-"""The four stages of training as a table: what learns, from which loss, with which defaults.
+"""The four stages of training as a table: what is trained, with which loss and which defaults.
 
 The defaults are the published hyper-parameters of AVG-LLaVA (arXiv 2410.02745 and the scripts of
-`DeepLearnXMU/AVG-LLaVA`). A run says what it trains, and a flag that contradicts the stage is refused.
+`DeepLearnXMU/AVG-LLaVA`). A run logs what it trains, and a flag that contradicts the stage is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 PARTS = ("llm", "lora", "projector", "newline", "vision_tower", "router")
-"""What a model consists of, as far as training is concerned; `lora` is there where an adapter is attached to the `llm`."""
+"""Parts of a model that stages train or freeze; `lora` exists where an adapter is attached to the `llm`."""
 
 _PART_OF_PREFIX = {
     "model.mm_projector": "projector",
@@ -31,8 +31,8 @@ class Stage:
 
     Attributes:
         name: value of `--stage`.
-        trains: the parts that receive gradients unless a flag freezes one; an adapter learns in place of its `llm`.
-        loss: name of the loss in the trainer's table.
+        trains: the parts that are trained unless a flag freezes one; an adapter is trained in place of its `llm`.
+        loss: its key in `objectives.STAGE_LOSSES`.
         version: conversation template unless `--version` names another.
         learning_rate: of everything without a rate of its own.
         mm_vision_tower_lr: of the vision tower, `None` where it does not train.
@@ -90,7 +90,7 @@ def part_of(parameter_name: str) -> str:
 
 
 def apply_stage(model: nn.Module, stage: Stage, frozen: Collection[str] = ()) -> list[PartSummary]:
-    """Let exactly the parts of `stage` that are not in `frozen` receive gradients; an attached adapter stands for its `llm`.
+    """Make exactly the parts of `stage` that are not in `frozen` trainable; an attached adapter stands for its `llm`.
 
     Args:
         model: the multimodal language model.
@@ -98,7 +98,7 @@ def apply_stage(model: nn.Module, stage: Stage, frozen: Collection[str] = ()) ->
         frozen: parts that a flag takes out of the stage.
 
     Returns:
-        What each part of the model holds and trains.
+        Parameters and trained parameters of each part.
 
     Raises:
         ValueError: nothing is left to train.
@@ -122,7 +122,7 @@ def apply_stage(model: nn.Module, stage: Stage, frozen: Collection[str] = ()) ->
 
 
 def _elements(parameter: nn.Parameter) -> int:
-    """How many numbers a parameter stands for; bitsandbytes packs two 4-bit ones into a byte."""
+    """Number of weights in a parameter; bitsandbytes packs two 4-bit ones into a byte."""
     packed = getattr(parameter, "quant_state", None)
     return parameter.numel() if packed is None else packed.shape.numel()
 

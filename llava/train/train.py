@@ -18,14 +18,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from llava.interrupts import keeping, run_program
 from llava.log import setup_logging
-from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, check_arguments
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, check_arguments, ignored_flags
 from llava.train.build import load_model
 from llava.train.dataset import Collator, ConversationDataset, check_rows, make_dataset
 from llava.train.distributed import full_weights_on_load, init_cpu_deepspeed, is_lost_process, lost_process_message
 from llava.train.features import FeatureCache
 from llava.train.llava_trainer import LlavaTrainer
 from llava.train.objectives import RouterSettings, granularities
-from llava.train.run_folder import go_on, held, kept, prepare
+from llava.train.run_folder import held, kept, prepare, resume_newest
 from llava.train.score_granularities import GranularityScores, data_fingerprint, model_fingerprint
 from llava.train.stages import apply_stage, log_training_table
 
@@ -116,6 +116,9 @@ def train(argv: Sequence[str] | None = None) -> LlavaTrainer:
     arguments = parse_arguments(argv)
     training_args = arguments[2]
     setup_logging()
+    ignored = ignored_flags(arguments[0], training_args)
+    if ignored and training_args.process_index == 0:
+        logger.warning("these flags are accepted for scripts of LLaVA and have no effect: %s", ", ".join(ignored))
     init_cpu_deepspeed(training_args)
     with keeping(lambda: kept(training_args)), held(training_args):
         with training_args.main_process_first(local=False, desc="checking the output folder"):
@@ -129,7 +132,7 @@ def train(argv: Sequence[str] | None = None) -> LlavaTrainer:
             trainer.state = TrainerState.load_from_json(str(training_args.output_folder / TRAINER_STATE_NAME))
             return trainer
         if start.finished is not None:
-            start = go_on(training_args)
+            start = resume_newest(training_args)
         trainer.lost_state = start.lost_state
         trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
         trainer.save_final()

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the four stage scripts share: paths that are there or a sentence, batch sizes, and the launcher. Sourced, not run.
+# What the four stage scripts share: checks of paths, batch sizes, and the launcher. Sourced, not run.
 #
 #   LAUNCHER       deepspeed (default), torchrun, srun (SLURM: one task per node, which starts torchrun) or python (one process)
 #   ZERO           2, 3, 3_offload or none (plain data parallelism): which scripts/zero*.json is used; each stage has its default
@@ -10,8 +10,8 @@
 #   MASTER_ADDR    address of node 0; MASTER_PORT: a port that is free on it (one node: found; several: 29500)
 #   HOSTFILE       for LAUNCHER=deepspeed on several nodes: lines like "node1 slots=8"; without NODE_RANK, node 0 starts the others by ssh
 #   SRUN_ARGS      for LAUNCHER=srun: further arguments, as in "--partition=gpu --gres=gpu:8"
-#   GLOBAL_BATCH   rows per optimiser step over all processes; BATCH: rows per process at a time; accumulation follows from the two
-#   RESUME=1       goes on from the newest checkpoint in OUTPUT_DIR; OVERWRITE=1 starts anew although OUTPUT_DIR holds a run
+#   GLOBAL_BATCH   rows per optimizer step over all processes; BATCH: rows per process at a time; accumulation follows from the two
+#   RESUME=1       resumes from the newest checkpoint in OUTPUT_DIR; OVERWRITE=1 starts over although OUTPUT_DIR holds a run
 #   PYTHON         the interpreter (python)
 #
 # Flags after a script's name are passed on and win over the script's own.
@@ -36,7 +36,7 @@ whole_number() { # whole_number NAME...: stop unless these variables are 1 or mo
   done
 }
 
-# A folder that is there, or what looks like a hub id (owner/name).
+# An existing folder, or what looks like a hub id (owner/name).
 model_or_stop() { # model_or_stop NAME WHAT
   local value=${!1}
   [[ -d $value ]] && return
@@ -59,14 +59,14 @@ start_from() { # start_from FOLDER SCRIPT
   fi
 }
 
-# The rows and their pictures. Picture names are relative to IMAGE_FOLDER, by default the folder that holds the rows.
+# The rows and their images. Image names are relative to IMAGE_FOLDER, by default the folder that holds the rows.
 check_data() {
-  there_or_stop DATA_PATH "the rows to learn from (docs/Data.md)"
+  there_or_stop DATA_PATH "the rows to train on (docs/Data.md)"
   IMAGE_FOLDER=${IMAGE_FOLDER:-$(dirname "$DATA_PATH")}
-  there_or_stop IMAGE_FOLDER "the folder that picture names are relative to"
+  there_or_stop IMAGE_FOLDER "the folder that image names are relative to"
 }
 
-# A finished or broken-off run is not written over by accident.
+# A finished or interrupted run is not overwritten by accident.
 check_output() {
   local -a earlier
   [[ -n $OUTPUT_DIR ]] || stop "OUTPUT_DIR is empty; give the folder that the model is written to."
@@ -74,7 +74,7 @@ check_output() {
   earlier=("$OUTPUT_DIR"/config.json "$OUTPUT_DIR"/adapter_config.json "$OUTPUT_DIR"/checkpoint-*)
   local found
   for found in "${earlier[@]}"; do
-    [[ ! -e $found ]] || stop "$OUTPUT_DIR holds an earlier run ($(basename "$found")); choose another OUTPUT_DIR, go on with RESUME=1, or start anew with OVERWRITE=1."
+    [[ ! -e $found ]] || stop "$OUTPUT_DIR holds an earlier run ($(basename "$found")); choose another OUTPUT_DIR, resume with RESUME=1, or start over with OVERWRITE=1."
   done
 }
 
@@ -208,7 +208,7 @@ train() {
 }
 
 # Write SCORES, the losses of every row at every granularity. Each process scores its share; finished parts are kept.
-score() { # score FLAGS...: the flags that go on to the trainer; those that change how rows are read must reach the scorer too.
+score() { # score FLAGS...: the flags that are passed on to the trainer; those that change how rows are read must reach the scorer too.
   local flag
   for flag in "$@"; do
     case $flag in

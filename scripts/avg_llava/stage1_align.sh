@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Stage 1, align: the projector learns to put pictures into the language model's words. All else is frozen.
+# Stage 1, align: the projector learns to map image features into the language model's embedding space. All else is frozen.
 #
 #   DATA_PATH=data/blip_laion_cc_sbu_558k.json IMAGE_FOLDER=data bash scripts/avg_llava/stage1_align.sh [flags]
 #
-# Needs  a language model, a CLIP tower, and captions (one picture, one answer). docs/Data.md lists the public ones.
+# Needs  a language model, a CLIP tower, and captions (one image, one answer). docs/Data.md lists the public ones.
 # Costs  558,000 rows, a Vicuna 7B and 336 px views: up to 6e19 operations, some 140 A100 hours at 40 % of its peak.
-#        ZeRO-2 keeps all weights (14 GB in bf16) on every GPU; there are almost no optimiser states.
+#        ZeRO-2 keeps all weights (14 GB in bf16) on every GPU; there are almost no optimizer states.
 # Makes  OUTPUT_DIR: a model that loads for inference, and mm_projector.safetensors, the projector alone. Stage 2 starts from it.
 # Knobs  MODEL (lmsys/vicuna-7b-v1.5), VISION_TOWER (openai/clip-vit-large-patch14-336): folders or hub ids
 #        DATA_PATH (no default), IMAGE_FOLDER (the folder of DATA_PATH), OUTPUT_DIR (checkpoints/stage1-align)

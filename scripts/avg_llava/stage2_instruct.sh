@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Stage 2, instruct: language model, projector and vision tower learn to follow instructions about pictures, at full granularity.
+# Stage 2, instruct: language model, projector and vision tower learn to follow instructions about images, at full granularity.
 #
 #   DATA_PATH=data/open-llava-next_instruct_mix1M.json IMAGE_FOLDER=data bash scripts/avg_llava/stage2_instruct.sh [flags]
 #
 # Needs  the model of stage 1, and conversations. docs/Data.md lists the public mixture.
 # Costs  a million rows with a 7B model: up to 1.7e20 operations, some 370 A100 hours at 40 % of its peak.
-#        Weights, gradients and optimiser states take 16 bytes a parameter, 113 GB for a 7B. ZeRO-2 keeps the weights on every GPU
-#        and shares the rest; ZERO=3 shares all of it; ZERO=3_offload keeps it in the hosts' memory.
+#        Weights, gradients and optimizer states take 16 bytes a parameter, 113 GB for a 7B. ZeRO-2 keeps the weights on every GPU
+#        and divides the rest; ZERO=3 divides all of it; ZERO=3_offload keeps it in the hosts' memory.
 # Makes  OUTPUT_DIR: a LLaVA-NeXT, which loads for inference. Stage 3 starts from it.
 # Knobs  MODEL (checkpoints/stage1-align), or with a projector trained elsewhere MODEL, VISION_TOWER and PROJECTOR
 #        DATA_PATH (no default), IMAGE_FOLDER (the folder of DATA_PATH), OUTPUT_DIR (checkpoints/stage2-instruct)

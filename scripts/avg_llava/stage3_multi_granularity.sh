@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Stage 3, multi-granularity: everything learns to answer from 36, 72, 144, 288 and 576 tokens a view; the loss is their mean.
+# Stage 3, multi-granularity: all but the router is trained to answer from 36, 72, 144, 288 and 576 tokens a view; the loss is their mean.
 #
 #   DATA_PATH=data/open-llava-next_instruct_mix1M.json IMAGE_FOLDER=data bash scripts/avg_llava/stage3_multi_granularity.sh [flags]
 #
 # Needs  the model of stage 2 (or a public LLaVA-NeXT: MODEL=Lin-Chen/open-llava-next-vicuna-7b), and the rows of stage 2.
-# Costs  a million rows with a 7B model: up to 3.7e20 operations, some 830 A100 hours at 40 % of its peak. Pictures are encoded once
+# Costs  a million rows with a 7B model: up to 3.7e20 operations, some 830 A100 hours at 40 % of its peak. Images are encoded once
 #        a step. Memory as in stage 2; the five granularities together hold about twice the visual tokens of the finest.
 # Makes  OUTPUT_DIR: a model that answers at any of the granularities and loads for inference. Stage 4 starts from it.
 # Knobs  MODEL (checkpoints/stage2-instruct), DATA_PATH (no default), IMAGE_FOLDER (the folder of DATA_PATH),

@@ -6,11 +6,11 @@
 # Needs  the model of stage 3, and the rows of stage 3.
 # Costs  online, a million rows with a 7B model: up to 9e19 operations, some 210 A100 hours at 40 % of its peak, for every epoch.
 #        SCORE=1 spends them once on a file of losses; router epochs then run the tower and the router only. Only the router has
-#        optimiser states, so ZERO=2 and even ZERO=none serve where the bf16 weights (14 GB for a 7B) fit one GPU.
+#        optimizer states, so ZERO=2 and even ZERO=none serve where the bf16 weights (14 GB for a 7B) fit one GPU.
 # Makes  OUTPUT_DIR: the finished AVG-LLaVA, which loads for inference.
 # Knobs  MODEL (checkpoints/stage3-multi-granularity), DATA_PATH (no default), IMAGE_FOLDER (the folder of DATA_PATH),
 #        OUTPUT_DIR (checkpoints/stage4-rglf)
-#        SCORE=1: score first, all processes together, to SCORES (OUTPUT_DIR-scores.parquet); a stopped pass goes on where it was
+#        SCORE=1: score first, all processes together, to SCORES (OUTPUT_DIR-scores.parquet); an interrupted pass resumes
 #        SCORES=FILE without SCORE=1: train from this file. Neither: score online, batch by batch
 #        MARGIN (1), RANK_LOSS_WEIGHT (1), CE_LOSS_WEIGHT (0.1), FILTERED_TEXT_NUM (32), GRANULARITY_COST_WEIGHT (0)
 #        LEARNING_RATE (1e-3), EPOCHS (1), GLOBAL_BATCH (128), BATCH (8), SCORE_BATCH (8), MODEL_MAX_LENGTH (4096), WORKERS (4),

@@ -100,10 +100,10 @@ def test_however_the_objects_stand_they_are_the_questions(tmp_path: Path, text: 
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ("NaN", "NaN is no number in JSON; write null, or a number"),
-        ("[1, -Infinity]", "-Infinity is no number in JSON"),
-        ("1e999", "1e999 is no number in JSON"),
-        ("[" * 100_000 + "]" * 100_000, "is nested too deeply; write it flatter"),
+        ("NaN", "NaN is not a number in JSON; write null or a finite number"),
+        ("[1, -Infinity]", "-Infinity is not a number in JSON"),
+        ("1e999", "1e999 is not a number in JSON"),
+        ("[" * 100_000 + "]" * 100_000, "is nested too deeply; flatten it"),
     ],
 )
 def test_what_could_not_be_written_again_is_one_sentence(tmp_path: Path, value: str, words: str) -> None:

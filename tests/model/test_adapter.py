@@ -124,7 +124,7 @@ def _weights(folder: Path, change: Any, name: str = "adapter_model.safetensors")
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda folder: shutil.rmtree(folder.parent / "base"), "was trained over .*base, which is not there"),
+        (lambda folder: shutil.rmtree(folder.parent / "base"), "was trained on .*base, which does not exist"),
         (lambda folder: _edit(folder / "adapter_config.json", base_model_name_or_path=None), "does not name the model it belongs to"),
         (lambda folder: _edit(folder / "adapter_config.json", base_model_name_or_path=str(folder)), "is an adapter itself; merge it"),
         (lambda folder: _edit(folder / "adapter_config.json", peft_type="IA3"), "of type IA3 .* expected LORA"),
@@ -183,5 +183,5 @@ def test_quantised_weights_keep_their_adapter(folder: Path) -> None:
 
 def test_without_peft_an_adapter_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match=r"takes peft to read; run pip install"):
+    with pytest.raises(ImportError, match=r"reading it needs peft; run pip install"):
         read_lora_config(tmp_path)

@@ -299,7 +299,7 @@ def test_srun_starts_one_torchrun_per_node(recorder: Path, rows: Path, tmp_path:
 @pytest.mark.parametrize(
     ("stage", "variables", "sentence"),
     [
-        ("align", {"DATA_PATH": None}, "DATA_PATH is not set; give the rows to learn from"),
+        ("align", {"DATA_PATH": None}, "DATA_PATH is not set; give the rows to train on"),
         ("align", {"DATA_PATH": "none.json"}, "DATA_PATH is none.json, which does not exist"),
         ("align", {"VISION_TOWER": "./clip"}, "VISION_TOWER is ./clip, which is not a folder."),
         ("align", {"MODEL": "./vicuna"}, "MODEL is ./vicuna, which is not a folder."),

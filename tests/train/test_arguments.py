@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.train.arguments import check_arguments
+from llava.train.arguments import check_arguments, ignored_flags
 from llava.train.train import parse_arguments
 
 Flags = Callable[..., list[str]]
@@ -52,6 +52,17 @@ def test_stage_and_published_rates(
     assert args.warmup_steps == 0.03 and args.lr_scheduler_type == "cosine"
 
 
+def test_flags_of_the_published_stage_4_that_change_nothing(tmp_path: Path, run_flags: Flags) -> None:
+    """Its script unfreezes the tower and gives it a rate, though the stage trains the router alone, and names a folder for downloads."""
+    flags = {"tune_router": True, "router_select": True, "unfreeze_mm_vision_tower": True, "mm_vision_tower_lr": 1e-3, "cache_dir": "x"}
+    model_args, _, training_args = parse_arguments(run_flags(tmp_path, None, **flags))
+    assert training_args.stage == "rglf" and training_args.stage_plan.trains == {"router"}
+    ignored = ignored_flags(model_args, training_args)
+    assert ignored == ["--cache_dir (set HF_HOME)", "--unfreeze_mm_vision_tower True", "--mm_vision_tower_lr"]
+    model_args, _, training_args = parse_arguments(run_flags(tmp_path, "multi_granularity", unfreeze_mm_vision_tower=True))
+    assert ignored_flags(model_args, training_args) == []
+
+
 def test_every_contradiction_is_named_at_once(tmp_path: Path, run_flags: Flags) -> None:
     flags = run_flags(
         tmp_path, "align", tune_router=True, unfreeze_mm_vision_tower=True, granularity_scores="x.parquet",
@@ -77,7 +88,7 @@ def test_every_contradiction_is_named_at_once(tmp_path: Path, run_flags: Flags) 
         ("rglf", {"mm_projector_lr": 1e-3}, "does not train the projector"),
         ("instruct", {"tune_mm_mlp_adapter": True}, "belongs to stage align"),
         ("instruct", {"is_multimodal": False}, "--image_folder is given"),
-        ("rglf", {"mm_vision_tower_lr": 1e-5}, "--mm_vision_tower_lr is given, but stage rglf does not train"),
+        ("align", {"mm_vision_tower_lr": 1e-5}, "--mm_vision_tower_lr is given, but stage align does not train"),
         ("instruct", {"on_nonfinite_loss": "ignore"}, "--on_nonfinite_loss is 'ignore'; choose raise or skip"),
     ],
 )

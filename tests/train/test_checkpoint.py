@@ -56,7 +56,7 @@ def test_checksums_tell_what_is_missing_and_what_has_flipped(tmp_path: Path) -> 
     assert damaged_files(tmp_path, manifest) == [names[0], names[2]] and damaged_files(tmp_path, manifest, names[1:]) == names[2:]
     for text in ("", "[]", "{}", '{"stage": "rglf"}', '{"stage": 3, "step": 3, "sha256": {}}', '{"stage": "a", "step": "3", "sha256": {}}'):
         (tmp_path / "checkpoint.json").write_text(text)
-        with pytest.raises(ValueError, match="checkpoint.json is damaged; go on from another checkpoint"):
+        with pytest.raises(ValueError, match="checkpoint.json is damaged; resume from another checkpoint"):
             read_manifest(tmp_path)
 
 

@@ -189,7 +189,7 @@ def test_a_run_that_was_at_its_end_takes_no_further_step(
 
 def test_a_finished_run_without_checkpoints_is_recognised(work: tuple[LlavaTrainer, Path], run_flags: Flags) -> None:
     trainer, folder = work
-    with pytest.raises(ValueError, match=r"holds checkpoint-2 of an earlier run; go on from it"):
+    with pytest.raises(ValueError, match=r"holds checkpoint-2 of an earlier run; resume it"):
         start_of(run_flags, folder)
     trainer.save_final()
     shutil.rmtree(folder / "checkpoint-2")
@@ -199,7 +199,7 @@ def test_a_finished_run_without_checkpoints_is_recognised(work: tuple[LlavaTrain
     with (folder / "model.safetensors").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x55")
-    with pytest.raises(ValueError, match="holds no checkpoint to go on from"):
+    with pytest.raises(ValueError, match="holds no checkpoint to resume from"):
         start_of(run_flags, folder, resume_from_checkpoint=True)
     assert start_of(run_flags, folder, overwrite_output_dir=True).checkpoint is None
     assert (folder / "model.safetensors").is_file() and read_manifest(folder) is None
@@ -221,7 +221,7 @@ def test_damaged_weights_are_never_gone_on_from(
         damage(folder / "checkpoint-2" / name)
     for more in ({}, {"accept_lost_state": True}):
         with pytest.raises(ValueError, match=r"checkpoint-2 is damaged: config.json, model.safetensors are missing or not as written.*out/"
-                                             r"checkpoint-1, or start anew"):  # fmt: skip
+                                             r"checkpoint-1, or start over"):  # fmt: skip
             start_of(run_flags, folder, resume_from_checkpoint=True, **more)
     other = folder / "checkpoint-1"
     assert start_of(run_flags, folder, resume_from_checkpoint=other).checkpoint == other
@@ -271,7 +271,7 @@ def test_ctrl_c_says_where_the_run_would_go_on(
     finally:
         signal.signal(signal.SIGINT, handler)
     assert ended.value.code == 130
-    line = f"interrupted: {tmp_path}/checkpoint-2 is whole; the same command with --resume_from_checkpoint True goes on from it.\n"
+    line = f"interrupted: {tmp_path}/checkpoint-2 is complete; the same command with --resume_from_checkpoint True resumes from it.\n"
     assert capsys.readouterr().err.endswith(line)
     with held_alone(tmp_path / LOCK, "it"):
         assert start_of(run_flags, tmp_path, resume_from_checkpoint=True, max_steps=5).checkpoint == tmp_path / "checkpoint-2"

@@ -280,7 +280,7 @@ def test_the_evaluation_loss_is_a_mean_over_items(stage: str, tmp_path: Path, ru
 def test_an_earlier_runs_checkpoints_are_neither_mixed_in_nor_lost_unasked(tmp_path: Path, run_flags: Flags) -> None:
     flags = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
     (tmp_path / "checkpoint-9").mkdir()
-    with pytest.raises(ValueError, match="holds checkpoint-9 of an earlier run; go on from it"):
+    with pytest.raises(ValueError, match="holds checkpoint-9 of an earlier run; resume it"):
         train(run_flags(tmp_path, "rglf", **flags))
     assert (tmp_path / "checkpoint-9").is_dir()
     train(run_flags(tmp_path, "rglf", overwrite_output_dir=True, **flags))
