@@ -108,7 +108,7 @@ def make_language_model(folder: Path) -> Path:
 
 
 def recorded_rows() -> list[dict[str, Any]]:
-    """Seven conversations, two of them without a picture (the third and the last)."""
+    """Seven conversations, two of them without an image (the third and the last)."""
     return json.loads((ORACLE / "train_data.json").read_text())
 
 

@@ -59,7 +59,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """What a model has to process in a step of a stage.
 
     Attributes:
@@ -75,11 +75,11 @@ class Load:
     lengths: tuple[int, ...]
 
 
-def load_of(model: Any, stage: Stage, step: Step) -> Load:
+def workload(model: Any, stage: Stage, step: Step) -> Workload:
     """What the model processes in this step."""
     visual = tuple(visual_token_costs(model, step.image_size))
     levels = tuple(range(len(visual))) if stage.needs_granularities else (len(visual) - 1,)
-    return Load(num_views(model.config, step.image_size), visual, levels, tuple(tokens + step.text_tokens for tokens in visual))
+    return Workload(num_views(model.config, step.image_size), visual, levels, tuple(tokens + step.text_tokens for tokens in visual))
 
 
 # ---- operations
@@ -113,7 +113,7 @@ def count_operations(model: Any, stage: Stage, step: Step) -> Operations:
     Args:
         model: on the meta device, after `apply_stage`.
     """
-    load, config = load_of(model, stage, step), model.config
+    load, config = workload(model, stage, step), model.config
     model.set_attn_implementation("eager")
     ranks = stage.loss == "rglf"
     side = config.vision_config["image_size"]
@@ -264,7 +264,7 @@ def activation_bytes(model: Any, stage: Stage, step: Step, precision: Precision)
     All granularities of a step are alive together, since one backward pass goes through them. The masks of packed rows (a byte or
     two per pair of positions, once for all layers) are left out.
     """
-    config, load, c = model.config, load_of(model, stage, step), precision.compute
+    config, load, c = model.config, workload(model, stage, step), precision.compute
     d, patches = config.hidden_size, config.patch_grid[0] * config.patch_grid[1]
     views, positions = step.rows * load.views, step.rows * sum(load.lengths[level] for level in load.levels)
     kept = views * (patches + 1) * _tower_memory(model, stage, step, precision) + views * patches * d * c
@@ -371,7 +371,7 @@ def memory(model: Any, parts: Sequence[PartSummary], stage: Stage, step: Step, z
         buffers += min(total, MAX_LIVE_PARAMETERS) * precision.weight
     offloads = zero == "3-offload"
     on_gpu = 0 if offloads else 1
-    supervised = step.rows * step.answer_tokens * len(load_of(model, stage, step).levels)
+    supervised = step.rows * step.answer_tokens * len(workload(model, stage, step).levels)
     return Memory(
         weights=on_gpu * weights / (num_gpus if zero.startswith("3") else 1),
         gradients=on_gpu * trained * precision.gradient / share,

@@ -34,9 +34,9 @@ from llava.train.costs import (
     count_operations,
     kv_cache_bytes,
     largest_batch,
-    load_of,
     memory,
     verdict,
+    workload,
 )
 from llava.train.lora import new_lora_config
 from llava.train.stages import STAGES, apply_stage, get_stage
@@ -192,7 +192,7 @@ def estimate(args: EstimateArguments) -> Estimate:
         attach_adapter(model, new_lora_config(model, **{**PUBLISHED_LORA, "lora_r": args.lora_r}), torch.bfloat16)
     trained = trained_parameters(model)
     parts = apply_stage(model, stage)
-    operations, load = count_operations(model, stage, step), load_of(model, stage, step)
+    operations, load = count_operations(model, stage, step), workload(model, stage, step)
     needed = {zero: memory(model, parts, stage, step, zero, args.dtype, args.num_gpus) for zero in _zero_settings(args)}
     settings = {**asdict(args), "image_size": list(size), "answer_tokens": answer, "views": load.views}
     return Estimate(

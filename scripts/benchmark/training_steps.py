@@ -9,7 +9,7 @@ multi-granularity step  tower once, one backward pass                 for each g
                                                                       labels (tower again, rows padded), then backward
 RGLF step               the same without gradients, then the router   for each granularity: the model's own forward (tower
                                                                       again), row by row losses; then the router
-router epoch            scores from a file, features of pictures      the RGLF step of ours on every batch
+router epoch            scores from a file, features of images        the RGLF step of ours on every batch
                         seen before kept in memory
 ======================  ============================================  ====================================================
 
@@ -65,7 +65,7 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def write_rows(folder: Path, rows: int) -> Path:
-    """The first pictures of the evaluation split as training rows, with several questions each."""
+    """The first images of the evaluation split as training rows, with several questions each."""
     asked: dict[str, list[dict[str, Any]]] = {}
     for line in (EVAL / "test.jsonl").read_text().splitlines():
         question = json.loads(line)
@@ -98,7 +98,7 @@ def make_model(changes: dict[str, int]) -> tuple[Any, Any]:
 
 
 def plain_losses(model: Any, batch: dict[str, Any], level: int) -> Any:
-    """The model's own forward with labels: pictures encoded again, rows padded."""
+    """The model's own forward with labels: images encoded again, rows padded."""
     return model(
         batch["input_ids"],
         attention_mask=batch["attention_mask"],

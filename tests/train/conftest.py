@@ -52,7 +52,7 @@ def train_rows() -> list[dict[str, Any]]:
 
 @pytest.fixture
 def recorded_batch(tiny_model: Any, training_records: Any, train_rows: Any) -> Callable[[str], dict[str, Any]]:
-    """Batches as recorded, in this project's form: text-only rows have no stand-in picture."""
+    """Batches as recorded, in this project's form: text-only rows have no stand-in image."""
     tensors = load_file(ORACLE / "training_batches.safetensors")
 
     def make(name: str) -> dict[str, Any]:
@@ -62,14 +62,14 @@ def recorded_batch(tiny_model: Any, training_records: Any, train_rows: Any) -> C
         else:
             rows = [train_rows[index] for index in record["samples"]]
             names = [[row["image"]] if "image" in row else [] for row in rows]
-        pictures = [load_image(ORACLE / "images" / image) for row in names for image in row]
+        loaded = [load_image(ORACLE / "images" / image) for row in names for image in row]
         processor = tiny_model.get_vision_tower().image_processor
         return {
             "input_ids": tensors[f"{name}/input_ids"].long(),
             "labels": tensors[f"{name}/labels"].long(),
             "attention_mask": tensors[f"{name}/attention_mask"].bool(),
-            "images": [process_images([picture], processor, tiny_model.config)[0] for picture in pictures],
-            "image_sizes": [picture.size for picture in pictures],
+            "images": [process_images([image], processor, tiny_model.config)[0] for image in loaded],
+            "image_sizes": [image.size for image in loaded],
             "image_keys": [image for row in names for image in row],
             "images_per_row": [len(row) for row in names],
             "rows": list(range(len(names))),

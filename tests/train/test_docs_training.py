@@ -64,7 +64,7 @@ def write_table() -> None:
 
 def test_the_table_of_flags_is_the_programs() -> None:
     found = TABLE.search(read("Training.md"))
-    assert found and flag_table() in found[0], "run python tests/train/test_docs_training.py to write the table anew"
+    assert found and flag_table() in found[0], "run python tests/train/test_docs_training.py to rewrite the table"
 
 
 def commands(block: str) -> list[tuple[dict[str, str], list[str]]]:

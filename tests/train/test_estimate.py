@@ -62,7 +62,7 @@ def test_the_numbers_that_everybody_quotes(vicuna: Any) -> None:
     assert parameters["vision_tower"] == 303_507_456  # the vision half of openai/clip-vit-large-patch14-336
     assert costs.kv_cache_bytes(vicuna.config, positions=1) == 2**19
     assert 2 * costs.language_matrices(vicuna) == pytest.approx(12.95e9, rel=1e-3)  # operations per token
-    load = costs.load_of(vicuna, STAGES["align"], Step(1, 0, 0, est.largest_canvas(vicuna.config)))
+    load = costs.workload(vicuna, STAGES["align"], Step(1, 0, 0, est.largest_canvas(vicuna.config)))
     assert load.views == 5 and load.visual_tokens == (192, 384, 744, 1488, 2928) == load.lengths and load.levels == (4,)
 
 
@@ -110,10 +110,11 @@ def test_operations_on_meta_equal_those_of_a_real_step() -> None:
     for model in (real, outline := model_outline(config)):
         apply_stage(model, STAGES["multi_granularity"])
     found = costs.count_operations(outline, STAGES["multi_granularity"], step)
-    load = costs.load_of(real, STAGES["multi_granularity"], step)
+    load = costs.workload(real, STAGES["multi_granularity"], step)
     with FlopCounterMode(display=False) as forward:
         features = real.encode_views([torch.zeros(load.views, 3, 48, 48)])[0]
-        hidden = [real.model(inputs_embeds=torch.zeros(1, length, config.hidden_size) + features.sum(), use_cache=False)[0] for length in load.lengths]
+        inputs = [torch.zeros(1, length, config.hidden_size) + features.sum() for length in load.lengths]
+        hidden = [real.model(inputs_embeds=each, use_cache=False)[0] for each in inputs]
         total = torch.stack([real.lm_head(each[:, :8]).sum() for each in hidden]).sum()
     with FlopCounterMode(display=False) as backward:
         total.backward()

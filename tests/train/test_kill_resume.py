@@ -138,7 +138,7 @@ def test_training_goes_on_where_it_was_killed(
     assert not (killed / "config.json").exists()
     kept = _identity(killed / "checkpoint-2")
     assert start(TRAIN, [*flags(killed), "--resume_from_checkpoint", "True"]) == 0
-    assert _identity(killed / "checkpoint-2") == kept, "the run began anew instead of going on"
+    assert _identity(killed / "checkpoint-2") == kept, "the run started over instead of resuming"
     logged = _logged(killed)
     assert logged == _logged(whole)
     assert [entry["step"] for entry in logged] == [1, 2, 3, 4, 5] and len({entry["loss"] for entry in logged}) > 1
@@ -163,7 +163,7 @@ def test_scoring_goes_on_where_it_was_killed(start: Start, tmp_path: Path) -> No
     assert start(SCORE, flags(whole)) == 0
     assert start(SCORE, flags(killed), INSIDE_A_WRITE % 3) == -signal.SIGKILL
     assert len(list((tmp_path / "killed.parquet.parts").glob("part-*"))) == 2 and not killed.exists()
-    # Two parts and the joined file are left to write: a pass that began anew would come to a fourth write and die there.
+    # Two parts and the joined file are left to write: a pass that started over would come to a fourth write and die there.
     assert start(SCORE, flags(killed), INSIDE_A_WRITE % 4) == 0
     expected, found = pq.read_table(whole), pq.read_table(killed)
     assert found.schema.equals(expected.schema, check_metadata=True)

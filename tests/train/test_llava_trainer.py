@@ -32,7 +32,7 @@ def test_recorded_groups(name: str, tiny_model: Any) -> None:
     rates = {"projector": record["mm_projector_lr"], "vision_tower": record["mm_vision_tower_lr"]}
     own = {part: rate for part, rate in rates.items() if rate is not None}
     groups = optimizer_groups(tiny_model, record["learning_rate"], own, record["weight_decay"])
-    # The predecessor also made groups without parameters, which some optimisers refuse.
+    # The predecessor also made groups without parameters, which some optimizers refuse.
     expected = [group for group in record["groups"] if group["names"]]
     assert [(sorted(g["names"]), g["lr"], g["weight_decay"]) for g in groups] == [
         (sorted(g["names"]), g["lr"], g["weight_decay"]) for g in expected

@@ -29,7 +29,7 @@ def _blocks(language: str) -> list[str]:
 
 @pytest.mark.slow
 def test_the_pages_commands(tmp_path: Path) -> None:
-    """In order, in a folder that has what the page says: a model of stage 1, rows and pictures."""
+    """In order, in a folder that has what the page says: a model of stage 1, rows and images."""
     pytest.importorskip("bitsandbytes")
     base = tmp_path / "checkpoints" / "stage1-align"
     tiny = LlavaLlamaForCausalLM.from_pretrained(ORACLE / "checkpoint").config

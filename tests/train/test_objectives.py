@@ -77,7 +77,7 @@ def test_recorded_answer_losses(name: str, tiny_model: Any, recorded_batch: Reco
 
 
 @pytest.mark.parametrize("name", ["C_mixed_text", "D_text_only", "E_no_labels_row"])
-def test_rows_that_teach_the_router_nothing(
+def test_rows_that_cannot_train_the_router(
     name: str, tiny_model: Any, recorded_batch: Recorded, training_records: Any
 ) -> None:
     record = training_records["stage4"]["script_settings"]["batches"][name]

@@ -72,7 +72,7 @@ def trap() -> Trap:
 
 STEPS: dict[str, Any] = {
     "save_strategy": "steps", "save_steps": 2, "max_steps": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 1,
-    "lr_scheduler_type": "constant",  # a schedule that has come to 0 would teach a longer run nothing in its first step
+    "lr_scheduler_type": "constant",  # a schedule that has reached 0 would train nothing in a longer run's first step
 }  # fmt: skip
 
 
@@ -284,8 +284,8 @@ def test_a_checkpoint_of_an_earlier_version_is_called_that(work: tuple[LlavaTrai
         start_of(run_flags, folder, resume_from_checkpoint=True)
 
 
-def test_accepted_loss_starts_anew_and_nothing_else_does(tmp_path: Path, run_flags: Flags, caplog: pytest.LogCaptureFixture) -> None:
-    """Without its optimiser the run goes on from the weights at the place and learning rate where it was."""
+def test_only_the_accepted_lost_state_is_initialised_again(tmp_path: Path, run_flags: Flags, caplog: pytest.LogCaptureFixture) -> None:
+    """Without its optimizer the run resumes from the weights, at the position and learning rate where it was."""
     flags = {**STEPS, "max_steps": 4, "lr_scheduler_type": "linear"}
     train(run_flags(tmp_path / "whole", "rglf", **flags))
     folder = tmp_path / "lossy"

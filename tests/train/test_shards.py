@@ -1,4 +1,4 @@
-"""Pictures from folders, zips and tars: the same pixels, found by name, refused by size before they are read."""
+"""Images from folders, zips and tars: the same pixels, found by name, refused by size before they are read."""
 
 from __future__ import annotations
 
