@@ -117,17 +117,17 @@ def count_operations(model: Any, stage: Stage, step: Step) -> Operations:
     model.set_attn_implementation("eager")
     ranks = stage.loss == "rglf"
     side = config.vision_config["image_size"]
-    tower, features = _counted(lambda: model.get_vision_tower()(_meta(load.views, 3, side, side)))
-    projector, projected = _counted(lambda: model.model.mm_projector(features))
+    tower, features = _counted(model.get_vision_tower(), _meta(load.views, 3, side, side))
+    projector, projected = _counted(model.model.mm_projector, features)
     language, layers_of_stage, losses = [], 0.0, []
     for index, length in enumerate(load.lengths):
         runs = index in load.levels
         with torch.set_grad_enabled(runs and not ranks):
             inputs = _meta(1, length, config.hidden_size) + projected.sum()
-            # A mask of four axes is taken as it is; whether positions are packed cannot be asked of meta tensors.
-            call = {"inputs_embeds": inputs, "attention_mask": _meta(1, 1, length, length), "use_cache": False}
-            layers, hidden = _counted(lambda call=call: model.model(**call).last_hidden_state)
-            head, logits = _counted(lambda hidden=hidden: model.lm_head(hidden[:, : step.answer_tokens]))
+            mask = _meta(1, 1, length, length)  # used as it is; without one, positions would be inspected, which meta tensors do not have
+            layers, output = _counted(model.model, inputs_embeds=inputs, attention_mask=mask, use_cache=False)
+            hidden = output.last_hidden_state
+            head, logits = _counted(model.lm_head, hidden[:, : step.answer_tokens])
         language.append(layers + head)
         if runs:
             layers_of_stage += layers
@@ -135,7 +135,7 @@ def count_operations(model: Any, stage: Stage, step: Step) -> Operations:
     router = 0.0
     if ranks:
         text = _meta(1, config.filtered_text_num, config.hidden_size)
-        router, choice = _counted(lambda: model.model.router(projected[None], text))
+        router, choice = _counted(model.model.router, projected[None], text)
         losses = [choice.sum()]
     tower_trains = any(parameter.requires_grad for parameter in model.get_vision_tower().parameters())
     recomputed = (layers_of_stage + tower_trains * tower) if step.checkpointing and not ranks else 0.0
@@ -144,9 +144,10 @@ def count_operations(model: Any, stage: Stage, step: Step) -> Operations:
     return Operations(tower + projector, tuple(language), router, backward, recomputed)
 
 
-def _counted(work: Callable[[], Any]) -> tuple[float, Any]:
+def _counted(call: Callable[..., Any], *inputs: Any, **named: Any) -> tuple[float, Any]:
+    """Operations of a call, and its result."""
     with FlopCounterMode(display=False) as counter:
-        result = work()
+        result = call(*inputs, **named)
     return float(counter.get_total_flops()), result
 
 

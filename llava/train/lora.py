@@ -58,7 +58,7 @@ def attach_lora(model: Any, args: TrainingArguments, base: str, adapter: str | N
     _shrink_language_model(model, args)
 
 
-def new_lora_config(model: Any, lora_r: int, lora_alpha: float, lora_dropout: float) -> Any:
+def new_lora_config(model: Any, lora_r: int, lora_alpha: int, lora_dropout: float) -> Any:
     """Peft's configuration of a new adapter on every linear layer of the language model."""
     from peft import LoraConfig
 

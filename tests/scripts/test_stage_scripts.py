@@ -192,7 +192,7 @@ def test_every_flag_is_read(stage: str, recorder: Path, rows: Path, tmp_path: Pa
     own = {item.name for kind in (ModelArguments, DataArguments, TrainingArguments) for item in dataclasses.fields(kind)}
     stock = {item.name for item in dataclasses.fields(transformers.TrainingArguments)}
     assert names <= own
-    sources = "\n".join(path.read_text() for path in (ROOT / "llava" / "train").glob("*.py"))
+    sources = "\n".join(path.read_text() for path in (ROOT / "llava" / "train").rglob("*.py"))
     for name in names - stock:
         uses = re.findall(rf"(?:\.|\"){name}\b", sources)
         assert uses, f"--{name} is declared, but nothing reads it"

@@ -105,7 +105,8 @@ def _tiny_config(layers: int, key_heads: int = 4, **changes: Any) -> LlavaConfig
 def test_operations_on_meta_equal_those_of_a_real_step() -> None:
     """The recorded model with real tensors: tower, projector and every granularity, forward and backward."""
     config = read_model_config(str(ORACLE / "checkpoint"))
-    real = LlavaLlamaForCausalLM.from_pretrained(str(ORACLE / "checkpoint"), dtype=torch.float32, attn_implementation="eager")
+    real = LlavaLlamaForCausalLM.from_pretrained(str(ORACLE / "checkpoint"), dtype=torch.float32)
+    real.set_attn_implementation("eager")
     step = Step(1, 20, 8, (96, 96))
     for model in (real, outline := model_outline(config)):
         apply_stage(model, STAGES["multi_granularity"])
@@ -122,27 +123,31 @@ def test_operations_on_meta_equal_those_of_a_real_step() -> None:
     assert found.backward == backward.get_total_flops() and found.router == found.recomputed == 0
 
 
-def test_operations_of_the_stages(vicuna: Any) -> None:
-    """By hand: each stage runs each part as often as its table says."""
-    step = Step(1, 100, 40, CANVAS)
-    lines = {name: costs.count_operations(vicuna, stage, step) for name, stage in STAGES.items() if parts_of(vicuna, name)}
+def short_vicuna(layers: int = 2) -> Any:
+    config = preset_config("vicuna-7b")
+    config.num_hidden_layers = layers
+    return model_outline(config)
+
+
+def test_operations_of_the_stages() -> None:
+    """By hand, for two layers: each stage runs each part as often as its table says."""
+    model, step = short_vicuna(), Step(1, 100, 40, CANVAS)
+    lines = {name: costs.count_operations(model, stage, step) for name, stage in STAGES.items() if parts_of(model, name)}
     lengths = [tokens + 100 for tokens in (192, 384, 744, 1488, 2928)]
-    by_hand = [length * 12.952e9 + 4 * length**2 * 4096 * 32 + 2 * 4096 * 32000 * 40 for length in lengths]
+    by_hand = [length * 2 * 2 * (4 * 4096**2 + 3 * 4096 * 11008) + 4 * length**2 * 4096 * 2 + 2 * 4096 * 32000 * 40 for length in lengths]
     for line in lines.values():
         assert line.language == pytest.approx(by_hand, rel=1e-3)
         assert line.vision == pytest.approx(5 * (0.366e12 + 2 * 576 * (1024 + 4096) * 4096), rel=1e-3)  # once in every stage
     assert lines["rglf"].router == pytest.approx(1.35e12, rel=0.01) and lines["instruct"].router == 0
     assert lines["rglf"].backward == pytest.approx(2.12e12, rel=0.01)
     forward = lines["instruct"].vision + by_hand[-1]
-    assert lines["align"].backward < lines["instruct"].backward == pytest.approx(2 * forward, rel=0.01)
-    again = costs.count_operations(vicuna, STAGES["rglf"], dataclasses.replace(step, checkpointing=True))
+    assert lines["align"].backward < lines["instruct"].backward == pytest.approx(2 * forward, rel=0.02)
+    again = costs.count_operations(model, STAGES["rglf"], dataclasses.replace(step, checkpointing=True))
     assert again.recomputed == 0
 
 
 def test_checkpointing_and_adapters_change_the_operations() -> None:
-    config = preset_config("vicuna-7b")
-    config.num_hidden_layers, step = 2, Step(1, 100, 40, CANVAS, checkpointing=True)
-    model, stage = model_outline(config), STAGES["instruct"]
+    model, stage, step = short_vicuna(), STAGES["instruct"], Step(1, 100, 40, CANVAS, checkpointing=True)
     apply_stage(model, stage)
     whole = costs.count_operations(model, stage, step)
     assert whole.recomputed == pytest.approx(whole.vision + whole.language[-1], rel=0.05)
