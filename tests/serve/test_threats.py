@@ -48,7 +48,7 @@ from llava.serve.page import uploads
 from llava.serve.page.app import PageOptions, create_page_app
 from llava.serve.page.guard import PageGuard
 from llava.serve.protocol import Limits
-from tests.serve.api.test_worker_app import BAD_IMAGES, told_of
+from tests.serve.api.test_image_loader import BAD_IMAGES, told_of
 from tests.serve.bodies import CHAT, WORKER, chat_body, data_url, picture, worker_body
 from tests.serve.cluster.test_controller_app import FOREIGN, MALFORMED, STATUS, RecordingConnector, no_names, settings
 from tests.serve.fake_engine import FakeEngine
@@ -72,8 +72,8 @@ ATTACKS: dict[str, tuple[str, ...]] = {
     "CVE-2025-6242, CVE-2026-24779, CVE-2026-33626, CVE-2026-0599: server-side requests through addresses of images": (
         "serve/test_threats.py::test_addresses_of_images_are_not_followed_unless_the_operator_says_so",
         "serve/test_threats.py::test_followed_addresses_of_images_stay_on_the_public_internet",
-        "serve/api/test_worker_app.py::test_text_is_never_searched_for_addresses",
-        "serve/api/test_worker_app.py::test_each_redirect_passes_the_same_door",
+        "serve/api/test_image_loader.py::test_text_is_never_searched_for_addresses",
+        "serve/api/test_image_loader.py::test_each_redirect_passes_the_same_door",
         "test_images.py::test_a_dripping_server_is_left_at_the_deadline",
         "test_images.py::test_bad_answers_are_refused",
     ),
@@ -83,7 +83,7 @@ ATTACKS: dict[str, tuple[str, ...]] = {
     ),
     "CVE-2026-22773, GHSA-8jr5-v98p-w75m: odd images": (
         "serve/test_faults.py::test_broken_and_odd_pictures_in_a_crowd_cost_nobody_an_answer",
-        "serve/api/test_worker_app.py::test_odd_images_are_read",
+        "serve/api/test_image_loader.py::test_odd_images_are_read",
         "test_images.py::test_exif_orientation_is_applied",
     ),
     "decompression bombs": (
