@@ -37,7 +37,7 @@ class WorkerRequest(RoutingFields):
     images: Images | None = Field(None, description="Base64, or data URLs.")
     temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
-    max_new_tokens: int | None = Field(None, ge=1, description="256 when missing.")
+    max_new_tokens: int | None = Field(None, ge=1, description="256 by default.")
     stop: str | Annotated[list[str], Field(max_length=1024, fail_fast=True)] | None = None
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     echo: bool = Field(True, description="Whether the text of each part begins with the prompt.")

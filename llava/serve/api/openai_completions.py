@@ -31,12 +31,12 @@ class CompletionRequest(AnswerFields):
     """Prompts to continue as they are, without a conversation template."""
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=1024, fail_fast=True)] = Field(
-        description="One text or several; token ids are not taken. One `<image>` stands for each of `images`."
+        description="One text or several, not token ids; with one `<image>` for each of `images`."
     )
     images: Images | None = Field(
-        None, description="Of a single prompt: base64, data URLs, or web addresses where the server fetches those."
+        None, description="Images of a single prompt: base64, data URLs, or web addresses where the server fetches those."
     )
-    max_tokens: int | None = Field(None, ge=1, description="16 when missing.")
+    max_tokens: int | None = Field(None, ge=1, description="16 by default.")
     logprobs: int | None = Field(None, ge=0, description="How many of the likeliest tokens to report besides the chosen one.")
 
 

@@ -63,7 +63,7 @@ InputPart = Annotated[InputText | InputImage | OutputText, Field(discriminator="
 
 @with_compat_fields(MESSAGE_FIELDS)
 class InputMessage(StrictModel):
-    """One turn, a user's or an earlier answer as it came. `developer` means `system`. Images go into users' turns."""
+    """One turn: a user's, or an earlier answer as it came. `developer` means `system`. Only user turns may hold images."""
 
     type: Literal["message"] | None = None
     role: Literal["system", "developer", "user", "assistant"]

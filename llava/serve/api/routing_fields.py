@@ -16,7 +16,7 @@ from llava.serve.protocol import ModelCard
 ImageDetail = Literal["auto", "low", "high", "original"]
 DETAILS: dict[ImageDetail | None, Detail | None] = {"low": "low", "high": "high", "original": "high"}
 DETAIL_DESCRIPTION = (
-    "How many visual tokens this image gets, within what `granularity` and `max_visual_tokens` leave open: `low` the fewest, `high` and "
+    "How many visual tokens this image gets, within `granularity` and `max_visual_tokens`: `low` the fewest, `high` and "
     "`original` the most; null or `auto` lets the model choose."
 )
 Granularity = Literal["auto"] | int | Annotated[list[int], Field(min_length=1, max_length=64, fail_fast=True)]

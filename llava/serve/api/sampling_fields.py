@@ -21,10 +21,12 @@ class SamplingFields(GuideFields):
     """How tokens are sampled, what constrains them and where the answer ends; except `max_tokens`, which each API names differently."""
 
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="0, the default, is greedy.")
-    top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False, description="0 leaves only the likeliest token.")
-    top_k: int | None = Field(None, ge=-1, le=2**31 - 1, description="Samples from so many of the likeliest tokens; 0 and -1 from all.")
+    top_p: float | None = Field(
+        None, ge=0, le=1, allow_inf_nan=False, description="Probability mass to sample from; 0 keeps only the likeliest token."
+    )
+    top_k: int | None = Field(None, ge=-1, le=2**31 - 1, description="Sample from this many of the likeliest tokens; 0 and -1 mean all.")
     min_p: float | None = Field(
-        None, ge=0, le=1, allow_inf_nan=False, description="Samples from tokens at least this fraction as likely as the likeliest."
+        None, ge=0, le=1, allow_inf_nan=False, description="Sample from tokens at least this fraction as likely as the likeliest."
     )
     repetition_penalty: float | None = Field(
         None, ge=0.01, le=100, allow_inf_nan=False, description="Above 1 penalises tokens of the prompt's text and of the answer."
@@ -33,7 +35,7 @@ class SamplingFields(GuideFields):
         None, ge=-2, le=2, allow_inf_nan=False, description="Subtracted from the logits of tokens that the answer already has."
     )
     frequency_penalty: float | None = Field(
-        None, ge=-2, le=2, allow_inf_nan=False, description="The same, once per occurrence."
+        None, ge=-2, le=2, allow_inf_nan=False, description="Subtracted from the logits of tokens, once per occurrence in the answer."
     )
     logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=1024)] | None = Field(
         None, description="Token id to a number from -100 to 100, which is added to its logit."
@@ -41,10 +43,10 @@ class SamplingFields(GuideFields):
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: str | Annotated[list[str], Field(max_length=1024, fail_fast=True)] | None = None
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(max_length=1024)] | None = Field(
-        None, description="Token ids that end the answer, to which they belong."
+        None, description="Token ids that end the answer and are part of it."
     )
-    ignore_eos: bool | None = Field(None, description="The model's end token does not end the answer.")
-    min_tokens: int | None = Field(None, ge=0, description="Neither the model's end token nor one of `stop_token_ids` before so many.")
+    ignore_eos: bool | None = Field(None, description="Do not end the answer at the model's end token.")
+    min_tokens: int | None = Field(None, ge=0, description="No end token and none of `stop_token_ids` before this many tokens.")
 
 
 def read_sampling(

@@ -24,7 +24,9 @@ class TokenizeRequest(RoutingFields):
 
     model: str | None = Field(None, max_length=512)
     prompt: str | None = Field(None, description="A finished prompt, with one `<image>` for each of `images`.")
-    images: Images | None = Field(None, description="Of the prompt: base64, data URLs, or web addresses where the server fetches those.")
+    images: Images | None = Field(
+        None, description="Images of the prompt: base64, data URLs, or web addresses where the server fetches those."
+    )
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)] | None = None
     add_special_tokens: bool | None = Field(None, description="Whether a prompt's tokens begin with the token that begins every text.")
     return_token_strs: bool | None = Field(None, description="Also return each token's text.")
