@@ -1,4 +1,4 @@
-"""The running batch: who is in which row of the slots, and the passes through the language model."""
+"""The running batch: which request is in which slot, and the passes through the language model."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Batch:
     """Requests that are being answered.
 
     Args:
-        model: reads and writes.
-        prefixes: keeps keys and values of prompts up to the end of their pictures.
-        max_rows: requests at the same time. max_positions: rows times positions that keys and values are kept for.
+        model: the multimodal language model.
+        prefixes: cache of keys and values of prompts up to the end of their images.
+        max_rows: requests at the same time. max_positions: rows times positions of the key-value storage.
 
     Attributes:
-        tasks: by slot. rows_allowed: requests at the same time from now on; falls when memory runs out, and grows back.
+        tasks: by slot. rows_allowed: requests at the same time for now; it falls when memory runs out, and grows back.
     """
 
     def __init__(self, model: Any, prefixes: TensorCache, max_rows: int, max_positions: int) -> None:
@@ -40,19 +40,19 @@ class Batch:
         self.rows_allowed = max_rows
         self._short_of_memory = False
 
-    # ---- join ----------------------------------------------------------------------------------------------------------------
+    # ---- prefill -------------------------------------------------------------------------------------------------------------
 
-    def read(self, tasks: Sequence[Task]) -> list[Picked]:
-        """Read the prompts into the rows behind the running ones; the first token of each. They join by `join`."""
-        rows = [task.unread.row for task in tasks]
-        first, known = len(self.tasks), [task.unread.num_known for task in tasks]
+    def prefill(self, tasks: Sequence[Task]) -> list[Picked]:
+        """Prefill prompts into the slots behind the running ones; the first token of each. They join with `join`."""
+        rows = [task.pending.row for task in tasks]
+        first, prefixes = len(self.tasks), [task.pending.prefix_length for task in tasks]
         embeds = pad_rows(rows, "right").inputs_embeds
         needed = max(task.encoded.positions for task in (*self.tasks, *tasks))
-        self.slots.reserve(first + len(tasks), max(needed, max(known) + embeds.shape[1]), self.rows_allowed)
+        self.slots.reserve(first + len(tasks), max(needed, max(prefixes) + embeds.shape[1]), self.rows_allowed)
         for row, task in enumerate(tasks, start=first):
-            if task.unread.known:
-                self.slots.recall(row, task.unread.known)
-        positions, mask = self.slots.begin(first, known, embeds.shape[1], embeds)
+            if task.pending.prefix:
+                self.slots.load_prefix(row, task.pending.prefix)
+        positions, mask = self.slots.begin(first, prefixes, embeds.shape[1], embeds)
         hidden = self.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions)
         last = torch.tensor([row.length - 1 for row in rows], device=hidden.device)
         picks = self.pick(hidden[torch.arange(len(rows), device=hidden.device), last], tasks)
@@ -60,45 +60,45 @@ class Batch:
         return picks
 
     def join(self, task: Task) -> None:
-        """Take the next one of those in whose prompts were read."""
+        """Take in the next of the requests that were prefilled."""
         task.slot = len(self.tasks)
         self.tasks.append(task)
 
-    def keep_beginning(self, task: Task) -> None:
-        """Keep the keys and values up to the end of the last picture, for the next question about it."""
-        beginnings = task.encoded.beginnings
-        if not beginnings or beginnings[0][0] in self.prefixes:
+    def keep_prefix(self, task: Task) -> None:
+        """Cache the keys and values up to the end of the last image, for the next question about it."""
+        prefixes = task.encoded.prefixes
+        if not prefixes or prefixes[0][0] in self.prefixes:
             return
-        key, length = beginnings[0]
+        key, length = prefixes[0]
         try:
-            self.prefixes.put(key, *self.slots.beginning(task.slot, length))
-        except Exception as error:  # most likely there is no memory for it; the request itself went well
-            logger.warning("the beginning of request %s is not kept (%s)", task.name, type(error).__name__)
+            self.prefixes.put(key, *self.slots.prefix(task.slot, length))
+        except Exception as error:  # most likely out of memory; the request itself is fine
+            logger.warning("the prefix of request %s is not cached (%s)", task.name, type(error).__name__)
 
-    # ---- one step ------------------------------------------------------------------------------------------------------------
+    # ---- decode --------------------------------------------------------------------------------------------------------------
 
     def step(self) -> list[tuple[Task, Picked | Exception]]:
-        """The next token of every running request, or for one that fails alone, why."""
+        """One decoding step: the next token of every running request, or its error for one that fails by itself."""
         return self._step(0, list(self.tasks))
 
     def _step(self, first: int, tasks: list[Task]) -> list[tuple[Task, Picked | Exception]]:
-        """The same for the rows from `first` on. A pass that fails is taken again over its two halves."""
+        """The same for the rows from `first` on. A pass that fails is repeated over its two halves."""
         try:
-            return list(zip(tasks, self.next_tokens(first, tasks), strict=True))
+            return list(zip(tasks, self.decode(first, tasks), strict=True))
         except Exception as error:
             short = is_out_of_memory(error)
             self._short_of_memory |= short
             if len(tasks) == 1:
-                # Without the frames of its traceback, which hold tensors: it is looked at when room is made.
+                # Without its traceback, whose frames hold tensors: memory is about to be freed.
                 return [(tasks[0], error.with_traceback(None) if short else error)]
-            logger.warning("a step of %d requests failed (%s); it is taken in halves", len(tasks), type(error).__name__)
+            logger.warning("a decoding step of %d requests failed (%s); it is repeated in halves", len(tasks), type(error).__name__)
         half = len(tasks) // 2
         if short:
             self.rows_allowed = max(half, 1)
         self.free_memory()
         return [*self._step(first, tasks[:half]), *self._step(first + half, tasks[half:])]
 
-    def next_tokens(self, first: int, tasks: Sequence[Task]) -> list[Picked]:
+    def decode(self, first: int, tasks: Sequence[Task]) -> list[Picked]:
         tokens = torch.tensor([[task.stream.ids[-1]] for task in tasks], device=self.model.device)
         embedded = self.model.get_input_embeddings()(tokens)  # (B, 1, D)
         lengths = self.slots.lengths[first : first + len(tasks)]
@@ -108,37 +108,35 @@ class Batch:
         self.slots.end([length + 1 for length in lengths])
         return picks
 
-    # ---- what both do --------------------------------------------------------------------------------------------------------
+    # ---- both ----------------------------------------------------------------------------------------------------------------
 
     def language_model(self, **inputs: Any) -> Tensor:
-        """Hidden states (B, L, D) after the last layer; the vocabulary is left to `pick`, for the positions that need it."""
+        """Hidden states (B, L, D) after the last layer; vocabulary logits are left to `pick`, for the positions that need them."""
         hidden: Tensor = self.model.get_model()(use_cache=True, past_key_values=self.slots, **inputs).last_hidden_state
         return hidden
 
     def pick(self, hidden: Tensor, tasks: Sequence[Task]) -> list[Picked]:
-        """The next token of each row of (B, D)."""
+        """The next token of each row, from its last hidden state: (B, D)."""
         logits = self.model.lm_head(hidden).float()
         sampling = [task.request.sampling for task in tasks]
-        rows = [Row(wish, task.stream.ids, task.text_ids, task.guide) for task, wish in zip(tasks, sampling, strict=True)]
-        uniform = [
-            random_number(task.seed, len(task.stream.ids)) if wish.temperature else 0.0 for task, wish in zip(tasks, sampling, strict=True)
-        ]
+        rows = [Row(task.request.sampling, task.stream.ids, task.text_ids, task.guide) for task in tasks]
+        uniform = [random_number(task.seed, len(task.stream.ids)) if task.request.sampling.temperature else 0.0 for task in tasks]
         return pick(logits, sampling, uniform, adjusted(logits, rows, end_ids(self.model)))
 
     def works(self) -> bool:
-        """Whether the model still reads a single position; memory that runs out on the way is another matter."""
+        """Whether the model can still compute a single position; running out of memory does not count against it."""
         try:
             embedded = self.model.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.long, device=self.model.device))
             self.model.lm_head(self.model.get_model()(inputs_embeds=embedded, use_cache=False).last_hidden_state).sum().item()
         except Exception as error:
-            logger.exception("the model cannot be computed any more")
+            logger.exception("the model can no longer be computed")
             return is_out_of_memory(error)
         return True
 
     # ---- leave ---------------------------------------------------------------------------------------------------------------
 
     def leave(self, task: Task, wipe: bool = False) -> None:
-        """Take a task out, if it is in; the last one moves into its row. wipe: see `SlotCache.leave`."""
+        """Take a task out, if it is in; the last one moves into its slot. wipe: see `SlotCache.leave`."""
         if task.slot < 0:
             return
         moved = self.slots.leave(task.slot, wipe)
@@ -150,7 +148,7 @@ class Batch:
         task.slot = -1
 
     def empty(self) -> None:
-        """Let all go, and the storage."""
+        """Take all tasks out, and free the storage."""
         for task in self.tasks:
             task.slot = -1
         self.tasks = []
@@ -161,12 +159,13 @@ class Batch:
     # ---- memory --------------------------------------------------------------------------------------------------------------
 
     def clean_up(self, short: bool) -> None:
-        """After something failed that was done for requests about to join. short: it was memory that ran out."""
+        """After work for requests about to join failed. short: for lack of memory."""
         self.slots.wipe_unused()
         self._short_of_memory |= short
 
-    def step_back(self) -> Task | None:
-        """After memory ran out in a step for one request: take the youngest out, for the others to go on; `None` where one runs alone."""
+    def preempt(self) -> Task | None:
+        """After memory ran out in a step of a single request: take the youngest out, so that the others go on; `None` where one runs
+        alone."""
         if len(self.tasks) < 2:
             return None
         youngest = max(self.tasks, key=lambda task: task.submitted)
@@ -176,18 +175,18 @@ class Batch:
         return youngest
 
     def shrink(self) -> bool:
-        """Give back what is kept for requests to come. Returns whether there was anything."""
+        """Free the storage of unused rows. Returns whether there was any."""
         try:
             return self.slots.shrink()
-        except Exception as error:  # the copy is what does not fit; less was kept all the same
-            logger.warning("the storage cannot be made smaller everywhere (%s)", type(error).__name__)
+        except Exception as error:  # a copy did not fit; what was copied before it is smaller all the same
+            logger.warning("not all of the storage could be made smaller (%s)", type(error).__name__)
             return True
         finally:
             self.free_memory()
 
     def make_room(self) -> bool:
-        """After memory ran out for a request that was to join alone: answer fewer at the same time. Returns whether it may be tried again
-        at once; beside others it has to wait for them."""
+        """After memory ran out for a request that was to join alone: allow fewer rows. Returns whether to retry at once; beside running
+        requests it has to wait for them."""
         if self.tasks:
             self.rows_allowed = len(self.tasks)
             return False
@@ -198,11 +197,11 @@ class Batch:
         return True
 
     def grow(self) -> None:
-        """An answer went well: one more request may be answered at the same time."""
+        """After a finished answer: allow one more row."""
         self.rows_allowed = min(self.max_rows, self.rows_allowed + 1)
 
     def relax(self) -> None:
-        """Nothing runs: give the storage back if memory was short."""
+        """When nothing runs: free the storage if memory was short."""
         if self._short_of_memory:
             self.empty()
 
@@ -211,14 +210,14 @@ class Batch:
             return
         try:
             torch.cuda.empty_cache()
-        except RuntimeError:  # an accelerator that has failed fails at this too; requests are told by what they do there
-            logger.exception("the accelerator's memory cannot be given back")
+        except RuntimeError:  # an accelerator that has failed fails here too; requests fail by their own passes
+            logger.exception("the accelerator's cached memory cannot be freed")
 
 
 def check_attention(config: Any) -> None:
     """
     Raises:
-        ValueError: a model whose attention cannot work on a batch whose rows have different lengths.
+        ValueError: the model's attention does not support rows of different lengths.
     """
     attention = config._attn_implementation
     if attention not in ("sdpa", "eager"):

@@ -1,4 +1,4 @@
-"""What is kept for the next turn, or for the next question about the same picture: encoded pictures, and prompts read so far."""
+"""Caches for the next turn, or the next question about the same image: image features, and keys and values of prompt prefixes."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from torch import Tensor
 _HASHED_PIXELS = 1_000_000
 
 
-def picture_key(image: Image.Image, revision: str) -> str:
-    """What a picture's features depend on, as one digest.
+def image_key(image: Image.Image, revision: str) -> str:
+    """The cache key of an image's features: a digest of everything that they depend on.
 
-    Features are kept before pooling, so one entry serves every granularity; the granularity plays no part in what is stored.
+    Features are cached before pooling, so one entry serves every granularity.
 
     Args:
-        image: decoded; its pixels, mode and size all count (two pictures of equal bytes and another shape differ).
-        revision: of the model that encodes: another checkpoint must never find these features.
+        image: decoded; pixels, mode and size all count (two images of equal bytes and different shapes differ).
+        revision: of the model, so that another checkpoint never finds these features.
     """
-    rows = max(1, _HASHED_PIXELS // image.width)  # some at a time: a copy of all would take as much as the image once more
+    rows = max(1, _HASHED_PIXELS // image.width)  # stripe by stripe: a copy of the whole would double the memory
     stripes = (image.crop((0, top, image.width, min(top + rows, image.height))).tobytes() for top in range(0, image.height, rows))
     return _digest((revision, image.mode, f"{image.width}x{image.height}"), stripes)
 
 
-def prefix_key(token_ids: Iterable[int], pictures: Iterable[tuple[str, int]], revision: str) -> str:
-    """What the keys and values of a prompt's beginning depend on, as one digest.
+def prefix_key(token_ids: Iterable[int], images: Iterable[tuple[str, int]], revision: str) -> str:
+    """The cache key of a prompt prefix's keys and values: a digest of everything that they depend on.
 
     Args:
-        token_ids: of the beginning, placeholders included. pictures: the key and the granularity of each picture in it.
+        token_ids: of the prefix, placeholders included. images: the key and the granularity of each image in it.
     """
     ids = ",".join(map(str, token_ids))
-    return _digest((revision, ids, *(f"{key} at {granularity}" for key, granularity in pictures)), ())
+    return _digest((revision, ids, *(f"{key} at {granularity}" for key, granularity in images)), ())
 
 
 def _digest(parts: Iterable[str], data: Iterable[bytes]) -> str:
@@ -47,10 +47,10 @@ def _digest(parts: Iterable[str], data: Iterable[bytes]) -> str:
 
 
 class TensorCache:
-    """Tensors by key, the longest unused entry leaving first when the bytes run out. Safe between threads.
+    """A thread-safe LRU cache of tensors, bounded in bytes.
 
     Args:
-        max_bytes: all entries together; 0 keeps nothing. An entry larger than this is not kept.
+        max_bytes: of all entries together; 0 keeps nothing. An entry larger than this is not kept.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -86,7 +86,7 @@ class TensorCache:
             return self._entries.get(key)
 
     def put(self, key: str, *tensors: Tensor) -> None:
-        """Keep copies of tensors, and let others go until they fit."""
+        """Store copies of tensors, and evict others until they fit."""
         size = _size(tensors)
         with self._lock:
             if key in self._entries or size > self.max_bytes:
@@ -99,7 +99,7 @@ class TensorCache:
                 self.bytes -= _size(dropped)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all entries."""
         with self._lock:
             self._entries.clear()
             self.bytes = 0

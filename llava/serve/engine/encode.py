@@ -1,4 +1,4 @@
-"""From prepared requests to rows that the language model can read: encode and route, batched."""
+"""From prepared requests to prefills: encode images, route and splice, batched over requests."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from llava.model.routing import RoutingReport
 from llava.model.splice import ContextLengthError, SplicedRow
 from llava.serve.engine.caches import TensorCache, prefix_key
 from llava.serve.engine.prepare import too_long
-from llava.serve.engine.task import Encoded, Prepared, Unread
+from llava.serve.engine.task import Encoded, PendingPrefill, Prepared
 from llava.serve.protocol import GenerationRequest, ImageReport
 from llava.timing import StageTimer
 from llava.visualize import grid_of
 
 
 class Encoder:
-    """Encodes requests together; each picture once, whoever asks about it.
+    """Encodes requests in a batch; an image that several of them ask about is encoded once.
 
     Args:
         assistant: the loaded model.
-        features: encoded pictures that are known. prefixes: keys and values of prompts' beginnings that are. revision: of the weights.
+        features: cache of image features. prefixes: cache of keys and values of prompt prefixes. revision: of the weights, for cache keys.
         longest_row: positions that one request may take, its answer included.
     """
 
@@ -32,7 +32,7 @@ class Encoder:
         self.assistant, self.model = assistant, assistant.model
         self.features, self.prefixes, self.revision, self.longest_row = features, prefixes, revision, longest_row
 
-    def encode(self, requests: Sequence[GenerationRequest], prepared: Sequence[Prepared]) -> list[tuple[Encoded, Unread]]:
+    def encode(self, requests: Sequence[GenerationRequest], prepared: Sequence[Prepared]) -> list[tuple[Encoded, PendingPrefill]]:
         """
         Raises:
             ServeError: a prompt that is too long at the granularity the router chose.
@@ -49,56 +49,56 @@ class Encoder:
             for request, each, row in zip(requests, prepared, rows, strict=True)
         ]
 
-    def encode_again(self, request: GenerationRequest, prepared: Prepared, encoded: Encoded, written: Sequence[int]) -> Unread:
-        """The same row once more for one that was read before, at the granularities told then, and behind it what is written of the answer.
+    def reencode(self, request: GenerationRequest, prepared: Prepared, encoded: Encoded, written: Sequence[int]) -> PendingPrefill:
+        """The prefill of a preempted request: its prompt at the granularities reported before, followed by its answer so far.
 
         Args:
-            written: ids.
+            written: ids of the answer so far.
         """
         images, _ = self._encoded_images([prepared], StageTimer(self.model.device))
         layouts = self.model.plan([prepared.prompt], images, request.routing).layouts
         levels = [self.model.level_of(report.granularity) for report in encoded.reports]
         whole = prepared.prompt.followed_by(torch.tensor(written, dtype=torch.long, device=prepared.prompt.ids.device))
         [row] = self.model.splice_at([whole], images, levels, layouts)
-        return self._unread(row, encoded.beginnings)
+        return self._pending(row, encoded.prefixes)
 
-    def _unread(self, row: SplicedRow, beginnings: Sequence[tuple[str, int]]) -> Unread:
-        """A row without what is known of it."""
-        known = next((kept for key, _ in beginnings if key in self.prefixes and (kept := self.prefixes.get(key))), ())
-        skip = known[0].shape[1] if known else 0
-        return Unread(SplicedRow(row.inputs_embeds[skip:], row.labels[skip:]), known)
+    def _pending(self, row: SplicedRow, prefixes: Sequence[tuple[str, int]]) -> PendingPrefill:
+        """The part of a row behind its longest cached prefix."""
+        cached = next((kept for key, _ in prefixes if key in self.prefixes and (kept := self.prefixes.get(key))), ())
+        skip = cached[0].shape[1] if cached else 0
+        return PendingPrefill(SplicedRow(row.inputs_embeds[skip:], row.labels[skip:]), cached)
 
     def _encoded_images(self, prepared: Sequence[Prepared], timer: StageTimer) -> tuple[list[ImageInput], list[bool]]:
-        """All images, encoded, in order, and whether each one's features were known; those that were not are kept from now on."""
+        """All images in order, encoded, and whether each one's features were cached; those that were not are cached now."""
         by_key: dict[str, ImageInput] = {}
         cached: list[bool] = []
         for each in prepared:
             for key, image in zip(each.keys, each.images, strict=True):
                 found = by_key.get(key)
                 if not image.is_encoded and (found is None or found.is_encoded) and (kept := self.features.get(key)) is not None:
-                    image = ImageInput(kept[0], image.size, is_encoded=True)  # another request brought it in the meantime
+                    image = ImageInput(kept[0], image.size, is_encoded=True)  # encoded for another request in the meantime
                 if found is None or image.is_encoded:
                     by_key[key] = image
                 cached.append(image.is_encoded)
         with timer("vision"):
             encoded = dict(zip(by_key, self.model.with_features(list(by_key.values())), strict=True))
             for key, image in encoded.items():
-                if not by_key[key].is_encoded and image.tensor.isfinite().all():  # what broke down once is not remembered
+                if not by_key[key].is_encoded and image.tensor.isfinite().all():  # broken numbers must not be served again
                     self.features.put(key, image.tensor)
         return [encoded[key] for each in prepared for key in each.keys], cached
 
     def _finished(
         self, request: GenerationRequest, prepared: Prepared, cached: Sequence[bool], composed: ComposedRow, milliseconds: dict[str, float]
-    ) -> tuple[Encoded, Unread]:
+    ) -> tuple[Encoded, PendingPrefill]:
         row, room = composed.row, self.longest_row - composed.row.length
         if room < 1:
             raise too_long(request, self.longest_row)
         reports = tuple(
             self._plain(report, have, image.size) for report, have, image in zip(composed.reports, cached, request.images, strict=True)
         )
-        beginnings = self._beginnings(prepared, reports, row.length)
-        known = Encoded(row.length, min(request.sampling.max_new_tokens, room), reports, beginnings, dict(milliseconds))
-        return known, self._unread(row, beginnings)
+        prefixes = self._prefix_keys(prepared, reports, row.length)
+        known = Encoded(row.length, min(request.sampling.max_new_tokens, room), reports, prefixes, dict(milliseconds))
+        return known, self._pending(row, prefixes)
 
     def _plain(self, report: RoutingReport, cached: bool, size: tuple[int, int]) -> ImageReport:
         return ImageReport(
@@ -112,14 +112,14 @@ class Encoder:
             grid=grid_of(size, report.granularity, self.model.config),
         )
 
-    def _beginnings(self, prepared: Prepared, reports: Sequence[ImageReport], length: int) -> tuple[tuple[str, int], ...]:
-        """Key and length of the prompt up to the end of each of its pictures, longest first."""
+    def _prefix_keys(self, prepared: Prepared, reports: Sequence[ImageReport], length: int) -> tuple[tuple[str, int], ...]:
+        """Cache key and length of the prompt up to the end of each of its images, longest first."""
         ids = prepared.prompt.ids.tolist()
-        pictures = [(key, report.granularity) for key, report in zip(prepared.keys, reports, strict=True)]
+        images = [(key, report.granularity) for key, report in zip(prepared.keys, reports, strict=True)]
         places = prepared.prompt.is_image.nonzero().flatten().tolist()
         found, visual = [], 0
         for count, (place, report) in enumerate(zip(places, reports, strict=True), start=1):
             visual += report.visual_tokens
-            found.append((prefix_key(ids[: place + 1], pictures[:count], self.revision), place + 1 - count + visual))
-        # The last position has to be read in any case: it says what comes first.
+            found.append((prefix_key(ids[: place + 1], images[:count], self.revision), place + 1 - count + visual))
+        # The last position is always computed: its logits give the first token.
         return tuple((key, end) for key, end in reversed(found) if end < length)

@@ -1,4 +1,4 @@
-"""What an exception in the engine means to the one who asked; no other library's text is passed on."""
+"""What an exception in the engine means to the caller; no text of other libraries is passed on."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from llava.serve.protocol import ErrorKind, ServeError
 logger = logging.getLogger(__name__)
 
 _OURS = (ErrorKind.INTERNAL, ErrorKind.OUT_OF_MEMORY, ErrorKind.NOT_FINITE)
-"""Failures that are not the request's fault; the log has what the caller is not told."""
+"""Failures that are not the request's fault; their cause is logged and not sent."""
 
-FAILED_TURNS = 8
-"""Turns of the engine in a row that may fail, without a token in between, before it is asked whether anything works any more."""
+FAILED_ITERATIONS = 8
+"""Failed iterations of the scheduler in a row, without a token in between, after which the model itself is probed."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -38,7 +38,7 @@ def as_serve_error(error: Exception) -> ServeError:
 
 
 def explain(request_id: str, error: Exception) -> ServeError:
-    """What the caller is told; the log gets the rest."""
+    """The error that the caller gets; the log gets the rest."""
     failure = as_serve_error(error)
     if failure.kind in _OURS:
         logger.error("request %s failed: %s", request_id, failure.kind.value, exc_info=error)
@@ -46,14 +46,15 @@ def explain(request_id: str, error: Exception) -> ServeError:
 
 
 class Health:
-    """Whether turning the crank still gets anywhere.
+    """Whether the engine still makes progress.
 
-    An accelerator that has failed for good fails at everything, for as long as the process lives; only another process can use it again.
-    Failures of requests alone do not prove that, since they may be to blame themselves, one after the other: so then one position is read.
+    An accelerator that has failed for good fails every operation for as long as the process lives; only another process can use it again.
+    Failing requests alone do not prove that, since each may fail by its own fault: after enough of them the model is probed with one
+    position.
     """
 
     def __init__(self) -> None:
-        self._failed_turns = 0
+        self._failed_iterations = 0
         self._wrote = self._failed = self._failed_outside = False
 
     def wrote(self) -> None:
@@ -61,18 +62,18 @@ class Health:
         self._wrote = True
 
     def failed(self, error: Exception, outside: bool = False) -> None:
-        """A pass failed, or something outside of any request. What a request is told of itself, and missing memory, are no failures."""
+        """A pass failed, or something outside of any request did. Errors that are the request's own, and missing memory, do not count."""
         if outside or not (isinstance(error, ServeError) or is_out_of_memory(error)):
             self._failed, self._failed_outside = True, self._failed_outside or outside
 
     def is_lost(self, works: Callable[[], bool]) -> bool:
-        """Asked once per turn. works: whether the model can still be computed; asked after `FAILED_TURNS` failed ones."""
+        """Whether the engine has to close; asked once per iteration. works: probes the model, after `FAILED_ITERATIONS` failed ones."""
         if self._wrote:
-            self._failed_turns, self._failed_outside = 0, False
+            self._failed_iterations, self._failed_outside = 0, False
         elif self._failed:
-            self._failed_turns += 1
+            self._failed_iterations += 1
         self._wrote = self._failed = False
-        if self._failed_turns < FAILED_TURNS:
+        if self._failed_iterations < FAILED_ITERATIONS:
             return False
-        self._failed_turns = 0
+        self._failed_iterations = 0
         return self._failed_outside or not works()

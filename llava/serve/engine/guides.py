@@ -1,7 +1,7 @@
-"""Answers whose text has to follow a JSON schema, a regular expression or a grammar: which tokens may come next.
+"""Structured output: which tokens may come next in an answer that must follow a JSON schema, a regular expression or a grammar.
 
-llguidance reads the grammars and knows the tokens; here stand the bounds. A grammar comes from a client, so it is built in a process of its
-own first (`guide_check.py`), which a hostile one may take down; and each look at the next tokens is bounded by what the library calls fuel.
+llguidance compiles the grammars and computes the masks; the bounds stand here. A grammar comes from a client, so it is first built in a
+process of its own (`guide_check.py`), which a hostile one may crash; and the library bounds each mask's work by what it calls fuel.
 """
 
 from __future__ import annotations
@@ -42,53 +42,53 @@ LIMITS: dict[str, Any] = {
     "max_lexer_states": 20_000,
     "verbose_errors": False,
 }
-"""Of `LLParserLimits`: some milliseconds for each look at the next tokens, and about 40 MB for each grammar. The time of a look grows with
-the cube of what may be under way at once (`max_items_in_row`): that of an ambiguous grammar is 180 ms at 2,000, the library's own limit,
-and 4 ms at 500, which an object takes whose properties 120 may be left out in a row."""
+"""Of `LLParserLimits`: some milliseconds per mask, and about 40 MB per grammar. The time of a mask grows with the cube of the parser's
+items per row (`max_items_in_row`): an ambiguous grammar takes 180 ms at 2,000, the library's default, and 4 ms at 500, which is enough for
+an object of 120 optional properties in a row."""
 CHECK_BYTES = 1_000_000_000
 """Memory that checking a grammar may take, the interpreter's own included."""
 CHECK_SECONDS = 20.0
-"""From the start of a check to its end, however busy the machine is; its own computing is bounded more tightly."""
+"""Wall time of a check, however busy the machine is; its CPU time is bounded more tightly."""
 KEPT = 8
-"""Grammars that stay built."""
+"""Compiled grammars that are cached."""
 _ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""JSON is written as `json.dumps` does: a small model that may indent may spend all its tokens on spaces."""
+"""JSON as `json.dumps` writes it: a small model that may indent can spend all its tokens on spaces."""
 _CHECK = Path(__file__).with_name("guide_check.py")
 
 
 class AnswerGuide:
-    """How far one answer has come through what it has to be.
+    """One answer's position in its grammar.
 
     Args:
-        matcher: at its beginning. param: the field that asked for it.
+        matcher: at the start. param: the request field that gave the grammar.
     """
 
     def __init__(self, matcher: LLMatcher, param: str) -> None:
         self.matcher, self.param = matcher, param
 
     def take(self, token: int) -> None:
-        """Go on by a token.
+        """Advance by a token.
 
         Raises:
-            ServeError: the grammar became too much to follow on the way.
+            ServeError: following the grammar exceeded the limits.
         """
         taken = self.matcher.consume_token(token)
-        if not taken or self.matcher.is_error():  # one that has failed takes an end all the same
-            logger.warning("a guide cannot go on: %s", self.matcher.get_error()[:500])
-            told = GUIDE_TOO_COMPLEX.format(param=self.param)
-            raise ServeError(ErrorKind.INVALID_REQUEST, told, self.param)
+        if not taken or self.matcher.is_error():  # a failed matcher still accepts an end
+            logger.warning("a guide cannot advance: %s", self.matcher.get_error()[:500])
+            message = GUIDE_TOO_COMPLEX.format(param=self.param)
+            raise ServeError(ErrorKind.INVALID_REQUEST, message, self.param)
 
     @property
     def finished(self) -> bool:
-        """Whether nothing can follow but the end."""
+        """Whether only the end can follow."""
         return self.matcher.is_stopped()
 
 
 class Guides:
-    """Makes guides for the answers of one model; may be called in several threads at once.
+    """Makes guides for the answers of one model; thread-safe.
 
     Args:
-        tokenizer: of the model. size: of its vocabulary, as wide as its logits. ends: ids that are its own end.
+        tokenizer: of the model. size: width of its logits. ends: its end-of-sequence ids.
     """
 
     def __init__(self, tokenizer: Any, size: int, ends: Sequence[int]) -> None:
@@ -100,13 +100,13 @@ class Guides:
     def begin(self, guide: Guide) -> AnswerGuide:
         """
         Raises:
-            ServeError: what is asked for cannot be read, or not be followed.
+            ServeError: the grammar cannot be parsed, or not be followed within the limits.
         """
         with self._lock:
             matcher = self._known.get(guide)
             if self._tokens is None:
                 self._tokens = self._read_tokenizer(guide)
-        if matcher is None:  # not under the lock: others need not wait
+        if matcher is None:  # outside the lock, so that others need not wait
             matcher = self._built(guide, self._tokens)
         with self._lock:
             self._known[guide] = matcher
@@ -118,14 +118,14 @@ class Guides:
     @staticmethod
     def _built(guide: Guide, tokens: LLTokenizer) -> LLMatcher:
         try:
-            grammar = written(guide)
+            grammar = to_grammar(guide)
         except ValueError as error:
             raise _refused(guide, str(error)) from error
-        if wrong := checked(grammar):
+        if wrong := grammar_error(grammar):
             raise _refused(guide, wrong)
         matcher = LLMatcher(tokens, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
         if not matcher.is_error():
-            matcher.compute_bitmask()  # the first look is often the longest, and shows whether anything can be written at all
+            matcher.compute_bitmask()  # the first mask is often the slowest, and shows whether any text is possible
         if matcher.is_error():
             raise _refused(guide, matcher.get_error())
         return matcher
@@ -133,14 +133,14 @@ class Guides:
     def _read_tokenizer(self, guide: Guide) -> LLTokenizer:
         try:
             return from_tokenizer(self.tokenizer, n_vocab=self.size, eos_token=self.ends or None)
-        except ValueError as error:  # of a kind that the library cannot read
+        except ValueError as error:  # a kind of tokenizer that the library does not support
             logger.warning("answers of this model cannot be guided: %s", error)
             raise ServeError(ErrorKind.INVALID_REQUEST, GUIDES_UNSUPPORTED, guide.param) from error
 
 
-def written(guide: Guide) -> str:
-    """A guide as a grammar of the library's. A space may stand first, as in the tokens that most answers begin with: it is no part of the
-    answer's text."""
+def to_grammar(guide: Guide) -> str:
+    """A guide in the library's grammar format. A leading space is allowed, as in the tokens that most answers start with; it is not part of
+    the answer's text."""
     if guide.kind is GuideKind.GRAMMAR:
         return grammar_from("grammar", guide.text)
     if guide.kind is GuideKind.JSON:
@@ -151,8 +151,8 @@ def written(guide: Guide) -> str:
     return f'start: " "? text\ntext: /{regex_to_lark(pattern, "")}/'
 
 
-def checked(grammar: str) -> str:
-    """What is wrong with a grammar, in the library's words; nothing if it can be built, within bounds of time and memory."""
+def grammar_error(grammar: str) -> str:
+    """What is wrong with a grammar, in the library's words; empty if it builds within the bounds of time and memory."""
     asked = {"path": [place for place in sys.path if place], "grammar": grammar, "limits": LIMITS, "bytes": CHECK_BYTES}
     try:
         done = subprocess.run(
@@ -167,12 +167,12 @@ def checked(grammar: str) -> str:
 
 
 def _refused(guide: Guide, error: str) -> ServeError:
-    """What a client reads; the library's own words go to the log, but for names of JSON Schema."""
+    """The client's error; of the library's own words, which are logged, only JSON Schema keywords are passed on."""
     logger.info("a guide was refused (%s): %s", guide.param, error[:500])
     unknown = re.search(r"Unimplemented keys: \[(.*?)\]", error)
     named = sorted(UNSUPPORTED_KEYWORDS & set(re.findall(r"\w+", unknown[1]))) if unknown else []
-    told = (GUIDE_UNSUPPORTED_KEYWORDS if named else GUIDE_UNSUPPORTED).format(param=guide.param, keywords=", ".join(named))
-    return ServeError(ErrorKind.INVALID_REQUEST, told, guide.param)
+    message = (GUIDE_UNSUPPORTED_KEYWORDS if named else GUIDE_UNSUPPORTED).format(param=guide.param, keywords=", ".join(named))
+    return ServeError(ErrorKind.INVALID_REQUEST, message, guide.param)
 
 
 @cache
@@ -181,13 +181,13 @@ def _executor() -> LLExecutor:
 
 
 def allowed(guides: Sequence[AnswerGuide], size: int, device: torch.device) -> Tensor:
-    """(R, V) bool: which tokens may come next in each answer; only the end in one that failed on the way, which `take` then tells.
+    """(R, V) bool: which tokens may come next in each answer; only the end in one that has failed, which `take` then reports.
 
     Args:
-        size: V, as wide as the logits.
+        size: V, the width of the logits.
     """
     words = (size + 31) // 32
     bits = torch.zeros(len(guides), words, dtype=torch.int32)
-    looks = [(each.matcher, row) for row, each in enumerate(guides)]
-    _executor().unsafe_compute_mask_ptr(looks, bits.data_ptr(), words * bits.element_size(), len(guides))
+    matchers = [(each.matcher, row) for row, each in enumerate(guides)]
+    _executor().unsafe_compute_mask_ptr(matchers, bits.data_ptr(), words * bits.element_size(), len(guides))
     return (bits.to(device)[:, :, None] >> torch.arange(32, device=device) & 1).bool().flatten(1)[:, :size]

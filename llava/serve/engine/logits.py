@@ -1,13 +1,12 @@
-"""What requests ask to be changed of the model's logits before a token is drawn, for all rows of a batch at once.
+"""Logits processing before a token is sampled, for all rows of a batch at once.
 
-In vLLM's order (`vllm/v1/sample/sampler.py`): what a guide forbids, `logit_bias`, the penalties, then ends are held back that come too
-early. Temperature, `min_p`, `top_k` and `top_p` follow in `sampling.py`. A row that asks for nothing keeps its logits to the bit, and a
-batch in which nobody asks costs nothing.
+In vLLM's order (`vllm/v1/sample/sampler.py`): the guide's mask, `logit_bias`, the penalties, then `min_new_tokens`. Temperature, `min_p`,
+`top_k` and `top_p` follow in `sampling.py`. Rows without such parameters keep their logits bit for bit, and a batch of them costs nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +18,10 @@ from llava.serve.protocol import Sampling
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of an answer when its next token is drawn.
+    """An answer whose next token is to be sampled.
 
-    sampling: what was asked. written: ids of the answer so far. prompt: (L,) ids of the prompt's text, placeholders left out. guide: what
-    the answer has to be, where it has to be something.
+    sampling: its parameters. written: ids of the answer so far. prompt: (L,) ids of the prompt's text, without placeholders. guide: what
+    constrains the answer, if anything.
     """
 
     sampling: Sampling
@@ -32,13 +31,13 @@ class Row:
 
 
 def adjusted(logits: Tensor, rows: Sequence[Row], ends: Sequence[int]) -> Tensor:
-    """The logits that tokens are drawn from.
+    """The logits that tokens are sampled from.
 
     Args:
-        logits: (B, V) in float32, of the model; left as they are. rows: B of them. ends: ids that are the model's own end.
+        logits: (B, V) in float32, of the model; not modified. rows: B of them. ends: the model's own end-of-sequence ids.
 
     Returns:
-        (B, V); `logits` itself where nothing is asked for.
+        (B, V); `logits` itself where no row asks for a change.
     """
     changed = logits
     for change in (_forbid, _add_bias, _penalise):
@@ -66,13 +65,15 @@ def _add_bias(logits: Tensor, rows: Sequence[Row]) -> Tensor:
 
 def _penalise(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """Repetition as in Keskar et al. (2019), section 4.1, over the prompt's text and the answer; the other two over the answer alone, as
-    in OpenAI's API. Only the logits of tokens that are there are touched."""
+    in OpenAI's API. Only the logits of tokens that occurred change."""
     asking = [place for place, row in enumerate(rows) if row.sampling.penalises]
     if not asking:
         return logits
     size, device = logits.shape[-1], logits.device
-    written = _places({place: torch.tensor(rows[place].written, dtype=torch.long) for place in asking}, size, device)
-    prompts = _places({place: rows[place].prompt for place in asking}, size, device)
+    written = torch.tensor([token for place in asking for token in rows[place].written], dtype=torch.long, device=device)
+    written = _flat_indices(written, asking, [len(rows[place].written) for place in asking], size)
+    prompts = torch.cat([rows[place].prompt for place in asking]).to(device)
+    prompts = _flat_indices(prompts, asking, [len(rows[place].prompt) for place in asking], size)
     repetition, presence, frequency = (
         logits.new_tensor([getattr(row.sampling, name) for row in rows])
         for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -86,13 +87,14 @@ def _penalise(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     return changed.view_as(logits)
 
 
-def _places(ids: Mapping[int, Tensor], size: int, device: torch.device) -> Tensor:
-    """Where the tokens of rows stand in (B, V) laid out flat, from the ids by row."""
-    return torch.cat([own.to(device) + row * size for row, own in ids.items()])
+def _flat_indices(ids: Tensor, rows: Sequence[int], counts: Sequence[int], size: int) -> Tensor:
+    """Indices into the flattened (B, V), V = `size`, of ids (N,) that belong to some rows, so many to each in turn."""
+    starts = torch.tensor(rows, device=ids.device) * size
+    return ids + starts.repeat_interleave(torch.tensor(counts, device=ids.device), output_size=len(ids))
 
 
 def _hold_back_ends(logits: Tensor, rows: Sequence[Row], ends: Sequence[int]) -> Tensor:
-    """Without the ends of answers that are to be longer, as long as they can go on with something else."""
+    """Mask the ends of answers below `min_new_tokens`, unless nothing else could follow."""
     places = [place for place, row in enumerate(rows) if len(row.written) < row.sampling.min_new_tokens]
     held = [(index, end) for index, place in enumerate(places) for end in (*ends, *rows[place].sampling.stop_token_ids)]
     if not held:

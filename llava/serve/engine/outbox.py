@@ -12,7 +12,7 @@ from llava.serve.protocol import Event, ServeError
 logger = logging.getLogger(__name__)
 
 Delivery: TypeAlias = Event | ServeError | None
-"""What a caller is sent: events, and at the end `None`, or what went wrong."""
+"""What a caller gets: events, and at the end `None` or an error."""
 
 
 class EngineGeneration:
@@ -47,7 +47,7 @@ class EngineGeneration:
 
 
 class Outbox:
-    """Collects what one thread has to say, and hands it over with one call per event loop."""
+    """Collects one thread's deliveries and posts them with one call per event loop."""
 
     def __init__(self) -> None:
         self._collected: list[tuple[EngineGeneration, Delivery]] = []
@@ -56,7 +56,7 @@ class Outbox:
         self._collected.append((generation, delivery))
 
     def deliver(self) -> None:
-        """Hand everything over."""
+        """Post everything collected."""
         collected, self._collected = self._collected, []
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[EngineGeneration, Delivery]]] = {}
         for generation, delivery in collected:
@@ -66,14 +66,14 @@ class Outbox:
 
 
 def deliver_now(generation: EngineGeneration, delivery: Delivery) -> None:
-    """Hand one thing over, from whichever thread."""
+    """Post one delivery, from any thread."""
     _post(generation.loop, [(generation, delivery)])
 
 
 def _post(loop: asyncio.AbstractEventLoop, deliveries: Sequence[tuple[EngineGeneration, Delivery]]) -> None:
     try:
         loop.call_soon_threadsafe(_put_all, deliveries)
-    except RuntimeError:  # the caller's loop was closed: nobody is left to tell
+    except RuntimeError:  # the caller's loop was closed
         logger.warning("%d events had no event loop to go to", len(deliveries))
 
 

@@ -1,4 +1,4 @@
-"""From a request to ids and views, and every check that needs no computation by the model."""
+"""From a request to ids and views, and all checks that need no computation by the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llava.mm_utils import text_of_ids, tokenizer_image_token
 from llava.model.compose import ImageInput, RoutingPlan
 from llava.model.routing import RoutingError
 from llava.model.splice import prompt_row
-from llava.serve.engine.caches import TensorCache, picture_key
+from llava.serve.engine.caches import TensorCache, image_key
 from llava.serve.engine.task import Prepared
 from llava.serve.protocol import EngineImage, ErrorKind, GenerationRequest, PromptTokens, Sampling, ServeError
 from llava.serve.protocol.error_templates import NO_IMAGES, NO_SUCH_TOKEN, TOKEN_OUT_OF_VOCABULARY, TOO_LONG, TOO_LONG_WITH_IMAGES
@@ -33,11 +33,11 @@ class KeyedImage:
 
 
 class Preparer:
-    """Prepares requests one by one; may be called in several threads at once.
+    """Prepares requests one by one; thread-safe.
 
     Args:
         assistant: the loaded model.
-        features: encoded pictures that are known. revision: of the weights, for its keys.
+        features: cache of image features. revision: of the weights, for its keys.
         longest_row: positions that one request may take, its answer included.
     """
 
@@ -47,11 +47,11 @@ class Preparer:
         self._tokenizing = threading.Lock()
 
     def prepare_image(self, image: Image.Image) -> EngineImage:
-        """The image's features where they are known, else its views; see `protocol.Engine`."""
+        """The image's features where they are cached, else its views; see `protocol.Engine`."""
         start = monotonic()
         if self.model.get_model().vision_tower is None:
             raise ServeError(ErrorKind.INVALID_REQUEST, NO_IMAGES)
-        key = picture_key(image, self.revision)
+        key = image_key(image, self.revision)
         kept = self.features.peek(key)
         try:
             taken = ImageInput(kept[0], image.size, is_encoded=True) if kept else self.assistant.image_input(image)
@@ -62,7 +62,7 @@ class Preparer:
     def prepare(self, request: GenerationRequest) -> Prepared:
         """
         Raises:
-            ServeError: the request cannot work, with a sentence that says why.
+            ServeError: the request cannot work.
         """
         check_token_ids(request.sampling, self.model.config.vocab_size)
         prepared = self._prepared(request)
@@ -73,10 +73,10 @@ class Preparer:
         """The tokens of a prompt, however long it is.
 
         Args:
-            special: whether they begin with the one that begins every text.
+            special: whether to include the one that begins every text.
 
         Raises:
-            ServeError: the request cannot work, with a sentence that says why.
+            ServeError: the request cannot work.
         """
         prepared = self._prepared(request)
         plan = self._plan(request, prepared)
@@ -88,7 +88,7 @@ class Preparer:
         return PromptTokens(tuple(ids), tuple(texts), tuple(plan.cost_ranges(0)))
 
     def text_of(self, ids: Sequence[int]) -> str:
-        """The text that ids stand for, special tokens included, with `<image>` for an image's place.
+        """The text of ids, special tokens included, with `<image>` where an image goes.
 
         Raises:
             ServeError: an id that is not in the vocabulary.
@@ -96,15 +96,15 @@ class Preparer:
         tokenizer = self.assistant.tokenizer
         for place, number in enumerate(ids):
             if number != IMAGE_TOKEN_INDEX and not 0 <= number < len(tokenizer):
-                told = NO_SUCH_TOKEN.format(number=number, count=len(tokenizer))
-                raise ServeError(ErrorKind.INVALID_REQUEST, told, f"tokens[{place}]")
+                message = NO_SUCH_TOKEN.format(number=number, count=len(tokenizer))
+                raise ServeError(ErrorKind.INVALID_REQUEST, message, f"tokens[{place}]")
         with self._tokenizing:
             return text_of_ids(ids, tokenizer)
 
     def _prepared(self, request: GenerationRequest) -> Prepared:
         try:
             prompt = prompt_row(self._ids(request).to(self.model.device))
-        except ValueError as error:  # the sentence is this package's own and holds counts and roles only
+        except ValueError as error:  # this package's own text, with counts and roles only
             raise ServeError(ErrorKind.INVALID_REQUEST, str(error), _text_field(request)) from error
         given: list[KeyedImage] = [image.content for image in request.images]
         known = [self.features.get(each.key) if each.key in self.features else None for each in given]
@@ -126,15 +126,15 @@ class Preparer:
             return self.model.plan([prepared.prompt], prepared.images, request.routing)
         except RoutingError as error:
             raise ServeError(ErrorKind.INVALID_REQUEST, str(error), ROUTING_FIELDS[error.field], error.least) from error
-        except ValueError as error:  # as above: a count of placeholders
+        except ValueError as error:  # as above: the number of placeholders
             raise ServeError(ErrorKind.INVALID_REQUEST, str(error), _text_field(request)) from error
 
     def _check_length(self, request: GenerationRequest, prepared: Prepared) -> None:
-        """Whether the prompt fits at the cheapest of the granularities that it may have."""
+        """Refuse a prompt that does not fit at the coarsest granularity it may have."""
         cheapest = sum(fewest for fewest, _ in self._plan(request, prepared).cost_ranges(0))
         text = prepared.prompt.num_text_tokens
         if text + cheapest >= self.longest_row:
-            raise too_long(request, self.longest_row, by_pictures=text < self.longest_row)
+            raise too_long(request, self.longest_row, by_images=text < self.longest_row)
 
 
 ROUTING_FIELDS = {
@@ -143,7 +143,7 @@ ROUTING_FIELDS = {
     "bias": "granularity_bias",
     "details": "images",
 }
-"""What clients call the fields of `RoutingRequest`."""
+"""Clients' names of the fields of `RoutingRequest`."""
 
 
 def _text_field(request: GenerationRequest) -> str:
@@ -158,15 +158,15 @@ def check_token_ids(sampling: Sampling, size: int) -> None:
     """
     for param, ids in (("logit_bias", [token for token, _ in sampling.logit_bias]), ("stop_token_ids", list(sampling.stop_token_ids))):
         if beyond := [token for token in ids if token >= size]:
-            told = TOKEN_OUT_OF_VOCABULARY.format(param=param, number=beyond[0], count=size)
-            raise ServeError(ErrorKind.INVALID_REQUEST, told, param)
+            message = TOKEN_OUT_OF_VOCABULARY.format(param=param, number=beyond[0], count=size)
+            raise ServeError(ErrorKind.INVALID_REQUEST, message, param)
 
 
-def too_long(request: GenerationRequest, longest_row: int, by_pictures: bool = True) -> ServeError:
+def too_long(request: GenerationRequest, longest_row: int, by_images: bool = True) -> ServeError:
     """A prompt that leaves no room for an answer.
 
     Args:
-        by_pictures: whether the text alone would have fitted, so that a coarser granularity may help.
+        by_images: whether the text alone would have fitted, so that a coarser granularity may help.
     """
-    told = (TOO_LONG_WITH_IMAGES if by_pictures else TOO_LONG).format(positions=longest_row)
-    return ServeError(ErrorKind.CONTEXT_LENGTH, told, _text_field(request))
+    message = (TOO_LONG_WITH_IMAGES if by_images else TOO_LONG).format(positions=longest_row)
+    return ServeError(ErrorKind.CONTEXT_LENGTH, message, _text_field(request))

@@ -1,4 +1,4 @@
-"""Which letters each token of an answer stands for, and when its log probability may be told."""
+"""The text of each token of an answer, and when its log probability may be sent."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _ANCHOR = "a"
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _OTHERS = (byte for byte in range(256) if byte not in _PRINTABLE)
 _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + place): byte for place, byte in enumerate(_OTHERS)}
-"""GPT-2's alphabet, in which byte-level tokenizers write their tokens: printable bytes as they are, the others from U+0100 on."""
+"""GPT-2's byte alphabet, in which byte-level tokenizers write tokens: printable bytes as they are, the others from U+0100 on."""
 
 
 class TokenTexts:
     """The text of single tokens.
 
-    A token of SentencePiece or of a byte-level tokenizer may be a part of a character; such bytes are written as Python's
+    A token of a SentencePiece or byte-level tokenizer may be part of a character; such bytes are written as Python's
     `surrogateescape` does, see `TokenScore`.
 
     Args:
@@ -32,8 +32,8 @@ class TokenTexts:
         self.tokenizer = tokenizer
         added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special = frozenset((*added, *tokenizer.all_special_ids))
-        """Ids that are no part of an answer's text, such as its end."""
-        # A decoder drops the space before a text's first token, so each is decoded behind another one.
+        """Ids that are not part of an answer's text, such as end-of-sequence."""
+        # A decoder drops the space before a text's first token, so each token is decoded behind another one.
         self._anchor = int(tokenizer(_ANCHOR, add_special_tokens=False)["input_ids"][-1])
         self._before = str(tokenizer.decode([self._anchor]))
         self._known: dict[int, str] = {}
@@ -60,10 +60,10 @@ def _escaped(data: bytes) -> str:
 
 
 class ScoreStream:
-    """The scores of one answer, each held back until the text that its token stands for has been sent.
+    """The scores of one answer, each held back until its token's text has been sent.
 
-    The tokens handed out make up the answer's text, but for white space at its ends: special tokens are left out, and so are those of a
-    stop text. A token within which a stop text begins is cut there; its log probability remains that of the whole.
+    The tokens together are the answer's text, except for white space at its ends: special tokens are left out, and so are those of a stop
+    text. A token within which a stop text begins is cut there; its log probability stays that of the whole token.
 
     Args:
         texts: of tokens.
@@ -72,16 +72,16 @@ class ScoreStream:
     def __init__(self, texts: TokenTexts) -> None:
         self.texts = texts
         self._held: deque[TokenScore] = deque()
-        self._sent = 0  # bytes of the held tokens that have been sent
+        self._sent = 0  # bytes of the held tokens that have been sent already
 
     def add(self, token: int, picked: Picked) -> None:
-        """Take a token, if its log probability was asked for and it is part of the text."""
+        """Add a token, if its log probability was requested and it is part of the text."""
         if picked.log_probability is not None and token not in self.texts.special:
             others = tuple((self.texts(other), value) for other, value in picked.alternatives)
             self._held.append(TokenScore(self.texts(token), picked.log_probability, others))
 
     def sent(self, text: str) -> tuple[TokenScore, ...]:
-        """The scores of tokens that have been sent in full with this next piece of the answer."""
+        """The scores of the tokens whose text is complete with this next piece of the answer."""
         self._advance(text)
         found = []
         while self._held and len(self._held[0].data) <= self._sent:
@@ -90,7 +90,7 @@ class ScoreStream:
         return tuple(found)
 
     def end(self, text: str, stopped: bool) -> tuple[TokenScore, ...]:
-        """The last ones, with the answer's last piece. stopped: by a stop text, which is among the tokens held."""
+        """The remaining scores, with the answer's last piece. stopped: by a stop text, whose tokens are among those held."""
         found = self.sent(text)
         if not stopped:
             return (*found, *self._held)  # white space
@@ -100,8 +100,8 @@ class ScoreStream:
         return (*found, TokenScore(_escaped(cut.data[: self._sent]), cut.log_probability, cut.alternatives))
 
     def _advance(self, text: str) -> None:
-        """Walk through the held tokens' bytes along a text. Those that it lacks are skipped: white space at its beginning, and bytes that
-        are no character, for which a decoder writes replacement characters, one or several."""
+        """Match a text against the held tokens' bytes. Bytes that the text lacks are skipped: leading white space, and bytes that form no
+        character, for which a decoder writes one or several replacement characters."""
         data = b"".join(score.data for score in self._held)
         for letter in text:
             written = letter.encode("utf-8", "surrogatepass")

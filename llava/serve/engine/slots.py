@@ -1,8 +1,8 @@
-"""Keys and values of the answers in progress: one row per answer, joined and left between two steps.
+"""Keys and values of the running answers: one row per answer; answers join and leave between two steps.
 
 A row's positions start at 0 and its padding lies behind it, so that an answer joins behind the others, leaves by one copy (the last row
-takes its place), and never moves otherwise. Prompts are read straight into their rows. The storage is one rectangle per layer, rows times
-positions, within a budget of positions.
+takes its place), and never moves otherwise. Prompts are prefilled straight into their rows. The storage is one rectangle per layer,
+rows times positions, within a budget of positions.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _LENGTH_STEP = 64
 class SlotCache(Cache):
     """A transformers cache whose rows come and go.
 
-    A pass through the language model is announced with `begin` (which rows it is about, and how much of each is known), writes its keys
-    and values by `update`, and counts once `end` was called: a pass that failed leaves nothing behind.
+    A pass through the language model is announced with `begin` (its rows, and how many positions of each are there), writes its keys and
+    values through `update`, and counts once `end` is called: a pass that failed leaves nothing behind.
 
     Args:
         max_rows: rows at most. max_positions: rows times positions of the storage at most; a single longer row is still taken.
@@ -50,21 +50,21 @@ class SlotCache(Cache):
         return len(self.lengths)
 
     def clear(self) -> None:
-        """Let every row and the storage go."""
+        """Drop all rows and the storage."""
         self.lengths, self._keys, self._values, self.capacity = [], [], [], (0, 0)
 
     def reserve(self, rows: int, positions: int, more_rows: int | None = None) -> None:
         """Make room for so many rows of so many positions; what is there is kept.
 
         Args:
-            more_rows: up to so many rows in all where the budget allows, against moving soon again; by default `max_rows`.
+            more_rows: rows to allocate ahead where the budget allows, so that the next join does not copy; by default `max_rows`.
         """
         have_rows, have_positions = self.capacity
         if rows <= have_rows and positions <= have_positions:
             return
         positions = -(-positions // _LENGTH_STEP) * _LENGTH_STEP
         rows = max(rows, min(more_rows or self.max_rows, self.max_rows, self.max_positions // positions))
-        # Both first, then both at once: running out of memory in between leaves what was there.
+        # Assigned only when both are there: running out of memory in between leaves what was there.
         keys = [self._moved(stored, rows, positions) for stored in self._keys]
         values = [self._moved(stored, rows, positions) for stored in self._values]
         self._keys, self._values, self.capacity = keys, values, (rows, positions)
@@ -82,13 +82,13 @@ class SlotCache(Cache):
         """Announce a pass over the rows from `first` on.
 
         Args:
-            known: positions of each of the B rows that were read before. new: L, positions that follow in each, padding included; there
-                has to be room for them. like: a tensor of the dtype and device of the hidden states.
+            known: positions that each of the B rows has already. new: L, positions that follow in each, padding included; there must be
+                room for them. like: a tensor of the dtype and device of the hidden states.
 
         Returns:
-            (B, L) positions, and a (B, 1, L, K) mask that is added to the attention scores; `None` where plain causal attention does, which
-            has the fastest kernels: whole prompts (what stands behind a row's end is hidden from it), and one more position each for rows
-            that are equally long.
+            (B, L) positions, and a (B, 1, L, K) mask to add to the attention scores; `None` where plain causal attention, which has the
+            fastest kernels, is enough: for whole prompts (padding stands behind a row's end), and for one position each of equally long
+            rows.
         """
         self._first, self._count, self._known, self._new = first, len(known), max(known), new
         self._even = min(known) == self._known
@@ -103,11 +103,11 @@ class SlotCache(Cache):
         return positions, mask[:, None]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write a layer's (B, H, L, E) of the new positions; give the (B, H, K, E) to attend to."""
+        """Store a layer's (B, H, L, E) of the new positions; returns the (B, H, K, E) to attend to."""
         return self._write(self._keys, key_states, layer_idx), self._write(self._values, value_states, layer_idx)
 
     def _storage(self, layers: list[Tensor], layer: int, like: Tensor) -> Tensor:
-        """A layer's storage; made when the first states (..., H, L, E) for it tell its heads, width, dtype and device."""
+        """A layer's storage, allocated when its first states (..., H, L, E) show heads, width, dtype and device."""
         if layer == len(layers):
             layers.append(like.new_zeros(self.capacity[0], like.shape[-3], self.capacity[1], like.shape[-1]))
         return layers[layer]
@@ -123,14 +123,14 @@ class SlotCache(Cache):
         return stored[self._first : last, :, :end]
 
     def _places_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Where the pass writes, on a layer's device (layers may lie on several)."""
+        """Where the pass writes, on a layer's device (a model may be spread over several)."""
         if device not in self._places:
             rows, positions = next(iter(self._places.values()))
             self._places[device] = (rows.to(device), positions.to(device))
         return self._places[device]
 
     def end(self, lengths: Sequence[int]) -> None:
-        """The pass went through: its rows have these lengths now."""
+        """The pass succeeded: its rows have these lengths now."""
         self.lengths[self._first : self._first + len(lengths)] = lengths
 
     # ---- rows ----------------------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ class SlotCache(Cache):
         """Take a row out; the last row moves into its place. Returns the index that row had.
 
         Args:
-            wipe: overwrite what the row held: a number that is not finite would reach the next row there through the mask.
+            wipe: overwrite what the row held: a non-finite number would reach its next occupant through the mask.
         """
         last, length = self.rows - 1, self.lengths[-1]
         for stored in (*self._keys, *self._values):
@@ -153,7 +153,7 @@ class SlotCache(Cache):
         return last
 
     def shrink(self) -> bool:
-        """Give the storage of rows that are not in use back, layer by layer; a layer that cannot be copied keeps its own.
+        """Free the storage of unused rows, layer by layer; a layer that cannot be copied keeps its own.
 
         Returns:
             Whether there were such rows.
@@ -167,22 +167,22 @@ class SlotCache(Cache):
         return True
 
     def wipe_unused(self) -> None:
-        """Overwrite whatever a failed pass may have left in rows that are not in use."""
+        """Overwrite whatever a failed pass may have left in unused rows."""
         for stored in (*self._keys, *self._values):
             stored[self.rows :] = 0
 
-    def beginning(self, row: int, length: int) -> tuple[Tensor, ...]:
+    def prefix(self, row: int, length: int) -> tuple[Tensor, ...]:
         """Keys and then values of a row's first positions, (H, length, E) per layer; views, not copies."""
         return tuple(stored[row, :, :length] for stored in (*self._keys, *self._values))
 
-    def recall(self, row: int, beginning: Sequence[Tensor]) -> None:
-        """Write what `beginning` gave, perhaps for another row, into a row that is not in use yet."""
-        layers = len(beginning) // 2
-        for place, known in enumerate(beginning):
+    def load_prefix(self, row: int, prefix: Sequence[Tensor]) -> None:
+        """Copy what `prefix` returned, for this or another row, into an unused row."""
+        layers = len(prefix) // 2
+        for place, known in enumerate(prefix):
             held = self._keys if place < layers else self._values
             self._storage(held, place % layers, known)[row, :, : known.shape[1]] = known
 
-    # ---- what transformers asks where `begin` gave no mask: the rows of the pass are equally long then -------------------------
+    # ---- for transformers, where `begin` gave no mask: all rows of the pass have equal lengths then ----
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions before those of the pass."""

@@ -1,6 +1,6 @@
-"""A request inside the engine, and what each stage leaves for the next one.
+"""A request inside the engine, and what each stage hands to the next.
 
-    request ─ prepare ─> Prepared ─ encode and route ─> Encoded, Unread ─ prefill ─> a slot of the running batch
+    request ─ prepare ─> Prepared ─ encode and route ─> Encoded, PendingPrefill ─ prefill ─> a slot of the running batch
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from llava.text_stream import TextStream
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that passed every check which needs no computation by the model.
+    """A request that has passed every check that needs no computation by the model.
 
-    keys: of its images, in the cache of features. images: encoded where that cache had their features.
+    keys: of its images, in the feature cache. images: already encoded where that cache had their features.
     """
 
     prompt: PromptRow
@@ -33,42 +33,43 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What is known of a prompt and its answer once the pictures are in it.
+    """What is known of a prompt and its answer once its images are encoded and their granularities chosen.
 
-    length: positions of the prompt. beginnings: key and length of what another question about the same pictures may share, longest first.
+    length: positions of the prompt. prefixes: cache key and length of each prefix that another question about the same images may
+        share, longest first.
     """
 
     length: int
     max_new_tokens: int
     reports: tuple[ImageReport, ...]
-    beginnings: tuple[tuple[str, int], ...]
+    prefixes: tuple[tuple[str, int], ...]
     milliseconds: dict[str, float]
 
     @property
     def positions(self) -> int:
-        """Positions it may come to need."""
+        """Positions that the prompt and the longest possible answer take."""
         return self.length + self.max_new_tokens
 
 
 @dataclass(frozen=True)
-class Unread:
-    """What the prefill reads, held until then. known: keys and values of the longest beginning that was read before; row: what follows."""
+class PendingPrefill:
+    """The input of a prefill. prefix: cached keys and values of the prompt's longest known prefix, if any; row: what follows it."""
 
     row: SplicedRow
-    known: tuple[Tensor, ...]
+    prefix: tuple[Tensor, ...]
 
     @property
-    def num_known(self) -> int:
-        """Positions that need not be read again."""
-        return self.known[0].shape[1] if self.known else 0
+    def prefix_length(self) -> int:
+        """Positions that need not be computed again."""
+        return self.prefix[0].shape[1] if self.prefix else 0
 
 
 @dataclass(eq=False)
 class Task:
-    """A request and how far it has come.
+    """A request and its progress.
 
-    stream, scores, seed: of its answer, and guide, where it has to be something. text_ids: (L,) of its prompt, without placeholders.
-    slot: its row of the running batch, below 0 outside of it.
+    stream, scores, seed: of its answer. guide: constrains the answer, where the request asks for that. text_ids: (L,) of its prompt,
+        without placeholders. slot: its row in the running batch; -1 while it is not in it.
     """
 
     request: GenerationRequest
@@ -84,7 +85,7 @@ class Task:
     slot: int = -1
     _prepared: Prepared | None = field(default=None, init=False)
     _encoded: Encoded | None = field(default=None, init=False)
-    _unread: Unread | None = field(default=None, init=False)
+    _pending: PendingPrefill | None = field(default=None, init=False)
 
     @property
     def name(self) -> str:
@@ -92,12 +93,12 @@ class Task:
 
     @property
     def begun(self) -> bool:
-        """Whether its prompt has been read, and the first token told. One that has stepped back since is read again."""
+        """Whether its prompt has been prefilled and its first token sent; a preempted request stays begun and is prefilled again."""
         return self.first_token > 0
 
     @property
     def length(self) -> int:
-        """Positions of its prompt and of what is written of its answer."""
+        """Positions of its prompt and of its answer so far."""
         return self.encoded.length + len(self.stream.ids)
 
     @property
@@ -111,22 +112,22 @@ class Task:
         return self._encoded
 
     @property
-    def unread(self) -> Unread:
-        assert self._unread is not None, "the request is not between encoding and prefill"
-        return self._unread
+    def pending(self) -> PendingPrefill:
+        assert self._pending is not None, "the request is not between encoding and prefill"
+        return self._pending
 
     def was_prepared(self, prepared: Prepared) -> None:
         self._prepared = prepared
         self.text_ids = prepared.prompt.ids[~prepared.prompt.is_image]
 
-    def was_encoded(self, encoded: Encoded, unread: Unread) -> None:
-        self._encoded, self._unread, self._prepared = encoded, unread, None
+    def was_encoded(self, encoded: Encoded, pending: PendingPrefill) -> None:
+        self._encoded, self._pending, self._prepared = encoded, pending, None
         if not self.begun:
             self.milliseconds |= encoded.milliseconds
 
-    def was_read(self, at: float, took: float) -> None:
-        """Its first token is known, or the next one after it was read again. at: the time, took: seconds of the prefill."""
-        self._unread = None
+    def was_prefilled(self, at: float, took: float) -> None:
+        """After a prefill, which gave the first token, or the next one of a preempted request. at: the time; took: its seconds."""
+        self._pending = None
         if self.begun:
             return
         self.first_token = at
@@ -134,5 +135,5 @@ class Task:
         self.milliseconds = {"queue": ttft - sum(parts.values()), **parts, "ttft": ttft}
 
     def all_milliseconds(self, now: float) -> dict[str, float]:
-        """Of a whole answer that ends now."""
+        """The timings of an answer that ends now."""
         return {**self.milliseconds, "decode": 1000 * (now - self.first_token), "total": 1000 * (now - self.submitted)}

@@ -68,7 +68,7 @@ def test_what_a_step_cannot_do_together_it_does_in_halves(monkeypatch):
     tasks = joined(running, 4)
     taken: list[tuple[int, int]] = []
 
-    def next_tokens(first: int, some: list[Task]) -> list[Any]:
+    def decode(first: int, some: list[Task]) -> list[Any]:
         taken.append((first, len(some)))
         if len(some) > 2:
             raise MemoryError
@@ -76,7 +76,7 @@ def test_what_a_step_cannot_do_together_it_does_in_halves(monkeypatch):
             raise RuntimeError("odd")
         return ["token"] * len(some)
 
-    monkeypatch.setattr(running, "next_tokens", next_tokens)
+    monkeypatch.setattr(running, "decode", decode)
     outcomes = running.step()
     assert [task for task, _ in outcomes] == tasks
     assert [outcome if outcome == "token" else type(outcome) for _, outcome in outcomes] == ["token", RuntimeError, "token", "token"]
@@ -89,11 +89,11 @@ def test_the_youngest_steps_back_and_takes_its_storage_along():
     old, young, middle = joined(running, 3)
     old.submitted, young.submitted, middle.submitted = 1.0, 3.0, 2.0
     running.slots._keys, running.slots._values, running.slots.capacity = [torch.ones(8, 2, 64, 3)], [torch.ones(8, 2, 64, 3)], (8, 64)
-    assert running.step_back() is young
+    assert running.preempt() is young
     assert (running.tasks, young.slot, running.rows_allowed) == ([old, middle], -1, 2)
     assert running.slots.capacity == (2, 64)
-    assert running.step_back() is middle
-    assert running.step_back() is None and running.tasks == [old]
+    assert running.preempt() is middle
+    assert running.preempt() is None and running.tasks == [old]
     assert not running.shrink()  # it has all there is
 
 
@@ -114,8 +114,8 @@ def test_a_beginning_that_is_known_is_not_copied_again():
     [task] = joined(running, 1)
     task.was_encoded(Encoded(9, 1, (), (("key", 5), ("shorter", 3)), {}), cast(Any, None))
     running.slots._keys = running.slots._values = [torch.ones(1, 2, 8, 3)]
-    running.keep_beginning(task)
-    running.keep_beginning(task)
+    running.keep_prefix(task)
+    running.keep_prefix(task)
     kept = running.prefixes.get("key")
     assert kept is not None and [tensor.shape for tensor in kept] == [(2, 5, 3)] * 2
     assert "shorter" not in running.prefixes

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from llava.serve.engine import caches
-from llava.serve.engine.caches import TensorCache, picture_key, prefix_key
+from llava.serve.engine.caches import TensorCache, image_key, prefix_key
 
 
 def features(value: float, rows: int = 4) -> torch.Tensor:
@@ -51,23 +51,23 @@ def test_an_entry_does_not_keep_its_batch_alive():
 def test_a_key_holds_pixels_mode_size_and_revision():
     base = Image.new("RGB", (4, 6), "red")
     other = [
-        picture_key(Image.new("RGB", (6, 4), "red"), "one"),  # the same bytes in another shape
-        picture_key(Image.new("RGB", (4, 6), "blue"), "one"),
-        picture_key(base.convert("L"), "one"),
-        picture_key(base, "two"),
-        picture_key(Image.frombytes("L", (12, 6), base.tobytes()), "one"),  # the same bytes in another mode
+        image_key(Image.new("RGB", (6, 4), "red"), "one"),  # the same bytes in another shape
+        image_key(Image.new("RGB", (4, 6), "blue"), "one"),
+        image_key(base.convert("L"), "one"),
+        image_key(base, "two"),
+        image_key(Image.frombytes("L", (12, 6), base.tobytes()), "one"),  # the same bytes in another mode
     ]
-    keys = {picture_key(base, "one"), *other}
+    keys = {image_key(base, "one"), *other}
     assert len(keys) == 6
-    assert picture_key(base.copy(), "one") == picture_key(base, "one")
+    assert image_key(base.copy(), "one") == image_key(base, "one")
 
 
 @pytest.mark.parametrize("pixels", [1, 4, 9, 23, 24])
 def test_a_key_does_not_depend_on_how_many_pixels_are_looked_at_at_a_time(pixels, monkeypatch):
     image = Image.effect_noise((4, 6), 90).convert("RGB")
-    whole = picture_key(image, "one")
+    whole = image_key(image, "one")
     monkeypatch.setattr(caches, "_HASHED_PIXELS", pixels)
-    assert picture_key(image, "one") == whole
+    assert image_key(image, "one") == whole
 
 
 def test_a_look_counts_nothing_and_keeps_nothing_from_leaving():

@@ -18,7 +18,7 @@ from PIL import Image
 from llava.inference import MICRO_MODEL, Assistant, Message, Options, Question, write_prompt
 from llava.messages import RoutingRequest
 from llava.serve.engine.embedded import EmbeddedEngine
-from llava.serve.engine.failures import FAILED_TURNS
+from llava.serve.engine.failures import FAILED_ITERATIONS
 from llava.serve.engine.outbox import EngineGeneration
 from llava.serve.engine.prepare import Preparer
 from llava.serve.protocol import (
@@ -112,14 +112,14 @@ def all_at_once(*wanted: GenerationRequest) -> Callable[[EmbeddedEngine], Awaita
 
 def hold_until(engine: EmbeddedEngine, count: int) -> None:
     """Let the engine take requests in only when so many wait, so that they share their first batch."""
-    original, together = engine.company.enough, threading.Event()
+    original, together = engine.batching_delay.is_over, threading.Event()
 
-    def enough(waiting: int, running: int, free: int) -> bool:
+    def is_over(waiting: int, running: int, free: int) -> bool:
         if waiting >= count:
             together.set()
         return together.wait(0.001) and original(waiting, running, free)
 
-    engine.company.enough = enough  # type: ignore[method-assign]
+    engine.batching_delay.is_over = is_over  # type: ignore[method-assign]
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -259,7 +259,7 @@ SHAPED = [
 
 
 def test_a_crowd_that_wants_its_tokens_drawn_differently_gets_what_each_gets_alone(micro, asked):
-    wanted = [request(*each, sampling=wish) for each, wish in zip(asked, SHAPED, strict=False)]
+    wanted = [request(*each, sampling=params) for each, params in zip(asked, SHAPED, strict=False)]
 
     async def one_by_one(engine: EmbeddedEngine) -> list[Any]:
         return [await attempt(engine, each) for each in wanted]
@@ -279,13 +279,13 @@ def test_an_answer_ends_where_the_request_says(micro, asked):
     [plain] = serve(micro, all_at_once(request(picture, text, sampling=Sampling(max_new_tokens=24, logprobs=0))))
     words = scored_texts(plain)
     ids = micro.answer((picture,), (Message("user", text),), Options(max_new_tokens=24)).token_ids
-    wishes = (
+    wanted = (
         Sampling(max_new_tokens=24, stop_token_ids=(ids[1],)),
         Sampling(max_new_tokens=24, stop_token_ids=(ids[1],), min_new_tokens=6),
         Sampling(max_new_tokens=24, ignore_eos=True),
         Sampling(max_new_tokens=24, logit_bias=((ids[0], -100.0),)),
     )
-    stopped, later, endless, other = serve(micro, all_at_once(*(request(picture, text, sampling=wish) for wish in wishes)))
+    stopped, later, endless, other = serve(micro, all_at_once(*(request(picture, text, sampling=params) for params in wanted)))
     assert (stopped.text, stopped.end.finish_reason, stopped.end.completion_tokens) == ("".join(words[:2]).strip(), "stop", 2)
     assert later.end.completion_tokens >= 6
     assert (endless.end.finish_reason, endless.end.completion_tokens) == ("length", 24)
@@ -321,7 +321,7 @@ def check_guided(outcomes: list[Any]) -> None:
 
 
 def test_a_crowd_whose_answers_have_to_be_something_gets_what_each_gets_alone(micro, asked):
-    wanted = [request(*each, sampling=wish) for each, wish in zip(asked, GUIDED, strict=False)]
+    wanted = [request(*each, sampling=params) for each, params in zip(asked, GUIDED, strict=False)]
 
     async def one_by_one(engine: EmbeddedEngine) -> list[Any]:
         return [await attempt(engine, each) for each in wanted]
@@ -332,8 +332,8 @@ def test_a_crowd_whose_answers_have_to_be_something_gets_what_each_gets_alone(mi
     assert outcomes[4].text == alone(micro, wanted[4])
 
 
-def test_those_who_step_back_are_held_to_the_same_afterwards(micro, asked):
-    wanted = [request(*each, str(place), sampling=wish) for place, (each, wish) in enumerate(zip(asked, GUIDED, strict=False))]
+def test_those_who_are_preempted_are_held_to_the_same_afterwards(micro, asked):
+    wanted = [request(*each, str(place), sampling=params) for place, (each, params) in enumerate(zip(asked, GUIDED, strict=False))]
 
     async def use(engine: EmbeddedEngine) -> list[Any]:
         await all_at_once(*wanted)(engine)  # so that their grammars are built, and all begin together
@@ -350,8 +350,8 @@ def test_those_who_step_back_are_held_to_the_same_afterwards(micro, asked):
 def test_an_answer_that_cannot_be_what_it_has_to_be_fails_alone(micro, asked):
     """One whose pattern cannot be read, one whose pattern grows too large on the way, and neighbours."""
     patterns = ["(a", "x(a{1000}){1000}", "x{3}"]
-    wishes = [Sampling(max_new_tokens=9, guide=Guide(GuideKind.REGEX, pattern, "regex")) for pattern in patterns]
-    unread, grown, good, free = serve(micro, all_at_once(*(request(*asked[0], sampling=wish) for wish in wishes), request(*asked[1])))
+    wanted = [Sampling(max_new_tokens=9, guide=Guide(GuideKind.REGEX, pattern, "regex")) for pattern in patterns]
+    unread, grown, good, free = serve(micro, all_at_once(*(request(*asked[0], sampling=params) for params in wanted), request(*asked[1])))
     for failed, told in ((unread, "is not supported"), (grown, "became too complex")):
         assert isinstance(failed, ServeError) and (failed.kind, failed.param) == (ErrorKind.INVALID_REQUEST, "regex")
         assert told in failed.detail
@@ -415,13 +415,13 @@ def test_a_second_question_reads_only_what_is_new(micro, asked, monkeypatch):
     read: list[tuple[int, int]] = []
 
     async def use(engine: EmbeddedEngine) -> list[Any]:
-        original = engine.batch.read
+        original = engine.batch.prefill
 
         def noting(tasks: Any) -> Any:
-            read.extend((task.unread.num_known, task.unread.row.length) for task in tasks)
+            read.extend((task.pending.prefix_length, task.pending.row.length) for task in tasks)
             return original(tasks)
 
-        engine.batch.read = noting  # type: ignore[method-assign]
+        engine.batch.prefill = noting  # type: ignore[method-assign]
         first = await all_at_once(*(request(*each) for each in asked[:4]))(engine)
         again = await all_at_once(*(request(*each) for each in asked[:6]))(engine)
         turns = (Message("user", asked[0][1]), Message("assistant", first[0].text), Message("user", asked[0][1]))
@@ -534,12 +534,12 @@ def test_running_out_of_memory_in_a_step_costs_nobody_an_answer(micro, asked):
 def seldom_room(engine: EmbeddedEngine, rows: int, after: int = 1) -> list[tuple[int, int]]:
     """Memory for the steps of so many requests only, whatever part of them a pass is about, once all that run have written `after` tokens.
 
-    Returns steps back as (running, written).
+    Returns preemptions as (running, written).
     """
     seen: list[tuple[int, int]] = []
-    original = engine.batch.step_back
+    original = engine.batch.preempt
 
-    def step_back() -> Any:
+    def preempt() -> Any:
         running, task = len(engine.batch.tasks), original()
         if task is not None:
             seen.append((running, len(task.stream.ids)))
@@ -549,7 +549,7 @@ def seldom_room(engine: EmbeddedEngine, rows: int, after: int = 1) -> list[tuple
         written = [len(task.stream.ids) for task in engine.batch.tasks]
         return inputs_embeds.shape[1] == 1 and len(written) > rows and (bool(seen) or min(written) >= after)
 
-    engine.batch.step_back = step_back  # type: ignore[method-assign]
+    engine.batch.preempt = preempt  # type: ignore[method-assign]
     fail_on(engine.batch, "language_model", short, torch.OutOfMemoryError("oom"))
     return seen
 
@@ -559,7 +559,7 @@ def scored_texts(outcome: Outcome) -> list[str]:
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_the_youngest_step_back_when_not_all_fit_and_lose_nothing(micro, asked, rows):
+def test_the_youngest_are_preempted_when_not_all_fit_and_lose_nothing(micro, asked, rows):
     same = {"max_new_tokens": 14, "min_new_tokens": 14}
     wanted = [request(*each, str(place), sampling=Sampling(**same)) for place, each in enumerate(asked[:4])]
     wanted += [request(*asked[4], "warm", sampling=Sampling(**same, temperature=1.5, seed=3)), request(None, "Who are you?", "text")]
@@ -648,7 +648,7 @@ def test_one_request_that_does_not_fit_into_memory_is_told_so(micro, asked):
 @pytest.mark.parametrize("tokens", [0, 2])
 def test_broken_numbers_fail_their_own_row(micro, asked, tokens):
     """At the first token or later, with a neighbour on either side."""
-    companies: list[list[str]] = []
+    groups: list[list[str]] = []
 
     async def use(engine: EmbeddedEngine) -> list[Any]:
         original = engine.batch.pick
@@ -656,7 +656,7 @@ def test_broken_numbers_fail_their_own_row(micro, asked, tokens):
         def pick(hidden: torch.Tensor, tasks: Any) -> Any:
             poisoned = [task.request.request_id == "poison" and len(task.stream.ids) >= tokens for task in tasks]
             if any(poisoned):
-                companies.append([task.request.request_id for task in tasks])
+                groups.append([task.request.request_id for task in tasks])
             return original(hidden.masked_fill(torch.tensor(poisoned)[:, None], float("nan")), tasks)
 
         engine.batch.pick = pick  # type: ignore[method-assign]
@@ -665,7 +665,7 @@ def test_broken_numbers_fail_their_own_row(micro, asked, tokens):
 
     wanted = [request(*asked[0], name, sampling=Sampling(max_new_tokens=8, min_new_tokens=8)) for name in ("left", "poison", "right")]
     left, poison, right = serve(micro, use)
-    assert [len(company) for company in companies] == [3]
+    assert [len(group) for group in groups] == [3]
     assert isinstance(poison, ServeError) and poison.kind == ErrorKind.NOT_FINITE
     assert left.text == right.text == alone(micro, wanted[0])
 
@@ -722,7 +722,7 @@ def test_a_passing_failure_of_a_step_slows_nobody_down(micro, asked):
             rows.append(len(tasks))
             return len(tasks) >= 4 and bool(broken) and broken.pop()
 
-        fail_on(engine.batch, "next_tokens", once, RuntimeError("odd"))
+        fail_on(engine.batch, "decode", once, RuntimeError("odd"))
         return await all_at_once(*(request(*each, sampling=Sampling(max_new_tokens=12, min_new_tokens=12)) for each in asked[:6]))(engine)
 
     outcomes = serve(micro, use)
@@ -733,7 +733,7 @@ def test_a_passing_failure_of_a_step_slows_nobody_down(micro, asked):
 
 def test_a_prompt_that_does_not_fit_beside_others_waits_for_them(micro, asked):
     async def use(engine: EmbeddedEngine) -> list[Any]:
-        fail_on(engine.batch, "read", lambda tasks: len(tasks) + len(engine.batch.tasks) > 2, MemoryError())
+        fail_on(engine.batch, "prefill", lambda tasks: len(tasks) + len(engine.batch.tasks) > 2, MemoryError())
         outcomes = await all_at_once(*(request(*each) for each in asked[:6]))(engine)
         assert engine.stats().running == engine.stats().waiting == 0
         return outcomes
@@ -756,7 +756,7 @@ def test_what_cannot_be_kept_costs_nobody_an_answer_or_a_place(micro, asked, mon
 
 def test_an_answer_that_cannot_be_written_down_fails_alone(micro, asked, monkeypatch):
     async def use(engine: EmbeddedEngine) -> list[Any]:
-        fail_on(engine, "_write_down", lambda task, token, picked: task.request.request_id == "bad", RuntimeError("odd"))
+        fail_on(engine, "_record", lambda task, token, picked: task.request.request_id == "bad", RuntimeError("odd"))
         return await all_at_once(request(*asked[0]), request(*asked[1], "bad"), request(*asked[2]))(engine)
 
     outcomes = serve(micro, use)
@@ -998,7 +998,7 @@ def test_an_engine_on_a_lost_accelerator_closes(micro, asked, monkeypatch, where
 
     first, failed, late, stats, _ = serve(micro, use)
     assert first.text == alone(micro, request(*asked[0]))
-    assert [error.kind for error in failed] == [ErrorKind.INTERNAL] * FAILED_TURNS
+    assert [error.kind for error in failed] == [ErrorKind.INTERNAL] * FAILED_ITERATIONS
     assert late.kind == stats.failed == ErrorKind.INTERNAL
     assert (stats.waiting, stats.running) == (0, 0)
 

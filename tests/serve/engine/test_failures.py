@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from llava.serve.engine.failures import FAILED_TURNS, Health, as_serve_error, explain, is_out_of_memory
+from llava.serve.engine.failures import FAILED_ITERATIONS, Health, as_serve_error, explain, is_out_of_memory
 from llava.serve.protocol import ErrorKind, ServeError
 
 
@@ -51,22 +51,22 @@ def turns(health: Health, *errors: Exception | None, works: bool = False, outsid
     return found
 
 
-def test_all_is_lost_after_so_many_failed_turns_in_a_row():
+def test_all_is_lost_after_so_many_failed_iterations_in_a_row():
     odd = RuntimeError("odd")
-    assert turns(Health(), *[odd] * FAILED_TURNS) == [*[False] * (FAILED_TURNS - 1), True]
-    assert not any(turns(Health(), *[odd] * (FAILED_TURNS - 1), None, *[odd] * (FAILED_TURNS - 1)))
+    assert turns(Health(), *[odd] * FAILED_ITERATIONS) == [*[False] * (FAILED_ITERATIONS - 1), True]
+    assert not any(turns(Health(), *[odd] * (FAILED_ITERATIONS - 1), None, *[odd] * (FAILED_ITERATIONS - 1)))
 
 
 def test_failures_that_only_requests_have_are_no_proof():
     odd = RuntimeError("odd")
     assert not any(turns(Health(), *[odd] * 30, works=True))
-    assert any(turns(Health(), *[odd] * FAILED_TURNS, works=True, outside=True))
+    assert any(turns(Health(), *[odd] * FAILED_ITERATIONS, works=True, outside=True))
     for no_failure in (MemoryError(), ServeError(ErrorKind.CONTEXT_LENGTH)):
         assert not any(turns(Health(), *[no_failure] * 30))
 
 
 def test_a_turn_without_anything_counts_as_none():
     health = Health()
-    turns(health, *[RuntimeError("odd")] * (FAILED_TURNS - 1))
+    turns(health, *[RuntimeError("odd")] * (FAILED_ITERATIONS - 1))
     assert not any(health.is_lost(lambda: False) for _ in range(5))
     assert turns(health, RuntimeError("odd")) == [True]

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llava.inference import MICRO_MODEL
-from llava.serve.engine.guides import KEPT, Guides, allowed, checked, written
+from llava.serve.engine.guides import KEPT, Guides, allowed, grammar_error, to_grammar
 from llava.serve.protocol import ErrorKind, Guide, GuideKind, ServeError
 from llava.tokenizer import load_tokenizer
 
@@ -31,7 +31,7 @@ def guides(tokenizer: Any) -> Guides:
     return Guides(tokenizer, SIZE, [END])
 
 
-def wish(kind: str, text: Any) -> Guide:
+def make_guide(kind: str, text: Any) -> Guide:
     return Guide(GuideKind(kind), text if isinstance(text, str) else json.dumps(text), "field")
 
 
@@ -62,7 +62,7 @@ SIGN = {
 
 @pytest.mark.parametrize("seed", range(5))
 def test_any_walk_through_a_schema_is_json_that_follows_it(guides, tokenizer, seed):
-    text = answer(guides, tokenizer, wish("json", SIGN), seed)
+    text = answer(guides, tokenizer, make_guide("json", SIGN), seed)
     assert text is not None
     value = json.loads(text)
     assert value.keys() == {"colour", "number"} and value["colour"] in ("red", "sky blue") and value["number"] in range(100)
@@ -80,30 +80,30 @@ def test_any_walk_through_a_schema_is_json_that_follows_it(guides, tokenizer, se
     ],
 )
 def test_any_walk_ends_in_what_was_asked_for(guides, tokenizer, kind, text, pattern):
-    found = {answer(guides, tokenizer, wish(kind, text), seed) for seed in range(6)} - {None}
+    found = {answer(guides, tokenizer, make_guide(kind, text), seed) for seed in range(6)} - {None}
     assert found
     for each in found:
         assert each in [choice.strip() for choice in text] if pattern is None else re.fullmatch(pattern, each)
 
 
 def test_an_answer_may_begin_with_the_space_that_most_tokens_have(guides, tokenizer):
-    first = allowed([guides.begin(wish("choice", ["the", "cat"]))], SIZE, CPU)[0].nonzero()[:, 0].tolist()
+    first = allowed([guides.begin(make_guide("choice", ["the", "cat"]))], SIZE, CPU)[0].nonzero()[:, 0].tolist()
     assert {tokenizer.convert_ids_to_tokens(token) for token in first} >= {"▁the", "t", "▁"}
 
 
 def test_rows_are_looked_at_together_and_each_as_alone(guides):
-    wishes = [wish("regex", "[a-c]x"), wish("choice", ["yes"]), wish("json", SIGN), wish("regex", "[a-c]x")]
-    started = [guides.begin(each) for each in wishes]
+    wanted = [make_guide("regex", "[a-c]x"), make_guide("choice", ["yes"]), make_guide("json", SIGN), make_guide("regex", "[a-c]x")]
+    started = [guides.begin(each) for each in wanted]
     started[3].take(next(iter(allowed([started[3]], SIZE, CPU)[0].nonzero()[:, 0].tolist())))
     together = allowed(started, SIZE, CPU)
     assert together.shape == (4, SIZE)
     for row, own in enumerate(started):
         assert torch.equal(together[row], allowed([own], SIZE, CPU)[0])
-    assert torch.equal(together[0], allowed([guides.begin(wishes[0])], SIZE, CPU)[0])  # others' steps are not its own
+    assert torch.equal(together[0], allowed([guides.begin(wanted[0])], SIZE, CPU)[0])  # others' steps are not its own
 
 
 def test_vocabularies_wider_than_the_tokenizer_have_no_more_tokens(tokenizer):
-    wide = allowed([Guides(tokenizer, 700, [END]).begin(wish("regex", ".*"))], 700, CPU)
+    wide = allowed([Guides(tokenizer, 700, [END]).begin(make_guide("regex", ".*"))], 700, CPU)
     assert wide.shape == (1, 700) and not wide[0, SIZE:].any() and wide[0, END]
 
 
@@ -111,14 +111,14 @@ def test_a_grammar_is_built_once_and_few_are_kept(tokenizer, monkeypatch):
     built: list[Guide] = []
     own, original = Guides(tokenizer, SIZE, [END]), Guides._built
     monkeypatch.setattr(Guides, "_built", staticmethod(lambda guide, tokens: built.append(guide) or original(guide, tokens)))
-    monkeypatch.setattr("llava.serve.engine.guides.checked", lambda grammar: "")
+    monkeypatch.setattr("llava.serve.engine.guides.grammar_error", lambda grammar: "")
     for _ in range(3):
-        own.begin(wish("regex", "a"))
+        own.begin(make_guide("regex", "a"))
     for number in range(KEPT):
-        own.begin(wish("regex", f"b{number}"))
-    own.begin(wish("regex", f"b{KEPT - 1}"))
+        own.begin(make_guide("regex", f"b{number}"))
+    own.begin(make_guide("regex", f"b{KEPT - 1}"))
     assert len(built) == 1 + KEPT and len(own._known) == KEPT
-    own.begin(wish("regex", "a"))
+    own.begin(make_guide("regex", "a"))
     assert len(built) == 2 + KEPT
 
 
@@ -140,7 +140,7 @@ REFUSED = [
 @pytest.mark.parametrize(("kind", "text", "why"), REFUSED)
 def test_what_cannot_be_followed_is_refused_without_the_librarys_words(guides, kind, text, why):
     with pytest.raises(ServeError) as refused:
-        guides.begin(wish(kind, text))
+        guides.begin(make_guide(kind, text))
     assert (refused.value.kind, refused.value.param) == (ErrorKind.INVALID_REQUEST, "field")
     assert refused.value.detail == f"The constraint in field is not supported{why}; the documentation says what is."
 
@@ -165,14 +165,14 @@ HOSTILE = {
 def test_a_hostile_grammar_takes_neither_the_server_nor_its_time(guides, name):
     start = time.process_time()
     with pytest.raises(ServeError, match="is not supported"):
-        guides.begin(wish(*HOSTILE[name]))
+        guides.begin(make_guide(*HOSTILE[name]))
     assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize(("kind", "text"), [("regex", "x(a{1000}){1000}"), ("regex", "(a{1000}){1000}"), ("json", {"$ref": "#"})])
 def test_what_becomes_too_much_on_the_way_ends_its_own_answer_alone(guides, kind, text):
     """A repetition of repetitions, and a schema that nothing follows."""
-    hostile, other = guides.begin(wish(kind, text)), guides.begin(wish("regex", "x+"))
+    hostile, other = guides.begin(make_guide(kind, text)), guides.begin(make_guide("regex", "x+"))
     start = time.process_time()
     with pytest.raises(ServeError, match="The constraint in field became too complex; simplify it.") as refused:
         for _ in range(5):
@@ -187,7 +187,7 @@ def test_what_becomes_too_much_on_the_way_ends_its_own_answer_alone(guides, kind
 @pytest.mark.parametrize("ways", ['a a | "x" | a a a', 'a a a a a a a a | "x" |', 'b "x" b | "x"\nb: a | a a | '])
 def test_an_ambiguous_grammar_ends_before_its_steps_hold_others_up(guides, ways):
     """Each step of the engine waits for all its rows. Ways to read what is written grow with its length, and the time with their cube."""
-    hostile = guides.begin(wish("grammar", f"start: a\na: {ways}"))
+    hostile = guides.begin(make_guide("grammar", f"start: a\na: {ways}"))
     with pytest.raises(ServeError, match="became too complex"):
         for _ in range(100):
             hostile.take(int(allowed([hostile], SIZE, CPU)[0].nonzero()[-1]))
@@ -197,7 +197,7 @@ def test_large_but_honest_schemas_are_taken(guides):
     fields = {f"field_{number}": {"type": "string", "description": "what it is " * 3} for number in range(100)}
     objects = ({"type": "object", "properties": fields, "required": list(fields)}, {"type": "object", "properties": fields})
     for honest in (*objects, {"enum": [f"value {n}" for n in range(1500)]}):
-        own = guides.begin(wish("json", honest))
+        own = guides.begin(make_guide("json", honest))
         for _ in range(30):
             own.take(int(allowed([own], SIZE, CPU)[0].nonzero()[-1]))
             if own.finished:
@@ -205,9 +205,9 @@ def test_large_but_honest_schemas_are_taken(guides):
 
 
 def test_a_check_says_nothing_of_what_can_be_built():
-    assert checked(written(wish("json", SIGN))) == "" != checked("start: (")
+    assert grammar_error(to_grammar(make_guide("json", SIGN))) == "" != grammar_error("start: (")
 
 
 def test_a_tokenizer_of_another_kind_cannot_be_guided():
     with pytest.raises(ServeError, match="does not support constrained answers; leave the field out"):
-        Guides([], SIZE, [END]).begin(wish("regex", "a"))
+        Guides([], SIZE, [END]).begin(make_guide("regex", "a"))

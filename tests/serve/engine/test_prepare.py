@@ -200,14 +200,14 @@ def test_only_what_follows_the_longest_known_beginning_is_left_to_read(micro):
     stages = Stages(micro)
     both = about(RED, BLUE, text="<image> <image> Which is red?")
     [(encoded, whole)] = stages.encode(both)
-    (longest, end), (shorter, first_end) = encoded.beginnings
-    assert whole.num_known == 0 and whole.row.length == encoded.length > end > first_end
+    (longest, end), (shorter, first_end) = encoded.prefixes
+    assert whole.prefix_length == 0 and whole.row.length == encoded.length > end > first_end
     keys = torch.zeros(2, first_end, 4)
     stages.prefixes.put(shorter, keys, keys)
     [(_, rest)] = stages.encode(both)
-    assert (rest.num_known, rest.row.length) == (first_end, encoded.length - first_end)
+    assert (rest.prefix_length, rest.row.length) == (first_end, encoded.length - first_end)
     assert torch.equal(rest.row.inputs_embeds, whole.row.inputs_embeds[first_end:])
     stages.prefixes.put(longest, keys[:, :1].expand(-1, end, -1))
-    assert stages.encode(both)[0][1].num_known == end
+    assert stages.encode(both)[0][1].prefix_length == end
     [(coarser, _)] = stages.encode(replace(both, routing=RoutingRequest(granularity=4)))
-    assert not {key for key, _ in coarser.beginnings} & {longest, shorter}
+    assert not {key for key, _ in coarser.prefixes} & {longest, shorter}

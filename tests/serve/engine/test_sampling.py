@@ -61,21 +61,21 @@ WARPED = [
 ]
 
 
-def warped(logits: torch.Tensor, wish: Sampling) -> torch.Tensor:
+def warped(logits: torch.Tensor, params: Sampling) -> torch.Tensor:
     """(V,) probabilities as transformers' own processors leave them, in vLLM's order."""
-    steps = [TemperatureLogitsWarper(wish.temperature), MinPLogitsWarper(wish.min_p), TopKLogitsWarper(wish.top_k or 10**6)]
+    steps = [TemperatureLogitsWarper(params.temperature), MinPLogitsWarper(params.min_p), TopKLogitsWarper(params.top_k or 10**6)]
     scores = logits[None].clone()
-    for step in (*steps, TopPLogitsWarper(wish.top_p)):
+    for step in (*steps, TopPLogitsWarper(params.top_p)):
         scores = step(None, scores)
     return scores[0].softmax(-1)
 
 
-@pytest.mark.parametrize("wish", WARPED)
-def test_what_is_drawn_from_is_what_transformers_own_processors_leave(wish):
+@pytest.mark.parametrize("params", WARPED)
+def test_what_is_drawn_from_is_what_transformers_own_processors_leave(params):
     """Drawn at evenly spaced numbers, each token comes as often as its share of them."""
     logits = 2 * torch.randn(32, generator=torch.Generator().manual_seed(3))
-    expected, count = warped(logits, wish), 4000
-    found = Counter(picked.token for picked in pick(logits.expand(count, -1), [wish] * count, [(n + 0.5) / count for n in range(count)]))
+    expected, count = warped(logits, params), 4000
+    found = Counter(picked.token for picked in pick(logits.expand(count, -1), [params] * count, [(n + 0.5) / count for n in range(count)]))
     assert set((expected > 1 / count).nonzero()[:, 0].tolist()) <= set(found) <= set(expected.nonzero()[:, 0].tolist())
     for token, share in enumerate(expected.tolist()):
         assert found[token] == pytest.approx(count * share, abs=1.01)
@@ -88,12 +88,12 @@ def test_tokens_as_likely_as_the_last_of_the_top_k_stay():
 
 
 def test_a_batch_of_different_cuts_is_its_rows():
-    wishes = [*WARPED, Sampling(temperature=1.0, top_p=0.8), Sampling(temperature=0.3), Sampling(top_k=3, min_p=0.5)] * 3
-    logits = 2 * torch.randn(len(wishes), 40, generator=torch.Generator().manual_seed(4))
+    all_params = [*WARPED, Sampling(temperature=1.0, top_p=0.8), Sampling(temperature=0.3), Sampling(top_k=3, min_p=0.5)] * 3
+    logits = 2 * torch.randn(len(all_params), 40, generator=torch.Generator().manual_seed(4))
     dice = random.Random(5)
-    numbers = [dice.random() for _ in wishes]
-    alone = [pick(own[None], [wish], [number])[0] for own, wish, number in zip(logits, wishes, numbers, strict=True)]
-    assert pick(logits, wishes, numbers) == alone
+    numbers = [dice.random() for _ in all_params]
+    alone = [pick(own[None], [params], [number])[0] for own, params, number in zip(logits, all_params, numbers, strict=True)]
+    assert pick(logits, all_params, numbers) == alone
 
 
 def test_log_probabilities_stay_the_models_where_something_else_is_drawn_from():

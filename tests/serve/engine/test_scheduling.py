@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from llava.model.splice import SplicedRow
-from llava.serve.engine.scheduling import Company, admit, of_similar_length
-from llava.serve.engine.task import Encoded, Task, Unread
+from llava.serve.engine.scheduling import BatchingDelay, admit, of_similar_length
+from llava.serve.engine.task import Encoded, PendingPrefill, Task
 
 
 def task(unread: int, answer: int = 10, known: int = 0) -> Task:
@@ -19,22 +19,22 @@ def task(unread: int, answer: int = 10, known: int = 0) -> Task:
     made = Task(nobody, nobody, 0.0, nobody, nobody, 0)
     row = SplicedRow(torch.zeros(unread, 1), torch.zeros(unread))
     beginning = (torch.zeros(1, known, 1),) if known else ()
-    made.was_encoded(Encoded(known + unread, answer, (), (), {}), Unread(row, beginning))
+    made.was_encoded(Encoded(known + unread, answer, (), (), {}), PendingPrefill(row, beginning))
     return made
 
 
-def test_a_request_waits_two_steps_for_company():
-    company = Company()
-    assert [company.enough(1, running=4, free=3) for _ in range(4)] == [False, False, True, False]
+def test_a_request_waits_at_most_two_steps_for_others():
+    delay = BatchingDelay()
+    assert [delay.is_over(1, running=4, free=3) for _ in range(4)] == [False, False, True, False]
 
 
-def test_nobody_waits_for_company_where_that_gains_nothing():
-    company = Company()
-    assert not company.enough(0, running=0, free=4)
-    assert company.enough(1, running=0, free=4)  # nothing runs
-    assert company.enough(2, running=2, free=4)  # as many as run
-    assert company.enough(1, running=9, free=1)  # all that fit
-    assert [company.enough(1, running=4, free=3) for _ in range(3)] == [False, False, True]  # and then the count begins anew
+def test_nobody_waits_for_others_where_that_gains_nothing():
+    delay = BatchingDelay()
+    assert not delay.is_over(0, running=0, free=4)
+    assert delay.is_over(1, running=0, free=4)  # nothing runs
+    assert delay.is_over(2, running=2, free=4)  # as many as run
+    assert delay.is_over(1, running=9, free=1)  # all that fit
+    assert [delay.is_over(1, running=4, free=3) for _ in range(3)] == [False, False, True]  # and then the count begins anew
 
 
 def test_as_many_join_as_fit_and_in_order():
@@ -93,7 +93,7 @@ def test_the_longest_row_counts_whoever_it_is():
 )
 def test_padding_stays_within_its_share(lengths, groups):
     found = of_similar_length([task(length) for length in lengths])
-    assert [[each.unread.row.length for each in group] for group in found] == groups
+    assert [[each.pending.row.length for each in group] for group in found] == groups
 
 
 def test_prompts_are_read_together_where_that_needs_little_padding():

@@ -93,7 +93,7 @@ def test_the_tokens_of_a_stop_text_are_left_out_and_one_that_it_cuts_is_cut(micr
     assert shown(scored(texts, no, star).end("no st", stopped=True)) == [" no", " st"]
 
 
-def test_bytes_that_are_no_character_are_passed_over(micro):
+def test_bytes_that_are_no_character_are_steps_waited(micro):
     texts, vocabulary = TokenTexts(micro.tokenizer), micro.tokenizer.get_vocab()
     broken, star = vocabulary["<0xE2>"], vocabulary["▁star"]
     stream = scored(texts, broken, broken, star, star)

@@ -94,10 +94,10 @@ def test_a_row_may_begin_with_what_was_read_before():
     slots = SlotCache(4, 4096)
     slots.reserve(1, 8)
     write(slots, 0, [0], [1.0, 2.0, 3.0, 4.0])
-    known = tuple(tensor.clone() for tensor in slots.beginning(0, 3))
+    known = tuple(tensor.clone() for tensor in slots.prefix(0, 3))
     assert [tensor.shape for tensor in known] == [(HEADS, 3, WIDTH)] * 2 * LAYERS
     slots.reserve(3, 8)
-    slots.recall(1, known)
+    slots.load_prefix(1, known)
     positions, mask = slots.begin(1, [3, 0], 2, LIKE)
     assert positions.tolist() == [[3, 4], [0, 1]]
     assert mask is not None
@@ -164,10 +164,10 @@ def test_what_was_read_before_can_be_recalled_into_an_empty_storage():
     slots = SlotCache(4, 4096)
     slots.reserve(1, 8)
     write(slots, 0, [0], [1.0, 2.0, 3.0])
-    known = tuple(tensor.clone() for tensor in slots.beginning(0, 2))
+    known = tuple(tensor.clone() for tensor in slots.prefix(0, 2))
     slots.clear()
     slots.reserve(2, 8)
-    slots.recall(0, known)
+    slots.load_prefix(0, known)
     write(slots, 0, [2], [9.0])
     assert values_of(slots, 0) == [1, 2, 9]
 

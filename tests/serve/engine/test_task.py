@@ -9,7 +9,7 @@ import torch
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.splice import SplicedRow, prompt_row
-from llava.serve.engine.task import Encoded, Prepared, Task, Unread
+from llava.serve.engine.task import Encoded, PendingPrefill, Prepared, Task
 from llava.serve.protocol import GenerationRequest
 from llava.text_stream import TextStream
 
@@ -25,8 +25,8 @@ def encoded(length: int = 7, answer: int = 5) -> Encoded:
     return Encoded(length, answer, (), (), {"vision": 30.0, "router": 2.0, "splice": 1.0})
 
 
-def unread(rows: int = 7, known: int = 0) -> Unread:
-    return Unread(SplicedRow(torch.zeros(rows, 2), torch.zeros(rows)), (torch.zeros(2, known, 3),) * 2 if known else ())
+def unread(rows: int = 7, known: int = 0) -> PendingPrefill:
+    return PendingPrefill(SplicedRow(torch.zeros(rows, 2), torch.zeros(rows)), (torch.zeros(2, known, 3),) * 2 if known else ())
 
 
 def test_each_stage_leaves_what_the_next_one_takes():
@@ -36,12 +36,12 @@ def test_each_stage_leaves_what_the_next_one_takes():
     assert made.prepared is PREPARED
     left = unread()
     made.was_encoded(encoded(), left)
-    assert made.unread is left and made.encoded == encoded()
+    assert made.pending is left and made.encoded == encoded()
     with pytest.raises(AssertionError, match="not between preparation and encoding"):
         _ = made.prepared  # its views are let go of
-    made.was_read(10.5, 0.1)
+    made.was_prefilled(10.5, 0.1)
     with pytest.raises(AssertionError, match="not between encoding and prefill"):
-        _ = made.unread
+        _ = made.pending
     assert made.begun and made.encoded == encoded()
 
 
@@ -53,7 +53,7 @@ def test_the_prompts_text_is_remembered_without_its_images():
 
 
 def test_nothing_is_there_before_its_stage():
-    for part, sentence in (("prepared", "preparation"), ("encoded", "was not encoded yet"), ("unread", "prefill")):
+    for part, sentence in (("prepared", "preparation"), ("encoded", "was not encoded yet"), ("pending", "prefill")):
         with pytest.raises(AssertionError, match=sentence):
             getattr(task(), part)
 
@@ -62,7 +62,7 @@ def test_positions_are_counted_with_the_answer():
     made = task()
     made.was_encoded(encoded(length=7, answer=5), unread(4, known=3))
     assert made.encoded.positions == 12
-    assert (made.unread.num_known, unread(7).num_known) == (3, 0)
+    assert (made.pending.prefix_length, unread(7).prefix_length) == (3, 0)
     made.stream.ids += [1, 2]
     assert made.length == 9
 
@@ -71,7 +71,7 @@ def test_the_milliseconds_up_to_the_first_token():
     made = task(submitted=10.0)
     made.milliseconds["views"] = 17.0
     made.was_encoded(encoded(), unread())
-    made.was_read(at=10.25, took=0.05)  # 250 ms in all: 17 + 30 + 2 + 1 + 50 were work
+    made.was_prefilled(at=10.25, took=0.05)  # 250 ms in all: 17 + 30 + 2 + 1 + 50 were work
     assert made.milliseconds == {
         "queue": pytest.approx(150),
         "views": 17.0,
@@ -88,11 +88,11 @@ def test_the_milliseconds_up_to_the_first_token():
 def test_one_that_is_read_again_keeps_what_was_told_of_its_first_token():
     made = task(submitted=10.0)
     made.was_encoded(encoded(), unread())
-    made.was_read(10.25, 0.05)
+    made.was_prefilled(10.25, 0.05)
     told = dict(made.milliseconds)
     made.was_prepared(PREPARED)
     made.was_encoded(made.encoded, unread(9))
-    assert made.unread.row.length == 9
-    made.was_read(12.0, 0.5)
+    assert made.pending.row.length == 9
+    made.was_prefilled(12.0, 0.5)
     assert made.milliseconds == told
     assert made.all_milliseconds(13.0)["decode"] == pytest.approx(2750)
