@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What scripts/quickstart.sh and scripts/test.sh share: finding Python, entering an environment, installing once.
-# Sourced, not run. Sets `root` (the repository) and, after enter_environment, `python` (the environment's interpreter).
+# What the scripts share: finding Python, entering an environment, installing once. Sourced, not run.
+# Sets `root` (the repository) and, after enter_environment, `python` (the environment's interpreter).
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -59,15 +59,15 @@ enter_environment() {
   "$python" -m pip --version >/dev/null 2>&1 || stop "$folder has no working pip; remove the folder, or run: $python -m ensurepip"
 }
 
-# run_name MODEL_PATH MODEL_ARGS MODEL: a folder's name for an evaluation, another one for every model and every wish about granularity.
+# run_name MODEL_PATH MODEL_ARGS MODEL: a folder name for an evaluation, different for every model and granularity policy.
 run_name() {
-  local wishes=${2#granularity=} name
-  name=$(basename "$1")-${wishes:-auto}
+  local policy=${2#granularity=} name
+  name=$(basename "$1")-${policy:-auto}
   [[ $3 == avg_llava ]] || name=$3-$name
   printf '%s\n' "${name//[^A-Za-z0-9._=-]/-}"
 }
 
-# make_environment FOLDER: an environment beside the repository's own, for packages that exclude its; git does not see it.
+# make_environment FOLDER: an environment of its own, for packages that conflict with the repository's; git ignores it.
 make_environment() {
   local folder=$1 base
   [[ ! -e $folder ]] || return 0
@@ -85,7 +85,7 @@ pip_install() {
   "$python" -m pip install "$@" | { grep --line-buffered -v '^Requirement already satisfied' || true; }
 }
 
-# What an installation depends on: where the repository is, and what pyproject.toml asks for.
+# What an installation depends on: where the repository is, and the contents of pyproject.toml.
 install_key() {
   "$python" - "$root" <<'PYTHON'
 import hashlib, pathlib, sys
@@ -95,7 +95,7 @@ print(hashlib.sha256(str(root).encode() + (root / "pyproject.toml").read_bytes()
 PYTHON
 }
 
-# install_package EXTRA: torch first, then this package with an extra ("core" for none). Does nothing when that was done before.
+# install_package EXTRA: torch first, then this package with an extra ("core" for none). Does nothing if that is installed already.
 # The stamp holds the key and the extras that are installed; REINSTALL=1 ignores it.
 install_package() {
   local extra=$1 key installed="" target=.
@@ -118,8 +118,8 @@ install_package() {
   printf '%s %s\n' "$key" "$(printf '%s\n' $installed core "$extra" | sort -u | tr '\n' ' ')" >"$stamp"
 }
 
-# Install torch unless it is there, and hold whatever is there in a constraint file, so that no later step changes it: a CPU build
-# would otherwise be replaced by a CUDA build of several gigabytes, or the other way round.
+# Install torch if it is missing, and pin the installed version in a constraint file, so that no later step changes it: otherwise a CPU
+# build would be replaced by a CUDA build of several gigabytes, or the other way round.
 # TORCH_VERSION chooses the version, TORCH_INSTALL_ARGS is passed on to pip (for instance an --index-url for a build of your choice).
 install_torch() {
   local -a arguments=()

@@ -1,6 +1,6 @@
-"""Ask the shipped micro model coarse and fine questions about one picture, and check its answers.
+"""Ask the shipped micro model coarse and fine questions about one image, and check its answers.
 
-The questions and their right answers stand in `samples.json`, beside the pictures. Exits with 1 when an answer is wrong.
+The questions and their right answers are in `samples.json`, beside the images. Exits with 1 when an answer is wrong.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llava.images import load_images
 from llava.inference import Assistant, Options
 
 ROOT = Path(__file__).resolve().parents[1]
-PICTURE = ROOT / "playground" / "images" / "scene_beige.png"
+IMAGE = ROOT / "playground" / "images" / "scene_beige.png"
 FAMILIES = ("shape", "digit", "cell", "pole", "number")
 """Two kinds of question that a few tokens answer, and three that need more and more of them."""
 LONGEST_ANSWER = 24
@@ -37,14 +37,14 @@ class Question:
 
 
 def read_questions(image: Path, families: list[str]) -> list[Question]:
-    """The questions of these families about a picture, from the `samples.json` beside it.
+    """The questions of these families about an image, from the `samples.json` beside it.
 
     Raises:
-        ValueError: the file says nothing about the picture, or nothing of a family.
+        ValueError: the file has no questions about the image, or none of a family.
     """
     listing = image.parent / "samples.json"
     if not listing.is_file():
-        raise ValueError(f"{listing} is missing; it holds the questions about the pictures beside it.")
+        raise ValueError(f"{listing} is missing; it holds the questions about the images beside it.")
     entries = {entry["image"]: entry["questions"] for entry in json.loads(listing.read_text(encoding="utf-8"))}
     if image.name not in entries:
         raise ValueError(f"{listing} has no questions about {image.name}; it has {', '.join(sorted(entries))}.")
@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of the quick start."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model-path", help="checkpoint folder; the shipped micro model when missing")
-    parser.add_argument("--image-file", type=Path, default=PICTURE, help="a picture of playground/images (default: %(default)s)")
+    parser.add_argument("--image-file", type=Path, default=IMAGE, help="an image of playground/images (default: %(default)s)")
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), help="kinds of question to ask (default: %(default)s)")
     return parser
 
@@ -96,7 +96,7 @@ def ask(assistant: Assistant, images: list[Image], question: Question) -> tuple[
 
 
 def run(args: argparse.Namespace) -> bool:
-    """Ask, print the table, and tell whether every answer was right."""
+    """Ask, print the table, and return whether every answer was right."""
     questions = read_questions(args.image_file, args.families)
     start = time.perf_counter()
     disable_progress_bar()
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> bool:
     print(f"{args.image_file} ({images[0].width}x{images[0].height}); model loaded in {time.perf_counter() - start:.1f} s\n")
     asked = [ask(assistant, images, question) for question in questions]
     print(table([HEADING, *(row for _, row in asked)], right_aligned=4))
-    print("\ngranularity: visual tokens per view of the picture, chosen by the router; tokens: what the picture cost, of its full price")
+    print("\ngranularity: visual tokens per view, chosen by the router; tokens: what the image cost, of what the finest would cost")
     return all(right for right, _ in asked)
 
 

@@ -6,7 +6,7 @@
 # Needs  Python 3.10 to 3.13, and a network or local package files for the first run. No GPU; the tests themselves use no network.
 # Costs  first run: about 2.5 GB of disk with a CPU build of torch, and a few minutes of downloads; the checks take a few minutes
 #        on two cores. --slow adds the tests that take more than half a minute each.
-# Makes  .venv in the repository, unless a virtual environment is active. Run it as often as you like.
+# Makes  .venv in the repository, unless a virtual environment is active. Safe to run again.
 # Knobs  PYTEST_WORKERS (2): test processes; OMP_NUM_THREADS (1): threads of each, see below.
 #        PYTHON, TORCH_VERSION, TORCH_INSTALL_ARGS, REINSTALL: see scripts/lib.sh.
 set -euo pipefail
