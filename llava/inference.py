@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from queue import Queue
@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from llava.conversation import SeparatorStyle, get_template
-from llava.messages import Message, RoutingRequest, prompt_spans
+from llava.messages import Message, Options, prompt_spans
 from llava.messages import write_prompt as write_prompt  # whoever looks for it looks here
 from llava.mm_utils import process_images, tokenize_spans
 from llava.model.builder import load_pretrained_model
@@ -33,45 +33,6 @@ from llava.timing import StageTimer
 
 MICRO_MODEL = Path(__file__).resolve().parents[1] / "playground" / "avg-llava-micro"
 """The model that ships with the repository and is used where none is given."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to answer.
-
-    conv_mode: the conversation template; `None` takes the checkpoint's.
-    temperature: 0 is greedy. top_p, num_beams, max_new_tokens, min_new_tokens: transformers' own.
-    seed: makes sampling repeatable.
-    stop: texts that end the answer, besides the template's separator.
-    routing: granularity, budget and bias, see `RoutingRequest`.
-    """
-
-    conv_mode: str | None = None
-    temperature: float = 0.0
-    top_p: float | None = None
-    num_beams: int = 1
-    max_new_tokens: int = 512
-    min_new_tokens: int = 0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    routing: RoutingRequest = field(default_factory=RoutingRequest)
-
-    def __post_init__(self) -> None:
-        errors = []
-        if self.temperature < 0:
-            errors.append(f"temperature is {self.temperature}, expected 0 (greedy) or more")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            errors.append(f"top_p is {self.top_p}, expected a share above 0 and up to 1")
-        if self.num_beams < 1:
-            errors.append(f"num_beams is {self.num_beams}, expected 1 or more")
-        if self.max_new_tokens < 1:
-            errors.append(f"max_new_tokens is {self.max_new_tokens}, expected 1 or more")
-        if not 0 <= self.min_new_tokens <= max(0, self.max_new_tokens):
-            errors.append(f"min_new_tokens is {self.min_new_tokens}, expected 0 to max_new_tokens, {self.max_new_tokens}")
-        if self.num_beams > 1 and self.temperature > 0:
-            errors.append(f"num_beams {self.num_beams} and temperature {self.temperature} exclude each other; set one back")
-        if errors:
-            raise ValueError("The options cannot work: " + "; ".join(errors) + ".")
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,11 @@
-"""Ctrl-C in the programs that write results: one line that says what is kept, and the status that shells know.
+"""How programs end: one sentence about an error, one line after Ctrl-C that says what is kept, and the status that shells know.
 
-    def main() -> int:
-        return run_program(work)            # around everything that the command does
+    def main(argv=None, prog=PROG) -> int:
+        args = build_parser(prog).parse_args(argv)
+        return run_program(lambda: work(args))   # around everything that the command does, its imports included
 
     with keeping(lambda: "3 of 7 parts are kept in parts/; the same command goes on"):
-        ...                                 # around the work whose results stay
-
-Programs whose imports take seconds call `hush_imports` before them.
+        ...                                      # around the work whose results stay
 """
 
 from __future__ import annotations
@@ -21,6 +20,14 @@ from types import TracebackType
 
 INTERRUPTED = 130
 """Exit status of a program that Ctrl-C ended: 128 and the signal's number, as shells count."""
+_EXTRAS = {
+    "serve": (
+        *("fastapi", "starlette", "pydantic", "anyio", "uvicorn", "h11", "gradio", "httpx", "httpx_sse", "openai", "prometheus_client"),
+        "llguidance",
+    ),
+    "train": ("deepspeed", "peft", "bitsandbytes", "pyarrow", "yaml", "matplotlib", "tensorboard"),
+}
+"""Extra of pyproject.toml -> the modules that it brings."""
 
 
 class InterruptedWorkError(KeyboardInterrupt):
@@ -45,20 +52,32 @@ def keeping(kept: Callable[[], str]) -> Iterator[None]:
         raise InterruptedWorkError(kept()) from error
 
 
-def run_program(main: Callable[[], int | None]) -> int:
-    """Run a program's `main`.
+def run_program(
+    work: Callable[[], int | None],
+    errors: tuple[type[Exception], ...] = (ValueError, OSError, ImportError),
+    nothing_kept: str = "nothing was written",
+) -> int:
+    """Run what a program does.
+
+    Args:
+        work: returns the exit status, `None` for 0.
+        errors: what is reported as one sentence, not as a traceback.
+        nothing_kept: what is said after Ctrl-C outside of `keeping`.
 
     Returns:
-        Its status, 0 for `None`; `INTERRUPTED` after Ctrl-C, when one line has been written to standard error, in a distributed run by the
-        first process alone. A second Ctrl-C ends the process at once.
+        The status: 1 after an error, `INTERRUPTED` after Ctrl-C, either with one line on standard error; in a distributed run the first
+        process alone writes that of Ctrl-C. A second Ctrl-C ends the process at once.
     """
     try:
-        return main() or 0
+        return work() or 0
     except KeyboardInterrupt as error:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        _say(str(error) or "nothing was written")
+        _say(str(error) or nothing_kept)
         return INTERRUPTED
+    except errors as error:
+        print(f"error: {sentence_of(error)}", file=sys.stderr)
+        return 1
 
 
 def hush_imports() -> None:
@@ -78,3 +97,10 @@ def _say(kept: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         end_of_progress_bar = "\n" if sys.stderr.isatty() else ""
         print(f"{end_of_progress_bar}interrupted: {kept}.", file=sys.stderr, flush=True)
+
+
+def sentence_of(error: Exception) -> str:
+    """What a person has to read about an error; of a missing package, the extra to install."""
+    missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else None
+    extra = next((extra for extra, modules in _EXTRAS.items() if missing in modules), None)
+    return str(error) if extra is None else f'{missing} is not installed; install the {extra} extra: pip install -e ".[{extra}]"'

@@ -1,10 +1,10 @@
-"""From the turns of a conversation, as people send them, to a prompt. Nothing here needs torch."""
+"""What a model is asked (turns, routing, options), and how turns, as people send them, become a prompt. Nothing here needs torch."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Literal
 
@@ -44,6 +44,45 @@ class RoutingRequest:
     def detail_of(self, image: int) -> Detail | None:
         """The detail of one of the prompt's images."""
         return self.details[image] if self.details else None
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to answer.
+
+    conv_mode: the conversation template; `None` takes the checkpoint's.
+    temperature: 0 is greedy. top_p, num_beams, max_new_tokens, min_new_tokens: transformers' own.
+    seed: makes sampling repeatable.
+    stop: texts that end the answer, besides the template's separator.
+    routing: granularity, budget and bias, see `RoutingRequest`.
+    """
+
+    conv_mode: str | None = None
+    temperature: float = 0.0
+    top_p: float | None = None
+    num_beams: int = 1
+    max_new_tokens: int = 512
+    min_new_tokens: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    routing: RoutingRequest = field(default_factory=RoutingRequest)
+
+    def __post_init__(self) -> None:
+        errors = []
+        if self.temperature < 0:
+            errors.append(f"temperature is {self.temperature}, expected 0 (greedy) or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            errors.append(f"top_p is {self.top_p}, expected a share above 0 and up to 1")
+        if self.num_beams < 1:
+            errors.append(f"num_beams is {self.num_beams}, expected 1 or more")
+        if self.max_new_tokens < 1:
+            errors.append(f"max_new_tokens is {self.max_new_tokens}, expected 1 or more")
+        if not 0 <= self.min_new_tokens <= max(0, self.max_new_tokens):
+            errors.append(f"min_new_tokens is {self.min_new_tokens}, expected 0 to max_new_tokens, {self.max_new_tokens}")
+        if self.num_beams > 1 and self.temperature > 0:
+            errors.append(f"num_beams {self.num_beams} and temperature {self.temperature} exclude each other; set one back")
+        if errors:
+            raise ValueError("The options cannot work: " + "; ".join(errors) + ".")
 
 
 def images_first(parts: Sequence[str]) -> list[str]:

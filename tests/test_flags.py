@@ -7,14 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from llava.flags import DEFAULTS, add_model_and_options, granularity_argument, options_of
-from llava.inference import Options
-from llava.messages import RoutingRequest
+from llava.flags import DEFAULTS, Parser, add_answer_flags, add_model_flags, add_routing_flags, granularity_argument, options_of
+from llava.messages import Options, RoutingRequest
 
 
 def parse(*flags: str, terminal: bool = False) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_model_and_options(parser, terminal)
+    parser = Parser("program", "Answers.")
+    add_model_flags(parser)
+    add_answer_flags(parser, with_beams=not terminal)
+    add_routing_flags(parser, with_bias=not terminal)
     return parser.parse_args(flags)
 
 

@@ -9,36 +9,35 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
-from starlette.types import ASGIApp, Receive, Scope, Send
-
-from llava.serve.api.worker_app import create_worker_app, run_worker
+from llava.flags import Parser
+from llava.interrupts import run_program
 from llava.serve.http.listen_address import check_address, shown_url
-from llava.serve.http.middleware import JsonNotFound
-from llava.serve.http.origins import AllowedHosts
-from llava.serve.http.server import OPEN_PAGE_SECONDS, run_program
-from llava.serve.model_worker import add_batch_flags, add_model_flags, batch_rows, check_arguments, load_engine
+from llava.serve.model_worker import add_engine_flags, check_arguments, load_engine
 from llava.serve.page.flags import add_page_flags, check_port, read_names
-from llava.serve.worker_flags import add_guard_flags, read_api_keys, read_limits, start_logging
+from llava.serve.worker_flags import NOT_SERVING_YET, add_address_flags, add_guard_flags, read_worker_options, start_logging
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 logger = logging.getLogger("llava.serve")
 
-API_PATHS = (
-    *("/v1", "/health", "/ready", "/metrics", "/openapi.json", "/worker_generate_stream", "/worker_get_status"),
-    *("/tokenize", "/detokenize", "/server_info", "/model_info", "/get_server_info", "/get_model_info"),
+PROG = "python -m llava.serve"
+FIRST = (
+    *("--model-path", "--model-base", "--host", "--port", "--device", "--load-4bit", "--no-page", "--api-key-file", "--allow-host"),
+    "--no-log",
 )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The worker's flags, without those of a controller."""
-    parser = argparse.ArgumentParser(prog="python -m llava.serve", description="Serve a model, its OpenAI API and the page in one process.")
-    add_page_flags(parser, port=8000)
+def build_parser(prog: str = PROG) -> Parser:
+    """The worker's flags, without those of a controller, and the page's."""
+    parser = Parser(prog, "Serve a model, its OpenAI API and the page in one process.", FIRST)
+    add_address_flags(parser, "127.0.0.1", 8000)
+    add_page_flags(parser)
     parser.add_argument("--no-page", action="store_true", help="the API alone")
-    add_model_flags(parser)
-    add_batch_flags(parser)
+    add_engine_flags(parser)
     add_guard_flags(parser)
     return parser
 
@@ -49,22 +48,16 @@ def build_app(args: argparse.Namespace) -> FastAPI:
     Raises:
         ValueError: flags or a checkpoint that cannot work. OSError: files that cannot be read.
     """
+    from llava.serve.api.worker_app import create_worker_app
+    from llava.serve.http.origins import AllowedHosts
+    from llava.serve.page.beside_worker import join_apps
+
     check_arguments(args)
     check_port(args)
-    limits, keys, names = read_limits(args), read_api_keys(args), read_names(args)
+    options, names = read_worker_options(args), read_names(args)
     check_address(args.host, args.port)
-    engine = load_engine(args)
-    worker = create_worker_app(
-        engine,
-        limits,
-        api_keys=keys,
-        allowed_origins=args.allowed_origins,
-        concurrency=batch_rows(args),
-        stream_interval=args.stream_interval,
-        report_cache_hits=args.report_cache_hits,
-    )
-    page = None if args.no_page else _page(args, keys)
-    app = join_apps(worker, page)
+    worker = create_worker_app(load_engine(args), concurrency=args.max_batch_rows, **options)
+    app = join_apps(worker, None if args.no_page else _page(args, options["api_keys"]))
     if names is not None:
         app.add_middleware(AllowedHosts, names=names)
     return app
@@ -89,46 +82,17 @@ def _greeting(args: argparse.Namespace, model: str) -> str:
     return "\n".join([*lines, *([f"  Page  {url}/"] if not args.no_page else []), "Ctrl-C ends it."])
 
 
-class Split:
-    """Sends the API's paths to the worker and all others to the page."""
+def serve(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT.
 
-    def __init__(self, worker: ASGIApp, page: ASGIApp | None) -> None:
-        self.worker, self.page = worker, page
+    Raises:
+        ValueError: flags or a checkpoint that cannot work. OSError: files that cannot be read.
+    """
+    from llava.serve.api.worker_app import run_worker
+    from llava.serve.http.server import OPEN_PAGE_SECONDS
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "")
-        is_api = self.page is None or any(path == prefix or path.startswith(prefix + "/") for prefix in API_PATHS)
-        app = self.worker if is_api or self.page is None else self.page
-        await app(scope, receive, send)
-
-
-def join_apps(worker: FastAPI, page: FastAPI | None) -> FastAPI:
-    """A worker and a page as one application; both start and end with it."""
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with AsyncExitStack() as stack:
-            for part in (worker, page):
-                if part is not None:
-                    await stack.enter_async_context(part.router.lifespan_context(part))
-            yield
-
-    app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
-    app.state.failed = worker.state.failed
-    app.state.handler, app.state.drain = worker.state.handler, worker.state.drain  # the page's questions are requests to the worker
-    app.mount("/", Split(worker, page and JsonNotFound(page)))
-    return app
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT; 0, or 1 with one sentence on standard error."""
-    args = build_parser().parse_args(argv)
-    try:
-        start_logging(args)
-        app = build_app(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    start_logging(args, logger)
+    app = build_app(args)
     greeting = _greeting(args, app.state.handler.engine.card.name)
     return run_worker(
         app,
@@ -140,5 +104,11 @@ def main(argv: list[str] | None = None) -> int:
     )
 
 
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """Run the command; 0, or 1 with one sentence on standard error."""
+    args = build_parser(prog).parse_args(argv)
+    return run_program(lambda: serve(args), nothing_kept=NOT_SERVING_YET)
+
+
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    sys.exit(main())

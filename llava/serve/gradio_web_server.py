@@ -9,30 +9,44 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from llava.flags import Parser, add_log_level, start_logging
+from llava.interrupts import run_program
 from llava.serve.http.flag_checks import check_at_least
 from llava.serve.http.listen_address import check_address, shown_url
-from llava.serve.http.middleware import JsonNotFound
-from llava.serve.http.server import OPEN_PAGE_SECONDS, make_server, run_program, run_server
-from llava.serve.page.app import PageOptions, create_page_app
 from llava.serve.page.flags import add_page_flags, check_port, read_names
+from llava.serve.worker_flags import NOT_SERVING_YET, add_address_flags
 
+if TYPE_CHECKING:
+    from llava.serve.page.app import PageOptions
+
+logger = logging.getLogger("llava.serve.gradio_web_server")  # also when run as a program
+
+PROG = "python -m llava.serve.gradio_web_server"
 KEY_VARIABLE = "AVG_LLAVA_API_KEY"
+FIRST = (
+    *("--controller", "--host", "--port", "--model-list-mode", "--allow-host", "--concurrency-count", "--controller-api-key", "--embed"),
+    *("--log-dir", "--no-log"),
+)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str = PROG) -> Parser:
     """LLaVA's flags, and ours for keys and the log."""
-    parser = argparse.ArgumentParser(prog="python -m llava.serve.gradio_web_server", description="Serve the chat page.")
-    add_page_flags(parser, port=7860)
-    parser.add_argument("--controller-url", "--controller", dest="controller_url", default="http://localhost:21001",
-                        help="address of the controller, or of one worker")  # fmt: skip
-    parser.add_argument("--concurrency-count", type=int, default=16, help="answers written at the same time, for all visitors")
-    parser.add_argument("--model-list-mode", choices=("once", "reload"), default="once",
-                        help="once: keep the first list of models that is not empty; reload: keep it up to date")  # fmt: skip
-    parser.add_argument("--embed", action="store_true", help="without a title, to be shown in a frame of another site")
-    parser.add_argument("--api-key", default=os.environ.get(KEY_VARIABLE), help=f"key for the controller's API (default: ${KEY_VARIABLE})")
-    parser.add_argument("--share", action="store_true", help="refused: it would pass every picture through somebody else's servers")
-    parser.add_argument("--moderate", action="store_true", help="refused: it would send every question to somebody else's service")
+    parser = Parser(prog, "Serve the chat page.", FIRST)
+    add_address_flags(parser, "127.0.0.1", 7860)
+    add_page_flags(parser)
+    page = parser.add_argument_group("page")
+    page.add_argument("--controller", "--controller-url", dest="controller_url", default="http://localhost:21001", metavar="URL",
+                      help="address of the controller, or of one worker")  # fmt: skip
+    page.add_argument("--controller-api-key", "--api-key", dest="api_key", default=os.environ.get(KEY_VARIABLE), metavar="KEY",
+                      help=f"shown to a controller or worker that was started with --api-key (default: ${KEY_VARIABLE})")  # fmt: skip
+    page.add_argument("--concurrency-count", type=int, default=16, metavar="N", help="answers written at the same time, for all visitors")
+    page.add_argument("--model-list-mode", choices=("once", "reload"), default="once",
+                      help="once: keep the first list of models that is not empty; reload: keep it up to date")  # fmt: skip
+    page.add_argument("--embed", action="store_true", help="without a title, to be shown in a frame of another site")
+    add_log_level(parser)
     return parser
 
 
@@ -40,12 +54,10 @@ def read_options(args: argparse.Namespace) -> PageOptions:
     """The page's options.
 
     Raises:
-        ValueError: a flag that is not served here, or a number that cannot work.
+        ValueError: a number or a name that cannot work.
     """
-    if args.share:
-        raise ValueError("--share is not served: it passes every picture through a third party; put a reverse proxy in front instead.")
-    if args.moderate:
-        raise ValueError("--moderate is not served: it sends every question to a third party; moderate in a proxy in front instead.")
+    from llava.serve.page.app import PageOptions
+
     check_at_least(args, {"concurrency_count": 1})
     check_port(args)
     return PageOptions(
@@ -59,19 +71,21 @@ def read_options(args: argparse.Namespace) -> PageOptions:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; 0, or 1 with one sentence on standard error."""
-    args = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per look at the list of models is too many
-    try:
-        options = read_options(args)
-        check_address(args.host, args.port)
-        app = create_page_app(options)
-        app.add_middleware(JsonNotFound)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def serve(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        ValueError: a flag cannot work.
+    """
+    from llava.serve.http.middleware import JsonNotFound
+    from llava.serve.http.server import OPEN_PAGE_SECONDS, make_server, run_server
+    from llava.serve.page.app import create_page_app
+
+    start_logging(args, logger)
+    options = read_options(args)
+    check_address(args.host, args.port)
+    app = create_page_app(options)
+    app.add_middleware(JsonNotFound)
     greeting = f"The page is at {shown_url(args.host, args.port)}"
     server = make_server(
         app,
@@ -84,5 +98,11 @@ def main(argv: list[str] | None = None) -> int:
     return run_server(server)
 
 
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """Run the command; 0, or 1 with one sentence on standard error."""
+    args = build_parser(prog).parse_args(argv)
+    return run_program(lambda: serve(args), nothing_kept=NOT_SERVING_YET)
+
+
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    sys.exit(main())

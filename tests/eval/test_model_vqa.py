@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 
-from llava.eval import model_vqa
+from llava.eval import answer_file
+from llava.eval.answer_file import share
 from llava.eval.journal import Journal
-from llava.eval.model_vqa import build_parser, main, share
+from llava.eval.model_vqa import build_parser, main
 from llava.images import load_image
 from llava.inference import MICRO_MODEL, Assistant, Options
 
@@ -539,6 +540,6 @@ def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     loaded: list[str] = []
     monkeypatch.setattr(Assistant, "load", lambda *args, **options: loaded.append(options["device"]))
     args = build_parser().parse_args(["--question-file", "q", "--answers-file", "a", "--device", "cuda"])
-    model_vqa._load(args, model_vqa.Place(5, 8, 1))
-    model_vqa._load(args, model_vqa.Place(0, 1, 0))
+    answer_file._load(args, answer_file.Place(5, 8, 1))
+    answer_file._load(args, answer_file.Place(0, 1, 0))
     assert loaded == ["cuda:1", "cuda"]

@@ -87,7 +87,7 @@ def test_a_fixed_granularity_shows_no_logits(base, picture, capsys):
         (["--image-file", "{picture}", "--max-visual-tokens", "10"], "the coarsest granularity allowed costs 39"),
         (["--image-file", "{picture}", "--granularity-bias", "nan"], "granularity_bias is nan, expected a finite number"),
         (["--image-file", "{picture}", "--conv-mode", "v9"], "v9"),
-        (["--explain-image", "out.png"], "needs a picture to draw on"),
+        (["--explain-image", "out.png"], "needs an image to draw on"),
         (["--image-file", "{picture}", "--explain-image", "out.txt"], "expected a file name ending in"),
         (["--image-file", "{picture}", "--num-beams", "2", "--stream"], "beams cannot be streamed"),
         (["--query", ""], "--query is empty"),

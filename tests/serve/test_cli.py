@@ -20,7 +20,7 @@ from PIL import Image
 
 from llava.inference import Answer, Message, Options
 from llava.model.routing import RoutingReport
-from llava.serve import cli
+from llava.serve import cli, terminal
 
 ROOT = Path(__file__).resolve().parents[2]
 SCENE = ROOT / "playground" / "images" / "scene_pink.png"
@@ -56,8 +56,7 @@ class FakeAssistant:
 def chat():
     """A chat with the assistant that says it is red; what it writes and complains about is kept."""
     written, complaints = [], []
-    terminal = cli.Terminal(False, False, written.append, complaints.append)
-    made = cli.Chat(FakeAssistant(), Options(), terminal)
+    made = terminal.Chat(FakeAssistant(), Options(), terminal.Terminal(False, False, written.append, complaints.append))
     made.written, made.complaints = written, complaints
     return made
 
@@ -184,13 +183,13 @@ def test_llavas_flags_parse():
 
 def test_a_picture_that_is_not_there_is_told_before_the_weights_are_read(monkeypatch, capsys):
     loads = []
-    monkeypatch.setattr(cli.Assistant, "load", lambda *args, **options: loads.append(args) or FakeAssistant())
+    monkeypatch.setattr(terminal.Assistant, "load", lambda *args, **options: loads.append(args) or FakeAssistant())
     assert cli.main(["--image-file", str(SCENE), "nope.png"]) == 1
     assert "no image file at 'nope.png'" in capsys.readouterr().err and loads == []
 
 
 def test_the_flag_and_the_complaint_about_it_have_one_name(monkeypatch, capsys):
-    monkeypatch.setattr(cli.Assistant, "load", lambda *args, **options: FakeAssistant())
+    monkeypatch.setattr(terminal.Assistant, "load", lambda *args, **options: FakeAssistant())
     assert cli.main(["--granularity", "7"]) == 1
     told = capsys.readouterr().err
     assert told.startswith("error: The granularity is 7, but this model has [4, 16, 64]") and "vis_token" not in told
@@ -230,7 +229,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 import sys, time
 from types import SimpleNamespace
 from llava.inference import Answer
-from llava.serve import cli
+from llava.serve import cli, terminal
 
 class Speaker:
     model = SimpleNamespace(levels=[SimpleNamespace(tokens=4)], get_model=lambda: SimpleNamespace(router=object()))
@@ -243,7 +242,7 @@ class Speaker:
         stream = SimpleNamespace(answer=Answer("done", [1], "stop", 3, [], {"ttft": 50.0}))
         return type("Stream", (), {"__iter__": lambda self: pieces(), "answer": stream.answer})()
 
-cli.Assistant.load = lambda *args, **options: Speaker()
+terminal.Assistant.load = lambda *args, **options: Speaker()
 sys.exit(cli.main([]))
 """
 

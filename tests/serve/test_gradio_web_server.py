@@ -755,8 +755,6 @@ def test_the_published_command_parses():
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--share"], "third party"),
-        (["--moderate"], "third party"),
         (["--concurrency-count", "0"], "expected 1 or more"),
         (["--port", "70000"], "expected 1 to 65535"),
         (["--controller", "localhost:30000"], "expected one like"),

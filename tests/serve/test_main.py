@@ -16,11 +16,12 @@ import pytest
 
 from llava.serve import __main__ as main_module
 from llava.serve import gradio_web_server, model_worker
-from llava.serve.__main__ import Split, build_app, build_parser, join_apps, main
+from llava.serve.__main__ import build_app, build_parser, main
 from llava.serve.api.worker_app import create_worker_app
 from llava.serve.http.listen_address import check_address, shown_url
 from llava.serve.http.server import make_server, run_server
 from llava.serve.page.app import PageOptions, create_page_app
+from llava.serve.page.beside_worker import Split, join_apps
 from tests.serve.fake_backend import HTTP
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.page_backend import running
@@ -97,7 +98,7 @@ def test_what_is_not_there_is_a_typed_error_with_an_id_but_to_browsers(method, p
 
 def test_the_page_alone_answers_programs_so_too(monkeypatch):
     apps = []
-    monkeypatch.setattr(gradio_web_server, "run_server", lambda server: apps.append(server.config.app) or 0)
+    monkeypatch.setattr("llava.serve.http.server.run_server", lambda server: apps.append(server.config.app) or 0)
     assert gradio_web_server.main(["--controller", "http://127.0.0.1:9", "--port", str(free_port()), "--no-log"]) == 0
 
     async def ask():
@@ -111,12 +112,11 @@ def test_the_page_alone_answers_programs_so_too(monkeypatch):
 _SLOW_PROGRAM = """
 import signal, sys
 from llava.serve import __main__, model_worker
-from llava.serve.http.server import run_program
 from tests.serve.fake_engine import FakeEngine
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, as tests may be, is started deaf to Ctrl-C
 program = {"all": __main__, "worker": model_worker}[sys.argv.pop(1)]
 program.load_engine = lambda args: FakeEngine(piece_delay=0.05, pieces=lambda request: ("word ",) * 20_000)
-sys.exit(run_program(program.main))
+sys.exit(program.main())
 """
 
 
@@ -271,12 +271,20 @@ def test_it_is_ready_once_it_listens():
     assert run_server(server) == 0 and told == [True]
 
 
-@pytest.mark.parametrize("program", ["llava.serve", "llava.serve.controller", "llava.serve.model_worker", "llava.serve.sglang_worker",
-                                     "llava.serve.gradio_web_server"])  # fmt: skip
-def test_without_the_extra_a_program_says_what_to_install(program, tmp_path):
+@pytest.mark.parametrize(
+    ("program", "flags"),
+    [
+        ("llava.serve", ()),
+        ("llava.serve.controller", ()),
+        ("llava.serve.model_worker", ()),
+        ("llava.serve.sglang_worker", ("--backend", "http://127.0.0.1:9")),
+        ("llava.serve.gradio_web_server", ()),
+    ],
+)
+def test_without_the_extra_a_program_says_what_to_install(program, flags, tmp_path):
     for name in ("fastapi", "uvicorn"):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}', name={name!r})")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    ended = subprocess.run([sys.executable, "-m", program, "--help"], capture_output=True, text=True, env=environment, timeout=300)
+    ended = subprocess.run([sys.executable, "-m", program, *flags], capture_output=True, text=True, env=environment, timeout=300)
     assert ended.returncode == 1 and len(ended.stderr.splitlines()) == 1
     assert 'install the serve extra: pip install -e ".[serve]"' in ended.stderr

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from llava.serve import model_worker
-from llava.serve.model_worker import batch_rows, build_app, build_parser, check_arguments, load_engine, main
+from llava.serve.model_worker import build_app, build_parser, check_arguments, load_engine, main, serve
 from llava.serve.worker_flags import read_api_keys, read_limits, read_registration, start_logging
 from tests.serve.bodies import CHAT, chat_body
 from tests.serve.fake_engine import FakeEngine
@@ -36,7 +36,7 @@ def test_the_published_commands_are_understood(line):
     read_limits(args)
     registration = read_registration(args)
     if args.no_register:
-        assert registration is None and batch_rows(args) == 5
+        assert registration is None and args.max_batch_rows == 5
     else:
         assert registration.controller_url == "http://localhost:30000"
         assert registration.worker_url == f"http://localhost:{args.port}"
@@ -71,8 +71,6 @@ def test_the_registration_token(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--use-flash-attn", "--attn-implementation sdpa"),
-        ("--max-batch-rows 3 --limit-model-concurrency 4", "they mean the same"),
         ("--max-batch-rows 0", "--max-batch-rows is 0"),
         ("--max-batch-tokens -1", "--max-batch-tokens is -1"),
         ("--stream-interval 0", "--stream-interval is 0"),
@@ -81,11 +79,11 @@ def test_the_registration_token(tmp_path):
         ("--max-body-mb 0", "--max-body-mb is 0"),
         ("--max-body-mb nan", "--max-body-mb is nan"),
         ("--allowed-host x", "--allow-remote-images"),
-        ("--controller localhost:1", "--controller-address is 'localhost:1'"),
-        ("--controller http://c --worker w", "--worker-address is 'w'"),
-        ("--controller http://[c", "--controller-address is 'http://[c'"),
-        ("--controller http://c:99999", "--controller-address is"),
-        ("--controller http://", "--controller-address is"),
+        ("--controller localhost:1", "--controller is 'localhost:1'"),
+        ("--controller http://c --worker w", "--worker is 'w'"),
+        ("--controller http://[c", "--controller is 'http://[c'"),
+        ("--controller http://c:99999", "--controller is"),
+        ("--controller http://", "--controller is"),
         ("--controller http://c --port 0", "--port is 0"),
         ("--api-key-file /nonexistent", "cannot be read"),
         ("--log-file /nonexistent/x", "cannot be written"),
@@ -137,8 +135,8 @@ def test_the_model_is_loaded_as_the_flags_say(monkeypatch):
             seen.update(path=path, base=base, **options)
             return "assistant"
 
-    monkeypatch.setattr(model_worker, "Assistant", Loader)
-    monkeypatch.setattr(model_worker, "EmbeddedEngine", lambda assistant, name, **options: seen.update(name=name, **options))
+    monkeypatch.setattr("llava.inference.Assistant", Loader)
+    monkeypatch.setattr("llava.serve.engine.embedded.EmbeddedEngine", lambda assistant, name, **options: seen.update(name=name, **options))
     load_engine(
         parsed(
             "--model-path a/b --model-base c --device cpu --dtype bfloat16 --attn-implementation eager --load-8bit --max-batch-rows 3 "
@@ -154,9 +152,11 @@ def test_the_model_is_loaded_as_the_flags_say(monkeypatch):
 
 def test_flags_without_effect_say_so(monkeypatch, caplog):
     monkeypatch.setattr(model_worker, "load_engine", lambda args: FakeEngine())
-    with caplog.at_level(logging.INFO, "llava"):
-        build_app(parsed("--multi-modal --no-register --controller http://c:1"))
-    assert "--multi-modal changes nothing" in caplog.text and "--no-register" in caplog.text
+    monkeypatch.setattr("llava.serve.api.worker_app.run_worker", lambda app, host, port, log_level: 0)
+    monkeypatch.setattr(logging.getLogger("llava"), "handlers", [caplog.handler])
+    assert serve(parsed("--multi-modal --use-flash-attn --no-register --controller http://c:1 --port 0")) == 0
+    for flag in ("--multi-modal changes nothing", "--use-flash-attn changes nothing", "--no-register"):
+        assert caplog.text.count(flag) == 1
 
 
 def test_the_app_has_the_places_that_the_flags_name(monkeypatch):
@@ -170,6 +170,6 @@ def test_the_app_has_the_places_that_the_flags_name(monkeypatch):
 
 def test_a_log_file_gets_the_log(tmp_path):
     file = tmp_path / "worker.log"
-    start_logging(parsed(f"--log-file {file}"))
+    start_logging(parsed(f"--log-file {file}"), model_worker.logger)
     logging.getLogger("llava.serve.test").warning("a line")
     assert "a line" in file.read_text()

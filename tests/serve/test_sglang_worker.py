@@ -13,10 +13,11 @@ from PIL import Image
 
 from llava.inference import Message, write_prompt
 from llava.serve.api.worker_app import create_worker_app
+from llava.serve.backend.bridge_app import create_bridge_app
 from llava.serve.backend.openai_server import Backend
 from llava.serve.http.client import Timeouts
 from llava.serve.protocol import ErrorKind, Limits, ServeError
-from llava.serve.sglang_worker import backend_from, build_parser, create_bridge_app, main
+from llava.serve.sglang_worker import backend_from, build_parser, main
 from llava.serve.worker_flags import read_limits, read_registration
 from tests.serve.fake_backend import HTTP, Exchange, FakeBackend
 from tests.serve.fake_engine import FakeEngine

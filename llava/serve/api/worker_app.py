@@ -28,13 +28,13 @@ from llava.serve.http.openapi import describe_bodies
 from llava.serve.http.request_limiter import MAX_HELD_BODIES, RequestLimiter
 from llava.serve.http.server import DRAIN_SECONDS, make_server, run_server
 from llava.serve.protocol import (
+    DEFAULT_CONCURRENCY,
     Engine,
     ErrorKind,
     Limits,
     ServeError,
 )
 
-DEFAULT_CONCURRENCY = 16
 LEFTOVER_SECONDS = 5.0
 """For the engine to release what nobody waits for any more, once everyone was answered or cancelled."""
 

@@ -84,7 +84,7 @@ class Registration:
 
 _HINTS = {
     401: ": it asks for a token, give its own with --registration-token or --registration-token-file",
-    403: ": it does not allow this worker's address, start it with --worker-token or --allow-worker",
+    403: ": it does not allow this worker's address, start it with --registration-token or --allow-worker",
 }
 """By status of a refused registration: what to do."""
 

@@ -37,7 +37,7 @@ _REFRESH_SECONDS = 1.0
 _WRONG_TOKEN = "The worker token is missing or wrong."
 _REFUSED = (
     "This controller does not take this worker: without a token only workers on its own machine that name a loopback address; its operator "
-    "allows others with --worker-token or --allow-worker."
+    "allows others with --registration-token or --allow-worker."
 )
 
 WorkerRequest = TypeVar("WorkerRequest", RegisterRequest, HeartbeatRequest, UnregisterRequest)

@@ -5,7 +5,8 @@ service (SSRF). So an address is called only if an operator allowed it:
 
 - Without a token, a process on the controller's own machine may name an address of that machine, and a machine on the operator's list
   may name an address on the list.
-- With a token (`--worker-token`), every caller has to present it, and may then name any address, or any on the list where there is one.
+- With a token (`--registration-token`), every caller has to present it, and may then name any address, or any on the list where there is
+  one.
 - A loopback address is the caller's own machine, so only a caller on the controller's machine may name it, unless it is listed.
 - Link-local addresses and those of the clouds' metadata services have to be listed one by one; a wide network does not open them.
 - Addresses that stand for many machines, for none, or for another address are never called.

@@ -59,19 +59,20 @@ def add_body_flags(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> 
     """Flags about how request bodies have to arrive and which web sites may call from a browser; for every service with an API."""
     defaults = Limits()
     group.add_argument(
-        "--body-seconds", type=float, default=defaults.body_seconds, help="that an upload may stall (default: %(default)g)"
+        "--body-seconds", type=float, default=defaults.body_seconds, metavar="SECONDS", help="how long an upload may stall"
     )
     group.add_argument(
-        "--body-rate", type=float, default=defaults.body_rate, help="bytes per second that an upload has to sustain (default: %(default)g)"
+        "--body-rate", type=float, default=defaults.body_rate, metavar="N", help="bytes per second that an upload has to sustain"
     )
     group.add_argument(
-        "--client-uploads", type=int, default=defaults.client_uploads, help="uploads of one client at once (default: %(default)s)"
+        "--client-uploads", type=int, default=defaults.client_uploads, metavar="N", help="uploads of one client at once"
     )
     group.add_argument(
         "--client-bodies",
         type=int,
         default=defaults.client_bodies,
-        help="their total size, in bodies of the maximum size (default: %(default)s)",
+        metavar="N",
+        help="their total size, in bodies of the maximum size",
     )
     group.add_argument(
         "--allowed-origins",
@@ -79,7 +80,7 @@ def add_body_flags(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> 
         nargs="+",
         default=[],
         metavar="ORIGIN",
-        help="web sites whose pages may call from a browser, such as https://chat.example.org (default: none)",
+        help="web sites whose pages may call from a browser, such as https://chat.example.org; none without it",
     )
 
 

@@ -1,4 +1,4 @@
-"""Flags of both programs that serve the page: where they listen, under which names, and what they write down."""
+"""Flags of both programs that serve the page: under which names it answers, and what it writes down."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from llava.fetch import literal_address
 
 
-def add_page_flags(parser: argparse.ArgumentParser, port: int) -> None:
-    """Add them; `port` is the default one."""
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every interface (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=port, help="port to listen on (default: %(default)s)")
-    parser.add_argument("--allow-host", action="append", default=[], metavar="NAME",
-                        help="name that browsers ask for, such as a reverse proxy's; may be given more than once")  # fmt: skip
-    parser.add_argument("--log-dir", type=Path, default=Path("logs"), help="where conversations and votes are written, as lines of JSON")
-    parser.add_argument("--no-log", action="store_true", help="write no conversations and votes")
+def add_page_flags(parser: argparse.ArgumentParser) -> None:
+    """Under which names the page answers, and what it writes down."""
+    group = parser.add_argument_group("visitors")
+    group.add_argument("--allow-host", action="append", default=[], metavar="NAME",
+                       help="name that browsers ask for, such as a reverse proxy's; may be given more than once")  # fmt: skip
+    group.add_argument("--log-dir", type=Path, default=Path("logs"), metavar="FOLDER",
+                       help="where conversations and votes are written, as lines of JSON")  # fmt: skip
+    group.add_argument("--no-log", action="store_true", help="write no conversations and votes")
 
 
 def check_port(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ into a `GenerationRequest` and events into bodies, and an `Engine` turns the one
 
 from llava.serve.protocol.engine import Engine, Generation
 from llava.serve.protocol.errors import FAULTS, ErrorKind, Fault, ServeError
-from llava.serve.protocol.limits import Limits
+from llava.serve.protocol.limits import DEFAULT_CONCURRENCY, Limits
 from llava.serve.protocol.values import (
     EngineImage,
     EngineStats,
@@ -28,6 +28,7 @@ from llava.serve.protocol.values import (
 )
 
 __all__ = [
+    "DEFAULT_CONCURRENCY",
     "FAULTS",
     "Engine",
     "EngineImage",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+DEFAULT_CONCURRENCY = 16
+"""Requests that a worker answers at once."""
+
 
 @dataclass(frozen=True)
 class Limits:

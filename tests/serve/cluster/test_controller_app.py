@@ -1306,7 +1306,7 @@ def test_the_flags() -> None:
             [
                 "--dispatch-method",
                 "lottery",
-                "--worker-token",
+                "--registration-token",
                 "t",
                 "--allow-worker",
                 "10.0.0.0/8",

@@ -1,0 +1,105 @@
+"""The programs: what answering `--help` loads, each flag shown once, and one front that needs no torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llava.flags import Parser, add_ignored, add_log_level, start_logging
+
+ROOT = Path(__file__).parents[1]
+FRONT = ("llava.serve.controller", "llava.serve.gradio_web_server", "llava.serve.sglang_worker")
+"""Programs that have no model in their process."""
+PROGRAMS = (
+    *("llava.serve", *FRONT, "llava.serve.model_worker", "llava.serve.cli"),
+    *("llava.eval.run_llava", "llava.eval.model_vqa"),
+)
+HEAVY = {"torch", "torchvision", "transformers"}
+
+_HELP = """
+import json, runpy, sys
+program = sys.argv.pop(1)
+try:
+    run = runpy.run_path if program.endswith(".py") else runpy.run_module
+    run(program, run_name="__main__")
+except SystemExit as end:
+    print(json.dumps({"status": end.code, "modules": sorted(sys.modules)}))
+"""
+
+_FRONT = """
+import importlib, json, pkgutil, sys
+modules = [f"llava.serve.{room}" for room in ("http", "api", "cluster", "backend", "page")]
+for room in list(modules):
+    modules += [f"{room}.{module.name}" for module in pkgutil.iter_modules(importlib.import_module(room).__path__)]
+for module in modules + sys.argv[1:]:
+    importlib.import_module(module)
+
+from llava.serve import controller, gradio_web_server, sglang_worker
+from llava.serve.cluster.controller_app import create_controller_app
+from llava.serve.page.app import create_page_app
+
+create_controller_app(controller.settings_from(controller.build_parser().parse_args([])))
+create_page_app(gradio_web_server.read_options(gradio_web_server.build_parser().parse_args(["--no-log"])))
+sglang_worker.build_app(sglang_worker.build_parser().parse_args(["--backend", "http://127.0.0.1:9", "--model", "x", "--port", "0"]))
+print(json.dumps(sorted(sys.modules)))
+"""
+
+
+def run(code: str, *arguments: str) -> str:
+    """What a fresh interpreter prints."""
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_shows_each_flag_once_and_loads_neither_torch_nor_a_server(program: str) -> None:
+    *shown, told = run(_HELP, program, "--help").splitlines()
+    ended = json.loads(told)
+    assert ended["status"] == 0
+    assert set(ended["modules"]) & (HEAVY | {"fastapi", "gradio"}) == set()
+    assert shown[0].startswith(f"usage: {'python ' if program.endswith('.py') else 'python -m '}{program}") and "used most:" in shown
+    flags = [found[1] for line in shown if (found := re.match(r"  (--[\w-]+)", line))]
+    assert len(flags) == len(set(flags)) > 5
+    assert len({flag.replace("_", "-") for flag in flags}) == len(flags)
+    first = shown[shown.index("used most:") + 1 :]
+    assert 5 <= sum(line.startswith("  --") for line in first[: first.index("")]) <= 10
+
+
+def test_the_front_needs_no_torch() -> None:
+    """Every module of the rooms between clients and engines, and the app of each program."""
+    assert set(json.loads(run(_FRONT, *FRONT))) & HEAVY == set()
+
+
+def parser() -> Parser:
+    made = Parser("program", "Does it.", first=("--port",))
+    made.add_argument("--model-path", "--old-name")
+    made.add_argument("--port", type=int, default=7)
+    return made
+
+
+@pytest.mark.parametrize("words", ["--model-path a_b", "--model_path a_b", "--model_path=a_b", "--old_name a_b", "--model_p a_b"])
+def test_flags_are_read_with_dashes_and_underscores(words: str) -> None:
+    assert parser().parse_args(words.split()).model_path == "a_b"
+
+
+def test_a_flag_that_is_none_is_named_as_it_was_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--no_such=x"])
+    assert "unrecognized arguments: --no_such=x" in capsys.readouterr().err
+
+
+def test_flags_that_change_nothing_are_warned_of_and_not_shown(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = parser()
+    add_log_level(made, default="warning")
+    add_ignored(made, {"--multi-modal": "the config decides", "--other": "of that"})
+    assert "--multi-modal" not in made.format_help() and "--old-name" not in made.format_help()
+    monkeypatch.setattr(logging.getLogger("llava"), "handlers", [caplog.handler])
+    start_logging(made.parse_args(["--multi-modal"]), logging.getLogger("llava.test"))
+    start_logging(made.parse_args([]), logging.getLogger("llava.test"))
+    assert caplog.messages == ["--multi-modal changes nothing: the config decides"]
