@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
@@ -84,23 +84,10 @@ def create_worker_app(
     metrics = Metrics(engine.stats)
     image_loader = image_loader or ImageLoader(limits, engine.prepare_image)
     handler = RequestHandler(engine, limits, limiter, image_loader, metrics, stream_interval, report_cache_hits)
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        heartbeats = asyncio.create_task(registration.run(handler.status, limiter.wait_draining())) if registration is not None else None
-        yield
-        limiter.start_draining()  # if no signal said so before
-        if heartbeats is not None:
-            await heartbeats
-        with suppress(asyncio.TimeoutError):  # the server has waited for running answers, by its own `drain_seconds`
-            await asyncio.wait_for(engine.drain(), LEFTOVER_SECONDS)
-        handler.image_loader.close()
-        await engine.close()
-
     app = FastAPI(
         title="AVG-LLaVA worker",
         version=__version__,
-        lifespan=lifespan,
+        lifespan=_lifespan_of(handler, registration),
         docs_url=None,
         redoc_url=None,
         default_response_class=JsonResponse,
@@ -108,7 +95,8 @@ def create_worker_app(
     )
     app.state.handler = handler
     app.state.failed = lambda: engine.stats().failed is not None
-    _add_routes(app, handler, metrics, not_ready)
+    _add_api_routes(app, handler)
+    _add_operator_routes(app, handler, not_ready)
     describe_bodies(app, BODY_SCHEMAS, guarded=bool(api_keys))
     guard_app(
         app,
@@ -125,7 +113,25 @@ def create_worker_app(
     return app
 
 
-def _add_routes(app: FastAPI, handler: RequestHandler, metrics: Metrics, not_ready: ErrorKind) -> None:
+def _lifespan_of(handler: RequestHandler, registration: Registrar | None) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    engine, limiter = handler.engine, handler.limiter
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        heartbeats = asyncio.create_task(registration.run(handler.status, limiter.wait_draining())) if registration is not None else None
+        yield
+        limiter.start_draining()  # unless a signal did
+        if heartbeats is not None:
+            await heartbeats
+        with suppress(asyncio.TimeoutError):  # the server has waited for running answers, by its own `drain_seconds`
+            await asyncio.wait_for(engine.drain(), LEFTOVER_SECONDS)
+        handler.image_loader.close()
+        await engine.close()
+
+    return lifespan
+
+
+def _add_api_routes(app: FastAPI, handler: RequestHandler) -> None:
     for path, endpoint in GENERATING_ENDPOINTS.items():
         _add_generating(app, path, handler, endpoint)
 
@@ -160,6 +166,8 @@ def _add_routes(app: FastAPI, handler: RequestHandler, metrics: Metrics, not_rea
         check_model(model, handler.engine.card)
         return model_fields(handler.engine.card, handler.created)
 
+
+def _add_operator_routes(app: FastAPI, handler: RequestHandler, not_ready: ErrorKind) -> None:
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "alive"}
@@ -172,12 +180,12 @@ def _add_routes(app: FastAPI, handler: RequestHandler, metrics: Metrics, not_rea
             return error_response(ServeError(ErrorKind.DRAINING), request.scope)
         if failed := handler.engine.stats().failed:
             return error_response(ServeError(failed), request.scope)
-        detail = "The engine takes no requests now." if not_ready is ErrorKind.OVERLOADED else None
+        detail = "The engine accepts no requests now." if not_ready is ErrorKind.OVERLOADED else None
         return error_response(ServeError(not_ready, detail), request.scope)
 
     @app.get("/metrics", response_model=None)
     async def show_metrics() -> Response:
-        return Response(metrics.render(), media_type=CONTENT_TYPE)
+        return Response(handler.metrics.render(), media_type=CONTENT_TYPE)
 
 
 def _add_generating(app: FastAPI, path: str, handler: RequestHandler, endpoint: GeneratingEndpoint) -> None:
