@@ -48,6 +48,16 @@ def test_a_link_to_a_missing_heading_is_found(tmp_path: Path) -> None:
     assert targets(page) == ["#ones-own-heading", "#two"]
 
 
+@pytest.mark.parametrize("name", ["flow.md", "Extending.md"])
+def test_names_of_the_code_exist(name: str) -> None:
+    """Constants, classes and functions that these pages send a reader to."""
+    files = [*(ROOT / "llava").rglob("*.py"), *(ROOT / "scripts").rglob("*.sh")]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    named = re.findall(r"`(_?[A-Za-z]+(?:_[A-Za-z]+)+|[A-Z][a-z]+[A-Z]\w*)`", (ROOT / "docs" / name).read_text(encoding="utf-8"))
+    assert len(set(named)) >= 5
+    assert [word for word in named if not re.search(rf"\b{word}\b", code)] == []
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_a_page_names_exist(page: Path) -> None:
     """The changelog is left out: it speaks of files as they were. LLaVA's data sets have folders below `llava/` too."""
