@@ -113,11 +113,11 @@ ATTACKS: dict[str, tuple[str, ...]] = {
         "serve/http/test_keys.py::test_all_keys_are_compared_in_constant_time_whichever_fits",
     ),
     "CVE-2024-1561, CVE-2024-4325, CVE-2026-7302: files through the page or clients' file names": (
-        "serve/test_gradio_web_server.py::test_no_file_proxy_or_unknown_address_is_served",
-        "serve/test_gradio_web_server.py::test_uploads_get_names_made_here_and_only_pictures_are_kept",
-        "serve/test_gradio_web_server.py::test_requests_that_name_remote_files_or_are_no_json_never_reach_gradio",
-        "serve/test_gradio_web_server.py::test_expired_uploads_are_deleted",
-        "serve/test_gradio_web_server.py::test_programs_can_ask_through_gradio_client",
+        "serve/page/test_app.py::test_no_file_proxy_or_unknown_address_is_served",
+        "serve/page/test_app.py::test_uploads_get_names_made_here_and_only_images_are_kept",
+        "serve/page/test_app.py::test_requests_that_name_remote_files_or_are_no_json_never_reach_gradio",
+        "serve/page/test_app.py::test_expired_uploads_are_deleted",
+        "serve/page/test_app.py::test_programs_can_ask_through_gradio_client",
         "serve/test_threats.py::test_uploads_that_drip_in_are_bounded_in_number_and_time",
     ),
     "uploads that stall, and bodies before keys": (
@@ -166,7 +166,7 @@ PAINS: dict[str, tuple[str, ...]] = {
         "serve/cluster/test_controller_app.py::test_any_order_of_starting_works_and_a_restarted_controller_is_found_again",
         "serve/cluster/test_controller_app.py::test_workers_are_forgotten_after_silence_and_ready_says_so",
         "serve/test_faults.py::test_a_controller_that_starts_again_has_its_worker_back",
-        "serve/test_page_browser.py::test_no_worker_is_told_and_a_new_one_is_found_by_itself",
+        "serve/page/test_browser.py::test_no_worker_is_told_and_a_new_one_is_found_by_itself",
     ),
     "AVG-LLaVA#4; LLaVA#754; LLaVA-NeXT#100, #115: wrong template, '!!!!'": (
         "serve/test_worker_with_model.py::test_llavas_own_way_of_asking",
@@ -183,7 +183,7 @@ PAINS: dict[str, tuple[str, ...]] = {
     ),
     "InternVL#1231; VisionZip#24; vllm PR#51221: fewer tokens but no speed-up": (
         "serve/http/test_metrics.py::test_answers_are_counted_with_what_they_saved",
-        "serve/test_gradio_web_server.py::test_a_report_shows_choice_probabilities_savings_and_times",
+        "serve/page/test_app.py::test_a_report_shows_choice_probabilities_savings_and_times",
     ),
     "LLaVA#700, #704: Mac and CPU": ("serve/test_main.py::test_the_command_serves_the_micro_model_and_ends_well_on_sigterm",),
 }

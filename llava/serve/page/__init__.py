@@ -1,15 +1,8 @@
-"""The web page: chat with pictures, what each answer cost, comparison, votes. It talks to a controller (or a worker) over HTTP only.
+"""The web page: chat about images, see what each answer cost, compare two models or granularities, and vote.
 
-conversation.py  what was said: turns, pictures, replies, and the bodies of requests made of them
-catalogue.py     which models there are, asked again when the list may have changed
-log.py           votes and conversations as lines of JSON
-render.py        replies, reports and errors as HTML and SVG
-chat.py          what happens when a button is pressed
-layout.py        the page's parts and which of them press which button (Gradio)
-uploads.py       pictures coming in
-flags.py         the flags of the programs that serve it
-guard.py         what the page's server answers at all, and the headers it sends
-app.py           all of it as one ASGI application
+It knows a controller, or a worker, by its HTTP API alone, and Gradio; it knows no engine, no model and no torch. `app.py` composes it:
+conversations are kept in `sessions.py`, what the controls do stands in `chat.py` and what they look like in `layout.py`, `render.py` and
+`style.py`; `guard.py` and `uploads.py` decide what reaches Gradio.
 """
 
 import os

@@ -20,12 +20,12 @@ from llava.serve.backend.chat_client import ChatClient
 from llava.serve.http.origins import AllowedHosts
 from llava.serve.page.catalogue import Catalogue, ListMode
 from llava.serve.page.chat import Chat
-from llava.serve.page.conversation import Conversations
 from llava.serve.page.examples import load_examples
 from llava.serve.page.guard import PageGuard
 from llava.serve.page.layout import build_page
 from llava.serve.page.log import ConversationLog
 from llava.serve.page.script import SCRIPT
+from llava.serve.page.sessions import ChatSessions
 from llava.serve.page.style import CSS
 from llava.serve.page.uploads import Uploads
 
@@ -62,7 +62,7 @@ def create_page_app(options: PageOptions) -> FastAPI:
     os.environ["GRADIO_TEMP_DIR"] = str(folder)  # the one way to tell Gradio, read when its application is made
     client = ChatClient(options.url, options.api_key)
     uploads = Uploads(folder / "uploads")
-    chat = Chat(client, Catalogue(client, options.mode), Conversations(), ConversationLog(options.log_folder), folder)
+    chat = Chat(client, Catalogue(client, options.mode), ChatSessions(), ConversationLog(options.log_folder), folder)
     blocks = build_page(
         chat,
         options.mode,

@@ -1,6 +1,6 @@
-"""What happens when something is pressed: questions go out, answers come in, votes are written down.
+"""What the page's controls do: send questions, receive answers, record votes.
 
-Plain functions of values; `layout.py` ties them to the page's parts.
+Nothing here knows Gradio; `layout.py` connects it to the page's components.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from pathlib import Path
 from llava.images import ImageError
 from llava.serve.backend.chat_client import ChatClient, ChatError, Delta, Outcome
 from llava.serve.page.catalogue import Catalogue
-from llava.serve.page.conversation import (
+from llava.serve.page.log import ConversationLog, Kind
+from llava.serve.page.sessions import (
     MAX_QUESTION_CHARACTERS,
     MAX_TURNS,
-    Conversation,
-    Conversations,
-    Picture,
+    ChatImage,
+    ChatSession,
+    ChatSessions,
     Reply,
     Settings,
     Turn,
-    read_picture,
+    read_image,
 )
-from llava.serve.page.log import ConversationLog, Kind
 
 logger = logging.getLogger(__name__)
 
 REFRESH_SECONDS = 0.06
-"""How often a running answer is drawn anew, at most."""
+"""Shortest time between two updates of a running answer."""
 MAX_ANSWER_CHARACTERS = 200_000
 BUDGET_LABEL = "Token budget"
 """The slider of `max_visual_tokens`."""
@@ -40,36 +40,36 @@ VOTES: dict[str, Kind] = {"Like": "upvote", "Dislike": "downvote", "Flag": "flag
 
 
 class Refusal(ValueError):
-    """A sentence for the user: what was pressed cannot be done."""
+    """A sentence for the user: why this cannot be done."""
 
 
 class Chat:
-    """The page's doings.
+    """The actions of the page.
 
     Args:
-        client: where questions go. catalogue: of models. conversations: of the browsers. log: of votes.
-        upload_folder: the only folder that pictures are read from.
+        client: of the server that answers. catalogue: of its models. sessions: of the browsers. log: of answers and votes.
+        upload_folder: the only folder that images are read from.
     """
 
     def __init__(
-        self, client: ChatClient, catalogue: Catalogue, conversations: Conversations, log: ConversationLog, upload_folder: Path
+        self, client: ChatClient, catalogue: Catalogue, sessions: ChatSessions, log: ConversationLog, upload_folder: Path
     ) -> None:
-        self.client, self.catalogue, self.conversations, self.log = client, catalogue, conversations, log
+        self.client, self.catalogue, self.sessions, self.log = client, catalogue, sessions, log
         self.upload_folder = upload_folder.resolve()
         self.draining = False
 
     async def begin(
-        self, session: str, text: str, files: Sequence[str], sides: Sequence[Settings], pictures: Sequence[Picture] = ()
-    ) -> Conversation:
-        """Take a question into the conversation.
+        self, session: str, text: str, files: Sequence[str], sides: Sequence[Settings], images: Sequence[ChatImage] = ()
+    ) -> ChatSession:
+        """Add a question to a conversation.
 
         Args:
-            files: uploads, by their paths here. pictures: that were read before.
+            files: paths of uploads. images: already read.
 
         Raises:
-            Refusal: nothing was asked, a picture cannot be used, no model, or an answer is still being written.
+            Refusal: there is no question, an image cannot be used, no model is served, or an answer is still being written.
         """
-        conversation = self.conversations.get(session)
+        conversation = self.sessions.get(session)
         question = text.strip()
         if conversation.busy:
             raise Refusal("An answer is still being written; stop it first.")
@@ -81,36 +81,36 @@ class Chat:
             raise Refusal(f"This conversation has {MAX_TURNS} questions; clear it to go on.")
         conversation.busy = True  # before the first await: a second press must find it
         try:
-            await self._check_models(sides, conversation.num_pictures + len(files) + len(pictures))
+            await self._check_models(sides, conversation.num_images + len(files) + len(images))
             uploaded = [await asyncio.to_thread(self._read, name) for name in files]
         except BaseException:
             conversation.busy = False
             raise
-        conversation.turns.append(Turn(question, [*pictures, *uploaded], {side: Reply(settings) for side, settings in enumerate(sides)}))
+        conversation.turns.append(Turn(question, [*images, *uploaded], {side: Reply(settings) for side, settings in enumerate(sides)}))
         return conversation
 
-    async def begin_again(self, session: str, sides: Sequence[Settings]) -> Conversation:
-        """Ask the last question anew.
+    async def begin_again(self, session: str, sides: Sequence[Settings]) -> ChatSession:
+        """Ask the last question again.
 
         Raises:
             Refusal: there is none, or an answer is still being written.
         """
-        conversation = self.conversations.get(session)
+        conversation = self.sessions.get(session)
         if conversation.busy:
             raise Refusal("An answer is still being written; stop it first.")
         if not conversation.turns:
             raise Refusal("There is no question to ask again yet.")
         conversation.busy = True
         try:
-            await self._check_models(sides, conversation.num_pictures)
+            await self._check_models(sides, conversation.num_images)
         except BaseException:
             conversation.busy = False
             raise
         conversation.turns[-1].replies = {side: Reply(settings) for side, settings in enumerate(sides)}
         return conversation
 
-    async def answers(self, conversation: Conversation) -> AsyncIterator[None]:
-        """Let all sides answer the last question at once; gives a turn to the caller whenever there is something new to draw."""
+    async def answers(self, conversation: ChatSession) -> AsyncIterator[None]:
+        """Answer the last question on all sides concurrently; yields whenever there is something new to draw."""
         turn = conversation.turns[-1]
         news = asyncio.Event()
         conversation.stop = False
@@ -137,17 +137,17 @@ class Chat:
         yield
 
     def stop(self, session: str) -> None:
-        """End the running answers; what was written stays."""
-        conversation = self.conversations.find(session)
+        """Stop the running answers; the text so far stays."""
+        conversation = self.sessions.find(session)
         if conversation is not None:
             conversation.stop = True
 
     def clear(self, session: str) -> None:
         """Forget a conversation."""
-        self.conversations.drop(session)
+        self.sessions.drop(session)
 
     async def once(self, text: str, files: Sequence[str], settings: Settings) -> Reply:
-        """Answer one question outside any conversation, for programs.
+        """Answer one question in a conversation of its own, for programs.
 
         Raises:
             Refusal: as in `begin`, or the answer failed.
@@ -159,25 +159,25 @@ class Chat:
                 pass
             reply = conversation.turns[-1].replies[0]
         finally:
-            self.conversations.drop(session)
+            self.sessions.drop(session)
         if reply.error is not None:
             raise Refusal(f"{reply.error.text} ({reply.error.code}, request {reply.error.request_id})")
         return reply
 
     def vote(self, session: str, side: int, message: int, value: bool | str | None) -> str:
-        """Write down what a user thinks of one answer.
+        """Record a user's vote on one answer.
 
         Args:
-            message: the answer's place among that side's messages, where questions and answers take turns.
+            message: index of the answer among that side's messages, where questions and answers alternate.
             value: True or `Like`, False or `Dislike`, `Flag`; nothing takes it back.
 
         Returns:
-            A word of thanks; empty where nothing has changed (browsers send some votes twice).
+            A confirmation to show; empty where nothing has changed (browsers send some votes twice).
 
         Raises:
             Refusal: there is no such answer or vote.
         """
-        conversation = self.conversations.find(session)
+        conversation = self.sessions.find(session)
         turns = conversation.turns if conversation is not None else []
         index = message // 2
         reply = turns[index].reply(side) if message % 2 and 0 <= index < len(turns) else None
@@ -198,41 +198,40 @@ class Chat:
     async def drain(self) -> None:
         """Take no more questions, and wait for the running answers."""
         self.draining = True
-        while self.conversations.num_busy:
+        while self.sessions.num_busy:
             await asyncio.sleep(0.05)
 
-    async def _check_models(self, sides: Sequence[Settings], num_pictures: int) -> None:
+    async def _check_models(self, sides: Sequence[Settings], num_images: int) -> None:
         if self.draining:
             raise Refusal("The page is shutting down; reload it in a moment.")
         found = await self.catalogue.get()
         if not found.models:
-            told = found.error.text if found.error else "No model is being served now; start a worker."
-            raise Refusal(told)
+            raise Refusal(found.error.text if found.error else "No model is being served now; start a worker.")
         for settings in sides:
             model = found.find(settings.model)
             if model is None:
                 raise Refusal("The chosen model is not being served now; choose another.")
-            if num_pictures > (model.max_images if model.takes_images else 0):
+            if num_images > (model.max_images if model.takes_images else 0):
                 raise Refusal(
                     f"{model.name} takes at most {model.max_images} pictures in one conversation; clear it to go on."
                     if model.takes_images
                     else f"{model.name} takes no pictures."
                 )
 
-    def _read(self, name: str) -> Picture:
-        """Read one upload: a plain file right in the upload folder or a folder of it, and nothing else."""
+    def _read(self, name: str) -> ChatImage:
+        """Read one upload: a regular file in the upload folder or below it, and nothing else."""
         path = Path(name)
         try:
             inside = path.resolve().is_relative_to(self.upload_folder) and path.is_file()
             if not inside:
                 raise Refusal("A picture is no longer here; add it again.")
-            return read_picture(path.read_bytes())
+            return read_image(path.read_bytes())
         except ImageError as error:
             raise Refusal(f"A picture cannot be used: {error}.") from error
         except OSError as error:
             raise Refusal("A picture is no longer here; add it again.") from error
 
-    async def _answer(self, conversation: Conversation, turn: Turn, side: int, news: Callable[[], None]) -> None:
+    async def _answer(self, conversation: ChatSession, turn: Turn, side: int, news: Callable[[], None]) -> None:
         reply = turn.replies[side]
         body = {**reply.settings.body(), "messages": conversation.messages(side)}
         start = time.perf_counter()
@@ -242,7 +241,7 @@ class Chat:
                     _take(event, reply, 1000 * (time.perf_counter() - start))
                     news()
         except ChatError as error:
-            reply.error, reply.status = in_the_pages_words(error), "failed"
+            reply.error, reply.status = page_error(error), "failed"
         except asyncio.CancelledError:
             reply.status = "stopped"
             raise
@@ -254,12 +253,14 @@ class Chat:
             news()
 
 
-def in_the_pages_words(error: ChatError) -> ChatError:
-    """An error that names what a user of the page sees in place of a field of the API; others as they are."""
-    if error.param != "max_visual_tokens":
+def page_error(error: ChatError) -> ChatError:
+    """A budget that is too small, by the name of the slider in place of the API's field; other errors as they are."""
+    if error.param != "max_visual_tokens" or error.least is None:
         return error
-    smallest = "" if error.least is None else f": the smallest possible here is {error.least:,}"
-    text = f"The {BUDGET_LABEL.lower()} is too small for these pictures{smallest}. Move “{BUDGET_LABEL}” up, or to 0 for no limit."
+    text = (
+        f"The {BUDGET_LABEL.lower()} is too small for these pictures: the smallest possible here is {error.least:,}. "
+        f"Move “{BUDGET_LABEL}” up, or to 0 for no limit."
+    )
     return ChatError(text, error.code, error.request_id, error.status, error.param, error.least)
 
 

@@ -1,4 +1,4 @@
-"""Questions to start with, about the pictures that ship with the repository."""
+"""Questions to start with, about the images that ship with the repository."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava.serve.page.conversation import Picture, read_picture
+from llava.serve.page.sessions import ChatImage, read_image
 
 FOLDER = Path(__file__).resolve().parents[3] / "playground" / "images"
 FAMILIES = ("shape_colour", "number", "pole")
-"""One question per picture: of a coarse, a fine and a middling granularity."""
+"""One question per image: of a coarse, a fine and a middling granularity."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A question about a picture."""
+    """A question about an image."""
 
     question: str
-    picture: Picture
+    image: ChatImage
     path: Path
 
     def message(self) -> Any:
@@ -37,5 +37,5 @@ def load_examples(folder: Path = FOLDER) -> list[Example]:
     for scene, family in zip(scenes, FAMILIES, strict=False):
         question = next(question["text"] for question in scene["questions"] if question["family"] == family)
         path = folder / scene["image"]
-        examples.append(Example(question, read_picture(path.read_bytes()), path))
+        examples.append(Example(question, read_image(path.read_bytes()), path))
     return examples

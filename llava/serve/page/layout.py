@@ -12,9 +12,9 @@ from gradio.blocks import Block
 from llava.serve.backend.chat_client import ModelInfo
 from llava.serve.page.catalogue import ListMode, ModelList
 from llava.serve.page.chat import BUDGET_LABEL, Chat, Refusal
-from llava.serve.page.conversation import Conversation, Settings
 from llava.serve.page.examples import Example
 from llava.serve.page.render import about_html, chat_messages, heading_html, notice_html
+from llava.serve.page.sessions import ChatSession, Settings
 
 Values = Mapping[Block, Any]
 """What a browser sent, by the part that it stands in: handlers whose inputs are a set get this."""
@@ -331,7 +331,7 @@ def _model_name(value: Any) -> str:
     return value
 
 
-def draw(talk: Talk, conversation: Conversation | None) -> Changes:
+def draw(talk: Talk, conversation: ChatSession | None) -> Changes:
     """The conversation as it is now."""
     turns = conversation.turns if conversation is not None else []
     last = turns[-1].replies if turns else {}
@@ -356,7 +356,7 @@ def _askers(parts: Parts, chat: Chat, examples: Sequence[Example]) -> tuple[Aske
     """Handlers of a new question, of the last one again, and of an example."""
     talk = parts.talk
 
-    async def run(begin: Callable[[list[Settings]], Awaitable[Conversation]], values: Values, at_first: Changes | None = None) -> Stream:
+    async def run(begin: Callable[[list[Settings]], Awaitable[ChatSession]], values: Values, at_first: Changes | None = None) -> Stream:
         try:
             conversation = await begin(read_settings(values, parts.controls))
         except Refusal as refusal:
@@ -383,7 +383,7 @@ def _askers(parts: Parts, chat: Chat, examples: Sequence[Example]) -> tuple[Aske
         if not isinstance(event.index, int) or not 0 <= event.index < len(examples):
             raise gr.Error("There is no such example.", print_exception=False)
         example = examples[event.index]
-        async for changes in run(lambda sides: chat.begin(_session(request), example.question, [], sides, [example.picture]), values):
+        async for changes in run(lambda sides: chat.begin(_session(request), example.question, [], sides, [example.image]), values):
             yield changes
 
     return send, again, send_example
@@ -426,7 +426,7 @@ def _comparer(parts: Parts, chat: Chat) -> Callable[[gr.Request, Values], Awaita
 
     async def compare(request: gr.Request, values: Values) -> Changes:
         on = bool(values[controls.compare])
-        conversation = chat.conversations.find(_session(request))
+        conversation = chat.sessions.find(_session(request))
         answers = chat_messages(conversation.turns if conversation else [], 1, gr.HTML)
         changes: Changes = {controls.second_settings: gr.update(visible=on), second.column: gr.update(visible=on), second.chatbot: answers}
         if on:

@@ -1,6 +1,6 @@
 """Conversations and votes as lines of JSON, one file a day: `2026-01-31-conv.json`, as LLaVA names them.
 
-No name here comes from a browser, and no picture is written: a line names a picture by its SHA-256.
+No file name comes from a browser, and no image is written: a line names an image by its SHA-256.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-import os
 import threading
 import time
 from pathlib import Path
 from typing import Any, Literal
 
-from llava.serve.page.conversation import Conversation, Reply, Turn
+from llava.durable import append_whole
+from llava.serve.page.sessions import ChatSession, Reply, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ Kind = Literal["chat", "upvote", "downvote", "flag", "unvote"]
 class ConversationLog:
     """Appends lines to the day's file in a folder that is made when the first line comes.
 
-    A line that cannot be written, as on a full disk, is left out whole, and the conversation goes on without it.
+    A line that cannot be written, as on a full disk, is left out as a whole, and the page goes on.
 
     Args:
         folder: where; `None` writes nothing.
@@ -35,8 +35,8 @@ class ConversationLog:
         self._lock = threading.Lock()
         self._lost = 0
 
-    def write(self, kind: Kind, conversation: Conversation, side: int, turn: Turn, reply: Reply) -> None:
-        """Note what happened to one reply, with the conversation up to it."""
+    def write(self, kind: Kind, conversation: ChatSession, side: int, turn: Turn, reply: Reply) -> None:
+        """Record what happened to one reply, with the conversation up to it."""
         if self.folder is None:
             return
         line = json.dumps(_record(kind, conversation, side, turn, reply), ensure_ascii=False) + "\n"
@@ -44,9 +44,9 @@ class ConversationLog:
         with self._lock:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                _append(self.folder / f"{day}-conv.json", line.encode("utf-8", "replace"))
+                append_whole(self.folder / f"{day}-conv.json", line.encode("utf-8", "replace"))
             except OSError as error:
-                if not self._lost:  # told once, not with every answer
+                if not self._lost:  # once, not with every answer
                     logger.error("conversations and votes are no longer written to %s: %s; the page goes on", self.folder, error)
                 self._lost += 1
                 return
@@ -55,20 +55,7 @@ class ConversationLog:
                 self._lost = 0
 
 
-def _append(path: Path, line: bytes) -> None:
-    """Write a whole line or nothing: what a disk that fills up took of it is taken back."""
-    with path.open("ab", buffering=0) as file:
-        before = file.seek(0, os.SEEK_END)
-        try:
-            written = 0
-            while written < len(line):
-                written += file.write(line[written:])
-        except OSError:
-            file.truncate(before)
-            raise
-
-
-def _record(kind: Kind, conversation: Conversation, side: int, turn: Turn, reply: Reply) -> dict[str, Any]:
+def _record(kind: Kind, conversation: ChatSession, side: int, turn: Turn, reply: Reply) -> dict[str, Any]:
     until = conversation.turns.index(turn) + 1
     outcome = reply.outcome
     return {
@@ -91,6 +78,6 @@ def _turn_record(turn: Turn, side: int) -> dict[str, Any]:
     reply = turn.reply(side)
     return {
         "question": turn.question,
-        "images": [picture.sha256 for picture in turn.pictures],
+        "images": [image.sha256 for image in turn.images],
         "answer": reply.text if reply else None,
     }

@@ -1,7 +1,7 @@
 """Replies, reports and errors as HTML and SVG.
 
 Every text and every number that came from a server or a browser passes `_text` or `_number` here, so that an answer can hold no markup,
-and every picture is a data URL that this process made: nothing that these functions write makes a browser load anything.
+and every image is a data URL that this process made: nothing that these functions write makes a browser load anything.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from llava.serve.backend.chat_client import ChatError
 from llava.serve.page.catalogue import ModelList
-from llava.serve.page.conversation import Picture, Reply, Turn
+from llava.serve.page.sessions import ChatImage, Reply, Turn
 
 MAX_LEVELS = 32
 """Most bars that are drawn."""
@@ -48,22 +48,22 @@ def duration(milliseconds: Any) -> str:
     return f"{number:.0f} ms" if number < 1000 else f"{number / 1000:.1f} s"
 
 
-def said(text: str) -> str:
-    """A question or an answer for Gradio's chatbot, which takes even plain texts for HTML."""
+def text_html(text: str) -> str:
+    """A question or an answer for Gradio's chatbot, which reads even plain text as HTML."""
     return f'<div class="avg-said">{_text(text)}</div>'
 
 
-def pictures_html(pictures: Sequence[Picture]) -> str:
+def thumbnails_html(images: Sequence[ChatImage]) -> str:
     """The small copies beside a question."""
-    images = "".join(
-        f'<img src="{picture.thumbnail}" alt="picture {index + 1}, {picture.size[0]} by {picture.size[1]} pixels">'
-        for index, picture in enumerate(pictures)
+    thumbnails = "".join(
+        f'<img src="{image.thumbnail}" alt="picture {index + 1}, {image.size[0]} by {image.size[1]} pixels">'
+        for index, image in enumerate(images)
     )
-    return f'<div class="avg-pictures">{images}</div>'
+    return f'<div class="avg-pictures">{thumbnails}</div>'
 
 
 def about_html(description: str) -> str:
-    """What a model says of itself."""
+    """A model's description."""
     return f'<p class="avg-small avg-about">{_text(description)}</p>' if description else ""
 
 
@@ -76,7 +76,7 @@ def error_html(error: ChatError) -> str:
 
 
 def notice_html(models: ModelList, address: str, gone: Sequence[str] = ()) -> str:
-    """What stands above the chat while there is nobody to ask; empty when there is.
+    """The notice above the chat while no model can answer; empty when one can.
 
     Args:
         gone: models that are chosen and no longer served.
@@ -91,7 +91,7 @@ def notice_html(models: ModelList, address: str, gone: Sequence[str] = ()) -> st
         return ""
     if models.error is not None:
         told = (
-            f"<p><b>The list of models cannot be had.</b> {_text(models.error.text)}</p>"
+            f"<p><b>The list of models could not be loaded.</b> {_text(models.error.text)}</p>"
             f'<p class="avg-small">{_text(models.error.code)}. This page keeps trying and goes on by itself.</p>'
         )
     else:
@@ -103,24 +103,24 @@ def notice_html(models: ModelList, address: str, gone: Sequence[str] = ()) -> st
     return f'<div class="avg-notice" role="status">{told}</div>'
 
 
-def report_html(reply: Reply, pictures: Sequence[Picture]) -> str:
-    """What an answer cost: numbers, the router's probabilities, and the pictures with their token grids.
+def report_html(reply: Reply, images: Sequence[ChatImage]) -> str:
+    """The cost of an answer: numbers, the router's probabilities, and the images with their token grids.
 
     Args:
-        pictures: all that were sent, in order; the server reports one per picture.
+        images: all that were sent, in order; the server reports one per image.
     """
     outcome = reply.outcome
-    images = outcome.images if outcome else ()
+    reports = outcome.images if outcome else ()
     parts = [f'<div class="avg-facts">{"".join(_facts(reply))}</div>']
     if reply.status == "stopped":
         parts.append('<p class="avg-small">Stopped before the end.</p>')
     elif outcome is not None and outcome.finish_reason == "length":
         parts.append('<p class="avg-small">Cut off: the most new tokens, or the context, were reached.</p>')
-    drawn = list(zip(images, pictures, strict=False))
-    room = _room_of_each(images, reply.settings.max_visual_tokens)
-    for index, (report, picture) in enumerate(drawn):
+    drawn = list(zip(reports, images, strict=False))
+    room = _room_of_each(reports, reply.settings.max_visual_tokens)
+    for index, (report, image) in enumerate(drawn):
         name = f"<h4>Picture {index + 1}</h4>" if len(drawn) > 1 else ""
-        parts.append(f'<div class="avg-image">{name}{_bars(report, room[index])}{_views(report, picture)}</div>')
+        parts.append(f'<div class="avg-image">{name}{_bars(report, room[index])}{_views(report, image)}</div>')
     return f'<div class="avg-card">{"".join(parts)}</div>'
 
 
@@ -146,9 +146,9 @@ def _facts(reply: Reply) -> Iterable[str]:
         yield _fact("✓", "picture remembered")
 
 
-def _room_of_each(images: Sequence[Mapping[str, Any]], budget: int | None) -> list[float]:
-    """The most visual tokens that each picture may cost, where the others take their cheapest level."""
-    cheapest = [min(costs, default=0.0) for costs in map(_costs, images)]
+def _room_of_each(reports: Sequence[Mapping[str, Any]], budget: int | None) -> list[float]:
+    """The most visual tokens that each image may cost, where the others take their cheapest level."""
+    cheapest = [min(costs, default=0.0) for costs in map(_costs, reports)]
     return [math.inf if budget is None else budget - (sum(cheapest) - own) for own in cheapest]
 
 
@@ -190,13 +190,13 @@ def _bars(report: Mapping[str, Any], room: float) -> str:
     )
 
 
-def _views(report: Mapping[str, Any], picture: Picture) -> str:
+def _views(report: Mapping[str, Any], image: ChatImage) -> str:
     grid = report.get("grid")
     views = grid.get("views") if isinstance(grid, Mapping) else None
-    drawn = [view_svg(view, picture) for view in views[:2]] if isinstance(views, list) else []
+    drawn = [view_svg(view, image) for view in views[:2]] if isinstance(views, list) else []
     figures = [f"<figure>{svg}<figcaption>{caption}</figcaption></figure>" for svg, caption in (each for each in drawn if each is not None)]
     if not figures:
-        return f'<div class="avg-views"><figure><img src="{picture.thumbnail}" alt="the picture"></figure></div>'
+        return f'<div class="avg-views"><figure><img src="{image.thumbnail}" alt="the picture"></figure></div>'
     return f'<div class="avg-views">{"".join(figures)}</div>'
 
 
@@ -257,7 +257,7 @@ def _read_view(view: Any) -> _View | None:
     return found if found.is_sound else None
 
 
-def view_svg(view: Any, picture: Picture) -> tuple[str, str] | None:
+def view_svg(view: Any, image: ChatImage) -> tuple[str, str] | None:
     """One view of `llava.visualize.grid_of` as SVG, one red cell per visual token, and what it shows; `None` for anything else."""
     found = _read_view(view)
     if found is None:
@@ -267,7 +267,7 @@ def view_svg(view: Any, picture: Picture) -> tuple[str, str] | None:
     svg = (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{found.caption}">'
         f'<rect class="avg-canvas" width="{width}" height="{height}"/>'
-        f'<image href="{picture.thumbnail}" x="{x0}" y="{y0}" width="{x1 - x0}" height="{y1 - y0}" preserveAspectRatio="none"/>'
+        f'<image href="{image.thumbnail}" x="{x0}" y="{y0}" width="{x1 - x0}" height="{y1 - y0}" preserveAspectRatio="none"/>'
         f"{_cells(found)}{_tiles(found)}</svg>"
     )
     return svg, found.caption
@@ -299,24 +299,24 @@ def chat_messages(turns: Sequence[Turn], side: int, component: Any) -> list[dict
         component: makes a chatbot's component of HTML.
     """
     messages: list[dict[str, Any]] = []
-    shown: list[Picture] = []
+    shown: list[ChatImage] = []
     for turn in turns:
-        shown = shown + turn.pictures
-        question = said(turn.question)
-        messages.append({"role": "user", "content": component(pictures_html(turn.pictures) + question) if turn.pictures else question})
+        shown = shown + turn.images
+        question = text_html(turn.question)
+        messages.append({"role": "user", "content": component(thumbnails_html(turn.images) + question) if turn.images else question})
         reply = turn.reply(side)
         if reply is not None:
             messages.append({"role": "assistant", "content": _reply_content(reply, shown, component)})
     return messages
 
 
-def _reply_content(reply: Reply, pictures: Sequence[Picture], component: Any) -> Any:
-    """One thing, because Gradio puts its buttons beneath each: text while it is being written, then text with what belongs to it."""
+def _reply_content(reply: Reply, images: Sequence[ChatImage], component: Any) -> Any:
+    """One component, because Gradio puts its buttons below each: text while it is being written, then text with its report."""
     text = reply.text.strip()
     if reply.status == "streaming":
-        return said(text) if text else component(_WAITING)
-    written = said(text or "(no answer)") if text or reply.error is None else ""
-    return component(written + (error_html(reply.error) if reply.error is not None else report_html(reply, pictures)))
+        return text_html(text) if text else component(_WAITING)
+    written = text_html(text or "(no answer)") if text or reply.error is None else ""
+    return component(written + (error_html(reply.error) if reply.error is not None else report_html(reply, images)))
 
 
 _WAITING = '<div class="avg-waiting" role="status" aria-label="waiting for the answer"><i></i><i></i><i></i></div>'

@@ -7,7 +7,6 @@ here (its SHA-256 and its format), and nothing of the browser's file name surviv
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 import time
 from contextlib import suppress
@@ -19,6 +18,7 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from llava.durable import write_whole
 from llava.image_structure import image_format
 from llava.images import MAX_BYTES, ImageError, open_image
 from llava.serve.http.body_limits import BodyLimits
@@ -98,12 +98,10 @@ class Uploads:
             pass  # its pixels are whole
         suffix = {"jpeg": "jpg"}.get(name := image_format(data).lower(), name)
         path = self.folder / f"{hashlib.sha256(data).hexdigest()}.{suffix}"
-        temporary = path.with_suffix(f".{os.urandom(8).hex()}")
         with self._changing:
             if sum(size for kept, size in self._sizes.items() if kept != path) + len(data) > self.max_bytes:
                 raise OverflowError("There is no room for more pictures now; try again later.")
-            temporary.write_bytes(data)
-            temporary.replace(path)
+            write_whole(path, data)
             self._sizes[path] = len(data)
         return path
 

@@ -1,4 +1,4 @@
-"""What was said on the page, kept on the server: a browser sends its new question and never the history."""
+"""The page's conversations, kept on the server: a browser sends its new question and never the history."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ Status = Literal["streaming", "done", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture of a question: data_url for the model, thumbnail (a data URL too) for the page, both made here from checked bytes."""
+class ChatImage:
+    """One image of a question: data_url for the model, thumbnail (a data URL too) for the page, both made here from checked bytes."""
 
     data_url: str
     thumbnail: str
@@ -36,11 +36,11 @@ class Picture:
 
     @property
     def cost(self) -> int:
-        """Bytes it takes to remember it."""
+        """Bytes of memory that it takes."""
         return len(self.data_url) + len(self.thumbnail)
 
 
-def read_picture(data: bytes) -> Picture:
+def read_image(data: bytes) -> ChatImage:
     """Check and decode the bytes of an image file.
 
     Raises:
@@ -48,7 +48,7 @@ def read_picture(data: bytes) -> Picture:
     """
     with open_image(data).decoded() as image:
         size, thumbnail = image.size, _small_jpeg(image)
-    return Picture(
+    return ChatImage(
         data_url=_data_url(image_format(data).lower(), data),
         thumbnail=_data_url("jpeg", thumbnail),
         size=size,
@@ -69,7 +69,7 @@ def _data_url(kind: str, data: bytes) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """How one side is asked. granularity: `None` lets the router choose. max_visual_tokens: `None` for no budget."""
+    """The options of one side. granularity: `None` lets the router choose. max_visual_tokens: `None` for no budget."""
 
     model: str
     granularity: int | None = None
@@ -80,7 +80,7 @@ class Settings:
     max_tokens: int = 512
 
     def body(self) -> dict[str, Any]:
-        """The fields of a request; ours only where they say something, so that a server without them can be asked too."""
+        """The fields of a request; our own only where they are set, so that a server without them can be asked too."""
         body: dict[str, Any] = {
             "model": self.model,
             "temperature": self.temperature,
@@ -99,7 +99,7 @@ class Settings:
 class Reply:
     """One side's answer to one question.
 
-    first_ms, total_ms: as this page saw them, network included. vote: the last kind of vote on it.
+    first_ms, total_ms: measured by the page, network included. vote: the kind of the last vote on it.
     """
 
     settings: Settings
@@ -114,16 +114,16 @@ class Reply:
 
     @property
     def counts(self) -> bool:
-        """Whether it is part of the conversation from now on."""
+        """Whether it belongs to the history that later questions are sent with."""
         return self.status in ("done", "stopped") and bool(self.text.strip())
 
 
 @dataclass
 class Turn:
-    """A question with its pictures, and a reply per side."""
+    """A question with its images, and a reply per side."""
 
     question: str
-    pictures: list[Picture]
+    images: list[ChatImage]
     replies: dict[int, Reply] = field(default_factory=dict)
 
     def reply(self, side: int) -> Reply | None:
@@ -132,8 +132,8 @@ class Turn:
 
 
 @dataclass
-class Conversation:
-    """Turns, and what is going on."""
+class ChatSession:
+    """One browser's conversation: its turns, and whether an answer is running or has to stop."""
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     turns: list[Turn] = field(default_factory=list)
@@ -143,60 +143,60 @@ class Conversation:
 
     @property
     def cost(self) -> int:
-        return sum(picture.cost for turn in self.turns for picture in turn.pictures)
+        return sum(image.cost for turn in self.turns for image in turn.images)
 
     @property
-    def num_pictures(self) -> int:
-        return sum(len(turn.pictures) for turn in self.turns)
+    def num_images(self) -> int:
+        return sum(len(turn.images) for turn in self.turns)
 
     def messages(self, side: int) -> list[dict[str, Any]]:
         """The conversation up to its last question, as that side has seen it.
 
-        A question without a usable answer is left out, and its pictures go with the next one.
+        A question without a usable answer is left out, and its images go with the next one.
         """
         messages: list[dict[str, Any]] = []
-        waiting: list[Picture] = []
+        waiting: list[ChatImage] = []
         for turn in self.turns[:-1]:
             reply = turn.reply(side)
-            waiting += turn.pictures
+            waiting += turn.images
             if reply is None or not reply.counts:
                 continue
             messages += [_user_message(turn.question, waiting), {"role": "assistant", "content": reply.text.strip()}]
             waiting = []
         last = self.turns[-1]
-        return [*messages, _user_message(last.question, waiting + last.pictures)]
+        return [*messages, _user_message(last.question, waiting + last.images)]
 
 
-def _user_message(question: str, pictures: list[Picture]) -> dict[str, Any]:
-    if not pictures:
+def _user_message(question: str, images: list[ChatImage]) -> dict[str, Any]:
+    if not images:
         return {"role": "user", "content": question}
-    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": picture.data_url}} for picture in pictures]
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": image.data_url}} for image in images]
     return {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
 
 
-class Conversations:
+class ChatSessions:
     """The conversations of all browsers, by session; the longest unused are forgotten when there are too many or too large ones.
 
     Args:
-        max_count: of conversations. max_bytes: of their pictures together. max_age: seconds without use.
+        max_count: of conversations. max_bytes: of their images together. max_age: seconds without use.
     """
 
     def __init__(self, max_count: int = 1000, max_bytes: int = 1_000_000_000, max_age: float = 3 * 3600.0) -> None:
         self.max_count, self.max_bytes, self.max_age = max_count, max_bytes, max_age
-        self._by_session: OrderedDict[str, Conversation] = OrderedDict()
+        self._by_session: OrderedDict[str, ChatSession] = OrderedDict()
 
-    def get(self, session: str) -> Conversation:
+    def get(self, session: str) -> ChatSession:
         """That session's conversation, a new one where there is none."""
-        conversation = self._by_session.setdefault(session, Conversation())
+        conversation = self._by_session.setdefault(session, ChatSession())
         self._by_session.move_to_end(session)
         conversation.used = time.monotonic()
         self._forget_old(keep=session)
         return conversation
 
-    def find(self, session: str) -> Conversation | None:
+    def find(self, session: str) -> ChatSession | None:
         return self._by_session.get(session)
 
-    def drop(self, session: str) -> Conversation | None:
+    def drop(self, session: str) -> ChatSession | None:
         """Forget a conversation and end what it still has running."""
         conversation = self._by_session.pop(session, None)
         if conversation is not None:

@@ -19,7 +19,7 @@ from tests.serve.page_backend import Backend, running
 
 pytestmark = pytest.mark.slow
 
-SCENE = Path(__file__).resolve().parents[2] / "playground" / "images" / "scene_pink.png"
+SCENE = Path(__file__).resolve().parents[3] / "playground" / "images" / "scene_pink.png"
 WIDE, PHONE = (1280, 900), (390, 844)
 SCREENSHOTS = os.environ.get("SCREENSHOTS")
 

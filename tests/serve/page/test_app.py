@@ -27,19 +27,19 @@ from llava.serve.backend.chat_client import ChatClient, ChatError, ModelInfo, Ou
 from llava.serve.page import guard
 from llava.serve.page.app import PageOptions, create_page_app
 from llava.serve.page.catalogue import Catalogue, ModelList
-from llava.serve.page.chat import Chat, Refusal, in_the_pages_words
-from llava.serve.page.conversation import Conversation, Conversations, Reply, Settings, Turn, read_picture
+from llava.serve.page.chat import Chat, Refusal, page_error
 from llava.serve.page.guard import PageGuard
 from llava.serve.page.layout import _another_level, _place_settings, draw_models, read_settings
 from llava.serve.page.log import ConversationLog
 from llava.serve.page.render import chat_messages, error_html, notice_html, report_html, view_svg
+from llava.serve.page.sessions import ChatSession, ChatSessions, Reply, Settings, Turn, read_image
 from llava.serve.page.uploads import Uploads
 from tests.serve.fake_backend import HTTP
 from tests.serve.page_backend import Backend, running
 from tests.serve.ports import free_port
 from tests.serve.running import wait_until
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 EVIL = '<script>alert(1)</script><img src="http://192.0.2.1/x">'
 
 
@@ -67,7 +67,7 @@ def page(api, tmp_path_factory):
 
 def make_chat(url, tmp_path, mode="reload"):
     client = ChatClient(url)
-    return Chat(client, Catalogue(client, mode, seconds=0), Conversations(), ConversationLog(tmp_path / "logs"), tmp_path)
+    return Chat(client, Catalogue(client, mode, seconds=0), ChatSessions(), ConversationLog(tmp_path / "logs"), tmp_path)
 
 
 ONE_SIDE = (Settings("avg-llava"),)
@@ -191,13 +191,13 @@ def test_a_page_that_ends_lets_answers_finish_and_takes_no_new_questions(api, tm
 
 
 def test_old_and_large_conversations_are_forgotten():
-    picture = read_picture(png())
-    conversations = Conversations(max_count=3, max_bytes=2 * picture.cost)
+    image = read_image(png())
+    conversations = ChatSessions(max_count=3, max_bytes=2 * image.cost)
     for name in "abcd":
         conversations.get(name)
     assert len(conversations) == 3 and conversations.find("a") is None
     for name in "bcd":
-        conversations.get(name).turns.append(Turn("q", [picture]))
+        conversations.get(name).turns.append(Turn("q", [image]))
     conversations.get("d")
     assert conversations.find("b") is None and conversations.find("d") is not None
 
@@ -276,7 +276,7 @@ def test_votes_and_conversations_are_lines_under_names_made_here(api, tmp_path):
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["type"] for line in lines] == ["chat", "upvote", "flag", "unvote"]
     assert lines[1]["state"] == [
-        {"question": "../../evil\nname", "images": [read_picture(png()).sha256], "answer": lines[1]["state"][0]["answer"]}
+        {"question": "../../evil\nname", "images": [read_image(png()).sha256], "answer": lines[1]["state"][0]["answer"]}
     ]
     assert lines[0]["request_id"] == "req-7" and "data:" not in file.read_text()
 
@@ -300,7 +300,7 @@ def finished(images=(), usage=None, text="answer"):
 
 def test_a_report_shows_choice_probabilities_savings_and_times(api):
     report = api[0].report((640, 480), {"messages": [1]})
-    html = report_html(finished([report], {"visual_tokens": 100, "full_visual_tokens": 400}), [read_picture(png((640, 480)))])
+    html = report_html(finished([report], {"visual_tokens": 100, "full_visual_tokens": 400}), [read_image(png((640, 480)))])
     assert "<b>144</b> tokens per view" in html and "<b>75 %</b> saved" in html and "<b>2.3 s</b> in all" in html
     assert html.count("<svg") == 2 and "whole view: 12 by 12" in html and "4 tiles" in html
     assert html.count("avg-chosen") == 1 and "55 %" in html
@@ -314,8 +314,8 @@ def test_nothing_from_outside_becomes_markup(api):
         "probabilities": [EVIL, 1],
     }
     reply = finished([report], {"visual_tokens": EVIL, "full_visual_tokens": EVIL, "completion_tokens": EVIL}, EVIL)
-    picture = read_picture(png())
-    drawn = str(chat_messages([Turn(EVIL, [picture], {0: reply})], 0, lambda html: html))
+    image = read_image(png())
+    drawn = str(chat_messages([Turn(EVIL, [image], {0: reply})], 0, lambda html: html))
     drawn += (
         error_html(ChatError(EVIL, EVIL, EVIL)) + notice_html(ModelList(error=ChatError(EVIL, EVIL)), EVIL) + notice_html(ModelList(), EVIL)
     )
@@ -339,10 +339,10 @@ def test_nothing_from_outside_becomes_markup(api):
 )
 def test_a_grid_that_makes_no_sense_is_not_drawn(api, change):
     view = api[0].report((640, 480), {"messages": [1]})["grid"]["views"][1]
-    picture = read_picture(png())
-    assert view_svg(view, picture) is not None
-    assert view_svg({**view, **change}, picture) is None
-    assert view_svg(EVIL, picture) is None
+    image = read_image(png())
+    assert view_svg(view, image) is not None
+    assert view_svg({**view, **change}, image) is None
+    assert view_svg(EVIL, image) is None
 
 
 @pytest.mark.parametrize(
@@ -360,18 +360,20 @@ def test_levels_over_the_callers_budget_are_struck_out(api, budget, pictures, st
     report = api[0].report((672, 672), {"messages": [1]})
     reply = finished([report] * pictures)
     reply.settings = Settings("m", max_visual_tokens=budget)
-    html = report_html(reply, [read_picture(png((672, 672)))] * pictures)
+    html = report_html(reply, [read_image(png((672, 672)))] * pictures)
     rows = re.findall(r'<tr class="avg-forbidden" title="over the token budget"><th scope="row">(\d+)</th>', html)
     assert rows == struck * pictures and ("struck out: over the token budget" in html) == bool(struck)
 
 
 def test_a_budget_error_speaks_of_the_slider_and_its_smallest_value():
     error = ChatError("max_visual_tokens is 5, but ...", "invalid_request_error", "req-1", 400, "max_visual_tokens", 1024)
-    told = in_the_pages_words(error)
+    told = page_error(error)
     assert told.text.startswith("The token budget is too small for these pictures: the smallest possible here is 1,024. Move “Token bu")
+    malformed = ChatError("max_visual_tokens is 0, expected 1 or more.", "invalid_request_error", param="max_visual_tokens")
+    assert page_error(malformed) is malformed
     assert (told.code, told.request_id, told.status) == ("invalid_request_error", "req-1", 400)
     other = ChatError("stop is wrong", "invalid_request_error", param="stop")
-    assert in_the_pages_words(other) is other
+    assert page_error(other) is other
 
 
 def test_a_budget_error_of_a_server_is_read_with_its_number(api):
@@ -390,19 +392,17 @@ def test_a_full_disk_loses_lines_and_no_answer_and_is_told_once(api, tmp_path, m
     chat = make_chat(api[1], tmp_path)
     asyncio.run(converse(chat, "before"))
     (file,) = (tmp_path / "logs").iterdir()
-    whole, real = file.read_bytes(), Path.open
+    whole, real = file.read_bytes(), os.write
 
-    class FillsUp(io.FileIO):
-        def write(self, data):
-            if self.tell() > len(whole):
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return super().write(bytes(data)[:10])
-
-    def opened(self, mode="r", *args, **options):
-        return FillsUp(str(self), "ab") if mode == "ab" else real(self, mode, *args, **options)
+    def fills_up(descriptor, data):
+        if not os.path.samestat(os.fstat(descriptor), file.stat()):
+            return real(descriptor, data)
+        if file.stat().st_size > len(whole):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, bytes(data)[:10])
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "open", opened)
+        patched.setattr("llava.durable.os.write", fills_up)
         conversation = asyncio.run(converse(chat, "while it is full", "and again"))
     assert conversation.turns[-1].replies[0].status == "done" and file.read_bytes() == whole
     assert len([record for record in caplog.records if "no longer written" in record.message and "No space left" in record.message]) == 1
@@ -483,7 +483,7 @@ def upload(url, *files):
     return HTTP.post(f"{url}/gradio_api/upload", files=[("files", file) for file in files])
 
 
-def test_uploads_get_names_made_here_and_only_pictures_are_kept(page):
+def test_uploads_get_names_made_here_and_only_images_are_kept(page):
     url, chat, _ = page
     answer = upload(url, ("../../../evil<script>.html", png(), "text/html"))
     assert answer.status_code == 200
@@ -508,7 +508,7 @@ def test_an_upload_is_named_and_sent_on_by_its_bytes(kind, suffix, tmp_path):
     Image.new("RGB", (9, 7), "red").save(file, kind)
     kept = Uploads(tmp_path / "uploads").keep(file.getvalue())
     assert kept.suffix == f".{suffix}" and kept.read_bytes() == file.getvalue()
-    seen = read_picture(file.getvalue())
+    seen = read_image(file.getvalue())
     assert seen.size == (9, 7) and seen.data_url.startswith(f"data:image/{'jpeg' if suffix == 'jpg' else suffix};base64,")
 
 
@@ -767,7 +767,7 @@ def test_flags_that_cannot_work_end_with_one_sentence(flags, told, capsys):
 
 
 def test_an_empty_conversation_draws_nothing():
-    assert chat_messages(Conversation().turns, 0, str) == []
+    assert chat_messages(ChatSession().turns, 0, str) == []
 
 
 @pytest.mark.slow
