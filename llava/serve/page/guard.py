@@ -1,7 +1,7 @@
 """What the page's server answers at all, and the headers it sends.
 
 Gradio serves more than this page uses: a proxy, components' own routes, remote files named in a request. Here is a closed list of paths
-and methods; nothing is taken from other sites' pages; requests are small (pictures come in through `uploads.py` alone), name no remote file
+and methods; nothing is taken from other sites' pages; requests are small (images come in through `uploads.py` alone), name no remote file
 and call an event that the page has, all of which Gradio itself would answer with an internal error; and the browser is told to load nothing
 from anywhere else.
 """

@@ -1,4 +1,4 @@
-"""The page's parts, and which of them press which button."""
+"""The page's Gradio components, and which handler each of their events calls."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from llava.serve.page.render import about_html, chat_messages, heading_html, not
 from llava.serve.page.sessions import ChatSession, Settings
 
 Values = Mapping[Block, Any]
-"""What a browser sent, by the part that it stands in: handlers whose inputs are a set get this."""
+"""What a browser sent, by component: handlers whose inputs are a set get this."""
 Changes = dict[Any, Any]
-"""What becomes of parts of the page; the others are left alone."""
+"""New values or properties, by component; the others stay as they are."""
 AUTO = "auto"
 POLL_SECONDS = 5.0
 """How often an open page asks whether the list of models has changed."""
 BUDGET_VIEWS = 6
-"""The budget slider ends at so many views of the finest granularity; more than one picture of most models takes."""
+"""The budget slider ends at so many views of the finest granularity; more than one image takes with most models."""
 DEFAULT_BUDGET_END = 4096
 
 
@@ -190,7 +190,7 @@ def _place_side(side: int, label: str, examples: Sequence[Example]) -> Side:
             elem_id=f"avg-chat-{side}",
             height="max(360px, calc(100vh - 270px))",
             autoscroll=False,  # see `llava.serve.page.script`
-            render_markdown=False,  # an answer is text: no picture or link in it may be loaded
+            render_markdown=False,  # an answer is text: no image or link in it may be loaded
             allow_file_downloads=False,
             buttons=[],
             feedback_options=["Like", "Dislike", "Flag"],
@@ -198,7 +198,7 @@ def _place_side(side: int, label: str, examples: Sequence[Example]) -> Side:
             placeholder='<div class="avg-hint">Ask about a picture: add one below, or take an example.</div>',
             examples=[example.message() for example in examples] or None,
         )
-        chatbot.keep_in_cache.update(chatbot.temp_files)  # Gradio deletes what it has copied; the examples' pictures have to stay
+        chatbot.keep_in_cache.update(chatbot.temp_files)  # Gradio deletes what it has copied; the examples' images have to stay
     return Side(column, heading, chatbot)
 
 
@@ -234,7 +234,7 @@ def _wire(page: gr.Blocks, parts: Parts, chat: Chat, mode: ListMode, address: st
 
 
 def _place_for_programs(chat: Chat, concurrency: int) -> None:
-    """One endpoint for `gradio_client`: `/ask`, of a question with pictures, a model, a granularity and a budget."""
+    """One endpoint for `gradio_client`: `/ask`, which takes a question with images, a model, a granularity and a budget."""
     question = gr.MultimodalTextbox(visible=False, label="question", file_types=["image"], file_count="multiple")
     model = gr.Textbox(visible=False, label="model")
     granularity = gr.Textbox(AUTO, visible=False, label="granularity")
@@ -318,7 +318,7 @@ def _settings(
 
 
 def _number(kind: type[N], value: Any, otherwise: str) -> N:
-    """One setting as a number. otherwise: what is said of it where it is none."""
+    """One setting as a number. otherwise: the error's text where it is none."""
     try:
         return kind(value)
     except (TypeError, ValueError, OverflowError) as error:

@@ -19,7 +19,7 @@ SCRIPT = """
   };
   const settleAll = () => document.querySelectorAll("#avg-sides [role=log]").forEach(settle);
   new MutationObserver(settleAll).observe(document, {childList: true, characterData: true, subtree: true});
-  document.addEventListener("load", settleAll, true);  // of a picture, which moves what is below it
+  document.addEventListener("load", settleAll, true);  // of an image, which moves what is below it
   const release = event => {
     const state = logs.get(event.target.closest?.("#avg-sides [role=log]"));
     if (state) state.held = false;

@@ -1,6 +1,6 @@
-"""Pictures coming in from a browser.
+"""Image uploads from a browser.
 
-Takes the place of Gradio's own upload: a file is kept only if its header says it is a picture within the limits, under a name made
+Takes the place of Gradio's own upload: a file is kept only if it is an image within the limits, under a name made
 here (its SHA-256 and its format), and nothing of the browser's file name survives.
 """
 
@@ -27,9 +27,9 @@ from llava.serve.http.request_limiter import RequestLimiter
 from llava.serve.protocol import Limits, ServeError
 
 MAX_FILES = 8
-"""Pictures per upload."""
+"""Images per upload."""
 MAX_UPLOAD_BYTES = MAX_FILES * (MAX_BYTES + 10_000)
-"""Of all pictures of an upload, and the form around them."""
+"""Of all images of an upload, and the form around them."""
 HELD_UPLOADS = 16
 """How many of that size may be under way at once, all visitors together: what has come of each lies on the disk."""
 CLIENT_UPLOADS = 8
@@ -49,12 +49,12 @@ def upload_limits(body_seconds: float = Limits.body_seconds) -> BodyLimits:
 
 
 class Uploads:
-    """The folder of uploaded pictures.
+    """The folder of uploaded images.
 
     Args:
         folder: made here, for this user alone.
-        max_bytes: of all pictures kept together; further ones are refused until old ones expire.
-        max_age: seconds after which a picture expires.
+        max_bytes: of all images kept together; further ones are refused until old ones expire.
+        max_age: seconds after which an image expires.
     """
 
     def __init__(self, folder: Path, max_bytes: int = 2_000_000_000, max_age: float = 3600.0) -> None:
@@ -64,7 +64,7 @@ class Uploads:
         self._changing = threading.Lock()
 
     async def receive(self, request: Request) -> Response:
-        """Answer Gradio's `POST /gradio_api/upload`: the server's paths of the pictures, in order. `PageGuard` bounds how they arrive."""
+        """Answer Gradio's `POST /gradio_api/upload`: paths of the images on the server, in order. `PageGuard` bounds how they arrive."""
         if request.headers.get("content-length") is None:
             return PlainTextResponse("The upload has no Content-Length.", 411)
         try:
@@ -88,10 +88,10 @@ class Uploads:
         return PlainTextResponse('data: {"msg": "done"}\n\n', media_type="text/event-stream")
 
     def keep(self, data: bytes) -> Path:
-        """Check a picture and store it.
+        """Check an image and store it.
 
         Raises:
-            ImageError: not a picture within the limits. OverflowError: the folder is full.
+            ImageError: not an image within the limits. OverflowError: the folder is full.
         """
         self.expire()
         with open_image(data).decoded():
