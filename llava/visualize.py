@@ -1,4 +1,4 @@
-"""Pictures of what the model looked at: the views of an image with the chosen token grid drawn over them."""
+"""Drawings of what the model looked at: the views of an image with the chosen token grid over them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def draw_granularity(images: Sequence[Image.Image], reports: Sequence[RoutingRep
     """Draw every image's whole view and tiles, with one red cell per visual token and a yellow line around each view.
 
     Args:
-        images: RGB pictures. reports: one per picture. config: the model's configuration.
+        images: RGB images. reports: one per image. config: the model's configuration.
 
     Returns:
-        An RGB picture: the whole view on the left, the joined tiles on the right, dropped padding in grey, the cost beneath.
+        An RGB image: the whole view on the left, the joined tiles on the right, dropped padding in grey, the cost beneath.
     """
     rows = [_image_row(image, report, config) for image, report in zip(images, reports, strict=True)]
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
@@ -41,16 +41,16 @@ def draw_granularity(images: Sequence[Image.Image], reports: Sequence[RoutingRep
 
 
 def grid_of(image_size: tuple[int, int], granularity: int, config: Any) -> dict[str, Any]:
-    """Where a picture's visual tokens lie, as plain numbers that a page can draw without the model.
+    """Where an image's visual tokens lie, as plain numbers that a page can draw without the model.
 
     Args:
-        image_size: (width, height) of the picture in pixels.
+        image_size: (width, height) of the image in pixels.
         granularity: tokens per view of the chosen level.
         config: the model's configuration.
 
     Returns:
         `{"views": [...]}`: the whole view, then the joined tiles where the model cuts them. Each has `canvas` (width, height) in pixels of
-        the drawing, `picture` (left, top, right, bottom) of the picture on it, `grid` (rows, columns) of cells over the canvas, `tiles`
+        the drawing, `picture` (left, top, right, bottom) of the image on it, `grid` (rows, columns) of cells over the canvas, `tiles`
         (down, across), `rows` and `columns` (start, stop) of the cells that are kept, and `newlines`, tokens that end a row.
 
     Raises:
@@ -82,7 +82,7 @@ def _view_grid(
 
 
 def _whole_view_grid(image_size: tuple[int, int], level: Granularity, aspect_ratio: str) -> dict[str, Any]:
-    """The whole view: with tiles, the picture squeezed into a square, so that its cells lie evenly on the picture itself."""
+    """The whole view: with tiles, the image is squeezed into a square, so its cells lie evenly on the original image."""
     width, height = image_size
     if aspect_ratio == "anyres":
         return _view_grid((width, height), (0, 0, width, height), level.grid)

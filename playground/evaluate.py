@@ -3,7 +3,7 @@
     python -m playground.evaluate answer --model DIR --questions playground/eval/test.jsonl --output records.json
     python -m playground.evaluate table --records records.json --router name=DIR[,DIR...] --output playground/results
 
-`answer` asks every question at every granularity (the language model is frozen while routers train, so this is done once); a router
+`answer` answers every question at every granularity (the language model is frozen while routers train, so this is done once); a router
 then only adds its logits, and every row of the table (fixed levels, random at equal tokens, adaptive, cheapest correct) is computed
 from the same answers.
 """
@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from llava.eval.report.answers import Record, ask_all, by_picture, router_logits
+from llava.eval.report.answers import Encoder, Record, ask_all, batches, by_image
 from llava.eval.report.outcomes import Outcomes
-from llava.eval.report.tasks import read_task
+from llava.eval.report.tasks import Item, read_task
 from llava.images import load_image
 from llava.inference import Assistant, Options
 from llava.messages import RoutingRequest
@@ -49,7 +50,7 @@ class Results(Outcomes):
 
 
 def summary(results: Results, row: dict[str, Any]) -> dict[str, float]:
-    """How a router does against the fixed levels, and whether it separates coarse from fine questions."""
+    """How a router compares with the fixed levels, and whether it separates coarse from fine questions."""
     fixed = [results.row(results.fixed(level)) for level in range(results.levels)]
     coarse = [sum(row["choices"][family][:2]) for family in COARSE_FAMILIES]
     fine = [sum(row["choices"][family][level] for level in results.solving_levels(family)) for family in FINE_FAMILIES]
@@ -145,23 +146,56 @@ def answer_all(assistant: Assistant, path: Path) -> list[Record]:
     return records
 
 
+@torch.inference_mode()
+def router_logits(assistants: Sequence[Assistant], items: Sequence[Item], folder: Path, batch_size: int = 80) -> list[np.ndarray]:
+    """(Q, G) logits of several models' routers, in the order of `items`; no answer is generated.
+
+    The models differ in nothing but their routers, so the first one encodes the images for all.
+
+    Raises:
+        ValueError: a model without a router, or one whose other weights differ from the first's.
+    """
+    for assistant in assistants:
+        _check_router_alone_differs(assistants[0].model, assistant.model)
+    encoder = Encoder(assistants[0], folder)
+    rows: list[dict[int, Tensor]] = [{} for _ in assistants]
+    for batch in tqdm(list(batches(items, batch_size)), desc="routing", unit="batch"):
+        encoded = encoder([items[place] for place in batch])
+        features = [image.features for image in encoded.images]
+        for own, assistant in zip(rows, assistants, strict=True):
+            logits = assistant.model.router_logits(encoded.rows, features).float().cpu()
+            own |= dict(zip(batch, logits, strict=True))
+    return [torch.stack([own[place] for place in range(len(items))]).numpy() for own in rows]
+
+
+def _check_router_alone_differs(first: Any, model: Any) -> None:
+    if model.model.router is None:
+        raise ValueError("A model has no router, so there are no logits to compare.")
+    own, other = (
+        {name: tensor for name, tensor in each.state_dict().items() if not name.startswith("model.router.")} for each in (first, model)
+    )
+    different = [name for name in own if name not in other or not torch.equal(own[name], other[name])]
+    if different:
+        raise ValueError(f"Two models differ in {different[0]}, not only in their routers; compare routers trained on the same model.")
+
+
 def logits_of(assistants: Sequence[Assistant], path: Path) -> list[np.ndarray]:
-    """(questions, G) logits of each model's router, in the order of `answer_all`."""
+    """(Q, G) logits of each model's router for the questions of a file, in the order of `answer_all`."""
     task = read_task(path)
     return router_logits(assistants, task.items, task.folder)
 
 
 def time_answers(assistant: Assistant, path: Path, count: int = 60) -> dict[str, Any]:
-    """End-to-end milliseconds of adaptive and full answers to the same coarse questions on one thread, taken in turns."""
+    """End-to-end milliseconds of adaptive and full-granularity answers to the same coarse questions, in alternation on one thread."""
     torch.set_num_threads(1)
     finest = assistant.model.levels[-1].tokens
-    asked = [item for item in by_picture(read_task(path).items) if item.family in COARSE_FAMILIES][:count]
+    asked = [item for item in by_image(read_task(path).items) if item.family in COARSE_FAMILIES][:count]
     spent: dict[str, list[float]] = {"adaptive": [], "full": []}
     for question in tqdm(asked, desc="timing", unit="question"):
-        picture = load_image(path.parent / question.image)
-        for name, wish in (("adaptive", None), ("full", finest)):
+        image = load_image(path.parent / question.image)
+        for name, granularity in (("adaptive", None), ("full", finest)):
             start = time.perf_counter()
-            assistant.answer([picture], question.text, Options(max_new_tokens=LONGEST_ANSWER, routing=RoutingRequest(wish)))
+            assistant.answer([image], question.text, Options(max_new_tokens=LONGEST_ANSWER, routing=RoutingRequest(granularity)))
             spent[name].append(1000 * (time.perf_counter() - start))
     median = {name: statistics.median(values) for name, values in spent.items()}
     return {"questions": len(asked), "median ms": median, "speed-up": median["full"] / median["adaptive"]}
@@ -171,7 +205,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("task", choices=("answer", "table", "time"))
-    parser.add_argument("--model", help="checkpoint to ask or to time")
+    parser.add_argument("--model", help="checkpoint to evaluate or to time")
     parser.add_argument("--questions", type=Path, default=Path("playground/eval/test.jsonl"))
     parser.add_argument("--records", type=Path, help="what `answer` wrote")
     parser.add_argument("--router", action="append", default=[], help="NAME=CHECKPOINT[,CHECKPOINT...], one per seed; the first is plotted")

@@ -1,4 +1,4 @@
-"""Asking models many questions: answers in LLaVA's format, reports of accuracy against cost, and one question from the shell."""
+"""Evaluation: one question from the shell, a file of questions in LLaVA's format, and reports of accuracy against cost."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""A file of questions is answered: LLaVA's file formats. `llava.eval.model_vqa` is its program.
+"""Answer a file of questions, in LLaVA's file formats; the program is `llava.eval.model_vqa`.
 
-A question is `{"question_id", "image", "text"}`: `image` is a name, a list of names, or missing; whatever else a row holds is handed on to
-its answer. The whole file is read and checked before the model is loaded.
+A question is `{"question_id", "image", "text"}`: `image` is a name, a list of names, or missing; other fields are copied to the
+answer. The whole file is read and checked before the model is loaded.
 
-Every process of a run (`torchrun`, `accelerate launch`) answers its share and writes it to a part of its own under
-`ANSWERS.parts/`, line by line; whichever process finds the last answer there joins the parts in the order of the questions. So
-nothing waits for anything, a killed run goes on where it was, and what failed is tried again by the same command.
+Every process of a run (`torchrun`, `accelerate launch`) answers its share and writes it line by line to a part of its own under
+`ANSWERS.parts/`; the process that finds all answers there joins the parts in the order of the questions. So no process waits for
+another, a killed run resumes where it stopped, and the same command retries what failed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from llava.eval.checks import check_questions, check_routing
 from llava.eval.journal import Journal, json_lines
 from llava.eval.one_by_one import Failure, attempt
 from llava.eval.questions import Row, other_fields, read_questions
-from llava.flags import options_of
+from llava.flags import ANSWERING, ROUTING, options_of
 from llava.images import load_image
 from llava.inference import Answer, Assistant, Options, Question, micro_model_path
 from llava.interrupts import keeping
@@ -55,7 +55,7 @@ class Place:
 
     @classmethod
     def here(cls) -> Place:
-        """As `torchrun`, `accelerate launch` or `deepspeed` say; alone without them."""
+        """As set by `torchrun`, `accelerate launch` or `deepspeed`; a single process without them."""
         return cls(*(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
 
 
@@ -63,14 +63,14 @@ class Place:
 
 
 def handed_on(row: dict[str, Any], text: str) -> dict[str, Any]:
-    """What an object holds besides its question, for its answer's line.
+    """The fields of an object besides its question, which are copied to the answer.
 
     Raises:
-        ValueError: a field that the answer has, too.
+        ValueError: a field that answers have themselves.
     """
     taken = [name for name in OUTPUT_FIELDS if name in row]
     if taken:
-        raise ValueError(f"{', '.join(taken)} would be overwritten by the answer's; rename it")
+        raise ValueError(f"{', '.join(taken)} would be overwritten by the answer's own; rename it")
     return other_fields(row, text)
 
 
@@ -83,7 +83,7 @@ def share(rows: Sequence[Row], parts: int, part: int) -> Sequence[Row]:
 
 
 def describe_run(args: argparse.Namespace, options: Options) -> dict[str, Any]:
-    """What answers depend on: questions, pictures' folder, model, options and chunk. Batches, devices and processes are left out."""
+    """What answers depend on: questions, image folder, model, options and chunk; not batch size, devices or processes."""
     return {
         "questions": hashlib.sha256(args.question_file.read_bytes()).hexdigest(),
         "image folder": str(args.image_folder.resolve()),
@@ -95,18 +95,27 @@ def describe_run(args: argparse.Namespace, options: Options) -> dict[str, Any]:
     }
 
 
+RUN_LABELS = {
+    "questions": "the SHA-256 of --question-file", "image folder": "--image-folder", "chunk": "the chunk (--chunk-idx of --num-chunks)",
+    "model": "--model-path", "model base": "--model-base", "quantised": "quantisation (--load-4bit, --load-8bit)",
+    **{f"options.{name}": f"--{name.replace('_', '-')}" for name in ANSWERING},
+    **{f"options.routing.{name}": f"--{flag.replace('_', '-').removeprefix('vis-token-')}" for flag, name in ROUTING.items()},
+}  # fmt: skip
+"""What error messages call the fields of `describe_run`."""
+
+
 def describe_model(model: str) -> str:
     """A model and its state: the commit of a hub id; names, sizes and times of the weights in a folder.
 
     Raises:
-        ValueError: there is no such folder, and no such model at the hub or in its cache.
+        ValueError: there is no such folder, and no such model on the hub or in its cache.
     """
     folder = Path(model)
     if not folder.is_dir():
         try:
             config = cached_file(model, "config.json")
         except (OSError, ValueError) as error:
-            raise ValueError(f"The model {model!r} is neither a folder nor to be had from the hub: {error}") from error
+            raise ValueError(f"The model {model!r} is neither a folder nor available from the hub: {error}") from error
         return f"{model}@{Path(str(config)).parent.name}"
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
@@ -132,7 +141,7 @@ def questions_of(rows: Sequence[Row], image_folder: Path) -> list[Question]:
 
 
 def answer_rows(assistant: Assistant, rows: Sequence[Row], options: Options, image_folder: Path, model_id: str) -> list[dict[str, Any]]:
-    """Answer rows in one batch; where that fails, one by one, so that a failure is its own row's alone.
+    """Answer rows in one batch; where that fails, one by one, so that a bad row fails alone.
 
     Returns:
         A line of the journal per row.
@@ -179,10 +188,10 @@ def _answered(row: Row, answer: Answer, model_id: str, batch_size: int) -> dict[
 
 
 def answer_all(args: argparse.Namespace, rows: Sequence[Row], options: Options, journal: Journal, place: Place) -> None:
-    """Load the model and answer this process's share of what is not answered yet.
+    """Load the model and answer those questions of this process's share that have no answer yet.
 
     Raises:
-        ValueError: a model that cannot be asked like this. NoSpaceError: there is no room for the answers.
+        ValueError: a model that cannot answer with these options. NoSpaceError: there is no room for the answers.
     """
     own = share(rows, place.world_size, place.rank)
     done = journal.records()
@@ -216,13 +225,13 @@ def _load(args: argparse.Namespace, place: Place) -> Assistant:
 def join(rows: Sequence[Row], own: Sequence[Row], journal: Journal, answers_file: Path) -> bool | None:
     """Write answers and errors in the order of the questions, once every question has one of the two.
 
-    Errors are reported once: afterwards the journal is as if their questions had not been asked.
+    Errors are reported once and then withdrawn, so the next run tries their questions again.
 
     Args:
-        own: this process's share, which it has written down.
+        own: this process's share, whose outcomes it has written to the journal.
 
     Returns:
-        `None` while other processes are at work, else whether all were answered.
+        `None` while other processes are running, else whether all questions were answered.
 
     Raises:
         OSError: this process's answers are gone, or there is no room for the files.
@@ -230,9 +239,9 @@ def join(rows: Sequence[Row], own: Sequence[Row], journal: Journal, answers_file
     records = journal.records()
     missing = [row for row in rows if row.index not in records]
     if any(row in own for row in missing):
-        raise OSError(f"{journal.folder} was changed by others while answers were written to it; the same command asks for what it lacks.")
+        raise OSError(f"{journal.folder} was changed by another program; the same command answers what is missing.")
     if missing:
-        logger.info("%d of %d questions are still with other processes; the last of them joins the parts", len(missing), len(rows))
+        logger.info("other processes still have %d of %d questions to answer; the last of them joins the parts", len(missing), len(rows))
         return None
     ordered = [records[row.index] for row in rows]
     answers = [record["answer"] for record in ordered if "answer" in record]
@@ -247,15 +256,15 @@ def join(rows: Sequence[Row], own: Sequence[Row], journal: Journal, answers_file
     print(summary(answers, len(rows), answers_file))
     if errors:
         print(
-            f"error: {len(errors)} of {len(rows)} questions failed and are not among the answers; {errors_file} says why. "
-            "The same command asks them again.",
+            f"error: {len(errors)} of {len(rows)} questions failed and have no answer; {errors_file} says why. "
+            "The same command tries them again.",
             file=sys.stderr,
         )
     return not errors
 
 
 def summary(answers: Sequence[dict[str, Any]], asked: int, file: Path) -> str:
-    """One line: how many were answered, where the answers are, what they cost, and how many are empty."""
+    """One line: the number of answers, their file, their cost, and how many are empty."""
     text = f"{len(answers)} of {asked} questions answered: {file}"
     tokens = sum(answer["metadata"]["visual_tokens"] for answer in answers)
     full = sum(answer["metadata"]["full_visual_tokens"] for answer in answers)
@@ -268,7 +277,7 @@ def summary(answers: Sequence[dict[str, Any]], asked: int, file: Path) -> str:
 
 
 def _options(args: argparse.Namespace) -> Options:
-    """Check what can be checked without the model.
+    """The options of the flags, checked as far as possible without the model.
 
     Raises:
         ValueError: flags that cannot work.
@@ -290,7 +299,7 @@ def _options(args: argparse.Namespace) -> Options:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answer the questions of this process; 0, or 1 where the whole run is through and a question has no answer.
+    """Answer the questions of this process; 0, or 1 if the run is complete and a question failed.
 
     Raises:
         ValueError: input that cannot work, or an answers file of another run.
@@ -301,16 +310,16 @@ def run(args: argparse.Namespace) -> int:
     rows = share(read_questions(args.question_file, args.image_folder, handed_on), args.num_chunks, args.chunk_idx)
     folder = args.answers_file.with_name(args.answers_file.name + ".parts")
     if args.answers_file.exists() and not folder.exists():
-        raise ValueError(f"{args.answers_file} exists, and {folder}, which would say what it answers, does not; choose another file.")
+        raise ValueError(f"{args.answers_file} exists, but not {folder}, which would describe its run; choose another --answers-file.")
     place = Place.here()
     journal = Journal(folder, place.rank)
     with (
-        keeping(lambda: f"{_answered_rows(journal)} of {len(rows)} answers are kept in {folder}; the same command goes on"),
+        keeping(lambda: f"{_answered_rows(journal)} of {len(rows)} answers are kept in {folder}; the same command resumes"),
         journal.alone(),
     ):
-        journal.begin(describe_run(args, options), "Choose another --answers-file, or delete the folder and the answers.")
+        journal.begin(describe_run(args, options), RUN_LABELS, "Choose another --answers-file, or delete the folder and the answers.")
         answer_all(args, rows, options, journal, place)
-        # A process that ends with an error makes its launcher kill the others, so failures wait until all are through.
+        # A process that exits with an error makes its launcher kill the others, so only the last one reports failures.
         return 1 if join(rows, share(rows, place.world_size, place.rank), journal, args.answers_file) is False else 0
 
 

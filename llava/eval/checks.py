@@ -1,4 +1,4 @@
-"""What an evaluation may ask of a model, checked before its first question, so that a wrong flag is no failure of every row."""
+"""Checks of an evaluation before its first question, so that a wrong flag is one error instead of a failure of every row."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.routing import allowed_levels
 
 TRIED = 100
-"""So many questions that cannot be asked, and none that can, are no accident."""
+"""After so many questions that the model cannot answer, and none that it can, the flags are at fault."""
 
 
 def check_routing(assistant: Assistant, request: RoutingRequest) -> None:
-    """See that a model has the granularities that it is to be measured at.
+    """Check that a model has the granularities that it is to be evaluated at.
 
-    A single answer may be asked for 576 tokens per view of any model and takes its finest (see `RoutingRequest`); a number that stands in
-    a table of results may not mean another one.
+    A single request for 576 tokens per view gets the finest granularity of any model (see `RoutingRequest`); in a table of results a number
+    must mean what it says.
 
     Raises:
         ValueError: a plain language model, a granularity that the model lacks, or whatever `allowed_levels` refuses.
@@ -30,28 +30,28 @@ def check_routing(assistant: Assistant, request: RoutingRequest) -> None:
     wanted = request.granularity
     if isinstance(wanted, int) and wanted not in levels:
         raise ValueError(
-            f"The granularity is {wanted}, but this model has {levels} tokens per view; an evaluation asks for one of these, so that its "
-            "result is not taken for another's."
+            f"The granularity is {wanted}, but this model has {levels} tokens per view; choose one of these, so that results carry "
+            "the granularity they were measured at."
         )
     allowed_levels(levels, request, has_router=assistant.model.model.router is not None)
 
 
 def check_questions(assistant: Assistant, questions: Iterable[tuple[Any, Callable[[], Question]]], options: Options) -> None:
-    """See that the model can be asked one of the first questions; what none of them can be asked with is no question's own fault.
+    """Check that the model can answer one of the first questions; options that none of them can be answered with are wrong themselves.
 
-    Usually the very first one tells, and nothing is computed by the model.
+    Usually the first question settles it. The model computes nothing.
 
     Args:
-        questions: ids, and what opens each one's images; one that cannot be opened tells nothing about the model.
+        questions: ids, and functions that open each question's images; one that cannot be opened is skipped.
 
     Raises:
-        ValueError: none of the first `TRIED` can be asked, with what is in the way of the first.
+        ValueError: none of the first `TRIED` can be answered, with the reason for the first.
     """
     refused: list[tuple[Any, ValueError]] = []
     for question_id, load in questions:
         try:
             question = load()
-        except Exception:  # counted as this question's failure when it is asked
+        except Exception:  # reported as this question's failure when it is its turn
             continue
         try:
             check_question(assistant, question, options)
@@ -67,10 +67,10 @@ def check_questions(assistant: Assistant, questions: Iterable[tuple[Any, Callabl
 
 
 def check_question(assistant: Assistant, question: Question, options: Options) -> None:
-    """See that a question has a template, granularities within its budget, and room in the model's context.
+    """Check that a question has a template, a granularity within its budget, and room in the model's context.
 
     Raises:
-        ValueError: it has not; the sentence names the flag or field to change.
+        ValueError: it has not; the message names the flag or field to change.
     """
     model, images = assistant.model, question.images
     if images and assistant.image_processor is None:

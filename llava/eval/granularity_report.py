@@ -48,6 +48,11 @@ ANSWERS = "answers.jsonl"
 PARTS = "answers.parts"
 PAGES = ("report.html", "report.md", "report.csv")
 """What is written beside `REPORT`, which is written last and marks a report as finished."""
+ORIGIN_LABELS = {
+    "model": "--model-path", "model base": "--model-base", "granularities": "--granularities", "max new tokens": "--max-new-tokens",
+    "questions": "the digest of the questions", "image folder": "the folder of the images",
+}  # fmt: skip
+"""What error messages call the fields of `_origin` and of a run's description."""
 
 
 # ---- flags ------------------------------------------------------------------------------------------------------------------------
@@ -270,7 +275,11 @@ def _answers(
     if settings.answers is not None:
         encoder = Encoder(assistant, task.folder)
         kept, left, unused = earlier_answers(
-            settings.answers, task.items, origin, lambda items: ask(assistant, encoder(items), granularities, settings.max_new_tokens)
+            settings.answers,
+            task.items,
+            origin,
+            ORIGIN_LABELS,
+            lambda items: ask(assistant, encoder(items), granularities, settings.max_new_tokens),
         )
     _begin(journal, {**origin, "questions": _digest(left), "image folder": str(task.folder.resolve())}, settings)
     asked, crashes = ask_all(assistant, left, task.folder, granularities, settings.max_new_tokens, settings.batch_size, journal)
@@ -292,7 +301,7 @@ def _begin(journal: Journal, description: dict[str, Any], settings: Settings) ->
         for name in (REPORT, *PAGES):
             (output / name).unlink(missing_ok=True)
         journal.discard()
-    journal.begin(description, "Choose another --output, or start over there with --overwrite.", replace=settings.overwrite)
+    journal.begin(description, ORIGIN_LABELS, "Choose another --output, or start over there with --overwrite.", replace=settings.overwrite)
     journal.withdraw(list(journal.records().values()))
 
 

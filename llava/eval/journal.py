@@ -1,4 +1,4 @@
-"""What a run of several processes has done so far, so that a killed one goes on and the last one joins the parts."""
+"""The progress of an evaluation run by one or more processes, so that a killed run can resume and the last process joins the parts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llava.durable import append_whole, held_alone, room_for, write_whole
 
 
 class Journal:
-    """A folder with the run's description (`run.json`) and one part per process, to which lines are only ever appended.
+    """A folder with the run's description (`run.json`) and one append-only part per process.
 
     The parts of two processes that share four questions, of which the third failed at first:
 
@@ -25,9 +25,9 @@ class Journal:
                            {"withdrawn": ["5f0c"]}
                            {"row": 2, "answer": {"question_id": 9, "text": "left", ...}}
 
-    Lines of earlier runs and of other processes count alike, so a run may go on with another number of processes. An error counts until
-    it is withdrawn by its name: when a process sets out to ask its question again, and when a whole run's errors have been reported, so
-    that no process of the next run takes them for its own. Withdrawing by name needs no order between parts and no waiting.
+    Lines of earlier runs and of other processes count alike, so a run may resume with another number of processes. An error counts until
+    it is withdrawn by its id: when a process retries its question, and when a complete run has reported its errors, so that no process of
+    the next run takes them for its own. Withdrawing by id needs no order between parts, and no process waits for another.
     """
 
     def __init__(self, folder: Path, rank: int = 0) -> None:
@@ -36,12 +36,12 @@ class Journal:
 
     @property
     def description(self) -> Path:
-        """The file that says what run the folder belongs to."""
+        """The file that describes the run that the folder belongs to."""
         return self.folder / "run.json"
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep a second process from this part while the block runs, in which everything else here is done.
+        """Lock this part against other processes while the block runs; everything else happens within such a block.
 
         Raises:
             ValueError: another process writes to it.
@@ -51,21 +51,22 @@ class Journal:
         with held_alone(self.folder / f".{self.part.stem}.lock", str(self.folder)):
             yield
 
-    def begin(self, description: dict[str, Any], cure: str, replace: bool = False) -> None:
-        """Start, or go on after a run of the same description; the half line that a killed process left is cut off.
+    def begin(self, description: dict[str, Any], labels: Mapping[str, str], cure: str, replace: bool = False) -> None:
+        """Start, or resume a run of the same description; the partial line that a killed process left is cut off.
 
-        Another run that has come to nothing yet, say because its model could not be loaded, is replaced.
+        Another run without results, such as one whose model could not be loaded, is replaced.
 
         Args:
-            cure: what to do where the folder belongs to another run, for the end of the sentence.
-            replace: start anew there.
+            description: what the results depend on. labels: what an error message calls its fields, see `differences`.
+            cure: what to do where the folder belongs to another run, for the end of the message.
+            replace: start over there.
 
         Raises:
-            ValueError: the folder belongs to another run, and the sentence names what differs; or it is damaged.
+            ValueError: the folder belongs to another run, and the message names what differs; or it is damaged.
             NoSpaceError: there is no room.
         """
         before = self._described()
-        changed = differences(before, description)
+        changed = differences(before, description, labels)
         if before and changed and self.records():
             if not replace:
                 raise ValueError(f"{self.folder} belongs to another run: {'; '.join(changed)}. {cure}")
@@ -77,13 +78,13 @@ class Journal:
             os.truncate(self.part, len(whole[0]) + len(whole[1]))
 
     def _described(self) -> dict[str, Any]:
-        """The run that the folder belongs to; nothing for a new one."""
+        """The description of the run that the folder belongs to; empty for a new one."""
         if not self.description.exists():
             return {}
         try:
             return dict(json.loads(self.description.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.description} is damaged; delete {self.folder}, and everything is asked again.") from error
+            raise ValueError(f"{self.description} is damaged; delete {self.folder} to answer everything again.") from error
 
     def discard(self) -> None:
         """Forget everything."""
@@ -91,11 +92,11 @@ class Journal:
             path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Delete the folder, when nothing of it is needed any more."""
+        """Delete the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def add(self, records: Sequence[dict[str, Any]]) -> None:
-        """Append lines: all of them, or none where there is no room; a kill can cut the last of them short.
+        """Append lines: all of them, or none where there is no room; a kill may leave a partial line.
 
         Raises:
             NoSpaceError: there is no room.
@@ -103,13 +104,13 @@ class Journal:
         append_whole(self.part, json_lines(records))
 
     def withdraw(self, records: Sequence[dict[str, Any]]) -> None:
-        """Let errors among these count no more; answers stay."""
+        """Withdraw the errors among these; answers stay."""
         names = [record["id"] for record in records if "error" in record]
         if names:
             self.add([{"withdrawn": names}])
 
     def records(self) -> dict[int, dict[str, Any]]:
-        """The last word on every row, by index: its answer, else an error that was not withdrawn.
+        """The outcome of every row, by index: its answer, else an error that was not withdrawn.
 
         Raises:
             ValueError: a part was damaged.
@@ -125,40 +126,45 @@ class Journal:
 
 
 def _lines(part: Path) -> list[dict[str, Any]]:
-    """What the whole lines of a part say.
+    """The complete lines of a part.
 
     Raises:
         ValueError: the part was damaged.
     """
     found = []
-    for number, line in enumerate(part.read_bytes().split(b"\n")[:-1], start=1):  # what follows the last newline is half a line
+    for number, line in enumerate(part.read_bytes().split(b"\n")[:-1], start=1):  # what follows the last newline is a partial line
         try:
             found.append(json.loads(line))
         except ValueError as error:
-            raise ValueError(f"{part} is damaged in line {number}; delete that line, its question is then asked again.") from error
+            raise ValueError(f"{part} is damaged in line {number}; delete that line to answer its question again.") from error
     return found
 
 
-def differences(before: dict[str, Any], now: dict[str, Any], within: str = "") -> list[str]:
-    """What differs between two descriptions, a text for each innermost field."""
+def differences(before: dict[str, Any], now: dict[str, Any], labels: Mapping[str, str], within: str = "") -> list[str]:
+    """What differs between two descriptions, a text for each innermost field.
+
+    Args:
+        labels: what a user calls a field, by its dotted path; a field without one is called by its path.
+    """
     found = []
     for name in {**before, **now}:
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{within}{name}.")
+            found += differences(old, new, labels, f"{within}{name}.")
         elif old != new:
-            found.append(f"{within}{name} was {old!r}, is {new!r}")
+            was, now_is = ("not given" if value is None else repr(value) for value in (old, new))
+            found.append(f"{labels.get(path := within + name, path)} was {was}, is {now_is}")
     return found
 
 
 def json_lines(records: Iterable[Mapping[str, Any]], default: Callable[[Any], Any] | None = None) -> bytes:
-    """Records as JSONL in UTF-8. Half a surrogate pair, which UTF-8 cannot hold, stays the escape that JSON has for it.
+    """Records as JSONL in UTF-8. A lone surrogate, which UTF-8 cannot encode, stays a JSON escape.
 
     Args:
-        default: makes something JSON can hold of what it cannot.
+        default: converts what JSON cannot represent.
 
     Raises:
-        ValueError: a number that JSON has not.
+        ValueError: a number that JSON cannot represent.
     """
     text = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False, default=default) + "\n" for record in records)
     return text.encode("utf-8", "backslashreplace")

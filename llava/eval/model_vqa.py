@@ -32,10 +32,10 @@ def build_parser(prog: str = PROG) -> Parser:
     questions.add_argument("--question-file", type=Path, required=True, metavar="FILE",
                            help="JSON objects, one per question: question_id, image (name, list or missing), text")  # fmt: skip
     questions.add_argument("--image-folder", type=Path, metavar="FOLDER",
-                           help="what names of images are relative to; the question file's folder when missing")  # fmt: skip
+                           help="folder that image names are relative to (default: that of the question file)")  # fmt: skip
     questions.add_argument("--answers-file", type=Path, required=True, metavar="FILE",
-                           help="where the answers go; parts of an unfinished run lie in ANSWERS_FILE.parts")  # fmt: skip
-    questions.add_argument("--num-chunks", type=int, default=1, metavar="N", help="cut the questions into N consecutive chunks")
+                           help="file for the answers; an unfinished run keeps its parts in ANSWERS_FILE.parts")  # fmt: skip
+    questions.add_argument("--num-chunks", type=int, default=1, metavar="N", help="split the questions into N chunks, one run each")
     questions.add_argument("--chunk-idx", type=int, default=0, metavar="I", help="the chunk to answer, from 0")
     questions.add_argument("--batch-size", type=int, default=1, metavar="N",
                            help="questions answered together; greedy answers do not depend on it")  # fmt: skip
@@ -47,7 +47,7 @@ def build_parser(prog: str = PROG) -> Parser:
 
 
 def answer(args: argparse.Namespace) -> int:
-    """Answer this process's share; 0, or 1 where the whole run is through and a question has no answer.
+    """Answer this process's share; 0, or 1 if the run is complete and a question failed.
 
     Raises:
         ValueError: input that cannot work, or an answers file of another run.

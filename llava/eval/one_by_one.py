@@ -1,4 +1,4 @@
-"""Batches whose failures are their own questions' alone: what fails together is tried again one by one."""
+"""Isolation of failures: a batch that fails is retried item by item."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Outcome = TypeVar("Outcome")
 class Failure:
     """What was raised, as text: `reason` in one line, `details` with the traceback.
 
-    The exception itself is not kept, since its traceback holds every tensor of the batch that failed.
+    The exception itself is not kept: its traceback would keep every tensor of the failed batch alive.
     """
 
     reason: str
@@ -32,7 +32,7 @@ class Failure:
 def attempt(
     work: Callable[[Sequence[Item]], Sequence[Outcome]], items: Sequence[Item]
 ) -> tuple[list[Outcome | None], dict[int, Failure]]:
-    """Do a batch; where that fails, do its items one by one, so that one bad item does not take its neighbours along.
+    """Process a batch; if that fails, process its items one by one, so that a bad item does not fail its neighbours.
 
     Args:
         work: one outcome per item. Whatever `Exception` it raises is a failure.
@@ -42,12 +42,12 @@ def attempt(
     """
     try:
         return list(work(items)), {}
-    except Exception as error:  # whatever a picture, a prompt or a model may raise: noted, and the others are still asked
+    except Exception as error:  # whatever an image, a prompt or a model may raise: recorded, and the others still get their turn
         failure = Failure.of(error)
-    # Only here, behind the except block, the error and with it the batch's memory are gone: what failed for lack of it may now succeed.
+    # Only here, after the except block, the exception and the batch's memory are freed: items that ran out of memory may now succeed.
     if len(items) == 1:
         return [None], {0: failure}
-    logger.warning("a batch of %d failed and is asked one by one: %s", len(items), failure.reason)
+    logger.warning("a batch of %d failed, its questions are tried one by one: %s", len(items), failure.reason)
     outcomes: list[Outcome | None] = []
     failures: dict[int, Failure] = {}
     for index, item in enumerate(items):

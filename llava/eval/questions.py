@@ -4,9 +4,8 @@
     {"question_id": 2, "image": ["a.png", "b.png"], "text": "Which of <image> and <image> is brighter?"}
     {"question_id": 3, "text": "How many legs has a spider?", "answer": 8, "family": "counting"}
 
-Whether they stand one per line, side by side, over several lines or in a list is all the same (`llava.json_rows`). What else an object
-may or must hold is its reader's business: `model_vqa` hands it on, the report and the harness's own tasks read the expected answer and
-the family from it (`scored_fields`).
+Objects may stand one per line, several per line, over several lines, or in a list (`llava.json_rows`). Other fields are up to the reader:
+`model_vqa` copies them to the answer; the report and the harness's own tasks read the expected answer and the family (`scored_fields`).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from llava.json_rows import JsonRow, read_rows
 INPUT_FIELDS = ("question_id", "image", "text")
 PROBLEMS_SHOWN = 20
 NO_FAMILY = "all"
-"""The family of questions whose line names none."""
+"""The family of questions that name none."""
 
 ExtraFields = Callable[[dict[str, Any], str], dict[str, Any]]
 """(a question's object, its text in the file) -> what a reader makes of the fields besides `INPUT_FIELDS`; raises ValueError."""
@@ -31,7 +30,7 @@ ExtraFields = Callable[[dict[str, Any], str], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Row:
-    """One question: its place among the file's questions, counted from 0, and what its object holds."""
+    """One question: its index in the file, from 0, and the contents of its object."""
 
     index: int
     question_id: Any
@@ -41,27 +40,27 @@ class Row:
 
 
 def other_fields(row: dict[str, Any], text: str) -> dict[str, Any]:
-    """Everything else that an object holds, as it is."""
+    """All other fields of an object, unchanged."""
     return {name: row[name] for name in row if name not in INPUT_FIELDS}
 
 
 def scored_fields(row: dict[str, Any], text: str) -> dict[str, Any]:
-    """The expected `answer` and the `family` of a question, as texts: numbers as they are written, so that 12.50 stays 12.50.
+    """The expected `answer` and the `family` of a question as strings; numbers keep their spelling, so that 12.50 stays 12.50.
 
     Raises:
-        ValueError: no answer, or one that is neither a text nor a number; a family without a name.
+        ValueError: no answer, or one that is neither a string nor a number; a family that is not a name.
     """
     written = as_written(text)
     answer = written.get("answer")
     if answer is None:
-        raise ValueError("answer is missing, expected the text or number that an answer is compared with")
+        raise ValueError("answer is missing, expected the text or number to compare answers with")
     if not isinstance(answer, str):
         raise ValueError(f"answer is {answer!r}, expected one text or number")
     return {"answer": answer, "family": family_of(written)}
 
 
 def as_written(text: str) -> dict[str, Any]:
-    """A question's object with numbers as the texts that they are written as, so that 12.50 stays 12.50."""
+    """A question's object with numbers as strings in their spelling, so that 12.50 stays 12.50."""
     return json.loads(text, parse_int=str, parse_float=str)
 
 
@@ -69,11 +68,11 @@ def family_of(row: dict[str, Any]) -> str:
     """The family that a question names, or `NO_FAMILY`.
 
     Raises:
-        ValueError: something that is no name.
+        ValueError: something other than a name.
     """
     family = NO_FAMILY if row.get("family") is None else row["family"]
     if not isinstance(family, str) or not family:
-        raise ValueError(f"family is {family!r}, expected the name of a group, or nothing")
+        raise ValueError(f"family is {family!r}, expected a name, or no such field")
     return family
 
 
@@ -81,17 +80,17 @@ def read_questions(file: Path, folder: Path, extra_fields: ExtraFields = other_f
     """Read a question file whole.
 
     Args:
-        file: JSON objects, see `llava.json_rows`; numbers that JSON has not, such as NaN, are refused, as what reads the answers may be.
-        folder: what names of images are relative to.
+        file: JSON objects, see `llava.json_rows`; NaN and infinities are refused, because readers of the answers may not accept them.
+        folder: the folder that image names are relative to.
         extra_fields: makes `Row.extra` of each object.
 
     Raises:
-        ValueError: everything that is wrong with it, with line numbers.
+        ValueError: all mistakes, with line numbers.
     """
     if not file.is_file():
         raise ValueError(f"The question file {file} does not exist; give a file of JSON objects, one per question.")
     if not folder.is_dir():
-        raise ValueError(f"There is no image folder {folder}; give the folder that the image names in {file} are relative to.")
+        raise ValueError(f"The image folder {folder} does not exist; give the folder that the image names in {file} are relative to.")
     rows: list[Row] = []
     problems: list[str] = []
     there: dict[str, bool] = {}
@@ -107,12 +106,12 @@ def read_questions(file: Path, folder: Path, extra_fields: ExtraFields = other_f
         problems.append("it holds no question")
     if problems:
         shown = problems[:PROBLEMS_SHOWN] + [f"and {len(problems) - PROBLEMS_SHOWN} more"] * (len(problems) > PROBLEMS_SHOWN)
-        raise ValueError(f"{file} cannot be asked as it is:\n  " + "\n  ".join(shown))
+        raise ValueError(f"{file} has mistakes:\n  " + "\n  ".join(shown))
     return rows
 
 
 def _read_row(index: int, found: JsonRow, extra_fields: ExtraFields) -> tuple[Row | None, list[str]]:
-    """A value's question, or `None`, and what is wrong with it."""
+    """The question of a JSON value, or `None`, and its mistakes."""
     row = found.value
     if found.problem:
         return None, [found.problem]

@@ -28,7 +28,7 @@ FIRST = (
 SEPARATOR = ","
 """Between the names of several images."""
 DATA_URL = re.compile(r"data:[^,]*,[\w+/=%-]*", re.IGNORECASE | re.ASCII)
-"""One address with its image inside, which always holds a comma."""
+"""A data URL with an image; it always holds a comma."""
 
 
 def eval_model(args: Any) -> str:
@@ -67,7 +67,7 @@ def _images(args: Any) -> list[Any]:
 
 
 def split_names(text: str, separator: str = SEPARATOR) -> list[str]:
-    """The names of images in a text of several; a separator within the name of a file that exists, or within a data URL, is part of it."""
+    """Split a text into image names; a separator within an existing file's name or a data URL belongs to that."""
     names: list[str] = []
     parts = text.split(separator)
     while parts:
@@ -92,7 +92,7 @@ def build_parser(prog: str = PROG) -> Parser:
     flags.add_answer_flags(parser.add_argument_group("decoding"))
     flags.add_routing_flags(parser.add_argument_group("visual tokens"))
     output = parser.add_argument_group("output")
-    output.add_argument("--stream", action="store_true", help="print the answer as it is written")
+    output.add_argument("--stream", action="store_true", help="print the answer as it is generated")
     output.add_argument("--explain", action="store_true", help="print logits, tokens at each granularity and milliseconds per part")
     output.add_argument("--explain-image", metavar="OUT.png", help="draw views and the chosen token grid over the image")
     flags.add_log_level(output, default="warning")
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
 
     start_logging(args, logger)
     if not args.query.strip():
-        raise ValueError("--query is empty, as an unset variable of the shell makes it; give a question.")
+        raise ValueError("--query is empty, perhaps from an unset shell variable; give a question.")
     if args.explain_image and not args.image_file:
         raise ValueError("--explain-image needs an image to draw on; give --image-file.")
     if args.explain_image and Path(args.explain_image).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):

@@ -172,7 +172,7 @@ def test_a_refused_start_does_not_keep_its_answers_file(
     assert main(flags(questions, tmp_path / "out.jsonl", "--vis-token-granularity", "4")) == 0
     assert len(read(tmp_path / "out.jsonl")) == 12
     assert main(flags(questions, tmp_path / "out.jsonl", "--vis-token-granularity", "8")) == 1
-    assert "belongs to another run: options.routing.granularity was 4, is 8. Choose" in capsys.readouterr().err
+    assert "belongs to another run: --granularity was 4, is 8. Choose" in capsys.readouterr().err
 
 
 def test_a_bias_that_is_no_number_is_refused_before_anything_is_loaded(
@@ -305,25 +305,25 @@ def test_another_runs_answers_are_not_mixed_in(tmp_path: Path, questions: Path, 
     given = flags(questions, tmp_path / "out.jsonl", "--model-path", model)
     assert main(given) == 0
     assert main([*given, "--vis-token-granularity", "4"]) == 1
-    assert "belongs to another run: options.routing.granularity was None, is 4. Choose" in capsys.readouterr().err
+    assert "belongs to another run: --granularity was not given, is 4. Choose" in capsys.readouterr().err
     assert main([*given, "--num-chunks", "2"]) == 1
-    assert "chunk was '0 of 1', is '0 of 2'" in capsys.readouterr().err
+    assert "the chunk (--chunk-idx of --num-chunks) was '0 of 1', is '0 of 2'" in capsys.readouterr().err
     os.utime(model / "model.safetensors", (1, 1))
     assert main(given) == 1
-    assert "model was" in capsys.readouterr().err
+    assert "--model-path was" in capsys.readouterr().err
     write(questions, PLAYGROUND[:11])
     assert main([*given, "--batch-size", "4"]) == 1
-    assert "questions was" in capsys.readouterr().err
+    assert "the SHA-256 of --question-file was" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "out.jsonl.parts")
     assert main(given) == 1
-    assert "exists, and" in capsys.readouterr().err
+    assert "out.jsonl exists, but not" in capsys.readouterr().err
     (tmp_path / "out.jsonl").unlink()
     assert main(given) == 0
 
 
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     journal = Journal(tmp_path, 0)
-    journal.begin({"a": 1}, "Choose another.")
+    journal.begin({"a": 1}, {}, "Choose another.")
     journal.part.write_text('{"row": 0, "answer": {}}\n{"row"\n{"row": 2, "answer": {}}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"part-00000.jsonl is damaged in line 2"):
         journal.records()
@@ -373,7 +373,7 @@ def test_a_journal_that_loses_answers_is_not_other_processes_work(
     add = Journal.add
     monkeypatch.setattr(Journal, "add", lambda self, records: add(self, records[1:]))
     assert main(flags(questions, tmp_path / "out.jsonl")) == 1
-    assert "was changed by others while answers were written" in capsys.readouterr().err
+    assert "was changed by another program; the same command" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_one_line_and_the_same_command_goes_on(
@@ -390,7 +390,7 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(
         patch.setattr(Assistant, "answer_batch", stopping)
         assert main(flags(questions, tmp_path / "out.jsonl")) == 130
     *_, last = capsys.readouterr().err.splitlines()
-    assert last == f"interrupted: 4 of 12 answers are kept in {tmp_path / 'out.jsonl.parts'}; the same command goes on."
+    assert last == f"interrupted: 4 of 12 answers are kept in {tmp_path / 'out.jsonl.parts'}; the same command resumes."
     assert main(flags(questions, tmp_path / "out.jsonl")) == 0 and len(read(tmp_path / "out.jsonl")) == 12
 
 

@@ -55,11 +55,11 @@ def test_every_problem_of_a_line_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as caught:
         read_questions(file, tmp_path, scored_fields)
     assert str(caught.value).splitlines() == [
-        f"{file} cannot be asked as it is:",
+        f"{file} has mistakes:",
         "  line 1: answer is True, expected one text or number",
         f"  line 1: there is no image {tmp_path / 'gone.png'}",
         "  line 2: question_id is missing",
-        "  line 2: family is [], expected the name of a group, or nothing",
+        "  line 2: family is [], expected a name, or no such field",
     ]
 
 
@@ -117,5 +117,5 @@ def test_what_could_not_be_written_again_is_one_sentence(tmp_path: Path, value: 
 def test_files_and_folders_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         read_questions(tmp_path / "none.jsonl", tmp_path)
-    with pytest.raises(ValueError, match="no image folder .*none"):
+    with pytest.raises(ValueError, match="image folder .*none does not exist"):
         read_questions(write(tmp_path, {"question_id": 1, "text": "Which?"}), tmp_path / "none")

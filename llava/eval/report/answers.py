@@ -1,8 +1,8 @@
-"""Every question at every granularity: a picture is encoded once, a question answered once per granularity.
+"""Answers to every question at every granularity: an image is encoded once, a question answered once per granularity.
 
 All rows of a report follow from these answers and the router's logits, because a greedy answer depends on nothing but the granularity.
-Answers are written down as they come, so that a stopped run goes on; what a question is answered together with does not depend on where
-it was stopped, so neither do the numbers.
+Answers are written to the journal as they come, so that a stopped run can resume. Batches are composed the same way wherever a run was
+stopped, so the numbers do not depend on it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from llava.eval.journal import Journal
@@ -35,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Record:
-    """One question: was it answered rightly at each level, and what did each level cost; coarse to fine.
+    """One question: its answer at each level, whether that is correct, and what it cost in visual tokens; coarse to fine.
 
     logits: the router's at these levels, before any bias; `None` for a model without one.
     """
@@ -61,23 +59,23 @@ class Crash:
 
 
 def is_right(said: str, answer: str) -> bool:
-    """Whether two texts agree, apart from case and surrounding space; nothing is parsed out of a longer answer."""
+    """Whether two texts are equal, ignoring case and surrounding space; nothing is extracted from a longer answer."""
     return said.strip().lower() == answer.strip().lower()
 
 
-def by_picture(items: Sequence[Item]) -> list[Item]:
-    """Questions about one image behind each other, images in the order they first appear."""
-    return [items[place] for place in _places_by_picture(items)]
+def by_image(items: Sequence[Item]) -> list[Item]:
+    """Questions ordered by image, images in the order they first appear."""
+    return [items[place] for place in _places_by_image(items)]
 
 
-def _places_by_picture(items: Sequence[Item]) -> list[int]:
+def _places_by_image(items: Sequence[Item]) -> list[int]:
     first = {name: index for index, name in reversed(list(enumerate(item.image for item in items)))}
     return sorted(range(len(items)), key=lambda place: first[items[place].image])
 
 
 def batches(items: Sequence[Item], size: int) -> Iterator[list[int]]:
-    """Places of consecutive questions, `size` at a time, ordered as `by_picture` does."""
-    ordered = _places_by_picture(items)
+    """Places of consecutive questions, `size` at a time, in the order of `by_image`."""
+    ordered = _places_by_image(items)
     return (ordered[start : start + size] for start in range(0, len(ordered), size))
 
 
@@ -91,7 +89,7 @@ class EncodedItems:
 
 
 class Encoder:
-    """Encodes questions' images, each once as long as questions about it follow each other."""
+    """Encodes the images of questions, each once while questions about it follow each other."""
 
     def __init__(self, assistant: Assistant, folder: Path) -> None:
         self.assistant, self.folder = assistant, folder
@@ -99,14 +97,14 @@ class Encoder:
 
     @torch.inference_mode()
     def __call__(self, items: Sequence[Item]) -> EncodedItems:
-        """Encode a batch; images of the batch before are kept if they come again."""
+        """Encode a batch; images that the previous batch had, too, are not encoded again."""
         names = dict.fromkeys(item.image for item in items)
         self._kept = {name: self._kept[name] if name in self._kept else self._encoded(name) for name in names}
         rows = [self.assistant.prompt_row(item.text, 1) for item in items]
         return EncodedItems(list(items), rows, [self._kept[item.image] for item in items])
 
     def _encoded(self, name: str) -> ImageInput:
-        """One image by itself: in a batch its last digits would depend on its neighbours, which a run that goes on may not have."""
+        """One image by itself: in a batch its last digits would depend on its neighbours, which a resumed run may not have."""
         return self.assistant.model.with_features([self.assistant.image_input(load_image(self.folder / name))])[0]
 
 
@@ -153,11 +151,11 @@ def ask_all(
     batch_size: int = 80,
     journal: Journal | None = None,
 ) -> tuple[list[Record], list[Crash]]:
-    """Ask every question at every granularity. A batch that fails is asked one by one, so that only its own fault costs a question.
+    """Answer every question at every granularity. A batch that fails is tried one by one, so that a question fails for its own fault only.
 
     Args:
         batch_size: questions at a time.
-        journal: where answers are written as they come; those that it holds are not asked for again, questions that failed are.
+        journal: where answers are written as they come; questions that it has answers to are skipped, those that failed are tried again.
 
     Returns:
         Records in the order of `items`, and the questions that failed.
@@ -173,23 +171,23 @@ def ask_all(
     outcomes: dict[int, Record | Crash] = dict(answered(journal)) if journal is not None else {}
     with tqdm(total=len(items), initial=len(outcomes), desc="asking", unit="question") as progress:
         for batch in batches(items, batch_size):
-            # a batch of which one is missing is asked as a whole, as it would have been if nothing had come between
+            # a batch that lacks one answer is run as a whole, as it would have been without an interruption
             missing = [place for place in batch if place not in outcomes]
             if not missing:
                 continue
             done, failures = attempt(work, [items[place] for place in batch])
-            told: dict[int, Record | Crash] = {place: record for place, record in zip(batch, done, strict=True) if record is not None}
-            told |= {batch[index]: _crash(items[batch[index]], failure) for index, failure in failures.items()}
+            results: dict[int, Record | Crash] = {place: record for place, record in zip(batch, done, strict=True) if record is not None}
+            results |= {batch[index]: _crash(items[batch[index]], failure) for index, failure in failures.items()}
             if journal is not None:
-                journal.add([_line(place, told[place]) for place in missing])
-            outcomes |= {place: told[place] for place in missing}
+                journal.add([_line(place, results[place]) for place in missing])
+            outcomes |= {place: results[place] for place in missing}
             progress.update(len(missing))
     ordered = [outcomes[place] for place in range(len(items))]
     return [each for each in ordered if isinstance(each, Record)], [each for each in ordered if isinstance(each, Crash)]
 
 
 def answered(journal: Journal) -> dict[int, Record]:
-    """The answers that a journal holds, by the place of their questions."""
+    """The answers that a journal holds, by the index of their questions."""
     return {place: Record(**line["answer"]) for place, line in journal.records().items() if "answer" in line}
 
 
@@ -203,39 +201,3 @@ def _line(place: int, outcome: Record | Crash) -> dict[str, Any]:
 def _crash(item: Item, failure: Failure) -> Crash:
     logger.error("question %s failed: %s", item.question_id, failure.reason)
     return Crash(item.question_id, item.image, failure.reason)
-
-
-# ---- routers ----------------------------------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def router_logits(assistants: Sequence[Assistant], items: Sequence[Item], folder: Path, batch_size: int = 80) -> list[np.ndarray]:
-    """(questions, G) logits of several models' routers, in the order of `items`; no answer is generated.
-
-    The models differ in nothing but their routers, so the first one encodes the pictures for all.
-
-    Raises:
-        ValueError: a model without a router, or one that sees or reads in another way than the first.
-    """
-    for assistant in assistants:
-        _check_router_alone_differs(assistants[0].model, assistant.model)
-    encoder = Encoder(assistants[0], folder)
-    rows: list[dict[int, Tensor]] = [{} for _ in assistants]
-    for batch in tqdm(list(batches(items, batch_size)), desc="routing", unit="batch"):
-        encoded = encoder([items[place] for place in batch])
-        features = [image.features for image in encoded.images]
-        for own, assistant in zip(rows, assistants, strict=True):
-            logits = assistant.model.router_logits(encoded.rows, features).float().cpu()
-            own |= dict(zip(batch, logits, strict=True))
-    return [torch.stack([own[place] for place in range(len(items))]).numpy() for own in rows]
-
-
-def _check_router_alone_differs(first: Any, model: Any) -> None:
-    if model.model.router is None:
-        raise ValueError("A model has no router, so it has no logits to compare.")
-    own, other = (
-        {name: tensor for name, tensor in each.state_dict().items() if not name.startswith("model.router.")} for each in (first, model)
-    )
-    different = [name for name in own if name not in other or not torch.equal(own[name], other[name])]
-    if different:
-        raise ValueError(f"Two models differ in {different[0]}, not in their routers alone; compare routers of one model.")

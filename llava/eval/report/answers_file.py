@@ -59,9 +59,16 @@ def key_of(question: Item | Record) -> Key:
 
 
 def earlier_answers(
-    path: Path, items: Sequence[Item], origin: Mapping[str, Any], ask_again: Callable[[Sequence[Item]], Sequence[Record]]
+    path: Path,
+    items: Sequence[Item],
+    origin: Mapping[str, Any],
+    labels: Mapping[str, str],
+    ask_again: Callable[[Sequence[Item]], Sequence[Record]],
 ) -> tuple[list[Record], list[Item], list[Record]]:
     """Reuse the answers of an earlier report. The first of them is generated again, to notice that images or code have changed.
+
+    Args:
+        origin: what the answers of this report depend on. labels: what error messages call its fields.
 
     Returns:
         Records of those `items` that the file has, the items that it lacks, and its records of other questions (of a longer report).
@@ -70,7 +77,7 @@ def earlier_answers(
         ValueError: no such file, or answers made with another model or other flags; the message names what differs.
     """
     before, records = read_answers(path)
-    changed = differences({name: before.get(name) for name in origin}, dict(origin))
+    changed = differences({name: before.get(name) for name in origin}, dict(origin), labels)
     if changed:
         raise ValueError(
             f"The answers in {path} do not fit this report: {'; '.join(changed)}; use the same model and flags, or leave out --answers."
