@@ -31,7 +31,7 @@ def spread(logits: np.ndarray, own: Sequence[int], all_levels: Sequence[int]) ->
 
 
 def line(results: Results, weights: np.ndarray, with_summary: bool = True) -> dict[str, Any]:
-    """A row of the table: accuracy with its interval, tokens, and how coarse and fine questions were told apart."""
+    """A row of the table: accuracy with its interval, tokens, and how coarse and fine questions were separated."""
     row = results.row(weights)
     extra = summary(results, row) if with_summary else {}
     return {

@@ -5,7 +5,7 @@
 #
 # Needs  RUN: the output folder of playground/train_micro.sh (its data, stage3, the routers it trains, records.json), and no GPU.
 # Costs  4 routers (3 minutes of an undisturbed CPU core each) and two passes of scoring (5 and 4); the language model answers nothing anew.
-# Again  a router that is there is left out, so a broken run goes on where it was.
+# Again  a router that exists is skipped, so an interrupted run resumes.
 # Makes  RUN/ablations: the routers, ablations.md and ablations.json; COPY=1 copies the two files to playground/results.
 #
 # Rows follow the ablation table of arXiv 2410.02745: no instruction, fewer granularities, no ranking loss, no cross-entropy, fixed and

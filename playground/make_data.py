@@ -1,17 +1,17 @@
-"""Write the micro world as LLaVA data: pictures, captions, conversations, and question files.
+"""Write the micro world as LLaVA data: images, captions, conversations, and question files.
 
 Run: ``python -m playground.make_data --output playground/build/data`` (``--part eval`` writes the committed evaluation
-split, ``--part samples`` the sample pictures). Image paths in the files are relative to the output folder.
+split, ``--part samples`` the sample images). Image paths in the files are relative to the output folder.
 
 ======================  =====================================================================================
 ``stage1.json``         captions ("<image>" and what it shows, template ``plain``)
-``instruct.json``       conversations with every question about a picture, in random order
+``instruct.json``       conversations with every question about an image, in random order
 ``stage4.json``         one question per row about other full scenes, with its ``family``
 ``validation.jsonl``    questions with ``question_id, image, text, answer, family`` on the validation split
 ``test.jsonl``          the same on the test split
 ======================  =====================================================================================
 
-The first two are about the same pictures: full scenes (128x128), pairs of quadrants (128x64 or 64x128) and miniatures (64x64).
+The first two are about the same images: full scenes (128x128), pairs of quadrants (128x64 or 64x128) and miniatures (64x64).
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ SAMPLES = (("beige", 0), ("olive", 1), ("pink", 2))
 Record = dict[str, Any]
 
 
-def _save(picture: Image.Image, folder: Path, name: str, optimize: bool = False) -> str:
-    """Write ``picture`` to folder/name and return ``name``."""
+def _save(image: Image.Image, folder: Path, name: str, optimize: bool = False) -> str:
+    """Write ``image`` to folder/name and return ``name``."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, optimize=optimize)
+    image.save(path, optimize=optimize)
     return name
 
 
@@ -62,13 +62,13 @@ def _write_lines(records: Iterable[Record], path: Path) -> None:
 
 
 def caption_record(name: str, image: str, scene: world.Scene, lots: random.Random) -> Record:
-    """A stage 1 row: the picture and its caption."""
+    """A stage 1 row: the image and its caption."""
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": world.caption(scene, lots)}]
     return {"id": f"caption-{name}", "image": image, "conversations": turns}
 
 
 def conversation_record(name: str, image: str, questions: Iterable[world.Question]) -> Record:
-    """A stage 2 and 3 row: the questions about one picture in one conversation."""
+    """A stage 2 and 3 row: the questions about one image in one conversation."""
     turns: list[dict[str, str]] = []
     for question in questions:
         opening = "" if turns else "<image>\n"
@@ -87,9 +87,9 @@ def single_question_records(name: str, image: str, scene: world.Scene, lots: ran
     ]
 
 
-def write_pictures(kind: str, count: int, layouts: tuple[tuple[int, int], ...], output: Path,
+def write_images(kind: str, count: int, layouts: tuple[tuple[int, int], ...], output: Path,
                    seed: int) -> tuple[list[Record], list[Record]]:
-    """Write ``count`` pictures; return their captions and their conversations."""
+    """Write ``count`` images; return their captions and their conversations."""
     lots = random.Random(f"{seed}/data/{kind}")
     captions, conversations = [], []
     for number in tqdm(range(count), desc=kind, mininterval=5):
@@ -126,7 +126,7 @@ def write_questions(split: str, count: int, output: Path, seed: int, folder: str
 
 
 def write_samples(output: Path, seed: int) -> None:
-    """Write three pictures that are in no other file, and ``samples.json`` with every question about them."""
+    """Write three images that are in no other file, and ``samples.json`` with every question about them."""
     records = []
     for background, place in SAMPLES:
         lots = random.Random(f"{seed}/data/samples/{place}")
@@ -146,8 +146,8 @@ def write_training_data(args: argparse.Namespace) -> None:
     conversations: list[Record] = []
     for kind, count, layouts in (("scenes", args.scenes, FULL), ("pairs", args.pairs, PAIRS),
                                  ("miniatures", args.miniatures, MINIATURES)):
-        told, asked = write_pictures(kind, count, layouts, args.output, args.seed)
-        captions += told
+        captioned, asked = write_images(kind, count, layouts, args.output, args.seed)
+        captions += captioned
         conversations += asked
     for records, name in ((captions, "stage1"), (conversations, "instruct")):
         random.Random(f"{args.seed}/data/{name}").shuffle(records)
@@ -162,11 +162,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("playground/build/data"))
     parser.add_argument("--part", choices=("training", "eval", "samples"), default="training",
-                        help="training: every file; eval: the test split alone; samples: three sample pictures")
+                        help="training: every file; eval: the test split alone; samples: three sample images")
     parser.add_argument("--scenes", type=int, default=8_000)
     parser.add_argument("--pairs", type=int, default=1_000)
     parser.add_argument("--miniatures", type=int, default=1_000)
-    parser.add_argument("--stage4", type=int, default=400, help="pictures; ten rows each")
+    parser.add_argument("--stage4", type=int, default=400, help="images; ten rows each")
     parser.add_argument("--validation", type=int, default=200)
     parser.add_argument("--test", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,7 +1,7 @@
 """Language warm-up of the micro model: teach a small Llama the format, the vocabulary, and to look things up.
 
 The real model starts from Vicuna. Here a Llama from scratch reads v1 conversations in which terse notes in random order
-stand where the picture will be ("sign 4 7 2 ; background blue ; ..."), and learns to answer from them: to copy a
+stand where the image will be ("sign 4 7 2 ; background blue ; ..."), and learns to answer from them: to copy a
 sequence, and to find the item a question names. Loss on answers, plus captions from notes and captions alone.
 
 Run: ``python -m playground.pretrain_language --output playground/build/language``; run again to resume.
@@ -32,7 +32,7 @@ IGNORE = -100
 EASY_SHARE = 0.3
 """Share of the steps, from the start, that see miniatures only."""
 LONGEST_GAP = 60
-"""Most positions skipped after one note. A picture spends hundreds of tokens where notes spend eighty; gaps make the
+"""Most positions skipped after one note. An image spends hundreds of tokens where notes spend eighty; gaps make the
 model look things up across such distances."""
 
 
@@ -100,9 +100,9 @@ def conversation_row(scene: world.Scene, lots: random.Random, tokenizer: PreTrai
 
 def caption_row(scene: world.Scene, lots: random.Random, tokenizer: PreTrainedTokenizerBase) -> Row:
     """A caption, from notes two times in three, else as plain text."""
-    told = f" {world.caption(scene, lots)}</s>"
+    caption = f" {world.caption(scene, lots)}</s>"
     notes = [(world.description(scene, lots), None)] if lots.random() < 0.67 else []
-    return _encode([*notes, (told, "caption")], tokenizer, None)
+    return _encode([*notes, (caption, "caption")], tokenizer, None)
 
 
 def make_batch(step: int, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[Row]:

@@ -53,7 +53,7 @@ PIECES = ((1, 1), (2, 1), (1, 2))
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the schedule: until which share of the steps, on which layouts, how many rows a step, whether a picture is given as
+    """A part of the schedule: until which share of the steps, on which layouts, how many rows a step, whether an image is given as
     one view only, and between which levels (by place, coarse to fine) each step draws."""
 
     until: float
@@ -73,7 +73,7 @@ WHOLE_SCENES = PHASES[-1]
 
 @dataclass(frozen=True)
 class Reading:
-    """A batch as ``llava.train.objectives`` takes it, labels of its pictures' views (C, 64, A) each, and the questions by row."""
+    """A batch as ``llava.train.objectives`` takes it, labels of its images' views (C, 64, A) each, and the questions by row."""
 
     batch: dict[str, Any]
     labels: list[Tensor]
@@ -82,7 +82,7 @@ class Reading:
 
 def view_labels(scene: world.Scene, one_view: bool) -> Tensor:
     """What lies under the patches of a scene's views, (C, 64, NUM_ATTRIBUTES): the squeezed whole, then the tiles; of one view, the
-    picture itself."""
+    image itself."""
     labels = world.patch_labels(scene)
     if one_view:
         return torch.from_numpy(labels).flatten(0, 1)[None].float()

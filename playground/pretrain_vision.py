@@ -1,6 +1,6 @@
 """Vision warm-up of the micro model: teach a small CLIP tower what lies under each patch.
 
-The real model starts from CLIP, which has seen 400 million pictures; a tower from scratch would leave the language
+The real model starts from CLIP, which has seen 400 million images; a tower from scratch would leave the language
 model nothing to read. Here dense supervision stands in for that: one linear head per attribute group on the last hidden
 state (the features the projector will get) says, patch by patch, which colour, shape, character, digit or cell is
 there. The heads are thrown away; the tower is saved as a stock ``CLIPVisionModel`` folder.
@@ -36,7 +36,7 @@ log = logging.getLogger("playground.pretrain_vision")
 VIEW_LAYOUTS = ((2, 2), (2, 2), (2, 1), (1, 2))
 """Layouts of the scenes whose views the tower sees: mostly full scenes, some miniatures of two quadrants."""
 SHIFT_CHANCE = 0.08
-"""Share of views moved by half a tile over black: how a picture smaller than its canvas arrives."""
+"""Share of views moved by half a tile over black: how an image smaller than its canvas arrives."""
 
 
 def tower_config() -> CLIPVisionConfig:
@@ -83,16 +83,16 @@ def _shift_half(view: np.ndarray, labels: np.ndarray, axis: int, forward: bool) 
 def make_batch(step: int, scenes: int, seed: int, split: str = "train") -> tuple[Tensor, Tensor]:
     """The views of ``scenes`` fresh scenes: pixels (B, 3, 64, 64) and labels (B, 64, NUM_ATTRIBUTES)."""
     lots = random.Random(f"{seed}/views/{split}/{step}")
-    pictures, claims = [], []
+    images, claims = [], []
     for place in range(scenes):
         layout = VIEW_LAYOUTS[place % len(VIEW_LAYOUTS)] if split == "train" else (2, 2)
         for view, labels in world.views(world.make_scene(split, scenes * step + place, seed=seed, layout=layout)):
             if split == "train" and lots.random() < SHIFT_CHANCE:
                 view, labels = _shift_half(view, labels, lots.randrange(2), lots.random() < 0.5)
-            pictures.append(view)
+            images.append(view)
             claims.append(labels)
     truth = torch.from_numpy(np.stack(claims)).flatten(1, 2).float()
-    return to_pixels(np.stack(pictures)), truth
+    return to_pixels(np.stack(images)), truth
 
 
 def attribute_weights(labels: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def distance_to_code(features: Tensor, labels: Tensor, weights: Tensor, code: Te
     """Mean squared distance of features (B, 64, D) to the sum of their attributes' vectors, as a share of the sums'
     variance.
 
-    At 0 the mean of several patches tells which attributes lay beneath and how often, not where. The code is fixed:
+    At 0 the mean of several patches says which attributes are there and how often, not where. The code is fixed:
     left free, the tower inflates one direction that the labels explain instead of cleaning the others.
     """
     target, scale = _with_constant(labels) @ code, _rarity(labels, weights)

@@ -1,10 +1,10 @@
-"""The two public sources the micro world borrows pictures from, and how they are divided among the splits.
+"""The two public sources the micro world borrows images from, and how they are divided among the splits.
 
-* easy-VQA (package ``easy-vqa``): 64x64 pictures of one shape, with their own questions. Its training pictures are
-  divided between train and validation, its test pictures serve test alone.
+* easy-VQA (package ``easy-vqa``): 64x64 images of one shape, with their own questions. Its training images are
+  divided between train and validation, its test images serve test alone.
 * the handwritten digits of scikit-learn: 1,797 real scans, divided by a fixed permutation.
 
-No picture and no scan belongs to two splits; everything here is read once and kept.
+No image and no scan belongs to two splits; everything here is read once and kept.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DIVISION_SEED = 20241002
 
 @dataclass(frozen=True)
 class PosterSource:
-    """One easy-VQA picture: its file, what it shows, and its own (question, answer) pairs."""
+    """One easy-VQA image: its file, what it shows, and its own (question, answer) pairs."""
 
     key: str
     path: str
@@ -39,7 +39,7 @@ class PosterSource:
 
 
 def _claimed_words(question: str, answer: str) -> set[str]:
-    """The shape and colour words that a question and its answer together assert about the picture."""
+    """The shape and colour words that a question and its answer together assert about the image."""
     words = set(question.rstrip("?").split())
     if answer not in ("yes", "no"):
         return words | {answer}
@@ -48,7 +48,7 @@ def _claimed_words(question: str, answer: str) -> set[str]:
 
 
 def _read_half(half: str) -> list[PosterSource]:
-    """All pictures of easy-VQA's ``half`` ("train" or "test") whose shape and colour its questions settle."""
+    """All images of easy-VQA's ``half`` ("train" or "test") whose shape and colour its questions settle."""
     paths = getattr(easy_vqa, f"get_{half}_image_paths")()
     texts, answers, owners = getattr(easy_vqa, f"get_{half}_questions")()
     asked: dict[int, list[tuple[str, str]]] = defaultdict(list)
@@ -66,7 +66,7 @@ def _read_half(half: str) -> list[PosterSource]:
 
 @cache
 def posters(split: str) -> tuple[PosterSource, ...]:
-    """The easy-VQA pictures of ``split`` (one of SPLITS)."""
+    """The easy-VQA images of ``split`` (one of SPLITS)."""
     if split == "test":
         return tuple(_read_half("test"))
     pool = _read_half("train")
@@ -75,10 +75,10 @@ def posters(split: str) -> tuple[PosterSource, ...]:
 
 
 @cache
-def poster_picture(path: str) -> Image.Image:
-    """The 64x64 RGB picture at ``path``."""
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
+def poster_image(path: str) -> Image.Image:
+    """The 64x64 RGB image at ``path``."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 @cache
@@ -102,6 +102,6 @@ def scan_digit(index: int) -> int:
 
 
 @cache
-def scan_picture(index: int) -> Image.Image:
-    """Scan ``index`` as an 8x8 grey picture, ink bright on black."""
+def scan_image(index: int) -> Image.Image:
+    """Scan ``index`` as an 8x8 grey image, ink bright on black."""
     return Image.fromarray(_scans()[0][index])

@@ -5,7 +5,7 @@
 #
 # Needs  the package with its extras: pip install -e ".[playground]", and no GPU.
 # Costs  two CPU cores for about two hours (its parts took 130 minutes when run one by one, most beside other work), and half a GB of disk.
-# Again  a step whose result is there is left out, so a broken run goes on where it was; the warm-ups resume within a step.
+# Again  a step whose result exists is skipped, so an interrupted run resumes; the warm-ups resume within a step.
 # Ships  COPY=1 copies the finished checkpoint to playground/avg-llava-micro and the results to playground/results.
 #
 # The warm-ups stand for what CLIP and Vicuna bring to the real model: an eye that knows what it sees, a tongue that can read notes

@@ -3,7 +3,7 @@
 A scene is a grid of 64x64 quadrants whose borders are the tile borders of the any-resolution crops. There are four
 kinds of quadrant; a full scene (128x128) has each once, in random order:
 
-* ``poster``: an easy-VQA picture with easy-VQA's own questions;
+* ``poster``: an easy-VQA image with easy-VQA's own questions;
 * ``grid``: 3x3 cells of 16 px, one of them marked. Average pooling keeps the cell while a pooled token is at most
   one cell large: 16 tokens per view;
 * ``signs``: a three-digit number whose glyphs each fill one patch column, which only 64 tokens per view keep apart, and
@@ -11,8 +11,8 @@ kinds of quadrant; a full scene (128x128) has each once, in random order:
 * ``things``: a large shape, a scan of a handwritten digit and an arrow, each alone in a 32 px cell, so that 4x4
   pooling (4 tokens per view) still gives each its own token.
 
-A miniature is a picture of one or two quadrants: same objects, same questions, an easier search. Everything follows
-from (seed, split, number); splits share no scan and no easy-VQA picture (see ``sources``).
+A miniature is an image of one or two quadrants: same objects, same questions, an easier search. Everything follows
+from (seed, split, number); splits share no scan and no easy-VQA image (see ``sources``).
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ GLYPH_WIDTH, GLYPH_HEIGHT = 6, 12
 
 @dataclass(frozen=True)
 class Poster:
-    """An easy-VQA picture: its key in ``sources``, and what it shows."""
+    """An easy-VQA image: its key in ``sources``, and what it shows."""
 
     key: str
     path: str
@@ -162,7 +162,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: quadrants row by row on a ``columns`` x ``rows`` layout over one background."""
+    """What an image shows: quadrants row by row on a ``columns`` x ``rows`` layout over one background."""
 
     columns: int
     rows: int
@@ -188,7 +188,7 @@ def make_scene(split: str, number: int, seed: int = 0, layout: tuple[int, int] =
     """The scene that (seed, split, number, layout) stand for.
 
     Args:
-        split: "train", "validation" or "test": decides which scans and easy-VQA pictures may appear.
+        split: "train", "validation" or "test": decides which scans and easy-VQA images may appear.
         number: any integer; equal numbers give equal scenes.
         layout: (columns, rows) of quadrants; (2, 2) is a full scene, (1, 1), (2, 1) and (1, 2) are miniatures.
         kinds: the quadrant kinds in reading order; drawn without repetition when not given.
@@ -256,23 +256,23 @@ def _things_lots(split: str, lots: random.Random) -> Things:
     )
 
 
-# ---------------------------------------------------------------- drawing pictures
+# ---------------------------------------------------------------- drawing images
 
 
 def render(scene: Scene) -> Image.Image:
-    """The RGB picture of a scene, (64*columns) x (64*rows) pixels."""
-    picture = Image.new("RGB", (QUADRANT * scene.columns, QUADRANT * scene.rows), scene.background_rgb)
+    """The RGB image of a scene, (64*columns) x (64*rows) pixels."""
+    image = Image.new("RGB", (QUADRANT * scene.columns, QUADRANT * scene.rows), scene.background_rgb)
     for place, quadrant in enumerate(scene.quadrants):
-        tile = picture.crop((0, 0, QUADRANT, QUADRANT)) if place == 0 else Image.new(
+        tile = image.crop((0, 0, QUADRANT, QUADRANT)) if place == 0 else Image.new(
             "RGB", (QUADRANT, QUADRANT), scene.background_rgb)
         _paint(tile, quadrant)
-        picture.paste(tile, (QUADRANT * (place % scene.columns), QUADRANT * (place // scene.columns)))
-    return picture
+        image.paste(tile, (QUADRANT * (place % scene.columns), QUADRANT * (place // scene.columns)))
+    return image
 
 
 def _paint(tile: Image.Image, quadrant: Quadrant) -> None:
     if isinstance(quadrant, Poster):
-        tile.paste(sources.poster_picture(quadrant.path))
+        tile.paste(sources.poster_image(quadrant.path))
     elif isinstance(quadrant, Grid):
         _paint_grid(tile, quadrant)
     elif isinstance(quadrant, Signs):
@@ -362,7 +362,7 @@ def _paint_arrow(tile: Image.Image, thing: Thing) -> None:
 
 def _paint_scan(tile: Image.Image, thing: Thing) -> None:
     left, top, size = thing.box
-    ink = sources.scan_picture(thing.scan).resize((size - 4, size - 4), Image.Resampling.BICUBIC)
+    ink = sources.scan_image(thing.scan).resize((size - 4, size - 4), Image.Resampling.BICUBIC)
     if thing.angle:
         ink = ink.rotate(thing.angle, Image.Resampling.BILINEAR)
     ImageDraw.Draw(tile).rectangle((left, top, left + size - 1, top + size - 1), fill=PAPER, outline=(120, 110, 100))
@@ -373,7 +373,7 @@ def _paint_scan(tile: Image.Image, thing: Thing) -> None:
 
 
 def patch_labels(scene: Scene) -> np.ndarray:
-    """What lies under each patch of the picture: (8*rows, 8*columns, NUM_ATTRIBUTES) of 0 and 1."""
+    """What lies under each patch of the image: (8*rows, 8*columns, NUM_ATTRIBUTES) of 0 and 1."""
     side = QUADRANT // PATCH
     labels = np.zeros((side * scene.rows, side * scene.columns, NUM_ATTRIBUTES), dtype=np.uint8)
     for place, quadrant in enumerate(scene.quadrants):
@@ -441,11 +441,11 @@ def views(scene: Scene) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         (pixels (64, 64, 3) uint8, labels (8, 8, NUM_ATTRIBUTES) uint8); a patch of the squeezed whole has the labels of
         all the patches beneath it.
     """
-    picture, labels = render(scene), patch_labels(scene)
+    image, labels = render(scene), patch_labels(scene)
     side = QUADRANT // PATCH
     beneath = labels.reshape(side, scene.rows, side, scene.columns, NUM_ATTRIBUTES).max(axis=(1, 3))
-    yield np.asarray(picture.resize((QUADRANT, QUADRANT), Image.Resampling.BICUBIC)), beneath
-    pixels = np.asarray(picture)
+    yield np.asarray(image.resize((QUADRANT, QUADRANT), Image.Resampling.BICUBIC)), beneath
+    pixels = np.asarray(image)
     for row in range(scene.rows):
         for column in range(scene.columns):
             rows, columns = slice(row, row + 1), slice(column, column + 1)
@@ -542,7 +542,7 @@ def caption(scene: Scene, lots: random.Random) -> str:
 
 
 def description(scene: Scene, lots: random.Random) -> str:
-    """The scene as terse notes in random order: what the language warm-up reads in place of the picture.
+    """The scene as terse notes in random order: what the language warm-up reads in place of the image.
 
     Sequences come either whole ("sign 4 7 2") or item by item in any order ("sign third 2 ; sign first 4 ..."), so that
     a reader learns both to copy and to look up by position.

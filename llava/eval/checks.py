@@ -86,6 +86,6 @@ def check_question(assistant: Assistant, question: Question, options: Options) -
     if positions >= context:
         raise ValueError(
             f"its prompt takes {positions} positions, {cheapest} of them visual tokens, but the context has {context} "
-            "(max_position_embeddings in config.json); choose a coarser --vis-token-granularity or a smaller --max-visual-tokens, or "
+            "(max_position_embeddings in config.json); choose a coarser --granularity or a smaller --max-visual-tokens, or "
             "shorten the text."
         )

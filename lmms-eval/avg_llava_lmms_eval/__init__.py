@@ -10,7 +10,7 @@ The harness finds the model through the entry point `lmms_eval.models` of this p
 ``processes.py``      what the processes of a run know of each other's failures
 ``sample_log.py``     one line per sample: granularity, logits, visual tokens, milliseconds
 ``saved.py``          whether the harness's results are on the disk, whole
-``local_tasks.py``    what the local tasks share: pictures, questions, scores, averages
+``local_tasks.py``    what the local tasks share: images, questions, scores, averages
 ``own_questions.py``  one's own file of questions, read and checked before anything is asked
 ``tasks/``            ``playground``, ``easy_vqa``, and ``my_questions`` to copy for one's own file
 ====================  ====================================================================================

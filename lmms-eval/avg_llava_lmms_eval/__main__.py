@@ -1,4 +1,4 @@
-"""The harness's command, with this package's tasks at hand and an exit code that tells whether it worked.
+"""The harness's command, with this package's tasks included and an exit code that reports whether it worked.
 
     python -m avg_llava_lmms_eval --model avg_llava --model_args pretrained=DIR --tasks playground --output_path out
 
@@ -27,8 +27,8 @@ def with_tasks(argv: list[str]) -> list[str]:
 def past_folders(argv: list[str]) -> list[str]:
     """The command line where a task of this package is meant although a folder has its name.
 
-    The harness takes `--tasks playground` for a folder of tasks wherever a folder `playground` is at hand, as in the repository; a name
-    that stands twice is never a folder, and is run once.
+    The harness takes `--tasks playground` for a folder of tasks wherever there is a folder `playground`, as in the repository; a name
+    that is given twice is never read as a folder, and is run once.
     """
     own = {path.stem for path in TASKS.glob("*/*.yaml")}
 

@@ -30,7 +30,7 @@ class Sample:
     """One question of a task.
 
     task, split, doc_id: where it comes from.
-    load: opens its pictures; whatever it raises counts as this sample's failure.
+    load: opens its images; whatever it raises counts as this sample's failure.
     options: how to answer; samples of equal options share batches.
     continuation: the answer to score, where one is to be scored.
     counted: whether it appears in the log and the costs; a repetition does not.
@@ -57,7 +57,7 @@ def answer_all(assistant: Assistant, samples: Sequence[Sample], batch_size: int,
     """Answer every sample.
 
     Args:
-        batch_size: samples of equal options per batch. At 1 the log tells the time to the first token and of decoding apart.
+        batch_size: samples of equal options per batch. At 1 the log has the time to the first token and that of decoding separately.
         log: where each sample is written as soon as it is answered or has failed.
         show: draw a progress bar.
     """
@@ -129,7 +129,7 @@ def _ask(
 
 
 def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[int]]:
-    """Places of samples with equal options, in their order: questions about one picture stand together and share its encoding."""
+    """Places of samples with equal options, in their order: questions about one image are adjacent and share its encoding."""
     groups: dict[Options, list[int]] = defaultdict(list)
     for place, sample in enumerate(samples):
         groups[sample.options].append(place)
@@ -223,7 +223,7 @@ class Costs:
     def __str__(self) -> str:
         empty = f"; {self.empty} of {self.samples} answers {'is' if self.empty == 1 else 'are'} empty" if self.empty else ""
         if not self.full_visual_tokens:
-            return f"{self.samples} samples, no pictures{empty}"
+            return f"{self.samples} samples, no images{empty}"
         kept = 100 * self.visual_tokens / self.full_visual_tokens
         return (
             f"{self.samples} samples, {self.visual_tokens / self.samples:.1f} visual tokens on average ({kept:.1f} % of the finest "

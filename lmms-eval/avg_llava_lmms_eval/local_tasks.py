@@ -1,6 +1,6 @@
-"""What tasks over files of questions share: opening pictures, writing the question, scoring, averaging.
+"""What tasks over files of questions share: opening images, writing the question, scoring, averaging.
 
-A document has ``image`` (a path), ``text``, ``answer`` and ``family``. A task's own `utils.py` says where its pictures are.
+A document has ``image`` (a path), ``text``, ``answer`` and ``family``. A task's own `utils.py` says where its images are.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from llava.images import load_image
 
 
 @lru_cache(maxsize=64)
-def open_picture(path: str | Path) -> Image.Image:
-    """An RGB picture. Questions about one picture get the same object, which a batch then encodes once."""
+def open_image(path: str | Path) -> Image.Image:
+    """An RGB image. Questions about one image get the same object, which a batch then encodes once."""
     return load_image(path)
 
 

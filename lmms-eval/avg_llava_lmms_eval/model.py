@@ -63,7 +63,7 @@ class Score(tuple, GenerationResult):
 
     @property
     def token_counts(self) -> None:  # type: ignore[override]
-        """Not told."""
+        """Not known."""
         return None
 
     def strip(self) -> str:
@@ -131,7 +131,7 @@ class AvgLlava(lmms):
         return self.assistant.model.config
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """Answer requests of (context, generation settings, document to pictures, document id, task, split).
+        """Answer requests of (context, generation settings, document to images, document id, task, split).
 
         Raises:
             EvaluationError: settings that cannot be honoured, before anything is asked; or, when every process has asked its share,
@@ -141,7 +141,7 @@ class AvgLlava(lmms):
         return [answer.text for answer in answers]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[Score]:
-        """Score continuations in requests of (context, document to target, document to pictures, document id, task, split).
+        """Score continuations in requests of (context, document to target, document to images, document id, task, split).
 
         Returns:
             (loss, is greedy) per request. The loss is the continuation's summed negative log probability: the harness picks the choice
@@ -190,7 +190,7 @@ class AvgLlava(lmms):
         context, target, doc_to_visual, doc_id, task, split = request.args
         continuation = target if isinstance(target, str) else str(target(self.task_dict[task][split][doc_id]))
         load = self._loader(context, doc_to_visual, doc_id, task, split)
-        # the template writes what stands between question and answer, so the task's delimiter goes
+        # the template writes what separates question and answer, so the task's delimiter is dropped
         return Sample(task, split, doc_id, load, self._options(task, {}), continuation.lstrip(), is_counted(request))
 
     def _options(self, task: str, settings: Mapping[str, Any]) -> Options:
@@ -364,19 +364,19 @@ def load_assistant(arguments: ModelArguments, device: str | None) -> Assistant:
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     assistant = Assistant.load(arguments.pretrained, **options)
     if assistant.image_processor is None:
-        raise ValueError(f"{arguments.pretrained} is a plain language model, expected a checkpoint that sees pictures.")
+        raise ValueError(f"{arguments.pretrained} is a plain language model, expected a checkpoint that takes images.")
     check_routing(assistant, arguments.routing)
     return assistant
 
 
 def load_question(context: str, doc_to_visual: Callable[[Any], Any], documents: Any, doc_id: int) -> Question:
-    """Open the pictures of a document.
+    """Open the images of a document.
 
     Raises:
-        ValueError: something that is no picture, such as a video's path.
+        ValueError: something that is not an image, such as a video's path.
     """
     visuals = doc_to_visual(documents[doc_id]) or []
     for visual in visuals:
         if not isinstance(visual, Image.Image):
-            raise ValueError(f"The document's visuals hold a {type(visual).__name__}, expected pictures only.")
+            raise ValueError(f"The document's visuals hold a {type(visual).__name__}, expected images only.")
     return Question(visuals, context)

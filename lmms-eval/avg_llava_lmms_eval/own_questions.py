@@ -20,7 +20,7 @@ def own_questions(file: Path, folder: Path) -> list[dict[str, Any]]:
     """The questions of a file in one form, whatever forms they have there.
 
     Args:
-        file: JSON objects. folder: what relative names of pictures start in.
+        file: JSON objects. folder: folder that image names are relative to.
 
     Returns:
         By question: `question_id`, `text`, `answer` and `family` as texts (numbers as they are written), `image` as a list of names, and
@@ -39,7 +39,7 @@ def _scored(row: dict[str, Any], text: str) -> dict[str, Any]:
 
 
 def metrics_of(file: Path, mean_over_families: Callable[..., float]) -> list[dict[str, Any]]:
-    """The harness's `metric_list` for a file: both overall scores, and one per family that stands in it.
+    """The harness's `metric_list` for a file: both overall scores, and one per family in it.
 
     What cannot be read adds nothing here; `own_questions` names it when the task is asked for.
     """

@@ -21,11 +21,11 @@ def output_folder(argv: Sequence[str] | None = None) -> str | None:
 
 
 def routing_fields(reports: Sequence[RoutingReport]) -> dict[str, Any]:
-    """What the log says about the pictures of one sample.
+    """What the log says about the images of one sample.
 
     Returns:
-        granularity, logits and probabilities: one entry per picture (`None` where no router was asked); visual_tokens and
-        full_visual_tokens: of all pictures together, as chosen and at the finest level.
+        granularity, logits and probabilities: one entry per image (`None` where no router was used); visual_tokens and
+        full_visual_tokens: of all images together, as chosen and at the finest level.
     """
     return {
         "granularity": [report.granularity for report in reports],

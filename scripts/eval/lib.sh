@@ -34,7 +34,7 @@ run_benchmark() {
   prepared=$(prepare "$python") || exit 1
   read -r rows state <<<"$prepared"
   [[ ${FETCH_ONLY:-0} != 1 ]] || return 0
-  # The harness tells models apart by name alone; another state of the same folder must not be answered by the old one's answers.
+  # The harness knows models by name only; another state of the same folder must not reuse the old one's answers.
   cache=$OUTPUT/cache-$(printf '%s' "$state" | cksum | cut -d ' ' -f 1)
   if ((SLICE > 0)) && [[ " $* " != *" --limit"* && " $* " != *" --offset"* ]]; then
     run_slices "$rows" "$cache" "$@"
@@ -87,7 +87,7 @@ ask() { # ask OUTPUT CACHE FLAGS...
   while read -r word; do variables+=("$word"); done < <(call_variables "$output")
   # A run of its own in the cache: launchers give all their runs the same name.
   env "${variables[@]}" NUM_PROCESSES="${NUM_PROCESSES:-$(count_processes)}" LMMS_CACHE_RUN_ID="$(date +%s)-$$-$RANDOM" \
-    bash "$root/scripts/eval/lmms_eval.sh" --use_cache "$cache" "$@" || stop "$benchmark failed; the harness's message is above. The same command goes on where it was."
+    bash "$root/scripts/eval/lmms_eval.sh" --use_cache "$cache" "$@" || stop "$benchmark failed; the harness's message is above. The same command resumes."
 }
 
 run_slices() { # run_slices ROWS CACHE FLAGS...

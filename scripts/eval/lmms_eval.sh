@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the stock lmms-eval harness in its own environment: on the shipped micro model and the local tasks unless told otherwise.
+# Runs the stock lmms-eval harness in its own environment: on the shipped micro model and the local tasks by default.
 #
 #   bash scripts/eval/lmms_eval.sh                                            # micro model, playground and easy_vqa, no network
 #   MODEL_PATH=DIR TASKS=gqa,pope bash scripts/eval/lmms_eval.sh              # public tasks fetch their data

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ScienceQA, questions with a picture: the stock task scienceqa_img of lmms-eval at a pinned revision of its data.
+# ScienceQA, questions with an image: the stock task scienceqa_img of lmms-eval at a pinned revision of its data.
 #
 #   MODEL_PATH=zhibinlan/AVG-LLaVA GRANULARITY=auto bash scripts/eval/scienceqa_img.sh [flags of the harness]
 #

@@ -41,7 +41,7 @@ trap 'rm -rf "$constraint" "$asked"' EXIT
 LMMS_EVAL_ENV=$folder MODEL= MODEL_PATH= MODEL_ARGS=granularity=4 TASKS=playground BATCH_SIZE=1 NUM_PROCESSES=1 OUTPUT=$asked \
   bash "$root/scripts/eval/lmms_eval.sh" --limit 1 >"$asked/log" 2>&1 || {
   tail -n 40 "$asked/log" >&2
-  stop "the harness could not ask its first question; the end of what it said is above."
+  stop "the harness could not answer its first question; the end of its output is above."
 }
 grep -h '^|playground|.*|accuracy' "$asked/log" || stop "the harness asked a question, but shows no score of it: $(tail -n 5 "$asked/log")"
 echo "$key" >"$folder/.lmms-eval-installed"

@@ -117,7 +117,7 @@ def test_costs_of_the_processes_add_up(micro):
     assert str(costs_of(samples, results)["playground"]).endswith("; 1 of 4 answers is empty")
     no_pictures = [Sample("text", "test", 0, lambda: Question([], "What is the background colour?"), GREEDY)]
     results = answer_all(micro, no_pictures, 1, SampleLog(None, ""), show=False)
-    assert str(costs_of(no_pictures, results)["text"]) == "1 samples, no pictures"
+    assert str(costs_of(no_pictures, results)["text"]) == "1 samples, no images"
 
 
 def test_the_output_folder_is_the_harness_flag():

@@ -117,7 +117,7 @@ def test_a_log_that_finds_no_room_ends_the_run_and_keeps_whole_lines(harness, mo
 
 def test_a_video_is_refused_as_a_failed_sample(harness, model):
     request = harness.instance("generate_until", (NUMBER, dict(SETTINGS), lambda doc: ["clip.mp4"], 0, "text", "test"))
-    with pytest.raises(harness.model.EvaluationError, match="visuals hold a str, expected pictures only"):
+    with pytest.raises(harness.model.EvaluationError, match="visuals hold a str, expected images only"):
         model.generate_until([request])
 
 

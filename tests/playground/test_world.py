@@ -30,10 +30,10 @@ def test_equal_numbers_give_equal_scenes_pictures_and_words(layout: tuple[int, i
     assert world.make_scene("train", 7, seed=1, layout=layout) != one
 
 
-def test_splits_share_no_scene_no_scan_and_no_poster_picture() -> None:
+def test_splits_share_no_scene_no_scan_and_no_poster_image() -> None:
     scans = [set(sources.scan_indices(split)) for split in sources.SPLITS]
     posters = [{poster.key for poster in sources.posters(split)} for split in sources.SPLITS]
-    pixels = [{sources.poster_picture(poster.path).tobytes() for poster in sources.posters(split)}
+    pixels = [{sources.poster_image(poster.path).tobytes() for poster in sources.posters(split)}
               for split in sources.SPLITS]
     for kind in (scans, posters, pixels):
         assert all(kind) and not (kind[0] & kind[1] or kind[0] & kind[2] or kind[1] & kind[2])

@@ -153,7 +153,7 @@ def test_questions_are_asked_slice_by_slice_and_scored_whole(harness: Path) -> N
 def test_a_failed_run_goes_on_with_its_slice(harness: Path) -> None:
     (harness / "fail").write_text("4")
     done = run("mme", **given(harness))
-    assert done.returncode == 1 and "The same command goes on where it was" in done.stderr
+    assert done.returncode == 1 and "The same command resumes" in done.stderr
     assert calls(harness) == ["0", "4"]
     (harness / "fail").unlink()
     assert run("mme", **given(harness)).returncode == 0

@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 import easy_vqa
-from avg_llava_lmms_eval.local_tasks import doc_to_text, mean_over_families, open_picture, process_results
+from avg_llava_lmms_eval.local_tasks import doc_to_text, mean_over_families, open_image, process_results
 from PIL import Image
 
 from llava.eval.report.tasks import easy_vqa_family
@@ -36,5 +36,5 @@ def questions_of(split: datasets.Dataset) -> datasets.Dataset:
 
 
 def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
-    """The document's one picture, from the package."""
-    return [open_picture(doc["image"])]
+    """The document's image, from the package."""
+    return [open_image(doc["image"])]

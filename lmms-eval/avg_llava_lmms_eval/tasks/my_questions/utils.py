@@ -1,4 +1,4 @@
-"""One's own questions for the harness: what differs from task to task is where the pictures are and how an answer is scored."""
+"""Your own questions for the harness: tasks differ in where the images are and how an answer is scored."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from avg_llava_lmms_eval.local_tasks import doc_to_text, mean_over_families, open_picture, process_results
+from avg_llava_lmms_eval.local_tasks import doc_to_text, mean_over_families, open_image, process_results
 from avg_llava_lmms_eval.own_questions import metrics_of, own_questions
 from PIL import Image
 
@@ -22,7 +22,7 @@ def questions_of(_: datasets.Dataset) -> datasets.Dataset:
     """The questions of the file, checked whole.
 
     Raises:
-        SystemExit: what is wrong with the file. Of anything else the harness tries again and then tells only that it failed.
+        SystemExit: the file's mistakes. After any other exception the harness retries and then reports only that it failed.
     """
     try:
         return datasets.Dataset.from_list(own_questions(QUESTIONS, FOLDER))
@@ -31,6 +31,6 @@ def questions_of(_: datasets.Dataset) -> datasets.Dataset:
 
 
 def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
-    """The document's pictures; a relative path starts in this folder."""
+    """The document's images; paths are relative to this folder."""
     names = [doc["image"]] if isinstance(doc["image"], str) else doc["image"]
-    return [open_picture(FOLDER / name) for name in names]
+    return [open_image(FOLDER / name) for name in names]
