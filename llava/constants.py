@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 CONTROLLER_HEART_BEAT_EXPIRATION = 30
 """Seconds without a heart beat after which the controller forgets a worker."""
 WORKER_HEART_BEAT_INTERVAL = 15
@@ -19,3 +21,6 @@ DEFAULT_IM_START_TOKEN = "<im_start>"
 DEFAULT_IM_END_TOKEN = "<im_end>"
 IMAGE_PLACEHOLDER = "<image-placeholder>"
 """What a user may write in a query to say where the image goes; it is replaced by `DEFAULT_IMAGE_TOKEN`."""
+
+MICRO_MODEL = Path(__file__).resolve().parents[1] / "playground" / "avg-llava-micro"
+"""The model that ships with the repository and is used where none is given."""

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 from queue import Queue
 from time import perf_counter
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from llava.constants import MICRO_MODEL
 from llava.conversation import SeparatorStyle, get_template
 from llava.messages import Message, Options, prompt_spans
 from llava.messages import write_prompt as write_prompt  # whoever looks for it looks here
@@ -30,9 +30,6 @@ from llava.model.routing import RoutingReport
 from llava.model.splice import PromptRow, SplicedInputs, SplicedRow, pad_rows, prompt_row
 from llava.text_stream import TextStream, cut_at_stop
 from llava.timing import StageTimer
-
-MICRO_MODEL = Path(__file__).resolve().parents[1] / "playground" / "avg-llava-micro"
-"""The model that ships with the repository and is used where none is given."""
 
 
 @dataclass(frozen=True)

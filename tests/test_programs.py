@@ -7,18 +7,26 @@ import logging
 import re
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
+from llava.__main__ import COMMANDS
+from llava.__main__ import main as door
 from llava.flags import Parser, add_ignored, add_log_level, start_logging
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 FRONT = ("llava.serve.controller", "llava.serve.gradio_web_server", "llava.serve.sglang_worker")
 """Programs that have no model in their process."""
 PROGRAMS = (
     *("llava.serve", *FRONT, "llava.serve.model_worker", "llava.serve.cli"),
-    *("llava.eval.run_llava", "llava.eval.model_vqa"),
+    *("llava.eval.run_llava", "llava.eval.model_vqa", "llava.eval.granularity_report"),
 )
 HEAVY = {"torch", "torchvision", "transformers"}
 
@@ -74,6 +82,35 @@ def test_help_shows_each_flag_once_and_loads_neither_torch_nor_a_server(program:
 def test_the_front_needs_no_torch() -> None:
     """Every module of the rooms between clients and engines, and the app of each program."""
     assert set(json.loads(run(_FRONT, *FRONT))) & HEAVY == set()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_its_program(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        door([command, "--help"])
+    assert ended.value.code == 0
+    assert re.match(rf"usage: avg-llava {command} .*\[flags\]", capsys.readouterr().out)
+    assert COMMANDS[command][0].removesuffix(".__main__") in PROGRAMS
+
+
+def test_the_door_lists_its_commands_and_takes_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, status in ((["--help"], 0), (["--version"], 0), (["nothing"], 2), ([], 2)):
+        with pytest.raises(SystemExit) as ended:
+            door(words)
+        assert ended.value.code == status
+    told = capsys.readouterr()
+    assert all(f"\n  {command} " in told.out for command in COMMANDS) and "invalid choice: 'nothing'" in told.err
+
+
+def test_the_status_of_a_command_is_its_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert door(["controller", "--port", "70000"]) == 1
+    assert "error: --port is 70000" in capsys.readouterr().err
+
+
+def test_the_console_command_is_the_door() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    point = EntryPoint("avg-llava", project["scripts"]["avg-llava"], "console_scripts")
+    assert point.load() is door
 
 
 def parser() -> Parser:

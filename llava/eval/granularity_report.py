@@ -3,90 +3,71 @@
     python -m llava.eval.granularity_report --task playground --output report
     python -m llava.eval.granularity_report --model-path DIR --questions mine.jsonl --image-folder images --output report
 
-Every question is answered once per granularity; the rows of the table (fixed granularities, random choice at the router's cost, the
-router alone and under biases and budgets, the cheapest correct granularity) follow from these answers and the router's logits. Times and
-memory are measured with single requests on a sample of the questions.
-
-Answers are written to `OUTPUT/answers.parts` as they come: after a kill, Ctrl-C or a full disk the same command resumes. A finished report
-is replaced with `--overwrite` only.
+How it is made: `report/run.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
+import logging
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
+from llava.eval.report.tasks import TASKS
+from llava.flags import Parser, add_log_level, start_logging
+from llava.interrupts import run_program
 
-from llava.durable import write_whole
-from llava.eval.answer_file import describe_model
-from llava.eval.checks import check_routing
-from llava.eval.journal import Journal
-from llava.eval.report.answers import Crash, Encoder, Record, answered, ask, ask_all
-from llava.eval.report.answers_file import earlier_answers, key_of, write_answers
-from llava.eval.report.baseline import REPORT, Baseline, read_baseline, read_report
-from llava.eval.report.contents import Failures, make_report
-from llava.eval.report.examples import draw_example
-from llava.eval.report.policies import check_policies, fixed_policies, routed_policies
-from llava.eval.report.settings import Settings
-from llava.eval.report.tables import csv_of, markdown
-from llava.eval.report.tasks import TASKS, Item
-from llava.inference import Assistant, micro_model_path
-from llava.interrupts import keeping, run_program
-from llava.log import setup_logging
-from llava.messages import RoutingRequest
+logger = logging.getLogger("llava.eval.granularity_report")
 
-ANSWERS = "answers.jsonl"
-PARTS = "answers.parts"
-PAGES = ("report.html", "report.md", "report.csv")
-"""What is written beside `REPORT`, which is written last and marks a report as finished."""
-ORIGIN_LABELS = {
-    "model": "--model-path", "model base": "--model-base", "granularities": "--granularities", "max new tokens": "--max-new-tokens",
-    "questions": "the digest of the questions", "image folder": "the folder of the images",
-}  # fmt: skip
-"""What error messages call the fields of `_origin` and of a run's description."""
+PROG = "python -m llava.eval.granularity_report"
+FIRST = (
+    *("--model-path", "--task", "--questions", "--image-folder", "--output", "--limit", "--granularities", "--budgets", "--baseline"),
+    "--batch-size",
+)
 
 
-# ---- flags ------------------------------------------------------------------------------------------------------------------------
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = argparse.ArgumentParser(prog="python -m llava.eval.granularity_report", description=str(__doc__).split("\n")[0])
-    add = parser.add_argument
-    add("--model-path", "--model_path", help="checkpoint folder or hub id (default: the micro model that ships with the repository)")
-    add("--model-base", "--model_base", help="base model of a projector-only or adapter checkpoint")
-    source = parser.add_mutually_exclusive_group(required=True)
+def build_parser(prog: str = PROG) -> Parser:
+    """The command line's flags."""
+    parser = Parser(prog, str(__doc__).split("\n")[0], FIRST, usage="%(prog)s (--task TASK | --questions FILE) --output FOLDER [flags]")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model-path", metavar="PATH", help="checkpoint folder or hub id; without it the micro model that ships with us")
+    model.add_argument("--model-base", metavar="PATH", help="base model of a projector-only or adapter checkpoint")
+    model.add_argument("--device", help="cuda, mps or cpu; without it the best there is")
+    model.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; without it PyTorch's choice")
+    questions = parser.add_argument_group("questions")
+    source = questions.add_mutually_exclusive_group(required=True)
     source.add_argument("--task", help=f"questions that need no download: {', '.join(TASKS)}")
-    source.add_argument("--questions", type=Path, help="JSON objects with question_id, image, text, answer and optionally family")
-    add("--image-folder", "--image_folder", type=Path, help="folder that image names are relative to (default: that of --questions)")
-    add("--output", type=Path, required=True, help="folder for report.json, .md, .html and .csv, and answers.jsonl; a stopped run resumes")
-    add("--overwrite", action="store_true", help="replace the report or the other run that the folder of --output holds")
-    add("--limit", type=_positive, help="take the first N questions only")
-    answers_help = "answers.jsonl of an earlier report on this model with the same granularities and --max-new-tokens: reuse its answers"
-    add("--answers", type=Path, help=answers_help)
-    add("--baseline", type=Path, help="folder of an earlier report on these questions: paired differences to it, with intervals")
-    levels_help = "compare only these tokens per view, as in 36,144,576 (default: all of the model's)"
-    add("--granularities", type=_numbers(_positive), help=levels_help)
-    add("--biases", type=_numbers(_finite), help="add a row of the router with each of these biases, as in --biases=-0.5,0.5")
-    add("--budgets", type=_numbers(_positive), help="add a row of the router within each of these visual-token budgets, as in 48,96")
-    add("--batch-size", "--batch_size", type=_positive, default=80, help="questions answered together (default: 80)")
-    add("--max-new-tokens", "--max_new_tokens", type=_positive, default=16, help="maximum length of an answer in tokens (default: 16)")
-    add("--timing-samples", type=_count, default=40, help="questions to measure times on (default: 40; 0: none)")
-    timing_help = "requests per timed question and row; the one of median time counts (default: 3)"
-    add("--timing-repeats", type=_positive, default=3, help=timing_help)
-    add("--examples", type=_count, default=12, help="example images on the page (default: 12)")
-    add("--seed", type=int, default=0, help="seed of the timing sample and of the intervals (default: 0)")
-    add("--threads", type=_positive, help="CPU threads (default: PyTorch's choice)")
-    add("--device", help="cuda, mps or cpu (default: the best available)")
+    source.add_argument("--questions", type=Path, metavar="FILE",
+                        help="JSON objects with question_id, image, text, answer and optionally family")  # fmt: skip
+    questions.add_argument("--image-folder", type=Path, metavar="FOLDER",
+                           help="folder that image names are relative to (default: that of --questions)")  # fmt: skip
+    questions.add_argument("--limit", type=_positive, metavar="N", help="take the first N questions only")
+    questions.add_argument("--batch-size", type=_positive, default=80, metavar="N", help="questions answered together")
+    questions.add_argument("--max-new-tokens", type=_positive, default=16, metavar="N", help="longest answer, in tokens")
+    policies = parser.add_argument_group("policies")
+    policies.add_argument("--granularities", type=_numbers(_positive), metavar="N,M",
+                          help="compare only these tokens per view, as in 36,144,576 (default: all of the model's)")  # fmt: skip
+    policies.add_argument("--biases", type=_numbers(_finite), metavar="B,B",
+                          help="add a row of the router with each of these biases, as in --biases=-0.5,0.5")  # fmt: skip
+    policies.add_argument("--budgets", type=_numbers(_positive), metavar="N,M",
+                          help="add a row of the router within each of these visual-token budgets, as in 48,96")  # fmt: skip
+    report = parser.add_argument_group("report")
+    report.add_argument("--output", type=Path, required=True, metavar="FOLDER",
+                        help="for report.json, .md, .html and .csv, and answers.jsonl; a stopped run resumes")  # fmt: skip
+    report.add_argument("--overwrite", action="store_true", help="replace the report or the other run that the folder of --output holds")
+    report.add_argument("--answers", type=Path, metavar="FILE", help="answers.jsonl of an earlier report on this model with the same "
+                        "granularities and --max-new-tokens: reuse its answers")  # fmt: skip
+    report.add_argument("--baseline", type=Path, metavar="FOLDER",
+                        help="an earlier report on these questions: paired differences to it, with intervals")  # fmt: skip
+    report.add_argument("--timing-samples", type=_count, default=40, metavar="N", help="questions to measure times on; 0: none")
+    report.add_argument("--timing-repeats", type=_positive, default=3, metavar="N",
+                        help="requests per timed question and row; the one of median time counts")  # fmt: skip
+    report.add_argument("--examples", type=_count, default=12, metavar="N", help="example images on the page")
+    report.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the timing sample and of the intervals")
+    add_log_level(parser)
     return parser
 
 
@@ -114,195 +95,30 @@ def _positive(text: str) -> int:
     return _count(text, least=1)
 
 
-# ---- the command ------------------------------------------------------------------------------------------------------------------
+def make(args: argparse.Namespace) -> int:
+    """Make the report; 0, or 1 with one sentence on standard error where something crashed.
 
+    Raises:
+        ValueError: flags, questions or a model that cannot work. OSError: files that cannot be read or written.
+    """
+    import torch
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0, or 1 with one sentence on standard error where something failed or crashed, or 130 after Ctrl-C."""
-    args = build_parser().parse_args(argv)
-    setup_logging()
+    from llava.eval.report.run import run
+    from llava.eval.report.settings import Settings
+
+    start_logging(args, logger)
     if args.threads:
         torch.set_num_threads(args.threads)
-
-    def work() -> int:
-        try:
-            failure = run(Settings.of(args))
-        except (ValueError, OSError, ImportError) as error:
-            failure = str(error)
-        if failure is not None:
-            print(f"error: {failure}", file=sys.stderr)
-        return 0 if failure is None else 1
-
-    return run_program(work)
+    failure = run(Settings.of(args))
+    if failure is not None:
+        print(f"error: {failure}", file=sys.stderr)
+    return 0 if failure is None else 1
 
 
-def run(settings: Settings) -> str | None:
-    """Make the report.
-
-    Returns:
-        What crashed, in one sentence, or `None`.
-
-    Raises:
-        ValueError: a model or policy that cannot work, a finished report in the way, or no answer at all.
-        OSError: a model or a folder that cannot be read, or no room for what is written. ImportError: matplotlib is missing.
-    """
-    task, output = settings.task, settings.output
-    _page_writer()  # a missing package is better named now than after hours of answers
-    journal = Journal(output / PARTS)
-    check_output(settings, journal)
-    baseline = None if settings.baseline is None else read_baseline(settings.baseline, task.items)
-    with (
-        keeping(lambda: f"the answers to {len(answered(journal))} questions are kept in {output}; the same command resumes"),
-        journal.alone(),
-    ):
-        failures, table = _make(settings, journal, baseline)
-        if failures is None:
-            journal.remove()
-    print(f"{table}\nThe page, this table and all numbers: report.html, report.md, report.csv and report.json in {output}")
-    return failures
-
-
-def _make(settings: Settings, journal: Journal, baseline: Baseline | None) -> tuple[str | None, str]:
-    """Ask, measure and write.
-
-    Returns:
-        What crashed, in one sentence, or `None`; and the table.
-    """
-    task = settings.task
-    assistant = Assistant.load(settings.model_path, settings.model_base, device=settings.device)
-    check_routing(assistant, RoutingRequest())
-    assistant.model.get_vision_tower()
-    granularities = _granularities(assistant, settings.granularities)
-    has_router = assistant.model.model.router is not None
-    routed = routed_policies(has_router, settings.granularities, settings.biases, settings.budgets)
-    check_policies(assistant, task, [*fixed_policies(granularities), *routed])
-    records, crashes = _answers(assistant, granularities, journal, settings)
-    if not records:
-        raise ValueError(f"None of {len(task.items)} questions could be answered; the first: {crashes[0].reason}")
-    failures = Failures(crashes, [])
-    report, examples = make_report(assistant, records, granularities, routed, baseline, failures, settings)
-    images = [draw_example(assistant, task.folder, record, granularities, level) for record, level in examples]
-    return failures.sentence(len(task.items)), write_report(settings.output, report, images)
-
-
-def _granularities(assistant: Assistant, wanted: Sequence[int] | None) -> list[int]:
-    known = [level.tokens for level in assistant.model.levels]
-    unknown = [tokens for tokens in wanted or [] if tokens not in known]
-    if unknown:
-        raise ValueError(f"--granularities has {unknown}, but this model has {known} tokens per view; choose from these.")
-    return [tokens for tokens in known if wanted is None or tokens in wanted]
-
-
-# ---- the folder -------------------------------------------------------------------------------------------------------------------
-
-
-def is_unfinished(output: Path, journal: Journal) -> bool:
-    """Whether a run was stopped here, or left out answers or parts that had failed, so that it may resume."""
-    if not (output / REPORT).exists():
-        return journal.description.exists()
-    report = read_report(output)
-    return journal.description.exists() and report is not None and bool(report["crashes"] or report["left_out"])
-
-
-def check_output(settings: Settings, journal: Journal) -> None:
-    """Keep a report that took its time to make from being overwritten by accident.
-
-    Raises:
-        ValueError: the folder holds something other than an unfinished run, and `--overwrite` was not given.
-    """
-    output = settings.output
-    held = [name for name in (REPORT, *PAGES, ANSWERS) if (output / name).exists()]
-    if settings.answers is not None and held == [ANSWERS] and settings.answers.resolve() == (output / ANSWERS).resolve():
-        held = []
-    if held and not is_unfinished(output, journal) and not settings.overwrite:
-        raise ValueError(f"{output} already holds {held[0]}; choose another --output, or replace what it holds with --overwrite.")
-
-
-def write_report(output: Path, report: Mapping[str, Any], images: Sequence[Image.Image]) -> str:
-    """Write a report's files, the one that marks it as finished last.
-
-    Returns:
-        The table as Markdown.
-
-    Raises:
-        NoSpaceError: there is no room.
-    """
-    table = markdown(report)
-    files = dict(zip(PAGES, (_page_writer()(report, images), table, csv_of(report)), strict=True))
-    for name, text in (files | {REPORT: json.dumps(report, indent=1, ensure_ascii=False)}).items():
-        write_whole(output / name, text.encode("utf-8", "backslashreplace"))
-    return table
-
-
-def _page_writer() -> Callable[[Mapping[str, Any], Sequence[Image.Image]], str]:
-    """`write_page`, imported where it is used because matplotlib is in an extra.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
-    try:
-        from llava.eval.report.page import write_page
-    except ImportError as error:
-        raise ImportError(f'The report\'s page needs {error.name}; install it with pip install -e ".[eval]".') from error
-    return write_page
-
-
-# ---- answers ----------------------------------------------------------------------------------------------------------------------
-
-
-def _origin(granularities: Sequence[int], settings: Settings) -> dict[str, Any]:
-    """What answers depend on besides their questions; the first line of answers.jsonl."""
-    return {
-        "model": describe_model(settings.model_path or micro_model_path()),
-        "model base": None if settings.model_base is None else describe_model(settings.model_base),
-        "granularities": list(granularities),
-        "max new tokens": settings.max_new_tokens,
-    }
-
-
-def _answers(
-    assistant: Assistant, granularities: Sequence[int], journal: Journal, settings: Settings
-) -> tuple[list[Record], list[Crash]]:
-    """Every question at every granularity: asked, or taken from an earlier report; written to answers.jsonl beside that one's others.
-
-    Raises:
-        ValueError: an earlier report's answers that do not fit, or a folder that belongs to another run. NoSpaceError: there is no room.
-    """
-    task, output, origin = settings.task, settings.output, _origin(granularities, settings)
-    kept: list[Record] = []
-    unused: list[Record] = []
-    left = task.items
-    if settings.answers is not None:
-        encoder = Encoder(assistant, task.folder)
-        kept, left, unused = earlier_answers(
-            settings.answers,
-            task.items,
-            origin,
-            ORIGIN_LABELS,
-            lambda items: ask(assistant, encoder(items), granularities, settings.max_new_tokens),
-        )
-    _begin(journal, {**origin, "questions": _digest(left), "image folder": str(task.folder.resolve())}, settings)
-    asked, crashes = ask_all(assistant, left, task.folder, granularities, settings.max_new_tokens, settings.batch_size, journal)
-    found = {key_of(record): record for record in [*kept, *asked]}
-    records = [found[key_of(item)] for item in task.items if key_of(item) in found]
-    if records:
-        write_answers(output / ANSWERS, origin, [*records, *unused])
-    return records, crashes
-
-
-def _digest(items: Sequence[Item]) -> str:
-    return hashlib.sha256(json.dumps([asdict(item) for item in items]).encode()).hexdigest()
-
-
-def _begin(journal: Journal, description: dict[str, Any], settings: Settings) -> None:
-    """Resume a run, or start one in place of what `--overwrite` gives up; questions that failed are asked again."""
-    output = settings.output
-    if not is_unfinished(output, journal):
-        for name in (REPORT, *PAGES):
-            (output / name).unlink(missing_ok=True)
-        journal.discard()
-    journal.begin(description, ORIGIN_LABELS, "Choose another --output, or start over there with --overwrite.", replace=settings.overwrite)
-    journal.withdraw(list(journal.records().values()))
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """Run the command; 0, or 1 with one sentence on standard error where something failed or crashed, or 130 after Ctrl-C."""
+    args = build_parser(prog).parse_args(argv)
+    return run_program(lambda: make(args))
 
 
 if __name__ == "__main__":

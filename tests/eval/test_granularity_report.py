@@ -417,7 +417,7 @@ def test_crashed_questions_are_counted_and_end_the_run_with_an_error(tmp_path: P
 def test_answers_of_an_earlier_report_are_not_asked_again(
     made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from llava.eval import granularity_report
+    from llava.eval.report import run
 
     asked: list[int] = []
 
@@ -425,7 +425,7 @@ def test_answers_of_an_earlier_report_are_not_asked_again(
         asked.append(len(items))
         return ask_all(assistant, items, *rest)
 
-    monkeypatch.setattr(granularity_report, "ask_all", counting)
+    monkeypatch.setattr(run, "ask_all", counting)
     answers = made["output"] / "answers.jsonl"
     flags = ["--task", "playground", "--limit", "32", "--timing-samples", "0", "--device", "cpu", "--output", str(tmp_path / "out")]
     assert main([*flags, "--answers", str(answers)]) == 0
@@ -631,7 +631,7 @@ def test_no_room_for_the_pages_leaves_no_half_of_one(
 ) -> None:
     import errno
 
-    from llava.eval import granularity_report
+    from llava.eval.report import run
 
     output, real = tmp_path / "out", Path.write_bytes
 
@@ -646,7 +646,7 @@ def test_no_room_for_the_pages_leaves_no_half_of_one(
         assert main(short(output)) == 1
     assert "error: no space for" in capsys.readouterr().err
     assert sorted(path.name for path in output.iterdir()) == ["answers.jsonl", "answers.parts"]
-    monkeypatch.setattr(granularity_report, "ask", lambda *args: pytest.fail("asked again"))
+    monkeypatch.setattr(run, "ask", lambda *args: pytest.fail("asked again"))
     assert main(short(output)) == 0
     assert (output / "report.html").read_bytes() == (whole / "report.html").read_bytes()
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava.constants import MICRO_MODEL
 from llava.eval.questions import NO_FAMILY, read_questions, scored_fields
-from llava.inference import MICRO_MODEL
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,50 @@
+"""`avg-llava COMMAND [flags]`, also `python -m llava`: one door to all programs. Each is the same as with `python -m`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from llava import __version__
+
+COMMANDS = {
+    "answer": ("llava.eval.run_llava", "ask a model about images, once"),
+    "chat": ("llava.serve.cli", "chat with a model in the terminal"),
+    "serve": ("llava.serve.__main__", "a model, its OpenAI API and the page in one process"),
+    "worker": ("llava.serve.model_worker", "one model over LLaVA's protocol and the OpenAI API"),
+    "bridge": ("llava.serve.sglang_worker", "the same for a model that another server runs"),
+    "controller": ("llava.serve.controller", "many workers at one address"),
+    "page": ("llava.serve.gradio_web_server", "the web page"),
+    "questions": ("llava.eval.model_vqa", "answer a file of questions"),
+    "report": ("llava.eval.granularity_report", "accuracy and cost of every policy for choosing a granularity"),
+}
+"""Command -> the module of its program, which has `main(argv, prog)`, and what it does."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's name, and nothing of what follows it."""
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="avg-llava",
+        usage="avg-llava COMMAND [flags]",
+        description=f"commands:\n{commands}\n\navg-llava COMMAND --help shows a command's flags.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=__version__)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = build_parser().parse_args(words[:1]).command
+    status: int = importlib.import_module(COMMANDS[command][0]).main(words[1:], prog=f"avg-llava {command}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
