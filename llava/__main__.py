@@ -18,6 +18,10 @@ COMMANDS = {
     "controller": ("llava.serve.controller", "many workers at one address"),
     "page": ("llava.serve.gradio_web_server", "the web page"),
     "questions": ("llava.eval.model_vqa", "answer a file of questions"),
+    "train": ("llava.train.train", "train one stage"),
+    "check": ("llava.train.check", "read every row as training does, and say what is broken"),
+    "estimate": ("llava.train.estimate", "parameters, operations and memory of a run"),
+    "score": ("llava.train.score_granularities", "score every row at every granularity, for the router's stage"),
     "report": ("llava.eval.granularity_report", "accuracy and cost of every policy for choosing a granularity"),
 }
 """Command -> the module of its program, which has `main(argv, prog)`, and what it does."""

@@ -16,7 +16,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 
 INTERRUPTED = 130
 """Exit status of a program that Ctrl-C ended: 128 and the signal's number, as shells count."""
@@ -78,19 +77,6 @@ def run_program(
     except errors as error:
         print(f"error: {sentence_of(error)}", file=sys.stderr)
         return 1
-
-
-def hush_imports() -> None:
-    """Let Ctrl-C while a program is still importing end it with one line and by the signal itself, as a shell expects."""
-    before = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if issubclass(kind, KeyboardInterrupt):
-            _say(str(error) or "nothing was begun")
-        else:
-            before(kind, error, trace)
-
-    sys.excepthook = hook
 
 
 def _say(kept: str) -> None:

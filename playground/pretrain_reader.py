@@ -39,9 +39,9 @@ from llava.train.build import load_model
 from llava.train.checkpoint import save_projector
 from llava.train.objectives import answer_losses, granularities
 from llava.train.packing import pack
+from llava.train.run import parse_arguments as parse_training_arguments
 from llava.train.stages import part_of
 from llava.train.targets import build_targets, place_images
-from llava.train.train import parse_arguments as parse_training_arguments
 from playground import common, pretrain_vision, world
 from playground.make_data import conversation_record
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,19 +61,3 @@ def test_other_errors_pass() -> None:
         raise ValueError("else")
     with pytest.raises(InterruptedWorkError, match="kept"), keeping(lambda: "kept"):
         raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize(
-    ("work", "status", "line"),
-    [
-        ("os.kill(os.getpid(), signal.SIGINT); time.sleep(60)", -signal.SIGINT, "interrupted: nothing was begun.\n"),
-        ("raise ImportError('x')", 1, "ImportError: x\n"),
-    ],
-)
-def test_while_importing(work: str, status: int, line: str) -> None:
-    code = f"import os, signal, time; from llava.interrupts import hush_imports; hush_imports(); {work}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
-    assert done.returncode == status and done.stderr.endswith(line) and done.stderr.count("\n") == (1 if status < 0 else 3)

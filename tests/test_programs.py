@@ -27,8 +27,10 @@ FRONT = ("llava.serve.controller", "llava.serve.gradio_web_server", "llava.serve
 PROGRAMS = (
     *("llava.serve", *FRONT, "llava.serve.model_worker", "llava.serve.cli"),
     *("llava.eval.run_llava", "llava.eval.model_vqa", "llava.eval.granularity_report"),
+    *("llava.train.train", "llava.train.check", "llava.train.estimate", "llava.train.score_granularities"),
+    "llava/train/train_mem.py",
 )
-HEAVY = {"torch", "torchvision", "transformers"}
+HEAVY = {"torch", "torchvision"}
 
 _HELP = """
 import json, runpy, sys
@@ -70,7 +72,8 @@ def test_help_shows_each_flag_once_and_loads_neither_torch_nor_a_server(program:
     *shown, told = run(_HELP, program, "--help").splitlines()
     ended = json.loads(told)
     assert ended["status"] == 0
-    assert set(ended["modules"]) & (HEAVY | {"fastapi", "gradio"}) == set()
+    heavy = HEAVY if "train" in program else HEAVY | {"transformers"}
+    assert set(ended["modules"]) & (heavy | {"fastapi", "gradio"}) == set()
     assert shown[0].startswith(f"usage: {'python ' if program.endswith('.py') else 'python -m '}{program}") and "used most:" in shown
     flags = [found[1] for line in shown if (found := re.match(r"  (--[\w-]+)", line))]
     assert len(flags) == len(set(flags)) > 5
@@ -81,7 +84,7 @@ def test_help_shows_each_flag_once_and_loads_neither_torch_nor_a_server(program:
 
 def test_the_front_needs_no_torch() -> None:
     """Every module of the rooms between clients and engines, and the app of each program."""
-    assert set(json.loads(run(_FRONT, *FRONT))) & HEAVY == set()
+    assert set(json.loads(run(_FRONT, *FRONT))) & (HEAVY | {"transformers"}) == set()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -140,3 +143,13 @@ def test_flags_that_change_nothing_are_warned_of_and_not_shown(caplog: pytest.Lo
     start_logging(made.parse_args(["--multi-modal"]), logging.getLogger("llava.test"))
     start_logging(made.parse_args([]), logging.getLogger("llava.test"))
     assert caplog.messages == ["--multi-modal changes nothing: the config decides"]
+
+
+def test_trainings_help_names_flags_of_transformers_and_takes_none_of_them_for_ours() -> None:
+    from llava.train.arguments import whole_parser
+    from llava.train.train import EPILOG, build_parser
+
+    own, whole = (set(made._option_string_actions) for made in (build_parser(), whole_parser()))
+    assert own - {"--help_all"} <= whole
+    assert set(re.findall(r"--\w+", EPILOG)) <= whole - own
+    assert [(theirs, ours) for theirs in whole - own for ours in own if ours.startswith(theirs)] == []

@@ -6,202 +6,26 @@ once; `ignored_flags` names what scripts of LLaVA pass without any effect here.
 
 from __future__ import annotations
 
-import ast
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
 
 from llava.model.adapter import is_adapter
+from llava.train.flags import DataArguments, FlagParser, LoraFlags, ModelArguments, RouterFlags, StageFlags
 from llava.train.stages import PARTS, STAGES, Stage, get_stage
 
-PUBLISHED_SCHEDULE = "cosine"
 PUBLISHED_WARMUP = 0.03
 PUBLISHED_LORA: dict[str, Any] = {"lora_r": 64, "lora_alpha": 16, "lora_dropout": 0.05}
 """LLaVA's defaults of a new adapter."""
 
 
 @dataclass
-class ModelArguments:
-    """Which model is trained and what it is made of."""
-
-    model_name_or_path: str = field(metadata={"help": "Language model or AVG-LLaVA checkpoint to start from."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Accepted for scripts of LLaVA, without effect; set HF_HOME."})
-    version: str | None = field(default=None, metadata={"help": "Conversation template; the stage's own by default."})
-    vision_tower: str | None = field(
-        default=None, metadata={"help": "CLIP folder or hub id; needed unless the checkpoint holds a tower."}
-    )
-    mm_vision_select_layer: int | None = field(
-        default=None, metadata={"help": "Tower layer whose output is the feature (new models: -2)."}
-    )
-    mm_vision_select_feature: str | None = field(
-        default=None, metadata={"help": "patch or cls_patch (new models: patch)."}
-    )
-    pretrain_mm_mlp_adapter: str | None = field(
-        default=None, metadata={"help": "Projector weights to start from: mm_projector.safetensors or a folder with it."}
-    )
-    allow_bin_weights: bool = field(
-        default=False, metadata={"help": "Also read a projector in PyTorch's .bin format (weights only)."}
-    )
-    mm_projector_type: str | None = field(
-        default=None, metadata={"help": "linear, mlpNx_gelu or identity; must be given for a new model."}
-    )
-    mm_patch_merge_type: str | None = field(
-        default=None, metadata={"help": "flat, spatial or spatial_unpad (new models: spatial_unpad)."}
-    )
-    mm_use_im_start_end: bool | None = field(
-        default=None, metadata={"help": "Surround each image with start and end tokens."}
-    )
-    mm_use_im_patch_token: bool | None = field(default=None, metadata={"help": "Add LLaVA's patch token."})
-    vis_token_granularity: str | None = field(
-        default=None, metadata={"help": "Tokens per view of each granularity, coarse to fine, as in 36,72,144,288,576."}
-    )
-    unpad_rule: str | None = field(default=None, metadata={"help": "picture (new models) or pooled_grid (released)."})
-    router_attention_axis: str | None = field(default=None, metadata={"help": "views or tokens."})
-    router_hidden_size: int | None = field(default=None, metadata={"help": "Width of a narrow router."})
-    router_dropout: float | None = field(default=None, metadata={"help": "Dropout of the router's encoder layer."})
-    filtered_text_num: int | None = field(default=None, metadata={"help": "Instruction tokens that the router sees."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention kernel of the language model."})
-
-    @property
-    def granularities(self) -> list[int] | None:
-        """The granularities as numbers, coarse to fine.
-
-        Raises:
-            ValueError: not a comma-separated list of rising numbers.
-        """
-        if self.vis_token_granularity is None:
-            return None
-        try:
-            levels = [int(part) for part in self.vis_token_granularity.strip("[] ").split(",")]
-        except ValueError:
-            levels = []
-        if not levels or levels != sorted(set(levels)) or levels[0] < 1:
-            raise ValueError(
-                f"--vis_token_granularity is {self.vis_token_granularity!r}; give tokens per view, coarse to fine, "
-                'separated by commas, as in "36,72,144,288,576".'
-            )
-        return levels
-
-
-@dataclass
-class DataArguments:
-    """Which rows and images are trained on."""
-
-    data_path: str = field(metadata={"help": "LLaVA's JSON or JSONL, or a mixture manifest (YAML)."})
-    eval_data_path: str | None = field(default=None, metadata={"help": "Rows for evaluation during training."})
-    image_folder: str | None = field(default=None, metadata={"help": "Folder, zip or tar that image names are relative to."})
-    index_cache: str | None = field(
-        default=None, metadata={"help": "Folder for the index of the rows; a hidden one beside the data by default."}
-    )
-    lazy_preprocess: bool = field(
-        default=True, metadata={"help": "Tokenize a row when it is read; otherwise all rows before the first step."}
-    )
-    is_multimodal: bool = field(default=True, metadata={"help": "Whether rows may have images."})
-    image_aspect_ratio: str | None = field(
-        default=None,
-        metadata={"help": "square, pad or anyres; the checkpoint's by default, with a warning for any other."},
-    )
-    image_grid_pinpoints: str | None = field(
-        default=None, metadata={"help": 'Canvases of anyres, (width, height), as in "[[336, 672], [672, 336]]".'}
-    )
-    on_bad_sample: str = field(
-        default="raise", metadata={"help": "raise, or skip: count and log a broken row and read the next instead."}
-    )
-    max_bad_share: float = field(
-        default=0.01, metadata={"help": "With skip: stop when more than this share of the rows is broken."}
-    )
-    cache_image_features_gb: float = field(
-        default=0.0, metadata={"help": "Memory for features of a frozen vision tower, so that an image is encoded once."}
-    )
-
-    @property
-    def canvases(self) -> list[list[int]] | None:
-        """The canvases as numbers, (width, height).
-
-        Raises:
-            ValueError: not a list of pairs.
-        """
-        if self.image_grid_pinpoints is None:
-            return None
-        try:
-            canvases = [[int(width), int(height)] for width, height in ast.literal_eval(self.image_grid_pinpoints)]
-        except (ValueError, SyntaxError, TypeError) as error:
-            raise ValueError(
-                f"--image_grid_pinpoints is {self.image_grid_pinpoints!r}; give a list of (width, height) pairs."
-            ) from error
-        return canvases
-
-
-@dataclass
-class LoraFlags:
-    """Flags of LoRA and QLoRA, by LLaVA's names."""
-
-    lora_enable: bool = field(default=False, metadata={"help": "Train an adapter of the language model in place of its weights."})
-    lora_r: int | None = field(default=None, metadata={"help": "Rank; 64, or that of the adapter the run starts from."})
-    lora_alpha: int | None = field(
-        default=None, metadata={"help": "Scale, divided by the rank; 16, or that of the adapter the run starts from."}
-    )
-    lora_dropout: float | None = field(
-        default=None, metadata={"help": "Dropout before the matrices; 0.05, or that of the adapter the run starts from."}
-    )
-    lora_weight_path: str = field(default="", metadata={"help": "Adapter folder to continue from, over --model_name_or_path."})
-    lora_bias: str = field(default="none", metadata={"help": "none; biases of the base model are not trained."})
-    bits: int = field(default=16, metadata={"help": "16, or 8 or 4: quantise the language model and train an adapter on it (QLoRA)."})
-    double_quant: bool = field(default=True, metadata={"help": "Quantise the scales of 4-bit weights too."})
-    quant_type: str = field(default="nf4", metadata={"help": "4-bit numbers: nf4 or fp4."})
-
-
-@dataclass
-class TrainingArguments(LoraFlags, transformers.TrainingArguments):
+class TrainingArguments(StageFlags, RouterFlags, LoraFlags, transformers.TrainingArguments):
     """How training runs. `None` means the stage's published value."""
 
-    learning_rate: float | None = field(default=None, metadata={"help": "The stage's own by default."})  # type: ignore[assignment]
-    lr_scheduler_type: str = field(default=PUBLISHED_SCHEDULE, metadata={"help": "Schedule of the learning rate."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Rows hold images, which the model's forward does not name."})
-    report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, wandb or none."})
-    stage: str | None = field(default=None, metadata={"help": f"{', '.join(STAGES)}; inferred from the flags without it."})
-    tune_mm_mlp_adapter: bool | None = field(default=None, metadata={"help": "Train the projector only (align)."})
-    freeze_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Freeze the projector."})
-    freeze_backbone: bool = field(default=False, metadata={"help": "Freeze the language model."})
-    unfreeze_mm_vision_tower: bool | None = field(
-        default=None, metadata={"help": "Whether the vision tower is trained; the stage decides by default."}
-    )
-    tune_router: bool | None = field(default=None, metadata={"help": "Train the router only (rglf)."})
-    router_select: bool | None = field(default=None, metadata={"help": "Whether the model has a router."})
-    mm_vision_tower_lr: float | None = field(default=None, metadata={"help": "Learning rate of the vision tower."})
-    mm_projector_lr: float | None = field(default=None, metadata={"help": "Learning rate of the projector."})
-    group_by_modality_length: bool = field(
-        default=False, metadata={"help": "Batches of similar length, each with images in all rows or in none."}
-    )
-    model_max_length: int | None = field(
-        default=None, metadata={"help": "Longest row, text and visual tokens together; the checkpoint's context by default."}
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Remove an earlier run's checkpoints from the output folder and replace its model."}
-    )
-    accept_lost_state: bool = field(
-        default=False,
-        metadata={"help": "Resume from a checkpoint without checksums, or without its optimizer, schedule or random state."},
-    )
-    evaluation_strategy: str | None = field(default=None, metadata={"help": "Older name of --eval_strategy."})
-    warmup_ratio: float | None = field(default=None, metadata={"help": "Share of the steps that warm up."})
-    on_nonfinite_loss: str = field(
-        default="raise", metadata={"help": "raise, or skip: log the step and its rows, drop its gradients and continue."}
-    )
-    margin: float = field(default=1.0, metadata={"help": "Scale of the ranking margins (rglf)."})
-    rank_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the ranking loss (rglf)."})
-    ce_loss_weight: float = field(default=0.1, metadata={"help": "Weight of the cross-entropy (rglf)."})
-    granularity_cost_weight: float = field(
-        default=0.0, metadata={"help": "Nats per doubling of visual tokens that the router weighs (rglf); 0 is the paper."}
-    )
-    granularity_scores: str | None = field(
-        default=None, metadata={"help": "Parquet of score_granularities: train the router without the language model."}
-    )
-    router_without_instruction: bool = field(
-        default=False, metadata={"help": "Control experiment: the router sees the image only (rglf)."}
-    )
+    _argument_group_name = "training"
 
     def __post_init__(self) -> None:
         given_stage = self.stage
@@ -259,6 +83,15 @@ class TrainingArguments(LoraFlags, transformers.TrainingArguments):
         if self.mm_vision_tower_lr is not None:
             rates["vision_tower"] = self.mm_vision_tower_lr
         return rates
+
+
+def whole_parser(prog: str | None = None) -> FlagParser:
+    """The flags of a run, transformers' among them.
+
+    Args:
+        prog: how the program is called; `None` takes the name of the running one.
+    """
+    return FlagParser((ModelArguments, DataArguments, TrainingArguments), prog, "Train one stage.")
 
 
 def check_arguments(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:

@@ -22,8 +22,6 @@ from llava.train.rows import num_views, visual_token_costs
 from llava.train.stages import PartSummary, Stage
 
 GIB = 2**30
-ZERO_SETTINGS = ("0", "2", "3", "3-offload")
-"""0: every GPU holds everything (plain DDP); 2, 3 and 3 with optimizer and weights in host memory: `scripts/zero*.json`."""
 
 MAX_LIVE_PARAMETERS = 10**9
 """`stage3_max_live_parameters` of `scripts/zero3.json`: how many gathered weights ZeRO-3 may hold at a time."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from llava.interrupts import hush_imports
+import sys
 
-hush_imports()
-
-from llava.train.train import main  # noqa: E402  (importing takes seconds)
+from llava.train.train import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(prog="python llava/train/train_mem.py"))

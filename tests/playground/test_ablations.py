@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from llava.eval.report.outcomes import FEWEST_IMAGES
-from llava.train.train import parse_arguments
+from llava.train.run import parse_arguments
 from playground.ablations import markdown, spread, table
 from playground.evaluate import Record, Results
 from playground.world import COARSE_FAMILIES, FAMILIES

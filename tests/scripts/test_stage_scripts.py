@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from llava.model.builder import load_pretrained_model
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.train.run import parse_arguments
 from llava.train.stages import STAGES
-from llava.train.train import parse_arguments
 from tests.stage_runs import (
     ORACLE,
     ROOT,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llava.train.arguments import check_arguments, ignored_flags
-from llava.train.train import parse_arguments
+from llava.train.run import parse_arguments
 
 Flags = Callable[..., list[str]]
 

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
-import llava.train.check as check_module
+import llava.train.data_check as check_module
 from llava.train.arguments import DataArguments
 from llava.train.build import model_outline, read_model_config
-from llava.train.check import CheckArguments, check, main
+from llava.train.check import main
+from llava.train.data_check import check
+from llava.train.flags import CheckArguments
 from llava.train.rows import visual_token_costs
 
 ROOT = Path(__file__).parents[2]

@@ -20,7 +20,7 @@ import torch
 
 from llava.model.builder import load_pretrained_model
 from llava.train.distributed import full_weights_on_load, init_cpu_deepspeed, is_lost_process, lost_process_message
-from llava.train.train import make_trainer, parse_arguments
+from llava.train.run import make_trainer, parse_arguments
 from tests.stage_runs import ORACLE, TOY_LEVELS, losses, recorded_rows, run, run_well, start, stop_group, write_rows
 
 Flags = Callable[..., list[str]]

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from llava.train.arguments import DataArguments
-from llava.train.check import CheckArguments
+from llava.train.flags import CheckArguments
 from llava.train.mixture import _read_manifest
 from llava.train.targets import segments_of
 

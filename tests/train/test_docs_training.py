@@ -19,7 +19,7 @@ import pytest
 import transformers
 
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava.train.train import parse_arguments
+from llava.train.run import parse_arguments
 from tests.stage_runs import ROOT, SCRIPTS
 
 PAGES = ("Training.md", "Finetune_Custom_Data.md")

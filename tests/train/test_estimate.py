@@ -24,10 +24,11 @@ from llava.model.projector import build_projector
 from llava.model.router import GranularityRouter
 from llava.model.vision_tower import CLIPVisionTower
 from llava.train import costs
-from llava.train import estimate as est
+from llava.train import estimation as est
 from llava.train.build import model_outline, read_model_config
 from llava.train.costs import Step
-from llava.train.estimate import EstimateArguments, estimate, preset_config
+from llava.train.estimation import estimate, preset_config
+from llava.train.flags import EstimateArguments
 from llava.train.lora import new_lora_config
 from llava.train.stages import PARTS, STAGES, PartSummary, apply_stage, part_of
 

@@ -17,8 +17,8 @@ from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.train.checkpoint import publish_into, restore_weights, write_manifest
 from llava.train.llava_trainer import optimizer_groups
+from llava.train.run import make_trainer, parse_arguments, train
 from llava.train.stages import part_of
-from llava.train.train import make_trainer, parse_arguments, train
 
 pytest.importorskip("peft")
 ORACLE = Path(__file__).parents[1] / "oracle"

@@ -14,7 +14,7 @@ import yaml
 
 from llava.train.dataset import ConversationDataset
 from llava.train.mixture import Mixture, draw, open_rows
-from llava.train.score_granularities import parts_of_rows
+from llava.train.scores import parts_of_rows
 from llava.train.shards import ImageFolder, ImageMap, ImageShard
 
 IMAGES = Path(__file__).parents[1] / "oracle" / "images"

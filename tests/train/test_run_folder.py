@@ -25,8 +25,9 @@ from llava.durable import NoSpaceError, held_alone
 from llava.train import run_folder
 from llava.train.checkpoint import Manifest, checkpoints, damaged_files, read_manifest
 from llava.train.llava_trainer import LlavaTrainer
+from llava.train.run import make_trainer, parse_arguments, train
 from llava.train.run_folder import LOCK, prepare
-from llava.train.train import main, make_trainer, parse_arguments, train
+from llava.train.train import main
 
 Flags = Callable[..., list[str]]
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"}

@@ -13,10 +13,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-import llava.train.score_granularities as scoring
+import llava.train.scores as scoring
 from llava.durable import NoSpaceError, held_alone
 from llava.interrupts import INTERRUPTED
-from llava.train.score_granularities import GranularityScores, ScoreArguments, main, score
+from llava.train.flags import ScoreArguments
+from llava.train.score_granularities import main
+from llava.train.scores import GranularityScores, score
 
 ORACLE = Path(__file__).parents[1] / "oracle"
 

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from llava.model.builder import load_pretrained_model
 from llava.train import llava_trainer
-from llava.train.score_granularities import ScoreArguments, model_fingerprint, parts_of_rows, score
-from llava.train.train import make_trainer, parse_arguments, train
+from llava.train.flags import ScoreArguments
+from llava.train.run import make_trainer, parse_arguments, train
+from llava.train.scores import model_fingerprint, parts_of_rows, score
 
 ORACLE = Path(__file__).parents[1] / "oracle"
 Flags = Callable[..., list[str]]
@@ -109,7 +110,7 @@ def test_offline_scores_train_the_same_router(tmp_path: Path, run_flags: Flags, 
         str(ORACLE / "checkpoint"), str(ORACLE / "train_data.json"), str(file), str(ORACLE / "images"),
         version="v1", batch_size=2, part_rows=2, device="cpu",
     )  # fmt: skip
-    import llava.train.score_granularities as scoring
+    import llava.train.scores as scoring
 
     original, scored = scoring.score_part, []
 
@@ -147,7 +148,7 @@ def test_offline_scores_train_the_same_router(tmp_path: Path, run_flags: Flags, 
 def test_scores_of_another_model_are_refused(tmp_path: Path) -> None:
     import pyarrow as pa
 
-    from llava.train.score_granularities import SCHEMA, GranularityScores, _metadata, _write
+    from llava.train.scores import SCHEMA, GranularityScores, _metadata, _write
 
     columns = {"row": [0], "id": ["a"], "losses": [[1.0, 2.0]], "visual_tokens": [[3, 6]]}
     table = pa.table(columns, schema=SCHEMA).replace_schema_metadata(_metadata("m", "d", [9, 18]))
