@@ -22,6 +22,8 @@ COMMANDS = {
     "check": ("llava.train.check", "read every row as training does, and say what is broken"),
     "estimate": ("llava.train.estimate", "parameters, operations and memory of a run"),
     "score": ("llava.train.score_granularities", "score every row at every granularity, for the router's stage"),
+    "convert": ("llava.tools.convert_llava_next", "checkpoints to and from transformers' LLaVA-NeXT"),
+    "merge": ("llava.tools.merge_lora_weights", "an adapter and the model underneath into one checkpoint"),
     "report": ("llava.eval.granularity_report", "accuracy and cost of every policy for choosing a granularity"),
 }
 """Command -> the module of its program, which has `main(argv, prog)`, and what it does."""

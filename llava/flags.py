@@ -40,6 +40,9 @@ class HelpFormatter(argparse.HelpFormatter):
             usage = f"%(prog)s{''.join(required)} [flags]"
         super().add_usage(usage, [], [], prefix)
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n\n".join(super(HelpFormatter, self)._fill_text(part, width, indent) for part in text.split("\n\n"))
+
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings or "--help" in action.option_strings:
             return super()._format_action_invocation(action)

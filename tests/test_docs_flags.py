@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from llava.train.arguments import whole_parser
+
 ROOT = Path(__file__).parents[1]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "tests/oracle/README.md")),
@@ -88,6 +90,7 @@ def named(text: str) -> set[str]:
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_flags_that_the_pages_name_are_some_programs() -> None:
     flags = {flag for program in (*PRESENTED, *OTHERS) for spellings in flags_of(program) for flag in spellings}
+    flags |= set(whole_parser()._option_string_actions)
     known = flags | {f"--{flag[2:].replace('-', '_')}" for flag in flags} | FOREIGN | {"--use-flash-attn", "--multi-modal"}
     unknown = {str(page.relative_to(ROOT)): sorted(named(page.read_text(encoding="utf-8")) - known) for page in PAGES}
     assert {page: flags for page, flags in unknown.items() if flags} == {}

@@ -28,7 +28,7 @@ PROGRAMS = (
     *("llava.serve", *FRONT, "llava.serve.model_worker", "llava.serve.cli"),
     *("llava.eval.run_llava", "llava.eval.model_vqa", "llava.eval.granularity_report"),
     *("llava.train.train", "llava.train.check", "llava.train.estimate", "llava.train.score_granularities"),
-    "llava/train/train_mem.py",
+    *("llava/train/train_mem.py", "scripts/convert_llava_next.py", "scripts/merge_lora_weights.py"),
 )
 HEAVY = {"torch", "torchvision"}
 
@@ -76,10 +76,10 @@ def test_help_shows_each_flag_once_and_loads_neither_torch_nor_a_server(program:
     assert set(ended["modules"]) & (heavy | {"fastapi", "gradio"}) == set()
     assert shown[0].startswith(f"usage: {'python ' if program.endswith('.py') else 'python -m '}{program}") and "used most:" in shown
     flags = [found[1] for line in shown if (found := re.match(r"  (--[\w-]+)", line))]
-    assert len(flags) == len(set(flags)) > 5
+    assert len(flags) == len(set(flags)) > 2
     assert len({flag.replace("_", "-") for flag in flags}) == len(flags)
     first = shown[shown.index("used most:") + 1 :]
-    assert 5 <= sum(line.startswith("  --") for line in first[: first.index("")]) <= 10
+    assert 3 <= sum(line.startswith("  --") for line in first[: first.index("")]) <= 10
 
 
 def test_the_front_needs_no_torch() -> None:
@@ -93,7 +93,8 @@ def test_a_command_is_its_program(command: str, capsys: pytest.CaptureFixture[st
         door([command, "--help"])
     assert ended.value.code == 0
     assert re.match(rf"usage: avg-llava {command} .*\[flags\]", capsys.readouterr().out)
-    assert COMMANDS[command][0].removesuffix(".__main__") in PROGRAMS
+    module = COMMANDS[command][0].removesuffix(".__main__")
+    assert module in PROGRAMS or f"scripts/{module.rpartition('.')[2]}.py" in PROGRAMS
 
 
 def test_the_door_lists_its_commands_and_takes_no_other(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -36,6 +33,8 @@ from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.model.processing import AvgLlavaProcessor
 from llava.tokenizer import load_tokenizer
+from llava.tools import llava_next as convert
+from llava.tools.convert_llava_next import main
 
 PINPOINTS = [[48, 96], [96, 96], [144, 48]]
 """(height, width). None but the square has its mirror image here, so a forgotten swap chooses other canvases."""
@@ -43,19 +42,6 @@ SIZES = {"portrait": (40, 90), "landscape": (130, 41), "square": (70, 70), "whol
 """(width, height). transformers rounds a kept edge to 7 decimals before it cuts it to an integer, the published code does not; of these
 sizes none falls on such an edge (of all sizes up to 200 x 200, see `test_rounding_differs_for_few_sizes`, few do)."""
 ROW_TOKENS = ("model.embed_tokens.weight", "lm_head.weight")
-
-
-def _script() -> ModuleType:
-    path = Path(__file__).parents[2] / "scripts" / "convert_llava_next.py"
-    spec = importlib.util.spec_from_file_location("convert_llava_next", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-convert = _script()
 
 
 def _image(size: tuple[int, int], seed: int = 0) -> Image.Image:
@@ -459,11 +445,11 @@ def test_a_failure_while_writing_leaves_nothing(theirs: tuple[Any, Path], tmp_pa
 
 def test_command_line(theirs: tuple[Any, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--direction", "to-llava", "--source", str(theirs[1]), "--output", str(tmp_path / "out")]
-    assert convert.main(flags) == 1
+    assert main(flags) == 1
     assert "--conv-version" in capsys.readouterr().err
-    assert convert.main([*flags, "--conv-version", "v1"]) == 0
+    assert main([*flags, "--conv-version", "v1"]) == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    assert convert.main([*flags, "--conv-version", "v1"]) == 1
+    assert main([*flags, "--conv-version", "v1"]) == 1
     assert "exists already" in capsys.readouterr().err
-    assert convert.main([*flags[:2], "--source", str(tmp_path / "nowhere"), *flags[4:]]) == 1
+    assert main([*flags[:2], "--source", str(tmp_path / "nowhere"), *flags[4:]]) == 1
     assert "is not a folder" in capsys.readouterr().err

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,20 +13,9 @@ from llava.model import LlavaLlamaForCausalLM
 from llava.model.adapter import attach_adapter
 from llava.model.builder import load_pretrained_model
 from llava.tokenizer import load_tokenizer
+from llava.tools.merge_lora_weights import main
 
 peft = pytest.importorskip("peft")
-
-
-def _script() -> ModuleType:
-    path = Path(__file__).parents[2] / "scripts" / "merge_lora_weights.py"
-    spec = importlib.util.spec_from_file_location("merge_lora_weights", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-merge = _script()
 
 
 @torch.no_grad()
@@ -59,7 +46,7 @@ def test_the_merged_checkpoint_is_the_adapters_model(oracle: Path, tmp_path: Pat
     """Logits equal the adapter's within float32 rounding; the written folder holds exactly what was merged in memory."""
     folder, model = adapter
     base, merged = oracle / "checkpoint", tmp_path / "merged"
-    assert merge.main(["--model-path", str(folder), "--model-base", str(base), "--save-model-path", str(merged)]) == 0
+    assert main(["--model-path", str(folder), "--model-base", str(base), "--save-model-path", str(merged)]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
     assert not (merged / "adapter_config.json").exists()
     tokenizer, again, _, _ = load_pretrained_model(str(merged), device="cpu")
@@ -82,5 +69,5 @@ def test_refusals_are_one_sentence(
         (["--model-path", base, "--save-model-path", new], "holds no adapter_config.json"),
         (["--model-path", folder, "--save-model-path", new], "does not name the model it belongs to"),
     ):
-        assert merge.main(arguments) == 1 and message in capsys.readouterr().err
+        assert main(arguments) == 1 and message in capsys.readouterr().err
     assert not Path(new).exists() and (adapter[0] / "adapter_config.json").is_file()
