@@ -11,13 +11,15 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from PIL.Image import Image
-from transformers.utils.logging import disable_progress_bar
+from llava.flags import Parser
+from llava.messages import Options
 
-from llava.images import load_images
-from llava.inference import Assistant, Options
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from llava.inference import Assistant
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGE = ROOT / "playground" / "images" / "scene_beige.png"
@@ -56,12 +58,12 @@ def read_questions(image: Path, families: list[str]) -> list[Question]:
     return [questions[family] for family in families]
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The options of the quick start."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser("python scripts/quickstart.py", __doc__.split("\n")[0], ("--model-path", "--image-file", "--families"))
     parser.add_argument("--model-path", help="checkpoint folder; the shipped micro model when missing")
-    parser.add_argument("--image-file", type=Path, default=IMAGE, help="an image of playground/images (default: %(default)s)")
-    parser.add_argument("--families", nargs="+", default=list(FAMILIES), help="kinds of question to ask (default: %(default)s)")
+    parser.add_argument("--image-file", type=Path, default=IMAGE, help="an image of playground/images")
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), help="kinds of question to ask")
     return parser
 
 
@@ -97,6 +99,12 @@ def ask(assistant: Assistant, images: list[Image], question: Question) -> tuple[
 
 def run(args: argparse.Namespace) -> bool:
     """Ask, print the table, and return whether every answer was right."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from llava.images import load_images
+    from llava.inference import Assistant
+
     questions = read_questions(args.image_file, args.families)
     start = time.perf_counter()
     disable_progress_bar()

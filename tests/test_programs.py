@@ -29,6 +29,7 @@ PROGRAMS = (
     *("llava.eval.run_llava", "llava.eval.model_vqa", "llava.eval.granularity_report"),
     *("llava.train.train", "llava.train.check", "llava.train.estimate", "llava.train.score_granularities"),
     *("llava/train/train_mem.py", "scripts/convert_llava_next.py", "scripts/merge_lora_weights.py"),
+    "scripts/quickstart.py",
 )
 HEAVY = {"torch", "torchvision"}
 

@@ -22,7 +22,7 @@ PUBLISHED_LORA: dict[str, Any] = {"lora_r": 64, "lora_alpha": 16, "lora_dropout"
 
 
 @dataclass
-class TrainingArguments(StageFlags, RouterFlags, LoraFlags, transformers.TrainingArguments):
+class TrainingArguments(StageFlags, RouterFlags, LoraFlags, transformers.TrainingArguments):  # type: ignore[misc]
     """How training runs. `None` means the stage's published value."""
 
     _argument_group_name = "training"

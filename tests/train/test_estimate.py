@@ -27,6 +27,7 @@ from llava.train import costs
 from llava.train import estimation as est
 from llava.train.build import model_outline, read_model_config
 from llava.train.costs import Step
+from llava.train.estimate import main
 from llava.train.estimation import estimate, preset_config
 from llava.train.flags import EstimateArguments
 from llava.train.lora import new_lora_config
@@ -274,7 +275,7 @@ def test_zero_divides_what_its_paper_says(vicuna: Any) -> None:
     """By hand for Vicuna-7B on 8 GPUs: 7.18 G weights of which 7.06 G train; activations do not depend on the setting."""
     step = Step(1, 64, 32, CANVAS)
     total, trained = 7_180_414_091, 6_738_415_616 + 20_979_712 + 4_096 + 303_507_456
-    zero, two, three, offload = (needs(vicuna, step, name) for name in costs.ZERO_SETTINGS)
+    zero, two, three, offload = (needs(vicuna, step, name) for name in est.ZERO_SETTINGS)
     assert (zero.weights, zero.gradients, zero.optimizer) == (4 * total, 4 * trained, 8 * trained)
     assert (two.weights, two.gradients, two.optimizer) == (2 * total, 2 * trained / 8, 12 * trained / 8)
     assert (three.weights, three.gradients, three.optimizer) == (2 * total / 8, 2 * trained / 8, 12 * trained / 8)
@@ -341,7 +342,7 @@ def test_command_line_writes_tables_and_json(
     file = tmp_path / "estimate.json"
     command = ["estimate", "--model_name_or_path", str(MICRO), "--stage", "rglf", "--image_size", "128x64", "--json", str(file)]
     monkeypatch.setattr(sys, "argv", command)
-    est.main()
+    assert main() == 0
     text = capsys.readouterr().out
     assert "Image 128x64 (3 views)" in text and "computed from shapes, not measured" in text
     assert all(f"ZeRO {name}" in text for name in est.ZERO_SETTINGS) and "rglf, scored before" in text
@@ -352,7 +353,7 @@ def test_command_line_writes_tables_and_json(
     assert online["total"] - offline["total"] == online["language"] > 0 < offline["router"]
     monkeypatch.setattr(sys, "argv", ["estimate", "--preset", "vicuna"])
     with pytest.raises(SystemExit, match="estimate stopped: (?s:.*)--preset is 'vicuna'; choose one of vicuna-7b"):
-        est.main()
+        main()
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,6 @@ BACKLOG = 256
 `max_connections` and 256 more, which leaves 256 for everything else."""
 DRAIN_SECONDS = 300.0
 """In which running answers may finish after SIGTERM."""
-INTERRUPTED = 130
-"""Exit status of a program that Ctrl-C ended before its server ran."""
 
 
 class AbortOnCancel:
@@ -169,14 +167,6 @@ def make_server(
     }
     config = uvicorn.Config(AbortOnCancel(app), host=host, port=port, **{**settings, **options})
     return DrainingServer(config, app.state.drain, drain_seconds, on_started, getattr(app.state, "failed", lambda: False))
-
-
-def run_program(main: Callable[[], int]) -> int:
-    """Run a program's `main`; its exit status, or `INTERRUPTED`, without a traceback, where Ctrl-C comes before its server runs."""
-    try:
-        return main()
-    except KeyboardInterrupt:
-        return INTERRUPTED
 
 
 def run_server(server: DrainingServer) -> int:

@@ -10,8 +10,9 @@ import time
 import pytest
 from fastapi import FastAPI
 
+from llava.interrupts import INTERRUPTED, run_program
 from llava.serve.api.worker_app import create_worker_app
-from llava.serve.http.server import INTERRUPTED, make_server, run_program, run_server
+from llava.serve.http.server import make_server, run_server
 from tests.serve.fake_engine import FakeEngine
 
 
@@ -54,8 +55,10 @@ def test_ctrl_c_before_the_server_runs_is_a_status_and_no_traceback(monkeypatch)
     monkeypatch.setattr("gc.freeze", lambda: None)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        assert run_program(main) == INTERRUPTED == 130
+        with pytest.raises(KeyboardInterrupt):
+            main()
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert run_program(main) == INTERRUPTED == 130
     finally:
         signal.signal(signal.SIGINT, before)
     assert run_program(lambda: 1) == 1
