@@ -3,6 +3,16 @@
 from llava.model.config import LlavaConfig, LlavaMistralConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
+from llava.model.native import AvgLlavaConfig, AvgLlavaForConditionalGeneration, AvgLlavaModel
 from llava.model.processing import AvgLlavaProcessor
 
-__all__ = ["AvgLlavaProcessor", "LlavaConfig", "LlavaLlamaForCausalLM", "LlavaMistralConfig", "LlavaMistralForCausalLM"]
+__all__ = [
+    "AvgLlavaConfig",
+    "AvgLlavaForConditionalGeneration",
+    "AvgLlavaModel",
+    "AvgLlavaProcessor",
+    "LlavaConfig",
+    "LlavaLlamaForCausalLM",
+    "LlavaMistralConfig",
+    "LlavaMistralForCausalLM",
+]

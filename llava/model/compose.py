@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llava.crops import get_anyres_image_grid_shape
 from llava.messages import RoutingRequest
-from llava.model.config import MultimodalFields
+from llava.model.config import GranularityFields
 from llava.model.granularity import Granularity, pool
 from llava.model.merge import MergedLayout, merge_views, merged_layout
 from llava.model.router import GranularityRouter, select_text
@@ -129,7 +129,7 @@ class Composer:
     encode_images: views (N, 3, S, S) to projected features (N, P, D). embed_text: token ids (L,) to embeddings (L, D).
     """
 
-    config: MultimodalFields
+    config: GranularityFields
     router: GranularityRouter | None
     newline: Tensor | None
     encode_images: Callable[[Tensor], Tensor]
@@ -165,11 +165,11 @@ class Composer:
         plan = self.plan(rows, images, requests)
         with timer("vision"):
             images = self.with_features(images)
-        logits = self._logits_where_asked(rows, images, plan, timer, always_route)
+        logits = self.logits_where_asked(rows, images, plan, timer, always_route)
         levels = plan.choose(logits)
         with timer("splice"):
             spliced = self.splice_at(rows, images, levels, plan.layouts)
-        reports = [self._report(level, plan.layouts[image], logits.get(image)) for image, level in enumerate(levels)]
+        reports = [self.report(level, plan.layouts[image], logits.get(image)) for image, level in enumerate(levels)]
         return [ComposedRow(row, [reports[image] for image in owned]) for row, owned in zip(spliced, plan.owners, strict=True)]
 
     def plan(
@@ -230,16 +230,26 @@ class Composer:
         if self.router is None:
             raise ValueError("This model has no router; give a vis_token_granularity.")
         slots, fill = self.config.filtered_text_num, self.config.router_text_fill == "answer"
-        text_ids = [row.ids[~row.is_image] for row in rows]
-        text_of_rows = self.embed_text(torch.cat(text_ids)).split([len(ids) for ids in text_ids])
         selected: list[Tensor] = []
-        for row, text, owned in zip(rows, text_of_rows, images_of_rows(rows, len(features)), strict=True):
+        for row, text, owned in zip(rows, self._text_of_rows(rows), images_of_rows(rows, len(features)), strict=True):
             eligible = row.labels[~row.is_image] < 0
             selected += [select_text(text, eligible, features[image][0], slots, fill) for image in owned]
         return self.router(pad_sequence(list(features), batch_first=True), torch.stack(selected), [len(image) for image in features])
 
-    def _logits_where_asked(
-        self, rows: Sequence[PromptRow], images: Sequence[ImageInput], plan: RoutingPlan, timer: Timer, always_route: bool
+    def _text_of_rows(self, rows: Sequence[PromptRow]) -> list[Tensor]:
+        """Each row's text as embeddings, (its ids beside placeholders, D)."""
+        if all(row.embeds is not None for row in rows):
+            return [row.embeds[~row.is_image] for row in rows]  # type: ignore[index]
+        text_ids = [row.ids[~row.is_image] for row in rows]
+        return list(self.embed_text(torch.cat(text_ids)).split([len(ids) for ids in text_ids]))
+
+    def logits_where_asked(
+        self,
+        rows: Sequence[PromptRow],
+        images: Sequence[ImageInput],
+        plan: RoutingPlan,
+        timer: Timer = untimed,
+        always_route: bool = False,
     ) -> dict[int, Tensor]:
         """The router's (G,) logits by image, for the rows whose granularity is still open."""
         if self.router is None:
@@ -266,7 +276,7 @@ class Composer:
         if num_views > 1 and merge_type != "flat":
             if image_size is None:
                 raise ValueError(f"An image of {num_views} views came without its size; give image_sizes=[(width, height), ...].")
-            across, down = get_anyres_image_grid_shape(image_size, config.image_grid_pinpoints, config.vision_config["image_size"])  # type: ignore[arg-type, index]
+            across, down = get_anyres_image_grid_shape(image_size, config.canvases, config.view_side)
             tiles = (down, across)
         return [
             merged_layout(level, num_views, tiles, image_size or (1, 1), merge_type, config.unpad_rule) for level in self.levels
@@ -311,7 +321,8 @@ class Composer:
         ]
         return splice_rows(rows, tokens, self.embed_text, self.config.context_length)
 
-    def _report(self, level: int, layouts: Sequence[MergedLayout], logits: Tensor | None) -> RoutingReport:
+    def report(self, level: int, layouts: Sequence[MergedLayout], logits: Tensor | None) -> RoutingReport:
+        """What was decided for an image that has these layouts, by the index of its level; `logits` (G,) where a router was asked."""
         costs = {granularity.tokens: layout.num_tokens for granularity, layout in zip(self.levels, layouts, strict=True)}
         return RoutingReport(
             logits=logits,

@@ -10,7 +10,7 @@ values would otherwise end in whatever error the first code to use them raises, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -208,22 +208,13 @@ def ruled(rule: Rule) -> dict[str, Rule]:
 
 
 @dataclass(kw_only=True)
-class MultimodalFields:
-    """The multimodal part of a configuration.
+class GranularityFields:
+    """What every configuration of ours says of the way from features to visual tokens, whichever face its model has.
 
-    Vision
-        mm_vision_tower: where the vision tower came from (hub id or path); only read when `vision_config` is missing.
-        vision_config: the CLIP vision configuration, so that a checkpoint loads without a hub.
-        image_processor: the arguments of the `CLIPImageProcessor`, likewise.
-        mm_hidden_size: width of the tower's features.
-        mm_vision_select_layer: which hidden state is the feature (-1: after the last layer, -2: the one before).
-        mm_vision_select_feature: `patch` drops the class token, `cls_patch` keeps it.
+    Image to tokens
         mm_projector_type: `linear`, `mlpNx_gelu` or `identity`.
-    Picture to tokens
-        image_aspect_ratio: `square` (resize and centre-crop), `pad` (to a square), `anyres` (whole view plus tiles).
-        image_grid_pinpoints: the canvases of `anyres`, (width, height) in pixels.
         mm_patch_merge_type: `flat`, `spatial` (tiles joined into one grid), `spatial_unpad` (padding removed, newline vectors added).
-        unpad_rule: `picture` removes what the picture does not cover; `pooled_grid` compares the picture's aspect ratio with the
+        unpad_rule: `picture` removes what the image does not cover; `pooled_grid` compares the image's aspect ratio with the
             pooled grid's, as published, which drops real rows where pooling is uneven.
     Granularity
         vis_token_granularity: tokens per view of each level, coarse to fine; `None`: one level, un-pooled.
@@ -238,19 +229,9 @@ class MultimodalFields:
     Text
         description: what the model is and knows, in a sentence or two for people who ask it.
         conv_version: the conversation template the model was trained with.
-        tokenizer_padding_side, tokenizer_model_max_length: what training used. Generation pads left whatever this says.
-        mm_use_im_start_end, mm_use_im_patch_token: LLaVA's extra tokens around a picture.
     """
 
-    mm_vision_tower: str | None = field(default=None, metadata=ruled(optional(Text())))
-    vision_config: dict[str, Any] | None = field(default=None, metadata=ruled(optional(Anything())))
-    image_processor: dict[str, Any] | None = field(default=None, metadata=ruled(optional(Anything())))
-    mm_hidden_size: int | None = field(default=None, metadata=ruled(optional(WIDTH)))
-    mm_vision_select_layer: int = field(default=-2, metadata=ruled(Integer(-2049, 2048)))
-    mm_vision_select_feature: str = field(default="patch", metadata=ruled(Choice(("patch", "cls_patch"))))
     mm_projector_type: str = field(default="mlp2x_gelu", metadata=ruled(PROJECTOR))
-    image_aspect_ratio: str = field(default="anyres", metadata=ruled(Choice(("square", "none", "pad", "anyres"))))
-    image_grid_pinpoints: list[list[int]] | str | None = field(default=None, metadata=ruled(optional(CANVASES)))
     mm_patch_merge_type: str = field(default="spatial_unpad", metadata=ruled(Choice(("flat", "spatial", "spatial_unpad"))))
     unpad_rule: str = field(default="picture", metadata=ruled(Choice(("picture", "pooled_grid"))))
     vis_token_granularity: list[int] | None = field(default=None, metadata=ruled(optional(ListOf(Integer(1, 2**26), 0, 64))))
@@ -263,6 +244,67 @@ class MultimodalFields:
     filtered_text_num: int = field(default=32, metadata=ruled(Integer(0, 65536)))
     description: str | None = field(default=None, metadata=ruled(optional(Text(longest=1000))))
     conv_version: str = field(default="v1", metadata=ruled(Text()))
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """Patches of one view as (height, width)."""
+        raise NotImplementedError
+
+    @property
+    def view_side(self) -> int:
+        """Pixels of a view's side."""
+        raise NotImplementedError
+
+    @property
+    def canvases(self) -> Sequence[Sequence[int]]:
+        """(width, height) in pixels of each canvas that an image may be cut from."""
+        raise NotImplementedError
+
+    @property
+    def context_length(self) -> int:
+        """How many positions, text and visual tokens together, the language model can take."""
+        raise NotImplementedError
+
+    @property
+    def levels(self) -> tuple[Granularity, ...]:
+        """The granularities of this model, coarse to fine; a model without any has its full patch grid as the only level."""
+        return granularity_levels(self.patch_grid, self.vis_token_granularity, self.vis_token_grids)
+
+    def router_contradictions(self) -> Iterator[str]:
+        """What is wrong with the fields of the router beside one another."""
+        if self.router_select is True and not self.vis_token_granularity:
+            yield "router_select is on but vis_token_granularity is empty: give the levels to choose from"
+        if isinstance(self.router_hidden_size, int) and self.router_hidden_size % 8:
+            yield f"router_hidden_size is {self.router_hidden_size}, expected a multiple of its 8 attention heads"
+
+
+@dataclass(kw_only=True)
+class MultimodalFields(GranularityFields):
+    """The multimodal part of a configuration in LLaVA's layout, beside `GranularityFields`.
+
+    Vision
+        mm_vision_tower: where the vision tower came from (hub id or path); only read when `vision_config` is missing.
+        vision_config: the CLIP vision configuration, so that a checkpoint loads without a hub.
+        image_processor: the arguments of the `CLIPImageProcessor`, likewise.
+        mm_hidden_size: width of the tower's features.
+        mm_vision_select_layer: which hidden state is the feature (-1: after the last layer, -2: the one before).
+        mm_vision_select_feature: `patch` drops the class token, `cls_patch` keeps it.
+    Picture to tokens
+        image_aspect_ratio: `square` (resize and centre-crop), `pad` (to a square), `anyres` (whole view plus tiles).
+        image_grid_pinpoints: the canvases of `anyres`, (width, height) in pixels.
+    Text
+        tokenizer_padding_side, tokenizer_model_max_length: what training used. Generation pads left whatever this says.
+        mm_use_im_start_end, mm_use_im_patch_token: LLaVA's extra tokens around a picture.
+    """
+
+    mm_vision_tower: str | None = field(default=None, metadata=ruled(optional(Text())))
+    vision_config: dict[str, Any] | None = field(default=None, metadata=ruled(optional(Anything())))
+    image_processor: dict[str, Any] | None = field(default=None, metadata=ruled(optional(Anything())))
+    mm_hidden_size: int | None = field(default=None, metadata=ruled(optional(WIDTH)))
+    mm_vision_select_layer: int = field(default=-2, metadata=ruled(Integer(-2049, 2048)))
+    mm_vision_select_feature: str = field(default="patch", metadata=ruled(Choice(("patch", "cls_patch"))))
+    image_aspect_ratio: str = field(default="anyres", metadata=ruled(Choice(("square", "none", "pad", "anyres"))))
+    image_grid_pinpoints: list[list[int]] | str | None = field(default=None, metadata=ruled(optional(CANVASES)))
     tokenizer_padding_side: str = field(default="right", metadata=ruled(Choice(("left", "right"))))
     tokenizer_model_max_length: int | None = field(default=None, metadata=ruled(optional(Integer(1, 10**31))))
     mm_use_im_start_end: bool = field(default=False, metadata=ruled(Flag()))
@@ -305,10 +347,7 @@ class MultimodalFields:
         """What is wrong with fields beside one another; `wrong` are those that are wrong alone."""
         if self.image_aspect_ratio == "anyres" and self.vision_config is not None and not self.image_grid_pinpoints:
             yield "image_aspect_ratio is 'anyres' but image_grid_pinpoints is empty: give the canvases"
-        if self.router_select is True and not self.vis_token_granularity:
-            yield "router_select is on but vis_token_granularity is empty: give the levels to choose from"
-        if "router_hidden_size" not in wrong and (self.router_hidden_size or 0) % 8:
-            yield f"router_hidden_size is {self.router_hidden_size}, expected a multiple of its 8 attention heads"
+        yield from self.router_contradictions()
         if self.vision_config is None or not vision_is_sound:
             return
         layers = vision_fields(self.vision_config)["num_hidden_layers"]
@@ -335,9 +374,15 @@ class MultimodalFields:
         return side, side
 
     @property
-    def levels(self) -> tuple[Granularity, ...]:
-        """The granularities of this model, coarse to fine; a model without any has its full patch grid as the only level."""
-        return granularity_levels(self.patch_grid, self.vis_token_granularity, self.vis_token_grids)
+    def view_side(self) -> int:
+        """Pixels of a view's side."""
+        assert self.vision_config is not None, "a configuration without a vision tower has no views"
+        return int(self.vision_config["image_size"])
+
+    @property
+    def canvases(self) -> Sequence[Sequence[int]]:
+        """(width, height) in pixels of each canvas that an image may be cut from."""
+        return self.image_grid_pinpoints or []  # type: ignore[return-value]
 
     @property
     def context_length(self) -> int:

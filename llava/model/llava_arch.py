@@ -82,19 +82,7 @@ class LlavaMetaModel(nn.Module):
             # Drawn here as well as in init_multimodal_weights: the language model's own post_init has already passed over this module.
             self.image_newline = nn.Parameter(torch.randn(config.hidden_size) * config.hidden_size**-0.5)
         if config.router_select:
-            self.router = self._new_router()
-
-    def _new_router(self) -> GranularityRouter:
-        config = self.config
-        return GranularityRouter(
-            config.hidden_size,
-            config.patch_grid,
-            config.levels,
-            config.filtered_text_num,
-            config.router_attention_axis,
-            config.router_hidden_size,
-            config.router_dropout,
-        )
+            self.router = GranularityRouter.from_config(self.config, self.config.hidden_size)
 
     def initialize_router(self) -> GranularityRouter:
         """Add a fresh router where there is none; a trained one is kept. `config.router_select` is set."""
@@ -102,7 +90,7 @@ class LlavaMetaModel(nn.Module):
         self.config.check_multimodal_fields()
         if self.router is None:
             like = self.embedding_weight
-            self.router = self._new_router().to(device=like.device, dtype=like.dtype)
+            self.router = GranularityRouter.from_config(self.config, self.config.hidden_size).to(device=like.device, dtype=like.dtype)
         return self.router
 
     @property

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from llava.model.config import GranularityFields
 from llava.model.granularity import Granularity, pool_all
 
 NUM_HEADS = 8
@@ -76,6 +77,19 @@ class GranularityRouter(nn.Module):
         self.voter = nn.Parameter(torch.empty(positions, 1))
         self.norm = nn.LayerNorm(len(levels))
         self.reset_parameters()
+
+    @classmethod
+    def from_config(cls, config: GranularityFields, width: int) -> GranularityRouter:
+        """The router that a configuration describes, for a language model of `width`."""
+        return cls(
+            width,
+            config.patch_grid,
+            config.levels,
+            config.filtered_text_num,
+            config.router_attention_axis,
+            config.router_hidden_size,
+            config.router_dropout,
+        )
 
     def reset_parameters(self) -> None:
         """Draw fresh weights. Every vote starts equal, so that no position is silenced by its draw."""

@@ -43,11 +43,15 @@ class SplicedRow:
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One row without its padding: `ids` (L,), `labels` (L,), and `is_image` (L,), true where an image goes."""
+    """One row without its padding: `ids` (L,), `labels` (L,), and `is_image` (L,), true where an image goes.
+
+    embeds: (L, D) in place of the embeddings of `ids`, where a prompt was given as such.
+    """
 
     ids: Tensor
     labels: Tensor
     is_image: Tensor
+    embeds: Tensor | None = None
 
     @property
     def num_images(self) -> int:
