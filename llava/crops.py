@@ -1,7 +1,7 @@
-"""From a PIL picture to the views that the vision tower sees: geometry and pixels, no model.
+"""From a PIL image to the views that the vision tower sees: geometry and pixels, no model.
 
 Sizes are `(width, height)` everywhere, as in PIL. A *view* is one square of the tower's input size `S`. With any
-resolution ("anyres", LLaVA-NeXT) a picture gives `C = 1 + tiles` views: the whole picture squeezed into one square,
+resolution ("anyres", LLaVA-NeXT) an image gives `C = 1 + tiles` views: the whole image squeezed into one square,
 then the tiles of a canvas that suits its shape, row by row. Canvases ("pinpoints") are multiples of `S` on both sides.
 
 Pixels come from Pillow's resizing, in an order of its two passes that no version of Pillow decides, and transformers'
@@ -28,9 +28,9 @@ Size: TypeAlias = "tuple[int, int]"
 """(width, height) in pixels."""
 
 IMAGE_MODES = ("none", "square", "pad", "anyres")
-"""How a picture becomes views; "none" and "square" are the same: shortest edge resized, centre cropped."""
+"""How an image becomes views; "none" and "square" are the same: shortest edge resized, centre cropped."""
 
-_MAX_PAD_SIDE = 4096  # a longer picture is shrunk before it is put on a square, whose area grows with the side squared
+_MAX_PAD_SIDE = 4096  # a longer image is shrunk before it is put on a square, whose area grows with the side squared
 
 
 class ImageProcessor(Protocol):
@@ -43,7 +43,7 @@ class ImageProcessor(Protocol):
     do_resize: Any
 
     def preprocess(self, images: Any, **kwargs: Any) -> Any:
-        """Resize, crop, rescale and normalise one picture or a list; gives a mapping with `pixel_values`."""
+        """Resize, crop, rescale and normalise one image or a list; gives a mapping with `pixel_values`."""
 
 
 def load_image_processor(path: str | os.PathLike[str], **kwargs: Any) -> CLIPImageProcessorPil:
@@ -85,24 +85,24 @@ def _is_size(pair: Any) -> bool:
 
 
 def select_best_resolution(original_size: Sequence[int], possible_resolutions: Sequence[Sequence[int]]) -> Size:
-    """Choose the canvas that keeps most of a picture's own pixels and, among equals, wastes least of itself.
+    """Choose the canvas that keeps most of an image's own pixels and, among equals, wastes least of itself.
 
-    A 640 x 480 picture keeps all its 307,200 pixels on a 672 x 672 canvas, where it fills 672 x 504, and only 150,528
+    A 640 x 480 image keeps all its 307,200 pixels on a 672 x 672 canvas, where it fills 672 x 504, and only 150,528
     on a 672 x 336 one, where it fills 448 x 336. The first of several equal canvases wins (LLaVA-NeXT's rule).
 
     Args:
-        original_size: (width, height) of the picture, at least 1 x 1.
+        original_size: (width, height) of the image, at least 1 x 1.
         possible_resolutions: canvases, (width, height) each.
 
     Returns:
         The chosen canvas (width, height).
 
     Raises:
-        ValueError: an empty picture or no canvases.
+        ValueError: an empty image or no canvases.
     """
     width, height = original_size
     if width < 1 or height < 1:
-        raise ValueError(f"the picture is {width} x {height} pixels, expected at least 1 x 1")
+        raise ValueError(f"the image is {width} x {height} pixels, expected at least 1 x 1")
     if not possible_resolutions:
         raise ValueError("there is no canvas to choose from: image_grid_pinpoints must hold at least one pair")
 
@@ -117,10 +117,10 @@ def select_best_resolution(original_size: Sequence[int], possible_resolutions: S
 def get_anyres_image_grid_shape(
     image_size: Sequence[int], grid_pinpoints: str | Sequence[Sequence[int]], patch_size: int
 ) -> tuple[int, int]:
-    """Return how many tiles across and down a picture of `image_size` is cut into.
+    """Return how many tiles across and down an image of `image_size` is cut into.
 
     Args:
-        image_size: (width, height) of the picture.
+        image_size: (width, height) of the image.
         grid_pinpoints: canvases, see `parse_pinpoints`.
         patch_size: side of a tile in pixels, which is the tower's input size `S` (the name is LLaVA's).
     """
@@ -146,7 +146,7 @@ def resize(image: Image.Image, size: Size, resample: int = Image.Resampling.BICU
 
 
 def resize_and_pad_image(image: Image.Image, target_resolution: Size) -> Image.Image:
-    """Scale a picture to fit a canvas, keeping its shape, and centre it there on black."""
+    """Scale an image to fit a canvas, keeping its shape, and centre it there on black."""
     canvas_width, canvas_height = target_resolution
     scale_x, scale_y = canvas_width / image.width, canvas_height / image.height
     if scale_x < scale_y:
@@ -193,15 +193,15 @@ def _to_pixels(processor: ImageProcessor, images: list[Image.Image]) -> torch.Te
 def process_anyres_image(
     image: Image.Image, processor: ImageProcessor, grid_pinpoints: str | Sequence[Sequence[int]]
 ) -> torch.Tensor:
-    """Cut a picture into the view of the whole and its tiles.
+    """Cut an image into the view of the whole and its tiles.
 
     Args:
-        image: RGB picture.
+        image: RGB image.
         processor: image processor of the vision tower.
         grid_pinpoints: canvases, see `parse_pinpoints`.
 
     Returns:
-        (1 + tiles, 3, S, S): the whole picture squeezed into a square, then the tiles row by row.
+        (1 + tiles, 3, S, S): the whole image squeezed into a square, then the tiles row by row.
     """
     side = view_size(processor)
     canvas_size = select_best_resolution(image.size, parse_pinpoints(grid_pinpoints))
@@ -210,7 +210,7 @@ def process_anyres_image(
 
 
 def process_padded_image(image: Image.Image, processor: ImageProcessor) -> torch.Tensor:
-    """Put a picture on a square of the processor's mean colour and make one view of it, (3, S, S)."""
+    """Put an image on a square of the processor's mean colour and make one view of it, (3, S, S)."""
     if max(image.size) > _MAX_PAD_SIDE:
         scale = _MAX_PAD_SIDE / max(image.size)
         image = resize(image, (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
@@ -219,7 +219,7 @@ def process_padded_image(image: Image.Image, processor: ImageProcessor) -> torch
 
 
 def process_plain_image(image: Image.Image, processor: ImageProcessor) -> torch.Tensor:
-    """Make one view of a picture as CLIP does: shortest edge to S, centre crop, (3, S, S)."""
+    """Make one view of an image as CLIP does: shortest edge to S, centre crop, (3, S, S)."""
     wanted = processor.size
     if processor.do_resize and "shortest_edge" in wanted and "longest_edge" not in wanted:
         # What the processor does by itself, which then finds nothing left to scale.
@@ -235,7 +235,7 @@ def process_image_for_mode(
     mode: str | None,
     grid_pinpoints: str | Sequence[Sequence[int]] | None,
 ) -> torch.Tensor:
-    """Prepare one RGB picture as `mode` says (one of `IMAGE_MODES`, None for "none").
+    """Prepare one RGB image as `mode` says (one of `IMAGE_MODES`, None for "none").
 
     Returns:
         (1 + tiles, 3, S, S) for "anyres", else (3, S, S).

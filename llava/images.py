@@ -1,15 +1,15 @@
-"""The one way from what a user names to an RGB picture: file, bytes, data URL, base64 text, web address.
+"""The one way from what a user names to an RGB image: file, bytes, data URL, base64 text, web address.
 
-Every input either becomes the same picture every time or is refused with one sentence. The rules:
+Every input either becomes the same image every time or is refused with one sentence. The rules:
 
-- A file has at most 20 MB, a picture at most 64 megapixels; the size is read from the header, before any pixel is
+- A file has at most 20 MB, an image at most 64 megapixels; the size is read from the header, before any pixel is
   decoded.
 - The bytes say what a file is; its name, its address and what a sender calls it are hints that nobody needs.
 - A file whose structure would cost its decoder far more than that size says is refused, and metadata is taken out before a decoder sees
   it; see `llava.image_structure`.
-- The longer side is at most 200 times the shorter one. Thinner pictures hold nothing that a patch of the vision tower
+- The longer side is at most 200 times the shorter one. Thinner images hold nothing that a patch of the vision tower
   could see and make the intermediate sizes explode.
-- The orientation that Exif data or XMP name is applied. Transparent pictures are laid on white. Animations give their first frame.
+- The orientation that Exif data or XMP name is applied. Transparent images are laid on white. Animations give their first frame.
 - 16-bit grey is scaled to 8 bits (not clipped); palettes, CMYK and the other modes are converted by Pillow.
 - A truncated file is refused, not filled up.
 """
@@ -36,7 +36,7 @@ from llava.image_metadata import read_orientation
 from llava.image_structure import FORMATS, BareImage, StructureError, bare_image
 
 MAX_PIXELS = 64_000_000
-"""Largest picture, width times height."""
+"""Largest image, width times height."""
 MAX_BYTES = 20_000_000
 """Largest file."""
 MAX_ASPECT_RATIO = 200
@@ -46,7 +46,7 @@ SMALL_PIXELS = 16_000_000
 SMALL_AT_ONCE = 2
 """Small images that a service decodes at once; of large ones it is one."""
 FETCH_TIMEOUT = 10.0
-"""Seconds for one remote picture."""
+"""Seconds for one remote image."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -77,7 +77,7 @@ def load_image(
     max_bytes: int = MAX_BYTES,
     timeout: float = FETCH_TIMEOUT,
 ) -> Image.Image:
-    """Load one picture as RGB, upright, without transparency.
+    """Load one image as RGB, upright, without transparency.
 
     Args:
         source: bytes of an image file; a path; or a text that starts with `data:` (base64), `http://` or `https://`.
@@ -86,10 +86,10 @@ def load_image(
         allow_private: fetch them also from addresses that are not public; see `llava.fetch`.
         max_pixels: largest width times height. Pillow's own limit, 179 million, stays in force.
         max_bytes: largest file.
-        timeout: seconds for a remote picture.
+        timeout: seconds for a remote image.
 
     Raises:
-        ImageError: the picture is missing, broken, too large, too thin, or its source is not allowed.
+        ImageError: the image is missing, broken, too large, too thin, or its source is not allowed.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
@@ -143,7 +143,7 @@ def load_images(
     max_bytes: int = MAX_BYTES,
     timeout: float = FETCH_TIMEOUT,
 ) -> list[Image.Image]:
-    """Load several pictures in order, each under the limits of `load_image`."""
+    """Load several images in order, each under the limits of `load_image`."""
     if isinstance(sources, (str, bytes)):
         raise ImageError("the sources are one text, expected a list of them: wrap it in a list")
     return [
@@ -161,13 +161,13 @@ def load_images(
 
 
 def load_image_from_base64(image: str | bytes) -> Image.Image:
-    """Load a picture from base64 text (without a `data:` prefix), under the limits of `load_image`."""
+    """Load an image from base64 text (without a `data:` prefix), under the limits of `load_image`."""
     text = image.decode("ascii", errors="replace") if isinstance(image, bytes) else image
     return decode_image(decode_base64(text))
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> Image.Image:
-    """Decode the bytes of an image file to an upright RGB picture; see `load_image` for the rules and errors."""
+    """Decode the bytes of an image file to an upright RGB image; see `load_image` for the rules and errors."""
     opened = open_image(data, max_pixels=max_pixels, max_bytes=max_bytes)
     rgb = opened.decode()
     return rgb.copy() if rgb is opened.file else rgb
@@ -249,7 +249,7 @@ _whole_files_only = _WholeFilesOnly()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a decoded picture of any mode to RGB: transparency on white, 16-bit grey scaled to 8 bits.
+    """Convert a decoded image of any mode to RGB: transparency on white, 16-bit grey scaled to 8 bits.
 
     Raises:
         ImageError: floating-point pixels, 32-bit integers above 65535, or a mode that Pillow cannot convert.
@@ -339,7 +339,7 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def check_aspect_ratio(size: tuple[int, int]) -> None:
-    """Refuse a picture of (width, height) `size` that is longer than `MAX_ASPECT_RATIO` times its shorter side."""
+    """Refuse an image of (width, height) `size` that is longer than `MAX_ASPECT_RATIO` times its shorter side."""
     width, height = size
     if max(size) > MAX_ASPECT_RATIO * min(size):
         raise ImageError(

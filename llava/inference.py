@@ -1,16 +1,15 @@
 """The one path from (images, messages, options) to text and a routing report.
 
-The command line, the evaluation and the engines call this; it composes what the package has: `conversation` writes the prompt,
-`mm_utils` prepares ids and views, `model.encode_prompt` encodes, routes and splices, transformers generates.
+The command line, the evaluation and the engine use this: `messages` and `conversation` write the prompt, `mm_utils` makes ids and views,
+`model.compose` encodes, routes and splices, transformers generates, `generation` watches it.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from queue import Queue
 from time import perf_counter
 from typing import Any
 
@@ -20,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 
 from llava.constants import MICRO_MODEL
 from llava.conversation import SeparatorStyle, get_template
+from llava.generation import AnswerStream, FirstTokenClock, StopAtText, StopBeamsAtText, StopWhenCancelled
 from llava.messages import Message, Options, prompt_spans
 from llava.messages import write_prompt as write_prompt  # whoever looks for it looks here
 from llava.mm_utils import process_images, tokenize_spans
@@ -34,7 +34,7 @@ from llava.timing import StageTimer
 
 @dataclass(frozen=True)
 class Question:
-    """One conversation of a batch: RGB pictures in the order of their placeholders, and a question or turns."""
+    """One conversation of a batch: RGB images in the order of their placeholders, and a question or turns."""
 
     images: Sequence[Image.Image]
     messages: str | Sequence[Message]
@@ -68,112 +68,6 @@ class Answer:
     prompt_tokens: int
     reports: list[RoutingReport]
     milliseconds: dict[str, float]
-
-
-class _Clock(StoppingCriteria):
-    """Notes when the first token is there; ends nothing."""
-
-    def __init__(self) -> None:
-        self.first_token: float | None = None
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        if self.first_token is None:
-            input_ids[:, -1].tolist()  # an accelerator is waited for
-            self.first_token = perf_counter()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-class _Cancelled(StoppingCriteria):
-    """Ends a generation whose reader went away."""
-
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
-
-
-class _RowTexts(StoppingCriteria):
-    """Reads each row's text as it grows; ends a row whose text holds a stop text, whatever tokens it is made of.
-
-    Args:
-        texts: one per row. ends: ids that end a row. hand_on: takes the pieces of the only row.
-    """
-
-    def __init__(self, texts: Sequence[TextStream], ends: Sequence[int], hand_on: Callable[[str], None] | None) -> None:
-        self.texts, self.ends, self.hand_on = texts, ends, hand_on
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """(B,) whether each row of new tokens (B, T) is done."""
-        for text, token in zip(self.texts, input_ids[:, -1].tolist(), strict=True):
-            if text.stopped or (text.ids and text.ids[-1] in self.ends):
-                continue  # padding, while other rows go on
-            piece = text.add(token)
-            if piece and self.hand_on is not None:
-                self.hand_on(piece)
-        return torch.tensor([text.stopped for text in self.texts], device=input_ids.device)
-
-
-class _BeamTexts(StoppingCriteria):
-    """Ends beams that hold a stop text. Beams change places from step to step, so each is decoded whole."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
-        self.tokenizer, self.stop = tokenizer, stop
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """(B,) whether each row of new tokens (B, T) is done."""
-        texts = self.tokenizer.batch_decode(input_ids, skip_special_tokens=True)
-        return torch.tensor([cut_at_stop(text, self.stop)[1] for text in texts], device=input_ids.device)
-
-
-class AnswerStream:
-    """An answer as it is written: iterate once, for pieces of text that together are `answer.text`; `answer` is there at their end.
-
-    The model runs in a thread of its own while somebody iterates, and an error of it surfaces there. Closing the iterator early ends the
-    generation with the token at hand; `answer` then holds what there is.
-
-    Args:
-        generate: makes the answer, hands its pieces to the function that it is given, and ends early when the event is set.
-    """
-
-    def __init__(self, generate: Callable[[Callable[[str], None], threading.Event], Answer]) -> None:
-        self._generate = generate
-        self._cancelled = threading.Event()
-        self._arrived: Queue[str | BaseException | None] = Queue()
-        self._thread: threading.Thread | None = None
-        self._answer: Answer | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        if self._thread is not None:
-            raise RuntimeError("The stream is being read or was read already; ask again for another one.")
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
-        try:
-            while (arrived := self._arrived.get()) is not None:
-                if isinstance(arrived, BaseException):
-                    raise arrived
-                yield arrived
-        finally:
-            self._cancelled.set()
-            self._thread.join()
-
-    def _work(self) -> None:
-        try:
-            self._answer = self._generate(self._arrived.put, self._cancelled)
-            self._arrived.put(None)
-        except BaseException as error:  # handed to the reader's thread, which raises it
-            self._arrived.put(error)
-
-    @property
-    def answer(self) -> Answer:
-        """The whole answer.
-
-        Raises:
-            RuntimeError: the pieces have not been read to their end.
-        """
-        if self._answer is None:
-            raise RuntimeError("The stream has not been read to its end, so there is no whole answer yet.")
-        return self._answer
 
 
 @dataclass
@@ -242,7 +136,7 @@ class Assistant:
         """Answer the last turn of a conversation.
 
         Args:
-            images: RGB pictures, in the order of their placeholders.
+            images: RGB images, in the order of their placeholders.
             messages: a question, or turns.
 
         Raises:
@@ -250,7 +144,9 @@ class Assistant:
         """
         return self._generate(images, messages, options or Options())
 
-    def stream(self, images: Sequence[Image.Image], messages: str | Sequence[Message], options: Options | None = None) -> AnswerStream:
+    def stream(
+        self, images: Sequence[Image.Image], messages: str | Sequence[Message], options: Options | None = None
+    ) -> AnswerStream[Answer]:
         """Like `answer`, piece by piece; other errors surface where the pieces are read.
 
         Raises:
@@ -266,13 +162,13 @@ class Assistant:
         images: Sequence[Image.Image],
         messages: str | Sequence[Message],
         options: Options,
-        hand_on: Callable[[str], None] | None = None,
+        on_piece: Callable[[str], None] | None = None,
         cancelled: threading.Event | None = None,
     ) -> Answer:
         timer = StageTimer(self.model.device)
         stop = self._stop_texts(options)
-        clock, text = _Clock(), TextStream(self.tokenizer, stop)
-        criteria = [clock, *self._text_criteria([text], options, hand_on), *([] if cancelled is None else [_Cancelled(cancelled)])]
+        clock, text = FirstTokenClock(), TextStream(self.tokenizer, stop)
+        criteria = [clock, *self._text_criteria([text], options, on_piece), *([] if cancelled is None else [StopWhenCancelled(cancelled)])]
         with torch.inference_mode():
             [composed] = self.compose([Question(images, messages)], options, timer)
             inputs = pad_rows([composed.row], "left")
@@ -280,29 +176,29 @@ class Assistant:
             start = perf_counter()
             ids = self._new_tokens(inputs, options, min(options.max_new_tokens, room), criteria)[0]
             end = perf_counter()
-        if hand_on is not None and (last := text.end()):
-            hand_on(last)
+        if on_piece is not None and (last := text.end()):
+            on_piece(last)
         first = clock.first_token or end
         milliseconds = {**timer.milliseconds, "prefill": 1000 * (first - start), "decode": 1000 * (end - first)}
         milliseconds["ttft"] = sum(milliseconds.values()) - milliseconds["decode"]
         return self._answer(ids, stop, composed, milliseconds)
 
     def _text_criteria(
-        self, texts: Sequence[TextStream], options: Options, hand_on: Callable[[str], None] | None = None
+        self, texts: Sequence[TextStream], options: Options, on_piece: Callable[[str], None] | None = None
     ) -> list[StoppingCriteria]:
-        """What ends rows at their stop texts and hands pieces of text on; nothing where neither is wanted."""
+        """What stops rows at their stop texts and passes pieces of text on; nothing where neither is wanted."""
         stop = texts[0].stop
         if options.num_beams > 1:
-            return [_BeamTexts(self.tokenizer, stop)] if stop else []
-        return [_RowTexts(texts, end_ids(self.model), hand_on)] if stop or hand_on is not None else []
+            return [StopBeamsAtText(self.tokenizer, stop)] if stop else []
+        return [StopAtText(texts, end_ids(self.model), on_piece)] if stop or on_piece is not None else []
 
     def answer_batch(self, questions: Sequence[Question], options: Options | None = None) -> list[Answer]:
         """Answer several questions in one batch; greedy answers equal those of `answer` one by one.
 
-        A picture that several questions share (the same object) is encoded once.
+        An image that several questions share (the same object) is encoded once.
 
         Args:
-            questions: each with its own pictures and turns. options: one for all of them.
+            questions: each with its own images and turns. options: one for all of them.
 
         Returns:
             One answer per question. The milliseconds are those of the whole batch, and hold `generate` instead of its parts.

@@ -1,4 +1,4 @@
-"""The public helpers between a user's pictures and text and the model's inputs, under LLaVA's names and call forms."""
+"""The public helpers between a user's images and text and the model's inputs, under LLaVA's names and call forms."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ __all__ = [
 def process_images(
     images: Sequence[Image.Image], image_processor: Any, model_cfg: Any
 ) -> torch.Tensor | list[torch.Tensor]:
-    """Turn pictures into the vision tower's input, as the model's config says.
+    """Turn images into the vision tower's input, as the model's config says.
 
     Args:
-        images: PIL pictures of any mode and size.
+        images: PIL images of any mode and size.
         image_processor: image processor of the vision tower.
         model_cfg: any object with `image_aspect_ratio` (see `llava.crops.IMAGE_MODES`; missing means "none") and, for
             "anyres", `image_grid_pinpoints`.
 
     Returns:
-        One tensor when all pictures have the same number of views, (B, C, 3, S, S) for "anyres" and (B, 3, S, S)
+        One tensor when all images have the same number of views, (B, C, 3, S, S) for "anyres" and (B, 3, S, S)
         otherwise; else a list of (C, 3, S, S).
 
     Raises:
-        ValueError: no pictures, one that is too thin, or a config that does not say how to prepare them.
+        ValueError: no images, one that is too thin, or a config that does not say how to prepare them.
     """
     if not images:
-        raise ValueError("process_images got no picture, expected at least one: leave `images` out for text alone")
+        raise ValueError("process_images got no image, expected at least one: leave `images` out for text alone")
     for image in images:
         check_aspect_ratio(image.size)
     mode = getattr(model_cfg, "image_aspect_ratio", None)

@@ -12,7 +12,7 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """Cut a text at the first stop text in it; tell whether there was one."""
+    """Cut a text at the first stop text in it; return whether there was one."""
     places = [text.find(marker) for marker in stop if marker in text]
     return (text[: min(places)], True) if places else (text, False)
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from llava import inference
 from llava.conversation import conv_templates
+from llava.generation import StopAtText, StopBeamsAtText
 from llava.inference import (
     MICRO_MODEL,
     Answer,
@@ -19,8 +20,6 @@ from llava.inference import (
     Message,
     Options,
     Question,
-    _BeamTexts,
-    _RowTexts,
     cached_assistant,
     write_prompt,
 )
@@ -237,7 +236,7 @@ def test_stop_texts_end_rows_where_decoding_them_whole_would(assistant, seed):
     vocabulary = source.choice([range(len(tokenizer)), range(3, 259), range(259, len(tokenizer))])
     rows = torch.tensor([[source.choice(vocabulary) for _ in range(60)] for _ in range(3)])
     texts = [TextStream(tokenizer, stop) for _ in rows]
-    criterion, plain, over = _RowTexts(texts, [], None), _BeamTexts(tokenizer, stop), torch.zeros(3, dtype=torch.bool)
+    criterion, plain, over = StopAtText(texts, [], None), StopBeamsAtText(tokenizer, stop), torch.zeros(3, dtype=torch.bool)
     for count in range(1, 61):
         over |= plain(rows[:, :count], None)
         assert torch.equal(criterion(rows[:, :count], None), over)
@@ -250,7 +249,7 @@ def test_the_cost_of_stop_texts_grows_with_the_answer_and_not_with_its_square(as
         convert_ids_to_tokens=assistant.tokenizer.convert_ids_to_tokens,
     )
     ids = assistant.tokenizer("one two three four " * 60, add_special_tokens=False).input_ids
-    criterion = _RowTexts([TextStream(tokenizer, ["never"])], [], None)
+    criterion = StopAtText([TextStream(tokenizer, ["never"])], [], None)
     for count in range(1, len(ids) + 1):
         criterion(torch.tensor([ids[:count]]), None)
     assert sum(decoded) < 10 * len(ids)

@@ -238,7 +238,7 @@ def test_process_images(call: dict[str, Any]) -> None:
 def test_process_images_converts_grey_and_refuses_nothing_and_threads() -> None:
     processor, config = load_image_processor(ORACLE / "tiny-clip"), SimpleNamespace(image_aspect_ratio="pad")
     assert mm_utils.process_images([Image.new("L", (9, 5))], processor, config).shape == (1, 3, 48, 48)  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match="got no picture"):
+    with pytest.raises(ValueError, match="got no image"):
         mm_utils.process_images([], processor, config)
     with pytest.raises(ImageError, match="1 x 4000"):
         mm_utils.process_images([Image.new("RGB", (1, 4000))], processor, config)

@@ -152,7 +152,7 @@ VISION_RULES: dict[str, Rule] = {
     "initializer_factor": Number(0, 1e3),
     **COMMON_RULES,
 }
-"""Fields of `vision_config`, which is a `CLIPVisionConfig`; the size of picture and patch must be there."""
+"""Fields of `vision_config`, which is a `CLIPVisionConfig`; the size of image and patch must be there."""
 
 SIZE = Either(SIDE, Mapped(SIDE, 4))
 THREE = Number(-1e3, 1e3)

@@ -1,4 +1,4 @@
-"""The images of a processor's call, in every form in which transformers' processors take them, as PIL images."""
+"""The images of a processor's call, in every form that transformers' processors accept, as PIL images."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def images_of_rows(images: Any, placeholders: Sequence[int]) -> list[Image.Image
         rows, counts, expected = [given], [len(given)], [sum(placeholders)]
     if counts != expected:
         raise ValueError(
-            f"The prompts hold {list(placeholders)} <image> placeholders, but {counts} pictures were given; write one <image> per picture."
+            f"The prompts hold {list(placeholders)} <image> placeholders, but {counts} images were given; write one <image> per image."
         )
     return [read_image(image) for row in rows for image in row]
 

@@ -67,7 +67,7 @@ class LlavaMetaModel(nn.Module):
     config: LlavaConfig
 
     def build_multimodal(self) -> None:
-        """Make the parts that the configuration describes; a plain language model's configuration describes none."""
+        """Build the parts that the configuration describes; that of a plain language model describes none."""
         config = self.config
         self.vision_tower: CLIPVisionTower | None = None
         self.router: GranularityRouter | None = None
@@ -85,7 +85,7 @@ class LlavaMetaModel(nn.Module):
             self.router = GranularityRouter.from_config(self.config, self.config.hidden_size)
 
     def initialize_router(self) -> GranularityRouter:
-        """Add a fresh router where there is none; a trained one is kept. `config.router_select` is set."""
+        """Add a new router where there is none, and keep an existing one; sets `config.router_select`."""
         self.config.router_select = True
         self.config.check_multimodal_fields()
         if self.router is None:
@@ -99,7 +99,7 @@ class LlavaMetaModel(nn.Module):
         return self.get_input_embeddings().weight  # type: ignore[operator, attr-defined]
 
     def init_multimodal_weights(self, module: nn.Module) -> bool:
-        """Initialise what the language model's own `_init_weights` does not know; tell whether `module` was such a part."""
+        """Initialise what the language model's own `_init_weights` does not know; return whether `module` was such a part."""
         if module is self and hasattr(self, "image_newline"):
             init.normal_(self.image_newline, std=self.config.hidden_size**-0.5)
             return True
@@ -110,7 +110,7 @@ class LlavaMetaModel(nn.Module):
 
 
 class RefuseNonFinite(LogitsProcessor):
-    """Stops generation when the model's numbers have broken down, instead of emitting noise."""
+    """Stops generation when the model's logits are non-finite, instead of emitting noise."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not torch.isfinite(scores).any(dim=-1).all() or torch.isnan(scores).any():
@@ -229,7 +229,7 @@ class LlavaMetaForCausalLM(Composer):
         max_visual_tokens: int | None = None,
         granularity_bias: float = 0.0,
     ) -> list[RoutingReport]:
-        """One routing report per image, without generating: what the router says and what would be spent."""
+        """One routing report per image, without generating: the router's logits, and the visual tokens that the choice would cost."""
         request = RoutingRequest(vis_token_granularity, max_visual_tokens, granularity_bias)
         return self.encode_prompt(input_ids, images, image_sizes, attention_mask, request=request, always_route=True).reports
 
@@ -244,7 +244,7 @@ class LlavaMetaForCausalLM(Composer):
         image_sizes: Sequence[Size] | None = None,
         vis_token_granularity: int | Sequence[int] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Any, Tensor | None, Tensor | None]:
-        """LLaVA's door: (input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels).
+        """LLaVA's signature: (input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels).
 
         Without images, or one position wide (a cached step), the arguments come back untouched and `inputs_embeds` is `None`. What was
         not given (mask, positions, labels) is `None` in the result too. Rows pad to the side of `config.tokenizer_padding_side`.
@@ -315,7 +315,7 @@ class LlavaMetaForCausalLM(Composer):
         Args:
             input_ids: (B, L) with one placeholder per image; `inputs=` is accepted too. Pad either side and give the mask: rows are
                 padded to the left whatever the training side was.
-            images: N images in reading order over the batch, see `prepare_views`; text-only rows have none.
+            images: N images in reading order over the batch, see `image_inputs`; text-only rows have none.
             image_sizes: N (width, height) in pixels.
             vis_token_granularity: `None` lets the router choose where the model has one, a number fixes the tokens per view, a list
                 limits the router to those.

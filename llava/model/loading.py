@@ -241,7 +241,7 @@ class CheckpointLoading:
 
     @staticmethod
     def _complete_tower(config: LlavaConfig, path: Any) -> str | None:
-        """Put the tower's configuration into ours where only its name is given; tell where its weights may be."""
+        """Put the tower's configuration into ours where only its name is given; return where its weights may be."""
         if config.mm_vision_tower is None:
             return None
         tower = resolve_tower(config.mm_vision_tower, path)

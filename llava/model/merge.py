@@ -47,7 +47,7 @@ def merged_layout(
         level: the granularity.
         num_views: views of the image, the whole view included.
         tiles: (down, across) tiles of its canvas; `None` for a single view.
-        image_size: (width, height) of the picture in pixels.
+        image_size: (width, height) of the image in pixels.
         merge_type: `flat` keeps every view as it is, `spatial` joins the tiles, `spatial_unpad` also cuts padding and adds newlines.
         unpad_rule: `picture` or `pooled_grid`; see `MultimodalFields`.
 
@@ -76,13 +76,13 @@ def merged_layout(
 
 
 def _covered(grid: tuple[int, int], image_size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(rows, columns) of a grid of square cells that a centred picture covers; kept edges are truncated, as published."""
-    (height, width), (picture_width, picture_height) = grid, image_size
-    if picture_width / picture_height > width / height:
-        kept = int(picture_height * (width / picture_width))
+    """(rows, columns) of a grid of square cells that a centred image covers; kept edges are truncated, as published."""
+    (height, width), (image_width, image_height) = grid, image_size
+    if image_width / image_height > width / height:
+        kept = int(image_height * (width / image_width))
         padding = (height - kept) // 2
         return (padding, height - padding), (0, width)
-    kept = int(picture_width * (height / picture_height))
+    kept = int(image_width * (height / image_height))
     padding = (width - kept) // 2
     return (0, height), (padding, width - padding)
 

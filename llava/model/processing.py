@@ -1,6 +1,6 @@
-"""`AvgLlavaProcessor`: prompts and pictures in, the arguments of `model.generate` out, under transformers' processor interface.
+"""`AvgLlavaProcessor`: prompts and images in, the arguments of `model.generate` out, under transformers' processor interface.
 
-How a picture is cut and how a conversation is written are properties of the model, so they are read from its config.json. A folder
+How an image is cut and how a conversation is written are properties of the model, so they are read from its config.json. A folder
 without one (a processor saved alone) has them in processor_config.json.
 """
 
@@ -120,7 +120,7 @@ class AvgLlavaProcessor(ProcessorMixin):
             ValueError: no text, images unlike placeholders, rows that do not stack, or an unknown option.
         """
         if text is None:
-            raise ValueError("The processor got no text; give a prompt with one <image> per picture.")
+            raise ValueError("The processor got no text; give a prompt with one <image> per image.")
         prompts = [text] if isinstance(text, str) else list(text)
         if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             kinds = sorted({type(prompt).__name__ for prompt in prompts})

@@ -20,7 +20,7 @@ NUM_HEADS = 8
 
 
 def select_text(text: Tensor, eligible: Tensor, first_view: Tensor, slots: int, fill_hidden: bool = False) -> Tensor:
-    """The `slots` instruction tokens most similar to the picture, most similar first.
+    """The `slots` instruction tokens most similar to the image, most similar first.
 
     Similarity is the mean cosine with the un-pooled patches of the first view. The text vectors are raw token embeddings; image
     placeholders and padding are not text and must not be passed.

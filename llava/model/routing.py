@@ -1,4 +1,4 @@
-"""From router logits to a granularity per image: the caller's wishes, the budget, and the report of what was decided."""
+"""From router logits to a granularity per image: the caller's request, the budget, and the report of the choice."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 class RoutingError(ValueError):
-    """A wish that cannot be met.
+    """A routing request that cannot be met.
 
     Args:
-        field: of `RoutingRequest`, to which it is owed. least: the smallest value of it that would do, where there is one.
+        field: of `RoutingRequest`, that is at fault. least: the smallest value of it that would work, where there is one.
     """
 
     def __init__(self, message: str, field: str, least: int | None = None) -> None:
@@ -28,9 +28,9 @@ class RoutingError(ValueError):
 
 @dataclass(frozen=True)
 class RoutingReport:
-    """What was decided for one image.
+    """The granularity chosen for one image, and why.
 
-    logits: (G,) of the router, coarse to fine, before any bias; `None` where no router was asked.
+    logits: (G,) of the router, coarse to fine, before any bias; `None` where the router was not run.
     probabilities: (G,) softmax of the logits, or `None`.
     granularity: tokens per view of the chosen level.
     num_visual_tokens: what the image costs at it, newlines included.

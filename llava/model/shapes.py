@@ -35,7 +35,7 @@ def declared_shapes(config: Any) -> Shapes:
 
 
 def check_shapes(config: Any, stored: Mapping[str, StoredTensor], source: Any) -> None:
-    """Refuse weights of other sizes than the configuration declares; which are missing or unknown, loading tells.
+    """Refuse weights of other sizes than the configuration declares; missing and unknown ones are reported by loading.
 
     Args:
         stored: headers of the weights; packed ones of a quantisation have shapes of their own.

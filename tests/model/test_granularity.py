@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llava.model.granularity import Granularity, granularity_levels, halving_chain, pool
+from llava.model.granularity import Granularity, granularity_levels, halving_chain, pool, pool_all
 
 
 @pytest.mark.parametrize(("key", "side"), [("pool", 12), ("pool_real", 24)])
@@ -24,6 +24,12 @@ def test_a_grid_by_hand():
     level = granularity_levels((2, 4), [2], [[1, 2]])[0]
     assert level == Granularity((1, 2), (2, 2))
     assert pool(features, (2, 4), level).flatten().tolist() == [(0 + 1 + 4 + 5) / 4, (2 + 3 + 6 + 7) / 4]
+
+
+def test_all_levels_are_pooled_in_their_order_each_with_its_grid():
+    features = torch.arange(8.0).reshape(1, 8, 1)  # 2 rows of 4
+    levels = granularity_levels((2, 4), [1, 2, 8], [[1, 1], [1, 2], [2, 4]])
+    assert [pooled.flatten().tolist() for pooled in pool_all(features, (2, 4), levels)] == [[3.5], [2.5, 4.5], [*map(float, range(8))]]
 
 
 def test_the_chain_halves_the_width_first_until_a_side_is_odd():

@@ -105,8 +105,8 @@ def test_what_it_refuses(processor, pictures, tmp_path):
             processor(**call)
 
     refuses("got no text", images=pictures["wide"])
-    refuses(r"hold \[1\] <image> placeholders, but \[0\] pictures", text="<image>\nWhat?")
-    refuses("but .* pictures were given", text=["<image>", "none"], images=[[], [pictures["wide"]]])
+    refuses(r"hold \[1\] <image> placeholders, but \[0\] images", text="<image>\nWhat?")
+    refuses("but .* images were given", text=["<image>", "none"], images=[[], [pictures["wide"]]])
     refuses("do not stack; pass padding=True", text=["One.", "One, two, three."], return_tensors="pt")
     refuses("padding is 'max_length', but max_length is None", text="One.", padding="max_length")
     refuses(r"text holds \['list'\], expected one prompt", text=[["One."]])
@@ -202,7 +202,7 @@ def test_rows_without_images_are_none_or_empty(processor, pictures):
     assert processor(images=[wide, None], text=prompts[:2])["image_sizes"] == [wide.size]
     assert "images" not in processor(images=[None], text="Hello.")
     for images in ([None, wide], [wide, None, None], [None]):
-        with pytest.raises(ValueError, match="pictures were given; write one"):
+        with pytest.raises(ValueError, match="images were given; write one"):
             processor(images=images, text=prompts[:2])
 
 

@@ -62,6 +62,9 @@ def test_recorded_stage4(name: str, tiny_model: Any, recorded_batch: Recorded, t
     found.loss.backward()
     assert found.loss.item() == pytest.approx(record["loss"], rel=1e-4)
     assert found.metrics["router_rows_skipped"][0] == 0
+    for name, part in (("ranking_loss", "rank_part"), ("cross_entropy", "ce_part")):
+        total, count = found.metrics[name]
+        assert float(total) / count == pytest.approx(record[part], rel=1e-4)
     _norms_match(tiny_model, record["grad_norm_by_param"])
     assert all(p.grad is None for n, p in tiny_model.named_parameters() if "router" not in n)
 

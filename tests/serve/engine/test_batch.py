@@ -8,9 +8,12 @@ from typing import Any, cast
 import pytest
 import torch
 
+from llava.messages import Message
 from llava.serve.engine.batch import Batch, check_attention
 from llava.serve.engine.caches import TensorCache
+from llava.serve.engine.sampling import random_number
 from llava.serve.engine.task import Encoded, Task
+from llava.serve.protocol import GenerationRequest, Sampling
 
 MODEL = SimpleNamespace(device=torch.device("cpu"))
 
@@ -84,7 +87,7 @@ def test_what_a_step_cannot_do_together_it_does_in_halves(monkeypatch):
     assert running.rows_allowed == 2
 
 
-def test_the_youngest_steps_back_and_takes_its_storage_along():
+def test_the_youngest_is_preempted_and_takes_its_storage_along():
     running = batch(rows=8)
     old, young, middle = joined(running, 3)
     old.submitted, young.submitted, middle.submitted = 1.0, 3.0, 2.0
@@ -109,7 +112,7 @@ def test_storage_that_cannot_be_copied_is_smaller_all_the_same(monkeypatch):
     assert running.shrink()
 
 
-def test_a_beginning_that_is_known_is_not_copied_again():
+def test_a_prefix_that_is_cached_is_not_copied_again():
     running = batch()
     [task] = joined(running, 1)
     task.was_encoded(Encoded(9, 1, (), (("key", 5), ("shorter", 3)), {}), cast(Any, None))
@@ -119,6 +122,65 @@ def test_a_beginning_that_is_known_is_not_copied_again():
     kept = running.prefixes.get("key")
     assert kept is not None and [tensor.shape for tensor in kept] == [(2, 5, 3)] * 2
     assert "shorter" not in running.prefixes
+
+
+class Uniform(torch.nn.Module):
+    """A language model whose hidden states are its inputs, and whose logits are its hidden states."""
+
+    device = torch.device("cpu")
+    lm_head = torch.nn.Identity()
+    generation_config = SimpleNamespace(eos_token_id=3)
+
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__()
+        self.embed, self.error, self.read = torch.nn.Embedding(4, 4), error, list[Any]()
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.embed
+
+    def get_model(self) -> Any:
+        return self
+
+    def forward(self, inputs_embeds: torch.Tensor, use_cache: bool) -> Any:
+        self.read.append((tuple(inputs_embeds.shape), use_cache))
+        if self.error is not None:
+            raise self.error
+        return SimpleNamespace(last_hidden_state=inputs_embeds)
+
+
+def drawing(sampling: Sampling, written: list[int], seed: int = 0) -> Task:
+    nobody = cast(Any, None)
+    request = GenerationRequest("r", (Message("user", "?"),), sampling=sampling)
+    task = Task(request, nobody, 0.0, cast(Any, SimpleNamespace(ids=written)), nobody, seed)
+    task.text_ids = torch.tensor([2])
+    return task
+
+
+def test_each_row_is_picked_by_its_own_parameters_answer_and_prompt():
+    """The likeliest; not the end while more is wanted; not what is in the answer, nor in the prompt, when that is punished."""
+    running = Batch(Uniform(), TensorCache(1000), 4, 1000)
+    hidden = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).repeat(4, 1)
+    asked = [
+        drawing(Sampling(), [0]),
+        drawing(Sampling(min_new_tokens=2), [0]),
+        drawing(Sampling(min_new_tokens=2, presence_penalty=2.0), [2]),
+        drawing(Sampling(min_new_tokens=2, repetition_penalty=4.0), [0]),
+    ]
+    assert [picked.token for picked in running.pick(hidden, asked)] == [3, 2, 1, 1]
+
+
+def test_a_row_draws_with_its_own_number_for_each_place_of_its_answer():
+    running, even = Batch(Uniform(), TensorCache(1000), 1, 1000), torch.zeros(1, 4)
+    for seed, length in ((0, 0), (0, 1), (0, 2), (7, 0), (7, 1), (9, 5)):
+        task = drawing(Sampling(temperature=1.0), [0] * length, seed)
+        assert [picked.token for picked in running.pick(even, [task])] == [int(4 * random_number(seed, length))]
+
+
+@pytest.mark.parametrize(("error", "works"), [(None, True), (MemoryError(), True), (RuntimeError("device-side assert"), False)])
+def test_a_model_works_if_it_reads_one_position_or_only_lacks_memory(error, works):
+    model = Uniform(error)
+    assert Batch(model, TensorCache(1000), 1, 1000).works() is works
+    assert model.read == [((1, 1, 4), False)]
 
 
 @pytest.mark.parametrize(
