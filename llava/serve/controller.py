@@ -73,7 +73,7 @@ def settings_from(args: argparse.Namespace) -> ControllerSettings:
     Raises:
         ValueError: a flag cannot work.
     """
-    check_at_least(args, {"heart_beat_expiration": 0.001, "worker_timeout": 0.001, "max_in_flight": 1, "max_body_mb": 1e-6})
+    check_at_least(args, {"heart_beat_expiration": 0.001, "worker_timeout": 0.001, "max_in_flight": 1, "max_body_mb": 0.001})
     check_body_flags(args)
     tokens = read_secrets(args.worker_token, args.worker_token_file)
     worker_keys = read_secrets([args.worker_api_key] if args.worker_api_key else [], args.worker_api_key_file)

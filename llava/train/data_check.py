@@ -30,7 +30,7 @@ from llava.images import ImageError
 from llava.log import setup_logging
 from llava.model.processing import AvgLlavaProcessor
 from llava.train.build import change_fields, model_outline, read_model_config
-from llava.train.dataset import ConversationDataset, make_dataset
+from llava.train.data import ConversationDataset, make_dataset
 from llava.train.flags import CheckArguments, DataArguments, ModelArguments
 from llava.train.mixture import Mixture, Source, open_rows
 from llava.train.rows import BadSampleError, RowTooLongError, UnreadKeyError, image_names, visual_token_costs

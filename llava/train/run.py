@@ -17,7 +17,7 @@ from llava.interrupts import keeping
 from llava.log import setup_logging
 from llava.train.arguments import TrainingArguments, check_arguments, ignored_flags, whole_parser
 from llava.train.build import load_model
-from llava.train.dataset import Collator, ConversationDataset, check_rows, make_dataset
+from llava.train.data import Collator, ConversationDataset, check_rows, make_dataset
 from llava.train.distributed import full_weights_on_load, init_cpu_deepspeed, is_lost_process, lost_process_message
 from llava.train.features import FeatureCache
 from llava.train.flags import DataArguments, ModelArguments

@@ -34,7 +34,7 @@ from llava.durable import held_alone, room_for, whole_file
 from llava.interrupts import keeping
 from llava.log import setup_logging
 from llava.model.builder import load_pretrained_model
-from llava.train.dataset import Collator, ConversationDataset, check_rows, make_dataset, row_columns
+from llava.train.data import Collator, ConversationDataset, check_rows, make_dataset, row_columns
 from llava.train.features import FeatureCache
 from llava.train.flags import DataArguments, ModelArguments, ScoreArguments
 from llava.train.mixture import Mixture

@@ -38,7 +38,7 @@ from llava.constants import IGNORE_INDEX
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.train.arguments import DataArguments
-from llava.train.dataset import Collator, ConversationDataset, make_dataset
+from llava.train.data import Collator, ConversationDataset, make_dataset
 from llava.train.features import FeatureCache
 from llava.train.losses import rglf_losses
 from llava.train.objectives import (

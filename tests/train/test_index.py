@@ -271,7 +271,7 @@ def test_waiting_ends_with_a_sentence(tmp_path: Path) -> None:
 MEASURE = """
 import json, random, sys, time
 import psutil
-from llava.train.dataset import ConversationDataset
+from llava.train.data import ConversationDataset
 from llava.train.mixture import open_rows
 process = psutil.Process()
 open_rows(sys.argv[1])[0]  # what the libraries themselves take when first used is no cost of the index

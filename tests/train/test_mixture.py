@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from llava.train.dataset import ConversationDataset
+from llava.train.data import ConversationDataset
 from llava.train.mixture import Mixture, draw, open_rows
 from llava.train.scores import parts_of_rows
 from llava.train.shards import ImageFolder, ImageMap, ImageShard

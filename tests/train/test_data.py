@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from llava.constants import IGNORE_INDEX
 from llava.conversation import conv_templates
-from llava.train.dataset import Collator, ConversationDataset, check_rows
+from llava.train.data import Collator, ConversationDataset, check_rows
 from llava.train.mixture import open_rows
 from llava.train.rows import BadSampleError, RowReader, visual_token_costs
 from llava.train.shards import ImageFolder
@@ -158,7 +158,7 @@ def test_workers_count_skips_together(reader: RowReader, tmp_path: Path, caplog:
     with pytest.raises(ValueError, match="4 of 12 rows are broken"):
         list(DataLoader(strict, batch_size=2, num_workers=2, collate_fn=Collator(0)))
     dataset = ConversationDataset(rows, reader, on_bad_sample="skip", max_bad_share=0.5)
-    with caplog.at_level("WARNING", logger="llava.train.dataset"):
+    with caplog.at_level("WARNING", logger="llava.train.data"):
         for _ in range(2):
             [dataset[index] for index in range(12)]
     assert [record.getMessage().split(" (")[0] for record in caplog.records] == [f"skipped row {index}" for index in (0, 3, 6, 9)]
