@@ -23,6 +23,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Arguments of transformers' `from_pretrained` that say where a file comes from."""
+ONE_REPOSITORY = ("revision", "subfolder")
+"""Those of them that mean nothing in another repository, such as the vision tower's."""
 
 MOST_JSON_BYTES = 16 * 2**20
 MOST_INDEX_BYTES = 256 * 2**20
@@ -48,6 +50,11 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     dtype: str
+
+
+def hub_options(given: Mapping[str, Any], elsewhere: bool = False) -> dict[str, Any]:
+    """The arguments among `given` that say where a file comes from; `elsewhere` leaves out `ONE_REPOSITORY`."""
+    return {name: given[name] for name in HUB_OPTIONS if name in given and not (elsewhere and name in ONE_REPOSITORY)}
 
 
 def stored_file(path: str | Path, name: str, hub: Mapping[str, Any] | None = None) -> Path | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import html
 import re
 from collections.abc import Iterator, Sequence
@@ -385,3 +386,16 @@ def get_template(name: str) -> Conversation:
             f"conversation template {name!r} is unknown: choose one of {', '.join(sorted(conv_templates))}"
         )
     return conv_templates[name].copy()
+
+
+@functools.cache
+def answer_headers() -> tuple[str, ...]:
+    """What stands in front of an answer in each template, as in `ASSISTANT:` and `[/INST]`."""
+    headers = set()
+    for template in conv_templates.values():
+        opened = template.copy()
+        opened.messages = [[opened.roles[0], "?"]]
+        opened.append_message(opened.roles[1], None)
+        header = opened.get_prompt().rpartition("?")[2].lstrip()
+        headers |= {header} - {""}
+    return tuple(sorted(headers))

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import logging.handlers
 import os
 import sys
+from pathlib import Path
+
+from llava.constants import LOGDIR
 
 _FORMAT = "%(asctime)s | %(levelname)s | %(name)s | %(message)s"
 
@@ -44,3 +48,20 @@ def setup_logging(level: int | str = logging.INFO) -> None:
     handler.addFilter(RankFilter())
     root.addHandler(handler)
     root.propagate = False
+
+
+def build_logger(logger_name: str, logger_filename: str) -> logging.Logger:
+    """A logger that also writes to a file, begun anew at midnight UTC (LLaVA's name; here the standard streams stay as they are).
+
+    Args:
+        logger_filename: file in `llava.constants.LOGDIR`, which is made where it is missing.
+    """
+    logger = logging.getLogger(logger_name)
+    logger.setLevel(logging.INFO)
+    file = Path(LOGDIR, logger_filename).absolute()
+    if all(getattr(handler, "baseFilename", None) != str(file) for handler in logger.handlers):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.handlers.TimedRotatingFileHandler(file, when="D", utc=True, encoding="utf-8")
+        handler.setFormatter(logging.Formatter(_FORMAT))
+        logger.addHandler(handler)
+    return logger

@@ -12,11 +12,13 @@ from PIL import Image
 from transformers import StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.conversation import Span
+from llava.conversation import Span, answer_headers
 from llava.crops import (
+    divide_to_patches,
     get_anyres_image_grid_shape,
     process_anyres_image,
     process_image_for_mode,
+    resize_and_pad_image,
     select_best_resolution,
 )
 from llava.images import check_aspect_ratio, expand2square, load_image_from_base64, to_rgb
@@ -24,12 +26,14 @@ from llava.tokenizer import plain_tokenizer, special_texts
 
 __all__ = [
     "KeywordsStoppingCriteria",
+    "divide_to_patches",
     "expand2square",
     "get_anyres_image_grid_shape",
     "get_model_name_from_path",
     "load_image_from_base64",
     "process_anyres_image",
     "process_images",
+    "resize_and_pad_image",
     "select_best_resolution",
     "text_of_ids",
     "tokenize_spans",
@@ -87,6 +91,9 @@ def tokenizer_image_token(
     The texts around the placeholders are tokenised one by one, each as a text of its own; what the tokenizer puts in
     front of every text (bos) is written once, at the very start.
 
+    Spaces behind the header of an open answer (`ASSISTANT: `) are left out. A tokenizer makes a token of its own of them, while the words
+    of an answer carry their space with them: after that token, no answer begins as it did in training.
+
     Args:
         prompt: text with any number of `<image>`.
         tokenizer: the model's tokenizer (see `llava.tokenizer.load_tokenizer`).
@@ -98,7 +105,8 @@ def tokenizer_image_token(
     """
     if return_tensors not in (None, "pt"):
         raise ValueError(f"return_tensors is {return_tensors!r}, expected None for a list or 'pt' for a tensor")
-    ids = _ids_around_images(prompt, tokenizer, lambda text: tokenizer(text, add_special_tokens=False).input_ids, image_token_index)
+    bare = prompt.rstrip(" ")
+    ids = _plain_ids(bare if bare.endswith(answer_headers()) else prompt, tokenizer, image_token_index)
     return ids if return_tensors is None else torch.tensor(ids, dtype=torch.long)
 
 
@@ -119,7 +127,7 @@ def tokenize_spans(spans: Sequence[Span], tokenizer: Any, image_token_index: int
     special = special_texts(tokenizer)
     from_markup = sum(len(special.findall(span.text)) for span in spans if not span.is_words)
     if len(special.findall(prompt)) == from_markup:
-        return tokenizer_image_token(prompt, tokenizer, image_token_index)
+        return _plain_ids(prompt, tokenizer, image_token_index)
     plain = plain_tokenizer(tokenizer)
     marked = "".join(span.text if span.is_words or span.text == DEFAULT_IMAGE_TOKEN else plain.mark(span.text) for span in spans)
     return _ids_around_images(marked, tokenizer, plain.encode, image_token_index)
@@ -133,6 +141,10 @@ def text_of_ids(ids: Sequence[int], tokenizer: Any, image_text: str = DEFAULT_IM
     """
     runs = [(is_image, list(run)) for is_image, run in groupby(ids, key=IMAGE_TOKEN_INDEX.__eq__)]
     return "".join(image_text * len(run) if is_image else str(tokenizer.decode(run, **options)) for is_image, run in runs)
+
+
+def _plain_ids(prompt: str, tokenizer: Any, image_token_index: int) -> list[int]:
+    return _ids_around_images(prompt, tokenizer, lambda text: tokenizer(text, add_special_tokens=False).input_ids, image_token_index)
 
 
 def _ids_around_images(prompt: str, tokenizer: Any, encode: Callable[[str], list[int]], image_token_index: int) -> list[int]:

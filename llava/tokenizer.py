@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
 
-from llava.checkpoint_files import HUB_OPTIONS, one_line
+from llava.checkpoint_files import hub_options, one_line
 from llava.tokenizer_files import check_tokenizer_files
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ def load_tokenizer(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedTok
     Raises:
         ValueError: files that are missing, damaged, or that no tokenizer can be made of.
     """
-    check_tokenizer_files(path, {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
+    check_tokenizer_files(path, hub_options(kwargs))
     try:
         # Asked without an answer, transformers waits at the terminal whether to run the code that a hub id names.
         tokenizer = AutoTokenizer.from_pretrained(path, **{"trust_remote_code": False, **kwargs})
@@ -178,7 +178,7 @@ def _is_legacy(path: str | os.PathLike[str], options: dict[str, Any]) -> bool:
     """Whether a space goes in front of texts after special tokens: the caller's word, the config's, or the files'."""
     if options.get("legacy") is not None:
         return bool(options["legacy"])
-    hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+    hub = hub_options(options)
     config = get_tokenizer_config(path, **hub)
     if config.get("legacy") is not None:
         return bool(config["legacy"])

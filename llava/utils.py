@@ -1,8 +1,32 @@
-"""LLaVA's `disable_torch_init`, and the device to run on."""
+"""LLaVA's small helpers under their names, and the device to run on."""
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import torch
+
+from llava.log import build_logger
+
+__all__ = [
+    "build_logger", "disable_torch_init", "moderation_msg", "pick_device", "pretty_print_semaphore", "rank0_print", "server_error_msg",
+]  # fmt: skip
+
+server_error_msg = "**NETWORK ERROR DUE TO HIGH TRAFFIC. PLEASE REGENERATE OR REFRESH THIS PAGE.**"
+moderation_msg = "YOUR INPUT VIOLATES OUR CONTENT MODERATION GUIDELINES. PLEASE TRY AGAIN."
+"""LLaVA's texts, for its callers; nothing in this package shows them."""
+
+
+def rank0_print(*args: Any) -> None:
+    """Print in the first process of a distributed run alone (LLaVA-NeXT's name)."""
+    if os.environ.get("RANK", "0") == "0":
+        print(*args)
+
+
+def pretty_print_semaphore(semaphore: Any) -> str:
+    """An asyncio semaphore in LLaVA's words, or "None"."""
+    return "None" if semaphore is None else f"Semaphore(value={semaphore._value}, locked={semaphore.locked()})"
 
 
 def disable_torch_init() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -38,3 +40,14 @@ def test_other_ranks_only_warn_and_say_who_they_are(
     written = capsys.readouterr().err
     assert "quiet" not in written
     assert "[rank 3] loud" in written
+
+
+def test_llavas_logger_writes_each_record_to_its_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "LOGDIR", str(tmp_path / "logs"))
+    streams = sys.stdout, sys.stderr
+    logger = log.build_logger("test_llavas_logger", "worker.log")
+    assert log.build_logger("test_llavas_logger", "worker.log") is logger and len(logger.handlers) == 1
+    logger.info("hello %d", 7)
+    assert (tmp_path / "logs" / "worker.log").read_text().count("| INFO | test_llavas_logger | hello 7\n") == 1
+    assert (sys.stdout, sys.stderr) == streams
+    logger.handlers.pop().close()

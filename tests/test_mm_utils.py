@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, StoppingCriteriaList
 
 from llava import mm_utils
-from llava.conversation import Span, word_spans
+from llava.conversation import Span, conv_templates, get_template, word_spans
 from llava.crops import load_image_processor
 from llava.images import ImageError
 from llava.tokenizer import load_tokenizer
@@ -323,3 +323,34 @@ def test_stopping_inside_generate(from_embeddings: bool, tokenizer: Any) -> None
     assert (answer[0, 3:] == 0).all()
     if keyword not in texts[1]:
         assert torch.equal(answer[1], free[1])
+
+
+@pytest.mark.parametrize("name", sorted(set(conv_templates) - {"plain", "v0_plain"}))
+def test_spaces_before_an_answer_are_left_out(name: str, tokenizer) -> None:
+    """A wrapper may end its prompt in `ASSISTANT: `; a token for that space would stand where the answer's own begins."""
+    conversation = get_template(name)
+    conversation.append_message(conversation.roles[0], "<image>\nWhich colour?")
+    conversation.append_message(conversation.roles[1], None)
+    prompt = conversation.get_prompt()
+    ids = mm_utils.tokenizer_image_token(prompt, tokenizer)
+    assert not prompt.endswith(" ") and ids[-1] != tokenizer.convert_tokens_to_ids("\N{LOWER ONE EIGHTH BLOCK}")
+    for spaces in (" ", "   "):
+        assert mm_utils.tokenizer_image_token(prompt + spaces, tokenizer) == ids
+
+
+@pytest.mark.parametrize("prompt", ["a trailing space ", "ASSISTANT: a ", "USER: <image> ", " ", "ASSISTANT: <image> ", "USER: "])
+def test_other_spaces_stay(prompt: str, tokenizer) -> None:
+    ids = mm_utils.tokenizer_image_token(prompt, tokenizer)
+    assert len(ids) > len(mm_utils.tokenizer_image_token(prompt.rstrip(), tokenizer))
+
+
+def test_a_prompts_own_words_are_not_an_open_answer(tokenizer) -> None:
+    spans = [Span("ASSISTANT: ", True)]
+    assert mm_utils.tokenize_spans(spans, tokenizer)[:-1] == mm_utils.tokenizer_image_token("ASSISTANT: ", tokenizer)
+
+
+def test_llavas_helpers_of_anyres_are_here() -> None:
+    image = Image.new("RGB", (40, 20), "red")
+    padded = mm_utils.resize_and_pad_image(image, (48, 48))
+    assert padded.size == (48, 48) and padded.getpixel((0, 0)) == (0, 0, 0) and padded.getpixel((24, 24)) == (255, 0, 0)
+    assert [tile.size for tile in mm_utils.divide_to_patches(padded, 24)] == [(24, 24)] * 4

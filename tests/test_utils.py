@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 import torch
 
@@ -19,3 +21,15 @@ def test_device_by_availability(cuda: int, mps: int, device: str, monkeypatch: p
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
     assert utils.pick_device() == device
+
+
+def test_only_the_first_process_prints(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    utils.rank0_print("hello", 7)
+    monkeypatch.setenv("RANK", "1")
+    utils.rank0_print("again")
+    assert capsys.readouterr().out == "hello 7\n"
+
+
+def test_a_semaphore_in_llavas_words() -> None:
+    assert utils.pretty_print_semaphore(None) == "None"
+    assert utils.pretty_print_semaphore(asyncio.Semaphore(3)) == "Semaphore(value=3, locked=False)"

@@ -16,6 +16,8 @@ from llava.flags import Parser, field_of, options_of, start_logging
 from llava.interrupts import run_program
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from llava.inference import Answer, Assistant
 
 logger = logging.getLogger("llava.eval.run_llava")
@@ -59,11 +61,27 @@ def _assistant(args: Any) -> Assistant:
     return cached_assistant(**{name: field_of(args, name) for name in flags.LOADING})
 
 
-def _images(args: Any) -> list[Any]:
-    from llava.images import load_images
+def _images(args: Any) -> list[Image]:
+    return load_images(image_parser(args)) if getattr(args, "image_file", None) else []
 
-    names = getattr(args, "image_file", None)
-    return load_images(split_names(names, getattr(args, "sep", SEPARATOR)), allow_remote=True) if names else []
+
+def image_parser(args: Any) -> list[str]:
+    """The names of images in `args.image_file`, which `args.sep` separates."""
+    return split_names(args.image_file, getattr(args, "sep", SEPARATOR))
+
+
+def load_image(image_file: str) -> Image:
+    """Load one image, a path or an address; see `llava.images.load_image`."""
+    from llava import images
+
+    return images.load_image(image_file, allow_remote=True)
+
+
+def load_images(image_files: Sequence[str]) -> list[Image]:
+    """Load several images in order."""
+    from llava import images
+
+    return images.load_images(image_files, allow_remote=True)
 
 
 def split_names(text: str, separator: str = SEPARATOR) -> list[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, CLIPImageProcessorPil, LlamaConfig, MistralConfig, PreTrainedTokenizerBase
 
-from llava.checkpoint_files import read_weights, weight_files
+from llava.checkpoint_files import hub_options, read_weights, weight_files
 from llava.model.adapter import (
     adapter_base,
     attach_adapter,
@@ -68,7 +69,8 @@ def load_pretrained_model(
         device: cuda, mps or cpu; by default the best that is there. A device other than cuda overrides `device_map`.
         use_flash_attn: the language model uses flash attention 2.
         kwargs: `dtype` or `torch_dtype` (default: the checkpoint's), `attn_implementation`, `use_safetensors`, and transformers' others.
-            LLaVA's `multimodal` is accepted.
+            Those that say where files come from (`cache_dir`, `token`, `local_files_only` ...) hold for the tokenizer, the vision tower and
+            `model_base` too. LLaVA's `multimodal` is accepted.
 
     Returns:
         (tokenizer, model in eval mode, image processor or `None` for a plain language model, context length).
@@ -78,13 +80,13 @@ def load_pretrained_model(
         ImportError: quantised weights are asked for and bitsandbytes is not installed.
     """
     options = _loading_options(load_8bit, load_4bit, device_map, device, use_flash_attn, kwargs)
+    hub = hub_options(options)
     if load_4bit and options["device_map"] == {"": "cpu"}:
-        _model_class(model_path)
-        check_4bit_on_cpu(model_path)
-    if model_base is not None and _is_whole(model_path):
+        check_4bit_on_cpu(model_path, hub)
+    if model_base is not None and _is_whole(model_path, hub):
         logger.warning("model_base %s is left aside: %s is a whole model, which needs none", model_base, model_path)
         model_base = None
-    tokenizer = _load_tokenizer(_tokenizer_source(model_path, model_base))
+    tokenizer = _load_tokenizer(_tokenizer_source(model_path, model_base), hub)
     if is_adapter(model_path):
         model, _ = load_adapter_model(model_path, model_base, options, merge=not (load_8bit or load_4bit))
     elif model_base is not None:
@@ -99,10 +101,10 @@ def load_pretrained_model(
     return tokenizer, model, None if tower is None else tower.image_processor, context
 
 
-def _is_whole(path: str) -> bool:
+def _is_whole(path: str, hub: Mapping[str, Any]) -> bool:
     """Whether a folder has weights of its own and neither an adapter nor a projector to put over other weights."""
     folder = Path(path)
-    return bool(weight_files(folder)) and not is_adapter(folder) and not any((folder / name).is_file() for name in PROJECTOR_FILES)
+    return bool(weight_files(folder, hub)) and not is_adapter(folder) and not any((folder / name).is_file() for name in PROJECTOR_FILES)
 
 
 def _tokenizer_source(model_path: str, model_base: str | None) -> str:
@@ -111,16 +113,17 @@ def _tokenizer_source(model_path: str, model_base: str | None) -> str:
     return model_base or model_path
 
 
-def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def _load_tokenizer(path: str, hub: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """The tokenizer of a model whose config.json, which transformers reads with it, has been judged."""
-    _read_model_config(path)
-    return load_tokenizer(path)
+    _read_model_config(path, hub)
+    return load_tokenizer(path, **hub)
 
 
 def _load_whole(path: str, options: dict[str, Any]) -> Any:
-    model_class, stored = _read_model_config(path)
+    hub = hub_options(options)
+    model_class, stored = _read_model_config(path, hub)
     if model_class is AutoModelForCausalLM:
-        check_plain_model(path, stored, PLAIN_CONFIGS[stored["model_type"]], options.get("use_safetensors", True))
+        check_plain_model(path, stored, PLAIN_CONFIGS[stored["model_type"]], options.get("use_safetensors", True), hub)
     return model_class.from_pretrained(path, **options)
 
 
@@ -171,9 +174,9 @@ def load_adapter_model(
         raise ValueError(f"{folder} is an adapter of a plain language model; expected a config.json of type {kinds} in it.")
     config = model_class._read_config(folder)
     if options.get("dtype") == "auto":
-        stored = _read_model_config(base)[1]
+        stored = _read_model_config(base, hub_options(options))[1]
         config.dtype = stored.get("dtype", stored.get("torch_dtype"))
-    tower = model_class._complete_tower(config, folder)
+    tower = model_class._complete_tower(config, folder, hub_options(options))
     model = model_class.from_base(base, config, tower, held=rest, **options)
     load_rest(model, rest, folder)
     if with_lora:
@@ -193,7 +196,7 @@ def _check_device(device: str) -> None:
         raise ValueError(f"device is {device!r}, but this machine has no {kind}; use {pick_device()}.")
 
 
-def check_4bit_on_cpu(path: str) -> None:
+def check_4bit_on_cpu(path: str, hub: Mapping[str, Any] | None = None) -> None:
     """Refuse widths that cannot work.
 
     bitsandbytes packs 4-bit weights for the CPU in blocks of 64 inputs and fails in the first forward where they do not fit.
@@ -201,7 +204,7 @@ def check_4bit_on_cpu(path: str) -> None:
     Raises:
         ValueError: a width that is no multiple of 64.
     """
-    stored = _read_model_config(path)[1]
+    stored = _read_model_config(path, hub)[1]
     odd = {name: stored[name] for name in ("hidden_size", "intermediate_size") if name in stored and stored[name] % 64}
     if odd:
         raise ValueError(f"4-bit on the CPU needs widths that are multiples of 64, but {path} has {odd}; use load_8bit or a GPU.")
@@ -212,13 +215,13 @@ def _model_class(path: str) -> Any:
     return _read_model_config(path)[0]
 
 
-def _read_model_config(path: str) -> tuple[Any, dict[str, Any]]:
+def _read_model_config(path: str, hub: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
     """The class for a checkpoint, from the `model_type` in its config.json, and what stands there, judged.
 
     Raises:
         ValueError: no checkpoint, another model type, or values of its language model that cannot work.
     """
-    stored = read_stored_config(path)
+    stored = read_stored_config(path, hub)
     kind = stored.get("model_type")
     if kind not in (*MODEL_CLASSES, *PLAIN_CONFIGS):
         raise ValueError(f"{path} is of model type {shown(kind)}, expected one of {', '.join(MODEL_CLASSES)}, or a plain llama or mistral.")
@@ -235,7 +238,7 @@ def _load_with_base(model_path: str, model_base: str, options: dict[str, Any]) -
     weights = read_projector(Path(model_path), use_safetensors)
     model_class = _model_class(model_path)
     config = model_class._read_config(model_path)
-    tower = model_class._complete_tower(config, model_path)
+    tower = model_class._complete_tower(config, model_path, hub_options(options))
     if tower is None:
         raise ValueError(
             f"{model_path} names no mm_vision_tower, so its projector has nothing to project; use the config.json saved with it."

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,16 +19,26 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.messages import RoutingRequest
 from llava.model.compose import Composer, ImageInput, Size, Timer, untimed
 from llava.model.config import LlavaConfig
-from llava.model.projector import build_projector
+from llava.model.loading import load_tower_weights, read_tower_config, resolve_tower
+from llava.model.merge import unpad_image as unpad_image  # LLaVA's place for it
+from llava.model.projector import build_projector, load_projector
 from llava.model.router import GranularityRouter
 from llava.model.routing import RoutingReport
 from llava.model.splice import SplicedInputs, SplicedRow, pad_rows, prompt_rows
 from llava.model.vision_tower import CLIPVisionTower
+from llava.model.vocabulary import embed_new_tokens
 
 Images = Tensor | Sequence[Tensor]
+
+NEW_MODEL_FIELDS = (
+    "mm_vision_select_layer", "mm_vision_select_feature", "mm_projector_type", "mm_patch_merge_type", "image_aspect_ratio",
+    "image_grid_pinpoints",
+)  # fmt: skip
+"""Fields that `initialize_vision_modules` takes from its arguments."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,7 @@ class LlavaMetaModel(nn.Module):
         self.vision_tower = CLIPVisionTower(
             config.vision_config, config.image_processor, config.mm_vision_select_layer, config.mm_vision_select_feature
         )
+        self.vision_tower.vision_tower_name = config.mm_vision_tower
         config.mm_hidden_size = self.vision_tower.hidden_size
         self.mm_projector = build_projector(config.mm_projector_type, self.vision_tower.hidden_size, config.hidden_size)
         if config.mm_patch_merge_type == "spatial_unpad":
@@ -83,6 +95,59 @@ class LlavaMetaModel(nn.Module):
             self.image_newline = nn.Parameter(torch.randn(config.hidden_size) * config.hidden_size**-0.5)
         if config.router_select:
             self.router = GranularityRouter.from_config(self.config, self.config.hidden_size)
+
+    def get_vision_tower(self) -> CLIPVisionTower | None:
+        """The vision tower; `None` for a plain language model (LLaVA's name)."""
+        return self.vision_tower
+
+    def initialize_vision_modules(self, model_args: Any, fsdp: Any = None) -> None:
+        """Add a tower, read and frozen, and a fresh projector to a plain language model; a model that has them keeps them (LLaVA's name).
+
+        Args:
+            model_args: `vision_tower` (folder or hub id), the fields of `NEW_MODEL_FIELDS`, each `None` or missing for the
+                configuration's own, and `pretrain_mm_mlp_adapter`, a projector to start from.
+            fsdp: accepted for LLaVA's callers; the tower is a module like any other here.
+
+        Raises:
+            ValueError: no tower, or values that do not fit.
+        """
+        config = self.config
+        if self.vision_tower is None:
+            self._add_vision_modules(model_args)
+        else:
+            self.mm_projector.requires_grad_(True)
+            if getattr(model_args, "mm_vision_select_layer", None) is not None:
+                config.mm_vision_select_layer = model_args.mm_vision_select_layer
+                self.vision_tower.choose_layer(config.mm_vision_select_layer)
+        adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
+        if adapter is not None:
+            load_projector(self, Path(adapter), getattr(model_args, "allow_bin_weights", False))
+
+    def _add_vision_modules(self, model_args: Any) -> None:
+        config = self.config
+        name = getattr(model_args, "vision_tower", None)
+        if not name:
+            raise ValueError("vision_tower is empty; name a CLIP folder or hub id to make this language model multimodal.")
+        hub = {} if getattr(model_args, "cache_dir", None) is None else {"cache_dir": model_args.cache_dir}
+        tower = resolve_tower(name)
+        config.vision_config, config.image_processor = read_tower_config(tower, hub)
+        config.mm_vision_tower = name
+        for field in NEW_MODEL_FIELDS:
+            if getattr(model_args, field, None) is not None:
+                setattr(config, field, getattr(model_args, field))
+        if not config.image_grid_pinpoints and config.image_aspect_ratio == "anyres":
+            config.image_aspect_ratio = "square"  # LLaVA's, until the caller sets another
+        config.check_multimodal_fields()
+        like = self.embedding_weight
+        self.build_multimodal()
+        for part in (self.vision_tower, self.mm_projector, self.router):
+            if part is not None:
+                part.to(device=like.device, dtype=like.dtype)
+        if hasattr(self, "image_newline"):
+            self.image_newline.data = self.image_newline.data.to(like)
+        load_tower_weights(self, tower, hub)
+        assert self.vision_tower is not None
+        self.vision_tower.requires_grad_(False)
 
     def initialize_router(self) -> GranularityRouter:
         """Add a new router where there is none, and keep an existing one; sets `config.router_select`."""
@@ -150,6 +215,19 @@ class LlavaMetaForCausalLM(Composer):
     @property
     def newline(self) -> Tensor | None:  # type: ignore[override]
         return getattr(self.model, "image_newline", None)
+
+    def initialize_vision_tokenizer(self, model_args: Any, tokenizer: Any) -> None:
+        """Add the tokens around images that `mm_use_im_patch_token` and `mm_use_im_start_end` of `model_args` ask for (LLaVA's name).
+
+        A new token's embedding is the mean of the old ones.
+        """
+        wanted = [DEFAULT_IMAGE_PATCH_TOKEN] if model_args.mm_use_im_patch_token else []
+        if model_args.mm_use_im_start_end:
+            wanted += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
+        self.config.mm_use_im_patch_token = bool(model_args.mm_use_im_patch_token)
+        self.config.mm_use_im_start_end = bool(model_args.mm_use_im_start_end)
+        if added := tokenizer.add_tokens(wanted, special_tokens=True):
+            embed_new_tokens(self, len(tokenizer), added)
 
     def encode_images(self, images: Tensor) -> Tensor:  # type: ignore[override]
         """Encode and project views: (N, 3, S, S) -> (N, P, D)."""

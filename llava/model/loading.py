@@ -14,10 +14,10 @@ from typing import Any
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from llava.checkpoint_files import (
-    HUB_OPTIONS,
     LIBRARY_ERRORS,
     STORED_BUFFERS,
     check_dtypes,
+    hub_options,
     one_line,
     read_headers,
     read_object,
@@ -42,18 +42,21 @@ def resolve_tower(name: str, checkpoint: str | Path | None = None) -> str:
     return next((str(folder) for folder in candidates if folder.is_dir()), name)
 
 
-def read_tower_config(tower: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_tower_config(tower: str, hub: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """A tower's vision configuration and its image processor's arguments, from a folder or the hub.
+
+    Args:
+        hub: transformers' options for it, such as `cache_dir`.
 
     Raises:
         ValueError: nothing of the kind is there.
     """
     try:
         for name in ("config.json", "preprocessor_config.json"):
-            if (file := stored_file(tower, name)) is not None:
+            if (file := stored_file(tower, name, hub)) is not None:
                 read_object(file)
-        vision = CLIPVisionConfig.from_pretrained(tower).to_diff_dict()
-        processor = CLIPImageProcessorPil.from_pretrained(tower).to_dict()
+        vision = CLIPVisionConfig.from_pretrained(tower, **(hub or {})).to_diff_dict()
+        processor = CLIPImageProcessorPil.from_pretrained(tower, **(hub or {})).to_dict()
     except (OSError, ValueError, *LIBRARY_ERRORS) as error:
         raise ValueError(
             f"The vision tower {tower!r} could not be read ({type(error).__name__}); give mm_vision_tower a local CLIP folder with "
@@ -107,7 +110,9 @@ def check_stored(path: str | Path, config: Any, hub: Mapping[str, Any] | None = 
     check_shapes(config, stored, path)
 
 
-def check_plain_model(path: str | Path, stored: Mapping[str, Any], config_class: Any, safetensors_only: bool = True) -> None:
+def check_plain_model(
+    path: str | Path, stored: Mapping[str, Any], config_class: Any, safetensors_only: bool = True, hub: Mapping[str, Any] | None = None
+) -> None:
     """The same for a language model without multimodal parts, which transformers' own class reads.
 
     Args:
@@ -120,7 +125,7 @@ def check_plain_model(path: str | Path, stored: Mapping[str, Any], config_class:
     except LIBRARY_ERRORS as error:
         raise ValueError(f"The configuration of {path} cannot work: {one_line(error)}.") from error
     check_positions(config)
-    check_stored(path, config)
+    check_stored(path, config, hub)
 
 
 def check_folder(path: str | Path, safetensors_only: bool) -> bool:
@@ -171,18 +176,18 @@ class CheckpointLoading:
         Raises:
             ValueError: a folder without weights, another model type, or keys that are missing or unexpected.
         """
-        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        hub = hub_options(kwargs)
         kwargs["use_safetensors"] = check_folder(pretrained_model_name_or_path, kwargs.get("use_safetensors", True))
         output_loading_info = kwargs.pop("output_loading_info", False)
         config = kwargs.pop("config", None) or cls._read_config(pretrained_model_name_or_path, hub)
-        tower = cls._complete_tower(config, pretrained_model_name_or_path)
+        tower = cls._complete_tower(config, pretrained_model_name_or_path, hub)
         check_stored(pretrained_model_name_or_path, config, hub)
         model, info = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
         )
         missing = set(info["missing_keys"])
         if tower is not None and missing and all(key.startswith(TOWER_PREFIX) for key in missing):
-            load_tower_weights(model, tower)
+            load_tower_weights(model, tower, hub)
             missing = set()
         if missing or info["unexpected_keys"]:
             raise ValueError(
@@ -204,7 +209,8 @@ class CheckpointLoading:
             ValueError: weights that do not fit the configuration, or parts that nobody brings.
         """
         kwargs["use_safetensors"] = check_folder(base, kwargs.get("use_safetensors", True))
-        check_stored(base, config, {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs})
+        hub = hub_options(kwargs)
+        check_stored(base, config, hub)
         model, info = super().from_pretrained(base, config=config, output_loading_info=True, **kwargs)  # type: ignore[misc]
         missing = {key for key in info["missing_keys"] if not key.startswith(TOWER_PREFIX)}
         fresh = {key for key in missing if key.startswith(MULTIMODAL_PREFIXES)}
@@ -218,7 +224,7 @@ class CheckpointLoading:
             )
         towers = {key for key in info["missing_keys"] if key.startswith(TOWER_PREFIX)} - set(held or ())
         if towers and tower is not None:
-            load_tower_weights(model, tower)
+            load_tower_weights(model, tower, hub)
         return model
 
     def save_pretrained(
@@ -240,27 +246,32 @@ class CheckpointLoading:
         return config_class.from_dict(stored)
 
     @staticmethod
-    def _complete_tower(config: LlavaConfig, path: Any) -> str | None:
+    def _complete_tower(config: LlavaConfig, path: Any, hub: Mapping[str, Any] | None = None) -> str | None:
         """Put the tower's configuration into ours where only its name is given; return where its weights may be."""
         if config.mm_vision_tower is None:
             return None
         tower = resolve_tower(config.mm_vision_tower, path)
         if config.vision_config is None:
-            config.vision_config, config.image_processor = read_tower_config(tower)
+            config.vision_config, config.image_processor = read_tower_config(tower, hub_options(hub or {}, elsewhere=True))
             config.check_multimodal_fields()
         return tower
 
 
-def load_tower_weights(model: Any, tower: str) -> None:
+def load_tower_weights(model: Any, tower: str, hub: Mapping[str, Any] | None = None) -> None:
     """Fill the model's vision tower from a CLIP folder or hub id.
+
+    Args:
+        model: anything with `get_vision_tower()`. hub: transformers' options of the model; those that hold for the tower's repository
+            are used.
 
     Raises:
         ValueError: weights that do not fit, or are not all there.
     """
     module = model.get_vision_tower().vision_tower.vision_model
     try:
-        check_dtypes(read_headers(weight_files(tower)), tower)
-        loaded: Any = CLIPVisionModel.from_pretrained(tower, dtype=module.dtype, output_loading_info=True)
+        options = hub_options(hub or {}, elsewhere=True)
+        check_dtypes(read_headers(weight_files(tower, options)), tower)
+        loaded: Any = CLIPVisionModel.from_pretrained(tower, dtype=module.dtype, output_loading_info=True, **options)
         stored, info = loaded
         if info["missing_keys"]:  # transformers fills them with noise; a whole CLIP's text model is left aside
             raise ValueError(f"The vision tower {tower!r} is not whole: missing {_some(info['missing_keys'])}; copy it again.")

@@ -6,6 +6,7 @@ newline vector. `MergedLayout` says how many tokens that makes without touching 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +86,19 @@ def _covered(grid: tuple[int, int], image_size: tuple[int, int]) -> tuple[tuple[
     kept = int(image_width * (height / image_height))
     padding = (width - kept) // 2
     return (0, height), (padding, width - padding)
+
+
+def unpad_image(tensor: Tensor, original_size: Sequence[int]) -> Tensor:
+    """Cut the padding off a grid that a centred image was scaled to fit.
+
+    Args:
+        tensor: (D, H, W), square cells. original_size: (width, height) of the image.
+
+    Returns:
+        (D, H', W'), a view of `tensor`.
+    """
+    rows, columns = _covered((tensor.shape[1], tensor.shape[2]), (original_size[0], original_size[1]))
+    return tensor[:, slice(*rows), slice(*columns)]
 
 
 def merge_views(pooled: Tensor, level: Granularity, layout: MergedLayout, newline: Tensor) -> Tensor:

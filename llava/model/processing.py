@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature, CLIPImageProcessorPil, PreTrainedTokenizerBase, ProcessorMixin
 
-from llava.checkpoint_files import HUB_OPTIONS, read_object, stored_file
+from llava.checkpoint_files import hub_options, read_object, stored_file
 from llava.constants import (
     DEFAULT_IM_END_TOKEN,
     DEFAULT_IM_START_TOKEN,
@@ -85,7 +85,7 @@ class AvgLlavaProcessor(ProcessorMixin):
         """
         path = os.fspath(pretrained_model_name_or_path)
         options = {key: value for key, value in kwargs.items() if key not in _AUTO_OPTIONS}
-        hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+        hub = hub_options(options)
         settings = {key: options.pop(key) for key in _SETTINGS if key in options}
         if stored_file(path, "config.json", hub) is not None:
             stored, processor = _from_model_config(path, hub)
@@ -228,7 +228,9 @@ def _from_model_config(path: str, hub: dict[str, Any]) -> tuple[dict[str, Any], 
     if config.vision_config is None:
         if config.mm_vision_tower is None:
             raise ValueError(f"{path} is a plain language model without a vision tower; use its tokenizer.")
-        config.vision_config, config.image_processor = read_tower_config(resolve_tower(config.mm_vision_tower, path))
+        config.vision_config, config.image_processor = read_tower_config(
+            resolve_tower(config.mm_vision_tower, path), hub_options(hub, elsewhere=True)
+        )
         config.check_multimodal_fields()
     settings = {name: getattr(config, name) for name in _SETTINGS}
     return settings, make_image_processor(config.image_processor, config.vision_config["image_size"])

@@ -52,6 +52,10 @@ class CLIPVisionTower(nn.Module):
         image_processor: arguments of `CLIPImageProcessor`; `None` gives CLIP's own at the tower's size.
         select_layer: which hidden state is the feature: -1 after the last layer, -2 the one before.
         select_feature: `patch`, or `cls_patch` to keep the class token.
+
+    Attributes:
+        vision_tower_name: folder or hub id that it was read from, as in the configuration.
+        select_layer: as given.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class CLIPVisionTower(nn.Module):
         super().__init__()
         self.config = CLIPVisionConfig(**{k: v for k, v in vision_config.items() if k != "model_type"})
         self.select_feature = select_feature
+        self.vision_tower_name: str | None = None
         self.choose_layer(select_layer)
         self.vision_tower = _NamedEncoder(CLIPVisionModel._from_config(self.config))
         self.image_processor = make_image_processor(image_processor, self.config.image_size)  # type: ignore[arg-type]
@@ -78,6 +83,7 @@ class CLIPVisionTower(nn.Module):
         used = select_layer if select_layer >= 0 else layers + 1 + select_layer
         if not 0 <= used <= layers:
             raise ValueError(f"mm_vision_select_layer is {select_layer}, but the tower has {layers} layers; use -{layers + 1} to {layers}.")
+        self.select_layer = select_layer
         self.num_layers_used = used
 
     @property
@@ -89,6 +95,15 @@ class CLIPVisionTower(nn.Module):
         """Patches of one view as (height, width)."""
         side = self.config.image_size // self.config.patch_size  # type: ignore[operator]
         return side, side
+
+    @property
+    def num_patches_per_side(self) -> int:
+        return self.patch_grid[0]
+
+    @property
+    def image_size(self) -> int:
+        """Side of a view in pixels."""
+        return int(self.config.image_size)  # type: ignore[arg-type]
 
     @property
     def num_patches(self) -> int:
@@ -107,18 +122,35 @@ class CLIPVisionTower(nn.Module):
         """Always true: the weights live in the model. LLaVA's users ask."""
         return True
 
-    def forward(self, views: Tensor) -> Tensor:
+    def load_model(self, device_map: Any = None) -> None:
+        """Nothing is left to load, as in LLaVA once the tower is; its users call this before they use one."""
+
+    @property
+    def dummy_feature(self) -> Tensor:
+        """Zeros (1, Dv)."""
+        return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
+
+    def feature_select(self, image_forward_outs: Any) -> Tensor:
+        """The features (N, P, Dv) in what a `CLIPVisionModel` returns with `output_hidden_states=True`."""
+        return self._features(image_forward_outs.hidden_states[self.num_layers_used])
+
+    def _features(self, hidden: Tensor) -> Tensor:
+        return hidden[:, 1:] if self.select_feature == "patch" else hidden
+
+    def forward(self, views: Tensor | list[Tensor]) -> Any:
         """Encode views.
 
         Args:
-            views: (N, 3, S, S) with S the tower's image size, normalised by its image processor.
+            views: (N, 3, S, S) with S the tower's image size, normalised by its image processor; or a list of (3, S, S).
 
         Returns:
-            (N, P, Dv) patch features, row by row.
+            (N, P, Dv) patch features, row by row; of a list, one (1, P, Dv) each.
 
         Raises:
             ValueError: views of another size.
         """
+        if isinstance(views, list):
+            return [self(view[None]) for view in views]
         size = self.config.image_size
         if views.shape[1:] != (3, size, size):
             raise ValueError(f"Views have shape {tuple(views.shape[1:])}, expected (3, {size}, {size}); prepare them with process_images.")
@@ -127,4 +159,4 @@ class CLIPVisionTower(nn.Module):
         # The layers behind the selected one are not run: nobody reads them.
         for layer in encoder.encoder.layers[: self.num_layers_used]:
             hidden = layer(hidden, attention_mask=None)
-        return hidden[:, 1:] if self.select_feature == "patch" else hidden
+        return self._features(hidden)

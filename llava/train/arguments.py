@@ -51,6 +51,11 @@ class TrainingArguments(StageFlags, RouterFlags, LoraFlags, transformers.Trainin
         return "align" if self.tune_mm_mlp_adapter else "instruct"
 
     @property
+    def hub_options(self) -> dict[str, Any]:
+        """transformers' options for whatever the run reads from the hub."""
+        return {} if self.cache_dir is None else {"cache_dir": self.cache_dir}
+
+    @property
     def output_folder(self) -> Path:
         """Where checkpoints and the finished model go; the base class fills `output_dir` in where it is not given."""
         assert self.output_dir is not None
@@ -123,10 +128,9 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
         raise ValueError("these flags cannot work together:\n- " + "\n- ".join(errors))
 
 
-def ignored_flags(model_args: ModelArguments, training_args: TrainingArguments) -> list[str]:
+def ignored_flags(training_args: TrainingArguments) -> list[str]:
     """Flags of the published scripts that were given and change nothing; stage 4 trains the router alone, there as here."""
     given = {
-        "--cache_dir (set HF_HOME)": model_args.cache_dir is not None,
         "--unfreeze_mm_vision_tower True": training_args.stage == "rglf" and bool(training_args.unfreeze_mm_vision_tower),
         "--mm_vision_tower_lr": training_args.stage == "rglf" and training_args.mm_vision_tower_lr is not None,
     }

@@ -10,15 +10,17 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from llava.checkpoint_files import hub_options
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.conversation import conv_templates
 from llava.model.adapter import adapter_base, is_adapter, tokenizer_source
 from llava.model.builder import MODEL_CLASSES, PLAIN_CONFIGS, check_vocabulary, load_adapter_model
 from llava.model.config import check_language_fields
 from llava.model.loading import load_tower_weights, read_stored_config, read_tower_config, resolve_tower
+from llava.model.projector import load_projector
+from llava.model.vocabulary import embed_new_tokens
 from llava.tokenizer import load_tokenizer
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava.train.checkpoint import load_projector
 from llava.train.lora import attach_lora, quantization_options
 
 logger = logging.getLogger(__name__)
@@ -103,9 +105,10 @@ def load_model(
     path = model_args.model_name_or_path
     adapter = training_args.lora_weight_path or (path if is_adapter(path) else None)
     base = adapter_base(adapter, None if adapter == path else path) if adapter else path
-    kind = read_stored_config(path).get("model_type", "")
+    hub = training_args.hub_options
+    kind = read_stored_config(path, hub).get("model_type", "")
     overrides = config_overrides(model_args, data_args, training_args)
-    options: dict[str, Any] = {"dtype": _weights_dtype(training_args), **quantization_options(training_args, path)}
+    options: dict[str, Any] = {"dtype": _weights_dtype(training_args), **quantization_options(training_args, path), **hub}
     if adapter and model_args.allow_bin_weights:
         options["use_safetensors"] = False
     if model_args.attn_implementation is not None:
@@ -154,8 +157,9 @@ def _from_language_model(
     family = families[kind]
     assert model_args.vision_tower is not None
     tower = resolve_tower(model_args.vision_tower, path)
-    vision_config, image_processor = read_tower_config(tower)
-    stored = read_stored_config(path)
+    hub = hub_options(options)
+    vision_config, image_processor = read_tower_config(tower, hub)
+    stored = read_stored_config(path, hub)
     check_language_fields(stored, PLAIN_CONFIGS[kind])
     language_fields = {name: value for name, value in stored.items() if name not in ("model_type", "architectures")}
     config = family.config_class(
@@ -193,7 +197,7 @@ def _apply_flags(
                 f"--vision_tower is {model_args.vision_tower!r}, but {path} was trained with {config.mm_vision_tower!r}; an adapter "
                 "cannot change towers, so drop the flag or train stage align first."
             )
-        load_tower_weights(model, resolve_tower(model_args.vision_tower, path))
+        load_tower_weights(model, resolve_tower(model_args.vision_tower, path), training_args.hub_options)
         config.mm_vision_tower = model_args.vision_tower
     if config.mm_patch_merge_type == "spatial_unpad" and not hasattr(model.model, "image_newline"):
         like = model.model.embedding_weight
@@ -240,7 +244,7 @@ def _load_tokenizer(
         raise ValueError(
             f"--model_max_length is {limit}, but the language model was built for {config.context_length}; give at most that."
         )
-    tokenizer = load_tokenizer(path, model_max_length=limit, padding_side="right")
+    tokenizer = load_tokenizer(path, model_max_length=limit, padding_side="right", **training_args.hub_options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     config.tokenizer_model_max_length = limit
@@ -267,10 +271,7 @@ def _add_image_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, training_a
             f"--mm_use_im_start_end or --mm_use_im_patch_token adds {len(tokenizer) - old} rows to the vocabulary, which an adapter "
             "does not hold; train stage align with them first, then LoRA."
         )
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    with torch.no_grad():
-        for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
-            embeddings.weight[old:] = embeddings.weight[:old].mean(dim=0)
+    embed_new_tokens(model, len(tokenizer), len(tokenizer) - old)
 
 
 def _plain(value: Any) -> Any:

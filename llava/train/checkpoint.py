@@ -20,17 +20,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
 from llava.durable import remove_folder, sync, sync_tree, write_whole
 from llava.model.adapter import ADAPTER_CONFIG, ADAPTER_FILES, REST_FILES, has_adapter, is_adapter, restore_adapter
+from llava.model.projector import PROJECTOR_FILE
 from llava.train.stages import part_of
 
 logger = logging.getLogger(__name__)
 
-PROJECTOR_FILE = "mm_projector.safetensors"
 MANIFEST = "checkpoint.json"
 CONFIG = "config.json"
 FINISHED = "final"
@@ -152,40 +151,6 @@ def projector_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def save_projector(weights: Mapping[str, Tensor], folder: Path) -> None:
     """Write `mm_projector.safetensors` into `folder`, from a state dict of full weights."""
     save_file(projector_weights(weights), folder / PROJECTOR_FILE, metadata={"format": "pt"})
-
-
-def load_projector(model: nn.Module, path: Path, allow_bin: bool = False) -> None:
-    """Load the projector (and the newline vector, where the file has one) from a projector-only file.
-
-    Args:
-        model: the multimodal language model.
-        path: a file, or a folder with `mm_projector.safetensors`.
-        allow_bin: also read LLaVA's pickled `mm_projector.bin`, weights only.
-
-    Raises:
-        ValueError: no such file, a pickle that was not allowed, or weights that do not fit.
-    """
-    file = path / PROJECTOR_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"there is no projector file {file}; give {PROJECTOR_FILE} or the folder that holds it.")
-    if file.suffix == ".safetensors":
-        weights = load_file(file)
-    elif allow_bin:
-        weights = torch.load(file, map_location="cpu", weights_only=True)
-    else:
-        raise ValueError(f"{file} is not a safetensors file; pass --allow_bin_weights True to read PyTorch's format.")
-    own = {name: parameter for name, parameter in model.named_parameters() if part_of(name) in ("projector", "newline")}
-    found = {"model." + name.split("model.")[-1]: tensor for name, tensor in weights.items()}
-    missing = [name for name in own if part_of(name) == "projector" and name not in found]
-    wrong = [name for name in found if name not in own or own[name].shape != found[name].shape]
-    if missing or wrong:
-        raise ValueError(
-            f"{file} does not fit this projector: missing {missing or 'nothing'}, unexpected or of another shape "
-            f"{wrong or 'nothing'}; check --mm_projector_type and the widths."
-        )
-    with torch.no_grad():
-        for name, tensor in found.items():
-            own[name].copy_(tensor)
 
 
 def publish_into(staging: Path, folder: Path) -> None:

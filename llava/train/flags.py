@@ -45,7 +45,6 @@ class ModelArguments:
     _argument_group_name = "model"
 
     model_name_or_path: str = field(metadata={"help": "Language model or AVG-LLaVA checkpoint to start from."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Accepted for scripts of LLaVA, without effect; set HF_HOME."})
     version: str | None = field(default=None, metadata={"help": "Conversation template; the stage's own by default."})
     vision_tower: str | None = field(
         default=None, metadata={"help": "CLIP folder or hub id; needed unless the checkpoint holds a tower."}
@@ -185,6 +184,7 @@ class StageFlags:
     lr_scheduler_type: str = field(default=PUBLISHED_SCHEDULE, metadata={"help": "Schedule of the learning rate."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rows hold images, which the model's forward does not name."})
     report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, wandb or none."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder that files of hub ids are kept in (HF_HOME)."})
     stage: str | None = field(default=None, metadata={"help": f"{', '.join(STAGES)}; inferred from the flags without it."})
     tune_mm_mlp_adapter: bool | None = field(default=None, metadata={"help": "Train the projector only (align)."})
     freeze_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Freeze the projector."})

@@ -471,3 +471,12 @@ class LlavaTrainer(Trainer):
             super()._load_best_model()
         else:
             restore_weights(self.accelerator.unwrap_model(self.model), Path(best))
+
+
+class LLaVATrainer(LlavaTrainer):
+    """`LlavaTrainer` under LLaVA's name and with its argument `tokenizer`; it trains what requires gradients."""
+
+    def __init__(self, model: Any = None, args: Any = None, *, tokenizer: Any = None, **kwargs: Any) -> None:
+        if tokenizer is not None:
+            kwargs["processing_class"] = tokenizer
+        super().__init__(model=model, args=args, **kwargs)

@@ -30,7 +30,7 @@ def quantization_options(args: TrainingArguments, path: str) -> dict[str, Any]:
     if args.bits == 16:
         return {}
     if args.bits == 4 and args.device.type == "cpu":
-        check_4bit_on_cpu(path)
+        check_4bit_on_cpu(path, args.hub_options)
     return {
         "device_map": {"": args.device},
         "quantization_config": quantization_config(args.bits, _compute_dtype(args), args.double_quant, args.quant_type),

@@ -100,8 +100,12 @@ def router_settings(
     )
 
 
-def train(argv: Sequence[str] | None = None) -> LlavaTrainer:
+def train(argv: Sequence[str] | None = None, attn_implementation: str | None = None) -> LlavaTrainer:
     """Run one stage from flags to the finished model.
+
+    Args:
+        argv: the flags; `None` reads the command line.
+        attn_implementation: attention kernel where `--attn_implementation` names none; LLaVA's programs pass it.
 
     Returns:
         The trainer, after the model was saved.
@@ -111,9 +115,10 @@ def train(argv: Sequence[str] | None = None) -> LlavaTrainer:
         FloatingPointError: a loss that is not finite.
     """
     arguments = parse_arguments(argv)
-    training_args = arguments[2]
+    model_args, _, training_args = arguments
+    model_args.attn_implementation = model_args.attn_implementation or attn_implementation
     setup_logging()
-    ignored = ignored_flags(arguments[0], training_args)
+    ignored = ignored_flags(training_args)
     if ignored and training_args.process_index == 0:
         logger.warning("these flags are accepted for scripts of LLaVA and have no effect: %s", ", ".join(ignored))
     init_cpu_deepspeed(training_args)

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,23 @@ FIRST = (
 EPILOG = """\
 All flags of transformers.TrainingArguments are accepted too. Used most: --output_dir, --num_train_epochs, --per_device_train_batch_size,
 --gradient_accumulation_steps, --bf16, --gradient_checkpointing, --deepspeed, --save_steps, --logging_steps, --resume_from_checkpoint."""
+
+
+LLAVA_NAMES = {
+    **dict.fromkeys(("DataCollatorForSupervisedDataset", "LazySupervisedDataset", "make_supervised_data_module"), "supervised"),
+    **dict.fromkeys(("preprocess", "preprocess_llama_2", "preprocess_mpt", "preprocess_multimodal"), "supervised"),
+    **dict.fromkeys(("preprocess_plain", "preprocess_v1", "find_all_linear_names"), "supervised"),
+    **dict.fromkeys(("safe_save_model_for_hf_trainer", "smart_tokenizer_and_embedding_resize"), "supervised"),
+    **{"LLaVATrainer": "llava_trainer", "TrainingArguments": "arguments", "train": "run"},
+}
+"""What LLaVA's module of this name has, and the module of `llava.train` that has it here."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import LLaVA's names on first use, so that `--help` loads no torch."""
+    if name in LLAVA_NAMES:
+        return getattr(importlib.import_module(f"llava.train.{LLAVA_NAMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class _HelpAll(argparse.Action):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import pytest
 from PIL import Image
 
+from llava.eval import run_llava
 from llava.eval.run_llava import build_parser, eval_model, main, split_names
 
 
@@ -125,3 +127,13 @@ def test_of_several_files_the_broken_one_is_named(base, picture, tmp_path, capsy
     (broken := tmp_path / "broken.png").write_bytes(b"no image")
     assert main([*base, "--image-file", f"{picture};{broken}", "--sep", ";", "--query", "Why?"]) == 1
     assert f"error: {broken}: the 8 bytes are not a readable image" in capsys.readouterr().err
+
+
+def test_llavas_names_for_images_load_what_an_argument_names(oracle):
+    one, two = (str(oracle / "images" / name) for name in ("grey.png", "tall.png"))
+    names = run_llava.image_parser(argparse.Namespace(image_file=f"{one};{two}", sep=";"))
+    assert names == [one, two]
+    images = run_llava.load_images(names)
+    assert [image.mode for image in images] == ["RGB", "RGB"]
+    with Image.open(two) as wanted:
+        assert run_llava.load_image(two).size == wanted.size == images[1].size

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from llava.durable import publish
+from llava.model.projector import load_projector
 from llava.train.checkpoint import (
     checkpoints,
     damaged_files,
     keep_newest,
-    load_projector,
     projector_weights,
     publish_into,
     read_manifest,

@@ -1,0 +1,1 @@
+"""LLaVA's place for the vision tower."""
