@@ -26,7 +26,7 @@ FETCHING_THREADS = 8
 MAX_HELD_BYTES = 4_000_000_000
 """For all images that are in use at once: 74 requests of eight images in five views of 336 x 336 pixels, 6.8 MB each."""
 REQUEST_SHARE = 8
-"""One request's images may take one part in so many of it; a data URL of 64 megapixels of noise takes 260 MB."""
+"""One request's images may take at most this fraction of it, one eighth; a data URL of 64 megapixels of noise takes 260 MB."""
 TOO_MUCH = "The images of the request take too much memory together: send fewer or smaller ones."
 NOT_FETCHED = "Images at web addresses are not fetched here: send the image as a data URL, or ask the operator, who can allow it."
 NOT_READ = (
@@ -51,7 +51,7 @@ FETCH_ERROR_TEXTS: dict[type[FetchError], str] = {
 nobody can scan it: a host that is refused for its address, does not resolve, or does not answer."""
 NO_IMAGE_THERE = (
     "What is at the image's address cannot be used: expected a whole PNG, JPEG, GIF, WebP, BMP, TIFF, PPM or AVIF file of at most 20 MB "
-    "and 64 megapixels, its sides at most 200-fold apart."
+    "and 64 megapixels, with an aspect ratio of at most 200:1."
 )
 IMAGE_ERROR_TEXTS = (*FETCH_ERROR_TEXTS.values(), NO_IMAGE_THERE, NOT_FETCHED, NOT_READ, TOO_MUCH)
 """All error messages about images besides the defaults of `ErrorKind`; see `llava.serve.protocol.error_templates`."""
@@ -89,11 +89,12 @@ class ImageLoader:
             pool.shutdown(wait=False, cancel_futures=True)
 
     @asynccontextmanager
-    async def loaded(self, sources: Sequence[ImageSource]) -> AsyncIterator[tuple[EngineImage, ...]]:
+    async def loaded(self, sources: Sequence[ImageSource], request_id: str) -> AsyncIterator[tuple[EngineImage, ...]]:
         """What the engine took from the images; counts as held until the block ends.
 
         Args:
             sources: data URLs, or web addresses where they are allowed.
+            request_id: names the request in the log, where the details of a refusal are.
 
         Raises:
             ServeError: `INVALID_IMAGE`, with the image's field; `TOO_LARGE` when one request would hold more than its
@@ -103,7 +104,7 @@ class ImageLoader:
         images: list[EngineImage] = []
         try:
             for source in sources:  # sequentially: a request occupies one thread and leaves the next to others
-                image = await self._load(source)
+                image = await self._load(source, request_id)
                 if held + image.num_bytes > self.max_held_bytes // REQUEST_SHARE:
                     raise ServeError(ErrorKind.TOO_LARGE, TOO_MUCH, source.param)
                 if self.held_bytes + image.num_bytes > self.max_held_bytes:
@@ -115,11 +116,11 @@ class ImageLoader:
         finally:
             self.held_bytes -= held
 
-    async def _load(self, source: ImageSource) -> EngineImage:
+    async def _load(self, source: ImageSource, request_id: str) -> EngineImage:
         try:
             return await self._prepared(source.text, source.plain_base64)
         except (ImageError, FetchError, _Refused) as error:
-            logger.info("an image was refused: %s", str(error)[:500])
+            logger.info("request %s: its image in %s is refused: %s", request_id, source.param, str(error)[:500])
             raise ServeError(ErrorKind.INVALID_IMAGE, _client_message(error), source.param) from error
         except ServeError as error:
             raise ServeError(error.kind, error.detail, source.param) from error

@@ -95,8 +95,9 @@ class RequestHandler:
         """Answer `/tokenize`."""
         card = self.engine.card
         parsed, asked = read_tokenize(await read_json(request), card, self.limits)
-        async with self.image_loader.loaded(parsed.sources) as images:
-            [wanted] = parsed.requests(request_id_of(request.scope), images)
+        request_id = request_id_of(request.scope)
+        async with self.image_loader.loaded(parsed.sources, request_id) as images:
+            [wanted] = parsed.requests(request_id, images)
             try:
                 found = await cancel_on_disconnect(request.receive, self.engine.tokenize(wanted, asked.add_special_tokens is not False))
             except ServeError as error:
@@ -136,7 +137,7 @@ class RequestHandler:
         if parsed.user is not None:
             logger.info("request %s is of user %r", request_id, parsed.user)
         with self.limiter.admit_more(parsed.count - 1):
-            async with self.image_loader.loaded(parsed.sources) as images:
+            async with self.image_loader.loaded(parsed.sources, request_id) as images:
                 try:
                     async with aclosing(self._events(parsed.requests(request_id, images), parsed.stream)) as events:
                         async for event in events:

@@ -202,7 +202,7 @@ class EmbeddedEngine:
             try:
                 guide = task.request.sampling.guide
                 if guide is not None and task.guide is None:
-                    task.guide = self.guides.begin(guide)
+                    task.guide = self.guides.begin(guide, task.name)
                 task.was_prepared(self.preparer.prepare(task.request))
                 failure = None
             except Exception as error:

@@ -1,6 +1,6 @@
 """Structured output: which tokens may come next in an answer that must follow a JSON schema, a regular expression or a grammar.
 
-llguidance compiles the grammars and computes the masks; the bounds stand here. A grammar comes from a client, so it is first built in a
+llguidance compiles the grammars and computes the masks; the limits are set here. A grammar comes from a client, so it is first built in a
 process of its own (`guide_check.py`), which a hostile one may crash; and the library bounds each mask's work by what it calls fuel.
 """
 
@@ -60,11 +60,11 @@ class AnswerGuide:
     """One answer's position in its grammar.
 
     Args:
-        matcher: at the start. param: the request field that gave the grammar.
+        matcher: at the start. param: the request field that gave the grammar. request_id: names the request in the log.
     """
 
-    def __init__(self, matcher: LLMatcher, param: str) -> None:
-        self.matcher, self.param = matcher, param
+    def __init__(self, matcher: LLMatcher, param: str, request_id: str) -> None:
+        self.matcher, self.param, self.request_id = matcher, param, request_id
 
     def take(self, token: int) -> None:
         """Advance by a token.
@@ -74,7 +74,7 @@ class AnswerGuide:
         """
         taken = self.matcher.consume_token(token)
         if not taken or self.matcher.is_error():  # a failed matcher still accepts an end
-            logger.warning("a guide cannot advance: %s", self.matcher.get_error()[:500])
+            logger.warning("request %s: its guide cannot advance: %s", self.request_id, self.matcher.get_error()[:500])
             message = GUIDE_TOO_COMPLEX.format(param=self.param)
             raise ServeError(ErrorKind.INVALID_REQUEST, message, self.param)
 
@@ -97,44 +97,48 @@ class Guides:
         self._tokens: LLTokenizer | None = None
         self._known: OrderedDict[Guide, LLMatcher] = OrderedDict()
 
-    def begin(self, guide: Guide) -> AnswerGuide:
-        """
+    def begin(self, guide: Guide, request_id: str) -> AnswerGuide:
+        """A guide at the start of an answer.
+
+        Args:
+            request_id: names the request in the log, where the details of a refusal are.
+
         Raises:
             ServeError: the grammar cannot be parsed, or not be followed within the limits.
         """
         with self._lock:
             matcher = self._known.get(guide)
             if self._tokens is None:
-                self._tokens = self._read_tokenizer(guide)
+                self._tokens = self._read_tokenizer(guide, request_id)
         if matcher is None:  # outside the lock, so that others need not wait
-            matcher = self._built(guide, self._tokens)
+            try:
+                matcher = self._built(guide, self._tokens)
+            except ValueError as error:
+                raise _refused(guide, str(error), request_id) from error
         with self._lock:
             self._known[guide] = matcher
             self._known.move_to_end(guide)
             if len(self._known) > KEPT:
                 self._known.popitem(last=False)
-        return AnswerGuide(matcher.deep_copy(), guide.param)
+        return AnswerGuide(matcher.deep_copy(), guide.param, request_id)
 
     @staticmethod
     def _built(guide: Guide, tokens: LLTokenizer) -> LLMatcher:
-        try:
-            grammar = to_grammar(guide)
-        except ValueError as error:
-            raise _refused(guide, str(error)) from error
+        grammar = to_grammar(guide)
         if wrong := grammar_error(grammar):
-            raise _refused(guide, wrong)
+            raise ValueError(wrong)
         matcher = LLMatcher(tokens, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
         if not matcher.is_error():
             matcher.compute_bitmask()  # the first mask is often the slowest, and shows whether any text is possible
         if matcher.is_error():
-            raise _refused(guide, matcher.get_error())
+            raise ValueError(matcher.get_error())
         return matcher
 
-    def _read_tokenizer(self, guide: Guide) -> LLTokenizer:
+    def _read_tokenizer(self, guide: Guide, request_id: str) -> LLTokenizer:
         try:
             return from_tokenizer(self.tokenizer, n_vocab=self.size, eos_token=self.ends or None)
         except ValueError as error:  # a kind of tokenizer that the library does not support
-            logger.warning("answers of this model cannot be guided: %s", error)
+            logger.warning("request %s: answers of this model cannot be guided: %s", request_id, error)
             raise ServeError(ErrorKind.INVALID_REQUEST, GUIDES_UNSUPPORTED, guide.param) from error
 
 
@@ -166,9 +170,9 @@ def grammar_error(grammar: str) -> str:
     return done.stdout.decode()
 
 
-def _refused(guide: Guide, error: str) -> ServeError:
+def _refused(guide: Guide, error: str, request_id: str) -> ServeError:
     """The client's error; of the library's own words, which are logged, only JSON Schema keywords are passed on."""
-    logger.info("a guide was refused (%s): %s", guide.param, error[:500])
+    logger.info("request %s: its guide in %s is refused: %s", request_id, guide.param, error[:500])
     unknown = re.search(r"Unimplemented keys: \[(.*?)\]", error)
     named = sorted(UNSUPPORTED_KEYWORDS & set(re.findall(r"\w+", unknown[1]))) if unknown else []
     message = (GUIDE_UNSUPPORTED_KEYWORDS if named else GUIDE_UNSUPPORTED).format(param=guide.param, keywords=", ".join(named))
@@ -186,8 +190,8 @@ def allowed(guides: Sequence[AnswerGuide], size: int, device: torch.device) -> T
     Args:
         size: V, the width of the logits.
     """
-    words = (size + 31) // 32
-    bits = torch.zeros(len(guides), words, dtype=torch.int32)
+    width = (size + 31) // 32  # of a row's mask, in 32-bit words
+    bits = torch.zeros(len(guides), width, dtype=torch.int32)
     matchers = [(each.matcher, row) for row, each in enumerate(guides)]
-    _executor().unsafe_compute_mask_ptr(matchers, bits.data_ptr(), words * bits.element_size(), len(guides))
+    _executor().unsafe_compute_mask_ptr(matchers, bits.data_ptr(), width * bits.element_size(), len(guides))
     return (bits.to(device)[:, :, None] >> torch.arange(32, device=device) & 1).bool().flatten(1)[:, :size]

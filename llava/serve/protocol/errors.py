@@ -56,7 +56,7 @@ FAULTS: dict[ErrorKind, Fault] = {
         400,
         _CLIENT,
         "An image cannot be used: send a whole PNG, JPEG, GIF, WebP, BMP, TIFF, PPM or AVIF file as a data URL, at most 20 MB and 64 "
-        "megapixels, its sides at most 200-fold apart.",
+        "megapixels, with an aspect ratio of at most 200:1.",
         11,
     ),
     ErrorKind.CONTEXT_LENGTH: Fault(400, _CLIENT, "The prompt is longer than the model's context.", 12),
@@ -65,7 +65,7 @@ FAULTS: dict[ErrorKind, Fault] = {
     ErrorKind.MODEL_NOT_FOUND: Fault(404, _CLIENT, "There is no model of that name here.", 15),
     ErrorKind.NOT_FOUND: Fault(404, _CLIENT, "There is nothing at this address.", 16),
     ErrorKind.TOO_LARGE: Fault(413, _CLIENT, "The request is too large.", 17),
-    ErrorKind.ENCODED: Fault(415, _CLIENT, "The body is compressed (Content-Encoding); send it as it is.", 19),
+    ErrorKind.ENCODED: Fault(415, _CLIENT, "The body is compressed (Content-Encoding); send it uncompressed.", 19),
     ErrorKind.TIMEOUT: Fault(408, _CLIENT, "The request took too long to arrive.", 18),
     ErrorKind.OVERLOADED: Fault(503, _SERVER, "The server is at capacity; try again.", 20, retry_after=1),
     ErrorKind.DRAINING: Fault(503, _SERVER, "The server is shutting down; try again.", 21, retry_after=5),

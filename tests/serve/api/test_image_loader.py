@@ -275,6 +275,15 @@ def test_hosts_that_are_not_allowed_are_not_even_resolved(monkeypatch):
     assert network.resolved == [] and network.connected == []
 
 
+@pytest.mark.parametrize("path", [CHAT, "/tokenize"])
+def test_the_log_has_the_details_of_a_refused_image_under_the_request_id(caplog, path):
+    caplog.set_level("INFO", "llava.serve.api.image_loader")
+    headers = {"X-Request-Id": "mine-7"}
+    call(create_worker_app(FakeEngine()), "POST", path, headers=headers, json=chat_body("q", ("data:image/png;base64,AAAA",)))
+    [line] = [record.getMessage() for record in caplog.records if record.name == "llava.serve.api.image_loader"]
+    assert line.startswith("request mine-7: its image in messages[0].content[0].image_url.url is refused: ")
+
+
 def source(image: str, place: int = 0) -> ImageSource:
     return ImageSource(data_url(image), f"images[{place}]")
 
@@ -284,13 +293,13 @@ def test_what_is_kept_of_all_requests_images_is_bounded_and_one_request_gets_a_s
         loader = ImageLoader(Limits(), FakeEngine().prepare_image, max_held_bytes=600 * REQUEST_SHARE)
         async with AsyncExitStack() as stack:
             for _ in range(REQUEST_SHARE):
-                await stack.enter_async_context(loader.loaded([source(picture((30, 20)))]))
+                await stack.enter_async_context(loader.loaded([source(picture((30, 20)))], "mine"))
             with pytest.raises(ServeError) as refused:
-                async with loader.loaded([source(picture((30, 20)))]):
+                async with loader.loaded([source(picture((30, 20)))], "mine"):
                     pass
             assert refused.value.kind is ErrorKind.OVERLOADED and loader.held_bytes == 600 * REQUEST_SHARE
         with pytest.raises(ServeError) as refused:
-            async with loader.loaded([source(picture((30, 20))), source(picture((1, 1)), 1)]):
+            async with loader.loaded([source(picture((30, 20))), source(picture((1, 1)), 1)], "mine"):
                 pass
         assert (refused.value.kind, refused.value.detail, refused.value.param) == (ErrorKind.TOO_LARGE, TOO_MUCH, "images[1]")
         assert loader.held_bytes == 0
@@ -317,7 +326,7 @@ def test_large_images_are_taken_one_after_the_other_in_turn_and_small_ones_pass_
         loader = ImageLoader(Limits(), prepare)
 
         async def ask(*sizes):
-            async with loader.loaded([source(picture(size)) for size in sizes]) as images:
+            async with loader.loaded([source(picture(size)) for size in sizes], "mine") as images:
                 return [image.size for image in images]
 
         greedy = asyncio.create_task(ask(*[(20, 10 + place) for place in range(4)]))
@@ -342,7 +351,7 @@ def test_an_image_that_the_engine_refuses_is_named():
     async def load():
         loader = ImageLoader(Limits(), prepare)
         with pytest.raises(ServeError, match="takes no images") as refused:
-            async with loader.loaded([source(picture((3, 3)), 5)]):
+            async with loader.loaded([source(picture((3, 3)), 5)], "mine"):
                 pass
         assert (refused.value.kind, refused.value.param) == (ErrorKind.INVALID_REQUEST, "images[5]")
         loader.close()
