@@ -129,14 +129,23 @@ def splice_rows(
     built = [
         _splice_row(row, words, [visual_tokens[index] for index in owned]) for row, words, owned in zip(rows, embedded, owners, strict=True)
     ]
-    lengths = [row.length for row in built]
-    if max(lengths) > max_length:
-        row_index = lengths.index(max(lengths))
-        raise ContextLengthError(
-            f"Row {row_index} has {lengths[row_index]} tokens ({sum(len(visual_tokens[i]) for i in owners[row_index])} of them visual), "
-            f"but the context of this model is {max_length}; shorten the text or choose a coarser granularity."
-        )
+    check_context([row.num_text_tokens for row in rows], [row.length for row in built], max_length)
     return built
+
+
+def check_context(num_text_tokens: Sequence[int], lengths: Sequence[int], max_length: int) -> None:
+    """Refuse rows of these lengths, visual tokens included, where one is longer than the context.
+
+    Raises:
+        ContextLengthError: naming the longest row.
+    """
+    longest = max(lengths, default=0)
+    if longest > max_length:
+        row = list(lengths).index(longest)
+        raise ContextLengthError(
+            f"Row {row} has {longest} tokens ({longest - num_text_tokens[row]} of them visual), but the context of this model is "
+            f"{max_length}; shorten the text or choose a coarser granularity."
+        )
 
 
 def pad_rows(rows: Sequence[SplicedRow], padding_side: str) -> SplicedInputs:

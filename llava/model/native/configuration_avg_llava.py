@@ -13,6 +13,8 @@ from llava.rules import Integer, faults, refuse, shown
 
 TEXT_MODEL: dict[str, Any] = {"model_type": "llama", "vocab_size": 32064}
 """Where no text model is given: as `llava-hf/llava-v1.6-vicuna-7b-hf`, whose image token is 32000."""
+_LOGIT_FIELDS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
+"""What text models do to their logits beyond a linear head, with the value that does nothing."""
 VISION_MODEL: dict[str, Any] = {"model_type": "clip_vision_model"}
 
 
@@ -21,6 +23,7 @@ class AvgLlavaConfig(GranularityFields, PreTrainedConfig):
 
     text_config, vision_config: configurations, or their values with a `model_type`. The tower takes square views, and its patches are the
         last of its positions.
+    tie_word_embeddings: whether the head is the embedding; by default as the text model says.
     image_token_id: the token that stands for an image. One of them is an image whose granularity is still open; as many as the image has
         visual tokens at a level decide for that level.
     vision_feature_layer: which hidden state of the tower is the feature (-1: after the last layer, -2: the one before).
@@ -36,12 +39,14 @@ class AvgLlavaConfig(GranularityFields, PreTrainedConfig):
     image_token_id: int = field(default=32000, metadata=ruled(TOKEN_ID))
     vision_feature_layer: int = field(default=-2, metadata=ruled(Integer(-2049, 2048)))
     image_grid_pinpoints: list[list[int]] = field(default_factory=list, metadata=ruled(CANVASES))
-    tie_word_embeddings: bool = False
+    tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.text_config = _sub_config("text_config", self.text_config, TEXT_MODEL)
         self.vision_config = _sub_config("vision_config", self.vision_config, VISION_MODEL)
         self.image_grid_pinpoints = [list(canvas) for canvas in self.image_grid_pinpoints or []]
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__post_init__(**kwargs)
         rules = {each.name: each.metadata["rule"] for each in fields(self) if "rule" in each.metadata}
         found = faults({name: getattr(self, name) for name in rules}, rules)
@@ -57,6 +62,9 @@ class AvgLlavaConfig(GranularityFields, PreTrainedConfig):
         layers = vision.num_hidden_layers
         if not -layers - 1 <= self.vision_feature_layer <= layers:
             yield f"vision_feature_layer is {self.vision_feature_layer}, but the tower has {layers} layers; use -{layers + 1} to {layers}"
+        for name, neutral in _LOGIT_FIELDS.items():
+            if (value := getattr(self.text_config, name, None)) not in (None, neutral):
+                yield f"text_config.{name} is {value}, but this model's head is a plain linear layer; choose a text model without it"
         vocabulary = self.text_config.vocab_size  # type: ignore[union-attr]
         if not 0 <= self.image_token_id < vocabulary:
             yield f"image_token_id is {self.image_token_id}, expected 0 to {vocabulary - 1}, a token of the vocabulary"

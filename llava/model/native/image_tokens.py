@@ -62,6 +62,16 @@ def images_per_row(is_image: Tensor, lengths: Sequence[int]) -> list[int]:
     return counts
 
 
+def images_behind(before: Sequence[int], behind: Sequence[int]) -> list[int]:
+    """Which of a batch's images, in reading order, stand behind the first `before` ones of their rows.
+
+    Args:
+        before, behind: images of each row in front of a point of it, and behind.
+    """
+    starts = itertools.accumulate((first + rest for first, rest in zip(before, behind, strict=True)), initial=0)
+    return [start + first + image for start, first, rest in zip(starts, before, behind, strict=False) for image in range(rest)]
+
+
 def levels_of_runs(is_image: Tensor, costs: Sequence[Sequence[int]]) -> list[int]:
     """Read each image's level off the length of its run of image tokens.
 

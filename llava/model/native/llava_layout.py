@@ -28,8 +28,6 @@ TO_LLAVA: Rules = (
     (r"^model\.language_model\.", "model."),
 )
 """The way back."""
-VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
-"""How names of tensors with one row per token end, in both layouts."""
 FAMILIES: dict[str, tuple[Any, Any]] = {
     LlamaConfig.model_type: (LlamaConfig, LlavaConfig),
     MistralConfig.model_type: (MistralConfig, LlavaMistralConfig),

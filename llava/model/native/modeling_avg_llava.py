@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import torch_compilable_check
@@ -29,11 +29,11 @@ from llava.messages import RoutingRequest
 from llava.model.compose import Composer, ImageInput, Size
 from llava.model.merge import MergedLayout
 from llava.model.native.configuration_avg_llava import AvgLlavaConfig
-from llava.model.native.image_tokens import expand, images_per_row, levels_of_runs
+from llava.model.native.image_tokens import expand, images_behind, images_per_row, levels_of_runs
 from llava.model.projector import build_projector
 from llava.model.router import GranularityRouter
 from llava.model.routing import RoutingReport
-from llava.model.splice import PromptRow
+from llava.model.splice import PromptRow, check_context
 
 
 @dataclass
@@ -231,6 +231,7 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel, Composer):
         logits = self.logits_where_asked(rows, images, plan)
         image = self._image_features(images, plan.layouts, plan.choose(logits), logits)
         expansion = expand(is_image & mask.bool(), mask, [len(tokens) for tokens in image.pooler_output], padding_side)  # type: ignore[union-attr]
+        check_context([row.num_text_tokens for row in rows], expansion.attention_mask.sum(-1).tolist(), self.config.context_length)
         pad = self.config.text_config.pad_token_id  # type: ignore[union-attr]
         ids = None if input_ids is None else expansion.take(input_ids, 0 if pad is None else pad)
         embeds = None if inputs_embeds is None else expansion.take(inputs_embeds, 0.0)
@@ -249,6 +250,8 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel, Composer):
         layouts = [self.layouts(len(image.views), image.size) for image in images]
         costs = [[layout.num_tokens for layout in each] for each in layouts]
         levels = levels_of_runs(is_image & mask.bool(), costs)
+        num_text_tokens = (~is_image & mask.bool()).sum(-1).tolist()
+        check_context(num_text_tokens, mask.bool().sum(-1).tolist(), self.config.context_length)
         if request is not None and request != RoutingRequest():
             decided = [self.levels[level].tokens for level in levels]
             raise ValueError(
@@ -261,7 +264,7 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel, Composer):
         self, is_image: Tensor, mask: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None, labels: Tensor | None
     ) -> list[PromptRow]:
         """The prompts as the composer reads them, without padding."""
-        ids = torch.zeros_like(mask) if input_ids is None else input_ids
+        ids = torch.zeros_like(mask, dtype=torch.long) if input_ids is None else input_ids
         known = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels
         parts = zip(ids, known, is_image, mask.bool(), [None] * len(ids) if inputs_embeds is None else inputs_embeds, strict=True)
         return [
@@ -299,7 +302,9 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel, Composer):
         mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> tuple | AvgLlavaModelOutputWithPast:
-        """The text model over prompts: hidden states (B, L, D) of the given positions, however many tokens an image takes.
+        """The text model over prompts: the last hidden state (B, L, D) of the given positions, however many tokens an image takes.
+
+        `hidden_states` and `attentions` are the text model's own, of all its positions (B, L', D).
 
         Args:
             input_ids, inputs_embeds, attention_mask, pixel_values, image_sizes, labels: see `expand`.
@@ -319,11 +324,12 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel, Composer):
                 raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time.")
             request = RoutingRequest(vis_token_granularity, max_visual_tokens, granularity_bias)
             side = "right" if self.training else "left"
-            prompt = self.expand(pixel_values, image_sizes, input_ids, inputs_embeds, attention_mask, labels, request, side)
+            behind, new = _split_mask(attention_mask, input_ids if inputs_embeds is None else inputs_embeds, past_key_values)
+            prompt = self.expand(pixel_values, image_sizes, input_ids, inputs_embeds, new, labels, request, side)
             input_ids, inputs_embeds, image, last = prompt.input_ids, prompt.inputs_embeds, prompt.image, prompt.last
             if last is not None:
-                attention_mask = prompt.attention_mask
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+                attention_mask = torch.cat([behind, prompt.attention_mask], dim=1)
+                position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, behind.shape[1] :]
         if image is None and (past_key_values is None or past_key_values.get_seq_length() == 0):
             self._check_no_image_token(input_ids)
         if inputs_embeds is None:
@@ -438,6 +444,7 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
+            labels = self._supervised(labels, input_ids, attention_mask)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)  # type: ignore[union-attr]
         return AvgLlavaCausalLMOutputWithPast(
             loss=loss,
@@ -449,12 +456,22 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
             routing=outputs.routing,
         )
 
+    def _supervised(self, labels: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        """The labels (B, L) of real text that something real stands before, so that a batch has the loss of its rows."""
+        ignored = torch.zeros_like(labels, dtype=torch.bool) if input_ids is None else input_ids == self.config.image_token_id
+        if attention_mask is not None and attention_mask.shape == labels.shape:
+            hidden = attention_mask == 0
+            ignored = ignored | hidden
+            ignored[:, 1:] |= hidden[:, :-1]
+        return labels.masked_fill(ignored, IGNORE_INDEX)
+
     # ---- generation ----------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def generate(
         self,
         inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
         *args: Any,
         vis_token_granularity: int | Sequence[int] | None = None,
         max_visual_tokens: int | None = None,
@@ -479,12 +496,15 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         Raises:
             ValueError: as `AvgLlavaModel.expand`, or a cache that holds another prompt.
         """
-        settings = kwargs.get("generation_config") or self.generation_config
+        settings = generation_config or self.generation_config
         request = RoutingRequest(
             _setting(vis_token_granularity, settings, "vis_token_granularity", None),
             _setting(max_visual_tokens, settings, "max_visual_tokens", None),
             _setting(granularity_bias, settings, "granularity_bias", 0.0),
         )
+        # An image token is no answer, and must not be drafted by prompt lookup.
+        suppressed = {self.config.image_token_id, *(_setting(kwargs.get("suppress_tokens"), settings, "suppress_tokens", ()))}
+        kwargs |= {"generation_config": generation_config, "suppress_tokens": sorted(suppressed)}
         given = inputs if inputs is not None else kwargs.pop("input_ids", None)
         kwargs.pop("input_ids", None)
         prompt = self._expand_turn(given, request, kwargs)
@@ -498,8 +518,8 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         if given is not None and prompt.input_ids is not None:
             added = prompt.input_ids.shape[1] - given.shape[1]
             for name in ("max_length", "min_length"):  # of what comes back, in which an image is one token again
-                if kwargs.get(name) is not None:
-                    kwargs[name] += added
+                if (length := _setting(kwargs.get(name), settings, name, None)) is not None:
+                    kwargs[name] = length + added
         output = super().generate(None, *args, input_ids=prompt.input_ids, attention_mask=prompt.attention_mask, **kwargs)
         if added:
             output = _with_given_prompt(output, given, prompt, kwargs.get("past_key_values"))  # type: ignore[arg-type]
@@ -508,29 +528,32 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
     def _expand_turn(self, given: Tensor | None, request: RoutingRequest, kwargs: dict[str, Any]) -> ExpandedPrompt | None:
         """The prompt of a call, expanded; `None` where there is nothing to expand, and `kwargs` are left as they are.
 
-        Of what a cache from an earlier call holds, only its images' tokens are repeated, which were decided then.
+        What a cache from an earlier call holds stays as it was expanded then; only what stands behind it is expanded now.
         """
         pixel_values = kwargs.get("pixel_values")
         has_images = pixel_values is not None and len(pixel_values) > 0
-        turn = Turn.of(kwargs.get("past_key_values"), given)
-        if not has_images and turn is None:
-            return None
-        image_sizes, embeds, mask = kwargs.pop("image_sizes", None), kwargs.pop("inputs_embeds", None), kwargs.pop("attention_mask", None)
-        kwargs.pop("pixel_values", None), kwargs.pop("position_ids", None)
+        mask = kwargs.get("attention_mask")
         if mask is None and given is not None:
             mask = self._mask_of_padding(given)
-        ids = given
-        if turn is not None:
-            assert ids is not None, "a turn is known by its ids"
-            known = turn.given.shape[1]
-            ids, mask = ids[:, known:], mask[:, known:]
-            missing = int((ids == self.config.image_token_id).sum())
-            has_images = has_images and missing > 0
-            pixel_values, image_sizes = (None if each is None else each[-missing:] for each in (pixel_values, image_sizes))
-        prompt = ExpandedPrompt(ids, embeds, mask, ImageFeatures(), None)
-        if has_images:
-            prompt = self.model.expand(pixel_values, image_sizes, ids, embeds, mask, request=request)
-        return prompt if turn is None else turn.followed_by(prompt)
+        turn = Turn.of(kwargs.get("past_key_values"), given, mask, has_images)
+        if not has_images and turn is None:
+            return None
+        image_sizes, embeds = kwargs.pop("image_sizes", None), kwargs.pop("inputs_embeds", None)
+        for name in ("pixel_values", "position_ids", "attention_mask"):
+            kwargs.pop(name, None)
+        if turn is None:
+            return self.model.expand(pixel_values, image_sizes, given, embeds, mask, request=request)
+        assert given is not None and mask is not None, "a turn is known by its ids"
+        known = turn.given.shape[1]
+        ids, mask = given[:, known:], mask[:, known:]
+        behind = (ids == self.config.image_token_id).sum(-1).tolist()
+        if pixel_values is None or not has_images or not sum(behind):
+            return turn.followed_by(ExpandedPrompt(ids, None, mask, ImageFeatures(), None))
+        before = (turn.given == self.config.image_token_id).sum(-1).tolist()
+        if len(pixel_values) == sum(before) + sum(behind):
+            chosen = images_behind(before, behind)
+            pixel_values, image_sizes = (None if each is None else each[chosen] for each in (pixel_values, image_sizes))
+        return turn.followed_by(self.model.expand(pixel_values, image_sizes, ids, embeds, mask, request=request))
 
     def _mask_of_padding(self, input_ids: Tensor) -> Tensor:
         """What transformers infers where no mask is given: padding is the pad token, unless that also ends answers."""
@@ -585,20 +608,31 @@ class Turn:
     attention_mask: Tensor
 
     @staticmethod
-    def of(cache: Any, input_ids: Tensor | None) -> Turn | None:
-        """The turn that a cache remembers.
+    def of(cache: Any, input_ids: Tensor | None, attention_mask: Tensor | None, has_images: bool) -> Turn | None:
+        """The turn that a cache remembers; where it remembers none and images are given, the ids that it holds, as they are.
 
         Raises:
             ValueError: ids that do not continue it: their positions are not the cache's, and the answer would be noise.
         """
-        turn: Turn | None = getattr(cache, "avg_llava_turn", None)
-        if turn is None or input_ids is None or cache.get_seq_length() == 0 or _starts_with(input_ids, turn.expanded):
+        length = 0 if cache is None or input_ids is None else cache.get_seq_length()
+        if input_ids is None or length == 0:
             return None
-        if not _starts_with(input_ids, turn.given):
+        turn: Turn | None = getattr(cache, "avg_llava_turn", None)
+        if turn is not None and not _starts_with(input_ids, turn.expanded):
+            if not _starts_with(input_ids, turn.given):
+                raise ValueError(
+                    "input_ids do not continue what past_key_values holds; give the whole conversation, as generate returned it, or no "
+                    "cache."
+                )
+            return turn
+        if not has_images:
+            return None
+        if input_ids.shape[1] <= length or attention_mask is None:
             raise ValueError(
-                "input_ids do not continue what past_key_values holds; give the whole conversation, as generate returned it, or no cache."
+                f"past_key_values holds {length} positions, and input_ids have {input_ids.shape[1]}; give the whole conversation with the "
+                "cache of an earlier generate, or no cache."
             )
-        return turn
+        return Turn(input_ids[:, :length], input_ids[:, :length], attention_mask[:, :length])
 
     def followed_by(self, prompt: ExpandedPrompt) -> ExpandedPrompt:
         """A prompt behind this one."""
@@ -632,3 +666,12 @@ def _with_given_prompt(output: Any, given: Tensor, prompt: ExpandedPrompt, cache
         return sequences
     output.sequences = sequences
     return output
+
+
+def _split_mask(attention_mask: Tensor | None, prompt: Tensor | None, cache: Any) -> tuple[Tensor, Tensor | None]:
+    """The mask of what a cache holds, (B, past), and of the prompt behind it, (B, L), given for both or for the prompt alone."""
+    assert prompt is not None, "a prompt has ids or embeddings"
+    past = 0 if cache is None else cache.get_seq_length()
+    if attention_mask is not None and attention_mask.shape[1] == past + prompt.shape[1]:
+        return attention_mask[:, :past].long(), attention_mask[:, past:]
+    return torch.ones(len(prompt), past, dtype=torch.long, device=prompt.device), attention_mask

@@ -42,6 +42,13 @@ def test_it_is_saved_and_read_again_whole(tmp_path: Path) -> None:
     assert again.context_length == LlamaConfig().max_position_embeddings
 
 
+def test_the_head_is_tied_as_the_text_model_says() -> None:
+    assert AvgLlavaConfig(**TINY).tie_word_embeddings is False
+    tied = {**TINY, "text_config": {**TINY["text_config"], "tie_word_embeddings": True}}
+    assert AvgLlavaConfig(**tied).tie_word_embeddings is True
+    assert AvgLlavaConfig(**tied, tie_word_embeddings=False).tie_word_embeddings is False
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -53,6 +60,7 @@ def test_it_is_saved_and_read_again_whole(tmp_path: Path) -> None:
         ({"router_hidden_size": 12}, "router_hidden_size is 12, expected a multiple of its 8 attention heads"),
         ({"unpad_rule": "guess"}, "unpad_rule is 'guess'"),
         ({"text_config": {"model_type": "no_such"}}, "text_config.model_type is 'no_such'"),
+        ({"text_config": {"model_type": "gemma2", "vocab_size": 64}}, "text_config.final_logit_softcapping is 30.0, but this model's head"),
         ({"vision_config": 7}, "vision_config is 7, expected the values of a configuration"),
         ({"vision_config": {"image_size": 4, "patch_size": 8}}, "vision_config.patch_size is 8, expected at most image_size, 4"),
     ],

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, StaticCache
 from transformers.generation import BaseStreamer, GenerationMixin
 
 from llava.model.native import AvgLlavaForConditionalGeneration
@@ -42,11 +42,6 @@ def text_only_assistant(model: AvgLlavaForConditionalGeneration) -> LlamaForCaus
     assistant.model.load_state_dict(model.model.language_model.state_dict())
     assistant.lm_head.load_state_dict(model.lm_head.state_dict())
     return assistant
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_image_token_is_written(native: AvgLlavaForConditionalGeneration) -> None:
-    native.generation_config.suppress_tokens = [IMAGE]
 
 
 BATCHED: dict[str, Callable[[Any], dict[str, Any]]] = {
@@ -120,6 +115,24 @@ def test_sampling_draws_as_from_the_expanded_prompt(native: AvgLlavaForCondition
 def test_a_length_counts_the_given_prompt(native: AvgLlavaForConditionalGeneration) -> None:
     batch = make_batch([(9, ["square"])])
     assert native.generate(**batch.kwargs(), max_length=20, eos_token_id=-1, pad_token_id=0).shape[1] == 20
+    settings = GenerationConfig(max_length=20, eos_token_id=-1, pad_token_id=0)
+    for given in ({"generation_config": settings}, {}):
+        native.generation_config.max_length = None if given else 20
+        try:
+            assert native.generate(**batch.kwargs(), eos_token_id=-1, pad_token_id=0, **given).shape[1] == 20
+        finally:
+            native.generation_config.max_length = None
+
+
+def test_an_image_token_is_never_answered(native: AvgLlavaForConditionalGeneration, mixed: Batch) -> None:
+    head = native.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        native.lm_head.weight[IMAGE] = 100 * native.lm_head.weight.abs().max()
+    try:
+        for use_cache in (True, False):
+            assert not (native.generate(**mixed.kwargs(), **DECODING, use_cache=use_cache)[:, -NEW:] == IMAGE).any()
+    finally:
+        native.lm_head.weight.data.copy_(head)
 
 
 class Streamed(BaseStreamer):
@@ -170,6 +183,31 @@ def test_a_conversation_continues_with_a_further_image(native: AvgLlavaForCondit
     assert found.shape[1] == ids.shape[1] + NEW and len(routing) == 1
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["new images", "all images"])
+@pytest.mark.parametrize("first_has_images", [False, True])
+def test_a_batch_of_conversations_continues_with_a_further_image_each(
+    native: AvgLlavaForConditionalGeneration, first_has_images: bool, again: bool
+) -> None:
+    shapes = [["square"], ["wide"]] if first_has_images else [[], []]
+    first, more = make_batch([(9, shapes[0]), (5, shapes[1])]), make_batch([(6, ["odd"]), (6, ["tall"])], seed=3)
+    settings = {**DECODING, "vis_token_granularity": 16}
+    begun = native.generate(**first.kwargs(), **settings, return_dict_in_generate=True)
+    ids = torch.cat([begun.sequences, more.input_ids], dim=1)
+    mask = torch.cat([first.attention_mask, torch.ones(2, ids.shape[1] - first.input_ids.shape[1], dtype=torch.long)], dim=1)
+    every, pixels, sizes = [[0], [1]], more.pixel_values, more.image_sizes
+    if first_has_images:
+        order = [0, 2, 1, 3]  # in reading order: each row's first image, then its further one
+        every = [[0, 1], [2, 3]]
+        pixels, sizes = torch.cat([first.pixel_values, pixels])[order], torch.cat([first.image_sizes, sizes])[order]
+    new = {"pixel_values": more.pixel_values, "image_sizes": more.image_sizes}
+    given = {"pixel_values": pixels, "image_sizes": sizes} if again else new
+    found = native.generate(ids, attention_mask=mask, past_key_values=begun.past_key_values, **given, **settings)
+    for row, images in enumerate(every):
+        alone = {"pixel_values": pixels[images], "image_sizes": sizes[images]}
+        expected = native.generate(ids[row, mask[row].bool()][None], **alone, **settings)
+        assert torch.equal(found[row, -NEW:], expected[0, -NEW:])
+
+
 def test_the_cache_of_another_prompt_is_refused(native: AvgLlavaForConditionalGeneration) -> None:
     batch = make_batch([(9, ["square"])])
     first = native.generate(**batch.kwargs(), **DECODING, return_dict_in_generate=True)
@@ -192,6 +230,9 @@ def test_the_cost_is_set_by_argument_and_by_generation_config(native: AvgLlavaFo
         assert spent() == [32] * 4 and spent(vis_token_granularity=8) == [8] * 4
     finally:
         del native.generation_config.vis_token_granularity
+    settings = GenerationConfig(**DECODING, vis_token_granularity=4)
+    routing = native.generate(mixed.input_ids, settings, **{**mixed.kwargs(), "input_ids": None}, output_routing=True)[1]
+    assert [report.granularity for report in routing] == [4] * 4
 
 
 def test_a_level_that_does_not_exist_and_missing_images_are_refused(native: AvgLlavaForConditionalGeneration, mixed: Batch) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 from llava.messages import RoutingRequest
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.native import AvgLlavaForConditionalGeneration
-from llava.model.splice import IGNORE_INDEX
+from llava.model.splice import IGNORE_INDEX, ContextLengthError
 from tests.model.native.conftest import IMAGE, Batch, make_batch, native_twin
 
 Pair = tuple[LlavaLlamaForCausalLM, AvgLlavaForConditionalGeneration]
@@ -121,11 +121,54 @@ def test_an_answer_with_labels_is_hidden_from_the_router(native: AvgLlavaForCond
     assert torch.equal(before, after)
 
 
-def test_the_loss_is_the_mean_over_supervised_positions(native: AvgLlavaForConditionalGeneration, mixed: Batch) -> None:
+@pytest.mark.parametrize("training", [False, True])
+def test_the_loss_of_a_batch_is_that_of_its_rows(pair: Pair, mixed: Batch, training: bool) -> None:
+    """Labels on image tokens and padding count for nothing, on whichever side the padding is."""
+    llava, native = pair
+    native.train(training)
+    try:
+        loss = native(**mixed.kwargs(), labels=mixed.input_ids.clone(), vis_token_granularity=16).loss
+        total, count = 0.0, 0
+        for index in range(len(mixed.input_ids)):
+            row = mixed.row(index)
+            labels = row.input_ids.masked_fill(row.input_ids == IMAGE, IGNORE_INDEX)
+            alone = native(**row.kwargs(), labels=labels, **({"vis_token_granularity": 16} if len(row.pixel_values) else {})).loss
+            supervised = int((labels[:, 1:] != IGNORE_INDEX).sum())
+            total, count = total + alone.item() * supervised, count + supervised
+    finally:
+        native.eval()
+    assert loss.item() == pytest.approx(total / count, abs=2e-6)
     labels = mixed.input_ids.masked_fill((mixed.input_ids == IMAGE) | (mixed.attention_mask == 0), IGNORE_INDEX)
-    output = native(**mixed.kwargs(), labels=labels)
-    expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
-    torch.testing.assert_close(output.loss, expected)
+    theirs = llava(**mixed.llava(), labels=labels, vis_token_granularity=16).loss  # type: ignore[arg-type]
+    assert loss.item() == pytest.approx(theirs.item(), abs=2e-6)
+
+
+def test_a_mask_of_booleans_hides_nothing_from_the_router(native: AvgLlavaForConditionalGeneration, mixed: Batch) -> None:
+    kwargs = mixed.kwargs()
+    embeds = native.get_input_embeddings()(kwargs.pop("input_ids"))
+    expected = [report.logits for report in native(**mixed.kwargs()).routing]
+    kwargs["attention_mask"] = kwargs["attention_mask"].bool()
+    for report, logits in zip(native(inputs_embeds=embeds, **kwargs).routing, expected, strict=True):
+        assert torch.equal(report.logits, logits)
+
+
+def test_a_prompt_longer_than_the_context_is_refused(native: AvgLlavaForConditionalGeneration) -> None:
+    batch = make_batch([(6, ["square"] * 4)])
+    with pytest.raises(ContextLengthError, match=r"Row 0 has \d+ tokens \(\d+ of them visual\), but the context of this model is 1024"):
+        native(**batch.kwargs(), vis_token_granularity=64)
+    with pytest.raises(ContextLengthError, match="but the context of this model is 1024"):
+        native.generate(**batch.kwargs(), vis_token_granularity=64)
+
+
+def test_images_behind_a_cache_stand_at_its_positions(native: AvgLlavaForConditionalGeneration) -> None:
+    first, second = make_batch([(6, [])]), make_batch([(5, ["odd"])], seed=2)
+    whole = torch.cat([first.input_ids, second.input_ids], dim=1)
+    images = {"pixel_values": second.pixel_values, "image_sizes": second.image_sizes, "vis_token_granularity": 16}
+    expected = native(whole, **images).logits[:, first.input_ids.shape[1] :]
+    for mask in (None, torch.ones_like(second.input_ids), torch.ones_like(whole)):
+        cache = native(first.input_ids, use_cache=True).past_key_values
+        found = native(second.input_ids, attention_mask=mask, past_key_values=cache, **images).logits
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
 
 
 def test_gradients_reach_every_part_but_the_router(pair: Pair, mixed: Batch) -> None:
