@@ -60,7 +60,7 @@ ALL = [pytest.param(*command, id=" ".join(command[1])[:60]) for block in blocks(
 
 def benchmark_table() -> str:
     """The table of benchmarks as Markdown, from the scripts."""
-    lines = ["| script | stock task | split | data set | revision | score |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = ["| script | stock task | split | dataset | revision | score |", "| --- | --- | --- | --- | --- | --- |"]
     for name in SCRIPTS:
         script = (ROOT / "scripts" / "eval" / f"{name}.sh").read_text(encoding="utf-8")
         task, split, dataset, revision, metric = (
