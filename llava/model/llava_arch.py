@@ -20,11 +20,12 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.crops import get_anyres_image_grid_shape as get_anyres_image_grid_shape  # LLaVA's callers import it from here
 from llava.messages import RoutingRequest
 from llava.model.compose import Composer, ImageInput, Size, Timer, untimed
 from llava.model.config import LlavaConfig
 from llava.model.loading import load_tower_weights, read_tower_config, resolve_tower
-from llava.model.merge import unpad_image as unpad_image  # LLaVA's place for it
+from llava.model.merge import unpad_image as unpad_image  # and this one
 from llava.model.projector import build_projector, load_projector
 from llava.model.router import GranularityRouter
 from llava.model.routing import RoutingReport

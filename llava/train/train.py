@@ -35,6 +35,7 @@ LLAVA_NAMES = {
     **{"LLaVATrainer": "llava_trainer", "TrainingArguments": "arguments", "train": "run"},
 }
 """What LLaVA's module of this name has, and the module of `llava.train` that has it here."""
+__all__ = ["DataArguments", "ModelArguments", "build_parser", "main", *LLAVA_NAMES]
 
 
 def __getattr__(name: str) -> Any:
