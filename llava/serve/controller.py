@@ -56,9 +56,8 @@ def build_parser(prog: str = PROG) -> Parser:
     clients = parser.add_argument_group("clients")
     clients.add_argument("--api-key", action="append", default=[], metavar="KEY", help="asked of every client; may be given more than once")
     clients.add_argument("--api-key-file", metavar="FILE", help="keys, one per line")
-    clients.add_argument("--max-body-mb", type=float, default=Limits.max_body_bytes / 1e6, metavar="MB", help="largest request")
-    clients.add_argument("--max-body-bytes", type=_megabytes, dest="max_body_mb", help=argparse.SUPPRESS)
     add_body_flags(clients)
+    clients.add_argument("--max-body-bytes", type=_megabytes, dest="max_body_mb", help=argparse.SUPPRESS)
     add_log_level(parser)
     return parser
 
@@ -73,7 +72,7 @@ def settings_from(args: argparse.Namespace) -> ControllerSettings:
     Raises:
         ValueError: a flag cannot work.
     """
-    check_at_least(args, {"heart_beat_expiration": 0.001, "worker_timeout": 0.001, "max_in_flight": 1, "max_body_mb": 0.001})
+    check_at_least(args, {"heart_beat_expiration": 0.001, "worker_timeout": 0.001, "max_in_flight": 1})
     check_body_flags(args)
     tokens = read_secrets(args.worker_token, args.worker_token_file)
     worker_keys = read_secrets([args.worker_api_key] if args.worker_api_key else [], args.worker_api_key_file)
@@ -87,7 +86,7 @@ def settings_from(args: argparse.Namespace) -> ControllerSettings:
         expiry_seconds=args.heart_beat_expiration,
         worker_seconds=args.worker_timeout,
         max_in_flight=args.max_in_flight,
-        limits=Limits(max_body_bytes=round(1e6 * args.max_body_mb), **body_limits(args)),
+        limits=Limits(**body_limits(args)),
     )
 
 

@@ -61,7 +61,6 @@ def add_guard_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-queue", type=int, default=defaults.max_queue, metavar="N", help="requests that wait; the next gets 503")
     group.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, metavar="N", help="longest answer, in tokens")
     group.add_argument("--max-images", type=int, default=defaults.max_images, metavar="N", help="images of one request")
-    group.add_argument("--max-body-mb", type=float, default=defaults.max_body_bytes / 1e6, metavar="MB", help="largest request")
     add_body_flags(group)
     group.add_argument("--allow-remote-images", action="store_true", help="fetch http(s) images from public addresses")
     group.add_argument(
@@ -87,13 +86,10 @@ def read_limits(args: argparse.Namespace) -> Limits:
         ValueError: numbers that cannot work, or hosts without fetching.
     """
     check_at_least(args, {"max_queue": 0, "max_new_tokens": 1, "max_images": 0})
-    if not 0.001 <= args.max_body_mb <= 4000:
-        raise ValueError(f"--max-body-mb is {args.max_body_mb:g}, expected 0.001 to 4000.")
     if args.allowed_host and not args.allow_remote_images:
         raise ValueError("--allowed-host is given, but fetching is off; add --allow-remote-images or leave it out.")
     check_body_flags(args)
     return Limits(
-        max_body_bytes=int(1e6 * args.max_body_mb),
         max_images=args.max_images,
         max_new_tokens=args.max_new_tokens,
         max_queue=args.max_queue,

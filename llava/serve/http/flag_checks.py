@@ -56,8 +56,9 @@ def check_origins(origins: Sequence[str]) -> None:
 
 
 def add_body_flags(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
-    """Flags about how request bodies have to arrive and which web sites may call from a browser; for every service with an API."""
+    """Flags about how large request bodies may be, how they have to arrive, and which web sites may call from a browser; for every API."""
     defaults = Limits()
+    group.add_argument("--max-body-mb", type=float, default=defaults.max_body_bytes / 1e6, metavar="MB", help="largest request")
     group.add_argument(
         "--body-seconds", type=float, default=defaults.body_seconds, metavar="SECONDS", help="how long an upload may stall"
     )
@@ -90,10 +91,13 @@ def check_body_flags(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming them.
     """
+    if not 0.001 <= args.max_body_mb <= 4000:
+        raise ValueError(f"--max-body-mb is {args.max_body_mb:g}, expected 0.001 to 4000.")
     check_at_least(args, {"body_seconds": 0.001, "body_rate": 1, "client_uploads": 1, "client_bodies": 1})
     check_origins(args.allowed_origins)
 
 
 def body_limits(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of `Limits` that the flags of `add_body_flags` set."""
-    return {name: getattr(args, name) for name in ("body_seconds", "body_rate", "client_uploads", "client_bodies")}
+    others = {name: getattr(args, name) for name in ("body_seconds", "body_rate", "client_uploads", "client_bodies")}
+    return {"max_body_bytes": round(1e6 * args.max_body_mb), **others}

@@ -1301,6 +1301,8 @@ def test_the_flags() -> None:
     )
     assert bounded.limits == Limits(body_seconds=7, body_rate=100, client_uploads=5, client_bodies=2)
     assert bounded.allowed_origins == ("https://a", "b://c")
+    for flags, size in (("--max-body-mb 0.001", 1000), ("--max-body-mb 4000", 4 * 10**9), ("--max-body-bytes 2000", 2000)):
+        assert settings_from(parse(flags.split())).limits == Limits(max_body_bytes=size)
     chosen = settings_from(
         parse(
             [
@@ -1330,6 +1332,9 @@ def test_the_flags() -> None:
         (["--worker-token-file", "/nowhere"], "key file"),
         (["--api-key", "with space"], "API key"),
         (["--body-rate", "0"], "--body-rate"),
+        (["--max-body-mb", "0.0009"], "--max-body-mb is 0.0009, expected 0.001 to 4000."),
+        (["--max-body-mb", "4001"], "--max-body-mb is 4001, expected 0.001 to 4000."),
+        (["--max-body-bytes", "999"], "--max-body-mb is 0.000999, expected 0.001 to 4000."),
         (["--client-uploads", "0"], "--client-uploads"),
         (["--allowed-origins", "*"], "no wildcard"),
         (["--allowed-origins", "https://a.example", "null"], "'null'"),
