@@ -19,12 +19,14 @@ from contextlib import contextmanager
 
 INTERRUPTED = 130
 """Exit status of a program that Ctrl-C ended: 128 and the signal's number, as shells count."""
-_EXTRAS = {
+EXTRA_MODULES = {
     "serve": (
         *("fastapi", "starlette", "pydantic", "anyio", "uvicorn", "h11", "gradio", "httpx", "httpx_sse", "openai", "prometheus_client"),
         "llguidance",
     ),
     "train": ("deepspeed", "peft", "bitsandbytes", "pyarrow", "yaml", "matplotlib", "tensorboard"),
+    "eval": ("easy_vqa", "matplotlib"),
+    "playground": ("easy_vqa", "sklearn", "matplotlib", "pyarrow", "yaml"),
 }
 """Extra of pyproject.toml -> the modules that it brings."""
 
@@ -86,7 +88,10 @@ def _say(kept: str) -> None:
 
 
 def sentence_of(error: Exception) -> str:
-    """What a person has to read about an error; of a missing package, the extra to install."""
+    """What a person has to read about an error; of a missing package, the extras that bring it."""
     missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else None
-    extra = next((extra for extra, modules in _EXTRAS.items() if missing in modules), None)
-    return str(error) if extra is None else f'{missing} is not installed; install the {extra} extra: pip install -e ".[{extra}]"'
+    extras = [extra for extra, modules in EXTRA_MODULES.items() if missing in modules]
+    if not extras:
+        return str(error)
+    commands = " or ".join(f'pip install -e ".[{extra}]"' for extra in extras)
+    return f"{missing} is not installed; install the {' or '.join(extras)} extra: {commands}"

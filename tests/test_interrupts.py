@@ -50,6 +50,26 @@ def test_one_line_that_says_what_is_kept(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().err == "interrupted: nothing was written.\n"
 
 
+@pytest.mark.parametrize(
+    ("module", "sentence"),
+    [
+        ("peft.tuners", 'peft is not installed; install the train extra: pip install -e ".[train]"'),
+        (
+            "matplotlib",
+            "matplotlib is not installed; install the train or eval or playground extra: "
+            'pip install -e ".[train]" or pip install -e ".[eval]" or pip install -e ".[playground]"',
+        ),
+        ("nowhere", "No module named 'nowhere'"),
+    ],
+)
+def test_of_a_missing_package_the_extras_that_bring_it_are_named(module: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        raise ModuleNotFoundError(f"No module named '{module}'", name=module)
+
+    assert run_program(work) == 1
+    assert capsys.readouterr().err == f"error: {sentence}\n"
+
+
 def test_the_first_process_speaks_for_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     signal.signal(signal.SIGINT, signal.default_int_handler)

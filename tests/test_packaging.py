@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import llava
+from llava.interrupts import EXTRA_MODULES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -73,6 +74,11 @@ def test_core_dependencies_cover_what_inference_imports() -> None:
 )
 def test_an_extra_covers_what_its_folder_imports(folder: str, extra: str) -> None:
     assert lacking(imported(ROOT / folder), CORE + EXTRAS[extra]) == {}
+
+
+def test_a_missing_package_is_looked_up_in_the_extras_that_bring_it() -> None:
+    for extra, modules in EXTRA_MODULES.items():
+        assert {DISTRIBUTIONS.get(module, module) for module in modules} == {requirement.name for requirement in EXTRAS[extra]}
 
 
 def test_dev_brings_what_the_tests_import() -> None:
