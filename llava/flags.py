@@ -105,6 +105,20 @@ class Parser(GroupedHelp):
         return f"{dashed}{equals}{value}" if known else word
 
 
+class OneValue(argparse.Action):
+    """Stores a number of a flag with several names, and refuses another number under another name."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        given = vars(namespace).setdefault("values_by_name", {})
+        for name, value in given.items():
+            if name != option_string and value != values:
+                raise argparse.ArgumentError(self, f"{name} is {value} and {option_string} {values}; they mean the same, give one.")
+        given[option_string] = values
+        setattr(namespace, self.dest, values)
+
+
 FlagGroup = argparse._ArgumentGroup | argparse.ArgumentParser
 """What flags are added to."""
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from llava.flags import Parser, add_ignored, add_model_flags
+from llava.flags import OneValue, Parser, add_ignored, add_model_flags
 from llava.interrupts import run_program
 from llava.serve.http.flag_checks import too_small
 from llava.serve.http.listen_address import check_address
@@ -65,8 +65,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--attn-implementation", choices=ATTENTIONS, help="attention of the language model (default: sdpa)")
     add_ignored(model, IGNORED)
     batching = parser.add_argument_group("batching")
-    batching.add_argument("--max-batch-rows", "--limit-model-concurrency", dest="max_batch_rows", type=int, default=DEFAULT_CONCURRENCY,
-                          metavar="N", help="requests answered at once")  # fmt: skip
+    batching.add_argument("--max-batch-rows", "--limit-model-concurrency", dest="max_batch_rows", action=OneValue, type=int,
+                          default=DEFAULT_CONCURRENCY, metavar="N", help="requests answered at once")  # fmt: skip
     batching.add_argument("--max-batch-tokens", type=int, metavar="N", help="positions held for all of them (default: four full contexts)")
     batching.add_argument("--cache-mb", type=float, default=256.0, metavar="MB", help="memory for features of images seen before")
     batching.add_argument("--prefix-cache-mb", type=float, default=256.0, metavar="MB",

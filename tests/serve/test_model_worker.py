@@ -78,6 +78,7 @@ def test_the_registration_token(tmp_path):
         ("--max-queue -1", "--max-queue is -1"),
         ("--max-body-mb 0", "--max-body-mb is 0"),
         ("--max-body-mb nan", "--max-body-mb is nan"),
+        ("--max-body-mb 4000.1", "--max-body-mb is 4000.1, expected 0.001 to 4000."),
         ("--allowed-host x", "--allow-remote-images"),
         ("--controller localhost:1", "--controller is 'localhost:1'"),
         ("--controller http://c --worker w", "--worker is 'w'"),
@@ -94,6 +95,24 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(line, message, capsy
     assert main(line.split()) == 1
     error = capsys.readouterr().err
     assert message in error and error.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_two_names_of_one_number_take_the_same_value():
+    assert parsed("--max-batch-rows 3 --limit_model_concurrency 3").max_batch_rows == 3
+    assert parsed("--max-batch-rows 3 --max-batch-rows 4").max_batch_rows == 4  # the last one counts, as of every flag
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--max-batch-rows 2 --limit-model-concurrency 64", "--max-batch-rows is 2 and --limit-model-concurrency 64"),
+        ("--limit_model_concurrency 4 --max-batch-rows 16", "--limit-model-concurrency is 4 and --max-batch-rows 16"),
+    ],
+)
+def test_two_names_of_one_number_take_no_two_values(line, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(line.split())
+    assert capsys.readouterr().err.endswith(f": {said}; they mean the same, give one.\n")
 
 
 def test_two_kinds_of_quantised_weights_are_one_too_many(capsys):
