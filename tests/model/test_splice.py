@@ -71,6 +71,8 @@ def test_a_row_may_fill_the_context_and_no_more():
     assert splice_rows(rows, [image(4, 0.5)], embed, 6)[1].length == 6
     with pytest.raises(ContextLengthError, match=r"Row 1 has 6 tokens \(4 of them visual\), but the context of this model is 5"):
         splice_rows(rows, [image(4, 0.5)], embed, 5)
+    with pytest.raises(ContextLengthError, match=r"Row 0 has 3 tokens \(0 of them visual\), but the context of this model is 2"):
+        splice_rows([row(1, 2, 3), row(4)], [], embed, 2)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +88,8 @@ def test_rows_are_padded_to_one_length(side, mask, positions, labels):
     assert padded.attention_mask.dtype == torch.bool and padded.attention_mask.long().tolist() == mask
     assert padded.position_ids.tolist() == positions and padded.labels.tolist() == labels
     assert padded.inputs_embeds[..., 0].tolist() == mask
+    whole = pad_rows(splice_rows([row(4), row(1, 2, 3)], [], embed, 3), side)  # the longer one fills the context
+    assert whole.labels.tolist() == labels and whole.inputs_embeds[1].tolist() == [[1, -1], [2, -2], [3, -3]]
 
 
 def test_everything_is_made_on_the_rows_device():
