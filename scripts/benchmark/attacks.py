@@ -201,7 +201,7 @@ def _wait_for(running: Service) -> None:
 
 
 def join(controller: Service, worker: Service, token: str | None = None) -> None:
-    """Register a worker that sends no heart beats."""
+    """Register a worker that sends no heartbeats."""
     body = {"worker_name": worker.url, "check_heart_beat": False, "worker_status": {"model_names": [MODEL]}}
     status = ask(controller.port, path="/register_worker", body={**body, **({"token": token} if token else {})})
     assert status == 200, status
@@ -403,18 +403,18 @@ def ordinary(checkouts: Sequence[Path], count: int, round_size: int = 50) -> dic
     bodies = [question("What number is on the sign?", [next(images)]) for _ in range(round_size)]
     answers: dict[str, set[str]] = {}
     with ExitStack() as stack:
-        plain, pictured = {}, {}
+        plain, with_images = {}, {}
         for checkout in checkouts:
             controller = stack.enter_context(service(checkout, "controller"))
             worker = stack.enter_context(service(checkout, "model_worker"))
             join(controller, worker)
             answers[checkout.name] = set()
             plain[checkout.name] = functools.partial(_round, (controller, worker), [question()] * round_size, set())
-            pictured[checkout.name] = functools.partial(_round, (worker,), bodies, answers[checkout.name])
-            for warm_up in (plain, pictured):
+            with_images[checkout.name] = functools.partial(_round, (worker,), bodies, answers[checkout.name])
+            for warm_up in (plain, with_images):
                 warm_up[checkout.name]()
         result: dict[str, object] = {"plain questions": in_turns(plain, count // round_size)}
-        result["questions about images"] = in_turns(pictured, count // round_size)
+        result["questions about images"] = in_turns(with_images, count // round_size)
     before, after = answers.values()
     return {**result, "same answers": before == after, "decoding": decoding(checkouts, count // round_size)}
 

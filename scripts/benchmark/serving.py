@@ -68,7 +68,7 @@ class Reply:
 
 
 def load_asks(args: argparse.Namespace, seed: int = 0) -> list[Ask]:
-    """Questions about some pictures, answered one by one in this process first."""
+    """Questions about some images, answered one by one in this process first."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for line in QUESTIONS.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -86,9 +86,9 @@ def load_asks(args: argparse.Namespace, seed: int = 0) -> list[Ask]:
     return asks
 
 
-def request_body(picture: bytes, text: str, options: Options) -> dict[str, Any]:
-    """A chat completion about one picture, greedy."""
-    url = "data:image/png;base64," + base64.b64encode(picture).decode()
+def request_body(image: bytes, text: str, options: Options) -> dict[str, Any]:
+    """A chat completion about one image, greedy."""
+    url = "data:image/png;base64," + base64.b64encode(image).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
     length = {"max_tokens": options.max_new_tokens, "min_tokens": options.min_new_tokens}
     return {"model": "bench", "messages": [{"role": "user", "content": content}], "temperature": 0, **length}
@@ -243,7 +243,7 @@ def throughput(args: argparse.Namespace) -> dict[str, Any]:
     flags = ["--max-batch-rows", str(args.clients), *args.worker_flags]
     sides: dict[str, list[Phase]] = {"one at a time": [], "crowd": []}
     with running_worker(args.model_path, flags, args.output.with_suffix(".log")) as (url, _):
-        asyncio.run(crowd(url, asks, args.clients))  # warm: both sides find the same pictures in the worker's cache
+        asyncio.run(crowd(url, asks, args.clients))  # warm: both sides find the same images in the worker's cache
         for _ in tqdm(range(args.rounds), desc="rounds"):
             sides["one at a time"].append(asyncio.run(crowd(url, asks, 1)))
             sides["crowd"].append(asyncio.run(crowd(url, asks, args.clients)))
@@ -331,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("task", choices=("throughput", "overload"))
     parser.add_argument("--model-path", help="checkpoint; the micro model when missing")
-    parser.add_argument("--pictures", type=int, default=32, help="different pictures asked about")
+    parser.add_argument("--pictures", type=int, default=32, help="different images asked about")
     parser.add_argument("--questions-per-picture", type=int, default=10)
     parser.add_argument("--answer-tokens", type=int, default=0, help="least length of each answer; 0 lets the model end it (default)")
     parser.add_argument("--clients", type=int, default=16)

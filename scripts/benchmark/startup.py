@@ -255,19 +255,19 @@ def entered_files(tree: Path, folder: Path) -> dict[str, set[str]]:
             wait_for_answer(controller[0], controller[1], "/ready", folder / "llava.serve.controller.log")
             found: dict[str, set[str]] = {}
             for image in IMAGES:
-                picture = base64.b64encode((ROOT / "playground" / "images" / image).read_bytes()).decode()
+                encoded = base64.b64encode((ROOT / "playground" / "images" / image).read_bytes()).decode()
                 for process, _, result in (controller, worker):
                     turn(process, result, "recording")
-                ask(controller[1], picture)
+                ask(controller[1], encoded)
                 for name, (process, _, result) in (("controller", controller), ("worker", worker)):
                     files = {str(Path(line).relative_to(tree)) for line in turn(process, result, "entered")}
                     found[name] = found.get(name, files) & files
     return found
 
 
-def ask(port: int, picture: str) -> None:
+def ask(port: int, encoded: str) -> None:
     """One chat request about an image."""
-    content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}, {"type": "text", "text": QUESTION}]
+    content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}, {"type": "text", "text": QUESTION}]
     body = {"model": "avg-llava-micro", "messages": [{"role": "user", "content": content}], "max_tokens": 16}
     status, answer = request(port, "POST", "/v1/chat/completions", body)
     if status != 200:
