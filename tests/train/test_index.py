@@ -25,7 +25,6 @@ from llava.durable import NoSpaceError
 from llava.train.derived_files import HIDDEN_FOLDER, derived_file
 from llava.train.index import build_index, open_index
 from llava.train.mixture import open_rows
-from llava.train.rows import UNREAD_KEYS, measure, unread_key
 
 ROOT = Path(__file__).parents[2]
 TURNS = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A bus."}]
@@ -138,48 +137,6 @@ def test_a_row_without_end_is_refused_before_memory_is(tmp_path: Path, monkeypat
         (tmp_path / name).write_text(('["' if name == "a.json" else '{"id": "') + "x" * 5000)
         with pytest.raises(ValueError, match="line 1 of .* starts a value of over 1,000 characters"):
             open_index(tmp_path / name)
-
-
-def test_measure_never_fails() -> None:
-    assert measure({"image": "a", "conversations": TURNS}) == ('["a"]', 6, True, -1)
-    for row in (None, 3, {}, {"conversations": 3}, {"conversations": [3]}, {"conversations": [{"value": 3}]}, {"image": []}):
-        assert measure(row) == ("", 0, False, -1)
-
-
-@pytest.mark.parametrize(
-    ("speakers", "answered"),
-    [
-        ([("human", "a"), ("gpt", "b")], True),
-        ([("human", "a"), ("gpt", "")], False),
-        ([("human", "a")], False),
-        ([("gpt", "b"), ("human", "a")], False),
-        ([("gpt", "b"), ("human", "a"), ("gpt", ""), ("human", "a"), ("gpt", "c")], True),
-        ([("user", "a"), ("assistant", "b")], False),
-        ([], False),
-    ],
-)
-def test_whether_there_is_an_answer(speakers: list[tuple[str, str]], answered: bool) -> None:
-    """As training finds labels, also where answers come before the first question."""
-    row = {"conversations": [{"from": speaker, "value": text} for speaker, text in speakers]}
-    assert measure(row).answered is answered
-
-
-@pytest.mark.parametrize(
-    ("more", "key"),
-    [
-        ({"images": ["a"]}, "images"),
-        ({"images": []}, None),
-        ({"images": None, "video": ""}, None),
-        ({"image": "a", "images": ["a"]}, None),
-        ({"image": None, "images": ["a"]}, "images"),
-        ({"image": "a", "video": "a.mp4"}, "video"),
-        ({"img": "a"}, "img"),
-        ({"Images": ["a"], "note": "video"}, None),
-    ],
-)
-def test_keys_that_name_an_image_that_is_not_read(more: dict[str, Any], key: str | None) -> None:
-    assert unread_key({"conversations": TURNS, **more}) == key
-    assert measure({"conversations": TURNS, **more}).unread == (-1 if key is None else list(UNREAD_KEYS).index(key))
 
 
 def test_a_changed_file_has_another_index(tmp_path: Path) -> None:
