@@ -1,13 +1,21 @@
-"""The table's arithmetic on answers made up by hand."""
+"""The table's arithmetic on answers made up by hand, and logits of routers in batches."""
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 
-from playground.evaluate import Record, Results, markdown, summary, table
+from llava.eval.report.tasks import read_task
+from llava.images import load_image
+from llava.inference import MICRO_MODEL, Assistant, Options
+from playground.evaluate import Record, Results, markdown, router_logits, summary, table
 from playground.world import COARSE_FAMILIES, FAMILIES
 
+EVALUATION = Path(__file__).parents[2] / "playground" / "eval"
 LEVELS = [4, 64]
 TOKENS = [24, 336]
 
@@ -48,3 +56,27 @@ def test_the_page_has_a_line_per_choice_and_seed():
     results = made_up()
     page = markdown(table(results, {"adaptive": [ideal_logits(results)] * 3}, LEVELS), LEVELS)
     assert page.count("| adaptive |") == 4 and "| fixed 64 | 336 | 0 % | 100.0 |" in page and "random at the tokens of adaptive" in page
+
+
+def test_logits_of_a_batch_are_those_of_single_requests():
+    """In the order of the questions, whatever the batches; a second router is asked with the first one's features."""
+    micro = Assistant.load(str(MICRO_MODEL))
+    other = copy.deepcopy(micro)
+    with torch.no_grad():
+        other.model.model.router.norm.bias.add_(torch.arange(5.0))
+    task = read_task(EVALUATION / "test.jsonl")
+    items = [*task.items[3:6], task.items[25], task.items[0]]
+    found, shifted = router_logits([micro, other], items, task.folder, batch_size=2)
+    for logits, item in zip(found, items, strict=True):
+        report = micro.answer([load_image(task.folder / item.image)], item.text, Options(max_new_tokens=1)).reports[0]
+        assert report.logits is not None and logits == pytest.approx(report.logits.numpy(), abs=1e-4)
+    assert shifted == pytest.approx(found + np.arange(5), abs=1e-4)  # the last thing a router does is to add that bias
+
+
+def test_logits_of_models_that_differ_elsewhere_are_not_compared():
+    micro = Assistant.load(str(MICRO_MODEL))
+    other = copy.deepcopy(micro)
+    with torch.no_grad():
+        other.model.lm_head.weight.add_(1.0)
+    with pytest.raises(ValueError, match=r"Two models differ in lm_head.weight, not only in their routers"):
+        router_logits([micro, other], [], Path("."))
