@@ -1,4 +1,4 @@
-"""`avg-llava COMMAND [flags]`, also `python -m llava`: one door to all programs. Each is the same as with `python -m`."""
+"""`avg-llava COMMAND [flags]`, also `python -m llava`: one entry point to all programs. Each is the same as with `python -m`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from llava import __version__
 COMMANDS = {
     "answer": ("llava.eval.run_llava", "ask a model about images, once"),
     "chat": ("llava.serve.cli", "chat with a model in the terminal"),
-    "serve": ("llava.serve.__main__", "a model, its OpenAI API and the page in one process"),
-    "worker": ("llava.serve.model_worker", "one model over LLaVA's protocol and the OpenAI API"),
-    "bridge": ("llava.serve.sglang_worker", "the same for a model that another server runs"),
-    "controller": ("llava.serve.controller", "many workers at one address"),
-    "page": ("llava.serve.gradio_web_server", "the web page"),
+    "serve": ("llava.serve.__main__", "serve a model: its OpenAI API and the web page, in one process"),
+    "worker": ("llava.serve.model_worker", "serve one model over LLaVA's protocol and the OpenAI API"),
+    "bridge": ("llava.serve.sglang_worker", "serve both APIs for a model that SGLang, vLLM or another OpenAI server runs"),
+    "controller": ("llava.serve.controller", "forward requests to many workers from one address"),
+    "page": ("llava.serve.gradio_web_server", "a web page for chatting with the models of a controller or worker"),
     "questions": ("llava.eval.model_vqa", "answer a file of questions"),
     "train": ("llava.train.train", "train one stage"),
     "check": ("llava.train.check", "read every row as training does, and say what is broken"),
-    "estimate": ("llava.train.estimate", "parameters, operations and memory of a run"),
+    "estimate": ("llava.train.estimate", "estimate parameters, operations and memory of a training run"),
     "score": ("llava.train.score_granularities", "score every row at every granularity, for the router's stage"),
-    "convert": ("llava.tools.convert_llava_next", "checkpoints to and from transformers' LLaVA-NeXT"),
-    "merge": ("llava.tools.merge_lora_weights", "an adapter and the model underneath into one checkpoint"),
-    "report": ("llava.eval.granularity_report", "accuracy and cost of every policy for choosing a granularity"),
+    "convert": ("llava.tools.convert_llava_next", "convert checkpoints to and from transformers' LLaVA-NeXT"),
+    "merge": ("llava.tools.merge_lora_weights", "merge an adapter and its base model into one checkpoint"),
+    "report": ("llava.eval.granularity_report", "report accuracy and cost of every policy for choosing a granularity"),
 }
 """Command -> the module of its program, which has `main(argv, prog)`, and what it does."""
 
@@ -46,9 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    command = build_parser().parse_args(words[:1]).command
-    status: int = importlib.import_module(COMMANDS[command][0]).main(words[1:], prog=f"avg-llava {command}")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = build_parser().parse_args(arguments[:1]).command
+    status: int = importlib.import_module(COMMANDS[command][0]).main(arguments[1:], prog=f"avg-llava {command}")
     return status
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 CONTROLLER_HEART_BEAT_EXPIRATION = 30
-"""Seconds without a heart beat after which the controller forgets a worker."""
+"""Seconds without a heartbeat after which the controller forgets a worker."""
 WORKER_HEART_BEAT_INTERVAL = 15
-"""Seconds between two heart beats of a worker."""
+"""LLaVA's value, kept for its callers; workers here follow `HEARTBEAT_SECONDS` of `llava.serve.cluster.registration`."""
 LOGDIR = "."
 """Folder for the log files of the services."""
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 ImageMessage: TypeAlias = "tuple[str, Image.Image | None, str]"
-"""A message with a picture: text, picture, and how `get_images` prepares it (Pad, Default, Crop or Resize)."""
+"""A message with an image: text, image, and how `get_images` prepares it (Pad, Default, Crop or Resize)."""
 Message: TypeAlias = "str | ImageMessage | None"
 """What one turn holds; None or an empty text leaves the turn open for the model to fill."""
 
@@ -37,11 +37,11 @@ class Span(NamedTuple):
 
     Attributes:
         text: of the prompt, as long as it is.
-        is_words: whether somebody's words stand here. The rest is the template's markup, which alone may hold special tokens.
+        is_text: whether it is somebody's text. The rest is the template's markup, which alone may hold special tokens.
     """
 
     text: str
-    is_words: bool
+    is_text: bool
 
 
 class SeparatorStyle(enum.Enum):
@@ -78,9 +78,9 @@ class Conversation:
     """Name of the training format that this template belongs to."""
     skip_next: bool = False
     image_turn: bool = False
-    """Give the picture of the first turn an exchange of its own, `<Image><image></Image>` answered by `Received.`"""
+    """Give the image of the first turn an exchange of its own, `<Image><image></Image>` answered by `Received.`"""
     system_head: str = ""
-    """What stands before the system text, inside `system`."""
+    """The markup in front of the system text, inside `system`."""
 
     def set_system_message(self, text: str) -> None:
         """Replace the system text, keeping the template's markup around it."""
@@ -95,7 +95,7 @@ class Conversation:
         return dataclasses.replace(self, messages=[list(turn) for turn in self.messages])
 
     def get_prompt(self) -> str:
-        """Return the text that the tokenizer sees, with `<image>` where the first turn's picture goes.
+        """Return the text that the tokenizer sees, with `<image>` where the first turn's image goes.
 
         Raises:
             ValueError: the turns do not fit the template (an answer under `plain`, an empty first question under `[INST]`).
@@ -103,7 +103,7 @@ class Conversation:
         return "".join(span.text for span in self.get_spans())
 
     def get_spans(self) -> list[Span]:
-        """Return the prompt as the template's markup and the words that it was filled with; errors as in `get_prompt`."""
+        """Return the prompt as the template's markup and the texts that it was filled with; errors as in `get_prompt`."""
         turns = [(role, _text_of(message)) for role, message in self._turns_with_image_token()]
         build = {
             SeparatorStyle.SINGLE: self._spans_single,
@@ -115,7 +115,7 @@ class Conversation:
         return [span for span in build(turns) if span.text]
 
     def _turns_with_image_token(self) -> list[list[Any]]:
-        """Return the turns, the first one's picture announced by one `<image>` in front of its text."""
+        """Return the turns, the first one's image announced by one `<image>` in front of its text."""
         if not self.messages or not isinstance(self.messages[0][1], tuple):
             return self.messages
         role, message = self.messages[0]
@@ -149,18 +149,18 @@ class Conversation:
         for role, text in turns:
             yield _markup(role + colon + (" " if colon and text else ""))
             if text:
-                yield from word_spans(text)
+                yield from text_spans(text)
                 yield _markup(separators[role == self.roles[1]])
 
     def _spans_plain(self, turns: list[tuple[str, str]]) -> Iterator[Span]:
         yield from self._system_spans()
         for i, (_, text) in enumerate(turns):
             if text:
-                yield from word_spans(text)
+                yield from text_spans(text)
                 yield _markup(self._separators()[1] if i % 2 else self.sep)
 
     def _spans_llama_2(self, turns: list[tuple[str, str]]) -> Iterator[Span]:
-        """Questions in brackets; an answer that follows no question gets brackets without words, because the model answers to brackets."""
+        """Questions in brackets; an answer that follows no question gets empty brackets, because the model answers to brackets."""
         if turns and turns[0][0] == self.roles[0] and not turns[0][1]:
             raise ValueError(
                 f"the first turn is {turns[0]!r}, but an [INST] template starts with a text of {self.roles[0]!r}: "
@@ -173,37 +173,37 @@ class Conversation:
             if text if is_question else not asked:
                 yield _markup(f"{self.sep if begun else ''}[INST] ")  # the tokenizer writes the first bos itself
                 yield from [] if begun else system
-                yield from word_spans(text if is_question else "")
+                yield from text_spans(text if is_question else "")
                 yield _markup(" [/INST]")
                 begun = asked = True
             if text and not is_question:
-                yield from (_markup(" "), *word_spans(text), _markup(f" {self._separators()[1]}"))
+                yield from (_markup(" "), *text_spans(text), _markup(f" {self._separators()[1]}"))
                 asked = False
 
     def _system_spans(self) -> tuple[Span, ...]:
-        """The system text behind its markup; it may be somebody's words (`set_system_message`)."""
+        """The system text behind its markup; it may be a caller's text (`set_system_message`)."""
         head = self.system_head if self.system.startswith(self.system_head) else ""
-        return _markup(head), *word_spans(self.system[len(head) :])
+        return _markup(head), *text_spans(self.system[len(head) :])
 
     def get_images(self, return_pil: bool = False) -> list[Any]:
-        """Return the pictures of the user's turns in order, prepared as each message asks.
+        """Return the images of the user's turns in order, prepared as each message asks.
 
         Args:
             return_pil: give PIL images; otherwise base64 texts of PNG files, as the worker takes them.
         """
         from llava.conversation_images import process_image, to_base64  # and Pillow, which prompts do without
 
-        pictures = [
+        images = [
             process_image(message[1], message[2])
             for role, message in self.messages[self.offset :]
             if role == self.roles[0] and isinstance(message, tuple) and message[1] is not None
         ]
-        return pictures if return_pil else [to_base64(picture, "PNG") for picture in pictures]
+        return images if return_pil else [to_base64(image, "PNG") for image in images]
 
     def to_gradio_chatbot(self) -> list[_Fields]:
         """Return the turns after the template's examples as Gradio's list of `{"role", "content"}` messages.
 
-        A picture comes before its text as an `<img>` element with its own data; an open turn is left out.
+        An image comes before its text as an `<img>` element with its own data; an open turn is left out.
         """
         from llava.conversation_images import process_image, to_base64
 
@@ -218,7 +218,7 @@ class Conversation:
         return shown
 
     def dict(self) -> _Fields:
-        """Return what LLaVA's services log of a conversation; pictures are left out."""
+        """Return what LLaVA's services log of a conversation; images are left out."""
         return {
             "system": self.system,
             "roles": self.roles,
@@ -230,12 +230,12 @@ class Conversation:
 
 
 def _markup(text: str) -> Span:
-    return Span(text, is_words=False)
+    return Span(text, is_text=False)
 
 
-def word_spans(text: str) -> list[Span]:
-    """Somebody's text as words and, where images go, markup."""
-    return [Span(piece, is_words=index % 2 == 0) for index, piece in enumerate(_IMAGE_MARK.split(text)) if piece]
+def text_spans(text: str) -> list[Span]:
+    """Somebody's text as spans of text and, where images go, of markup."""
+    return [Span(piece, is_text=index % 2 == 0) for index, piece in enumerate(_IMAGE_MARK.split(text)) if piece]
 
 
 def spans_between(spans: Sequence[Span], start: int, end: int | None = None) -> list[Span]:

@@ -1,8 +1,8 @@
 """Fetching a small file from a web address that someone else wrote down, without being sent where it should not go.
 
 The host is resolved once, every address it resolves to is checked, and the connection goes to an address that was
-checked: a name cannot answer differently the second time. Each redirect is a new address and passes the same door. One
-clock covers the whole errand and one cap the whole body. Proxies of the environment are not used, because then another
+checked: a name cannot answer differently the second time. Each redirect is a new address and passes the same checks. One
+time limit covers the whole fetch and one size limit the whole body. Proxies of the environment are not used, because then another
 machine would do the resolving.
 """
 

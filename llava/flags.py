@@ -95,14 +95,14 @@ class Parser(GroupedHelp):
         self.first = first
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        words = sys.argv[1:] if args is None else args
-        return super().parse_known_args([self._with_dashes(word) for word in words], namespace)
+        arguments = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._with_dashes(argument) for argument in arguments], namespace)
 
-    def _with_dashes(self, word: str) -> str:
-        flag, equals, value = word.partition("=")
+    def _with_dashes(self, argument: str) -> str:
+        flag, equals, value = argument.partition("=")
         dashed = flag.replace("_", "-")
         known = flag.startswith("--") and any(name.startswith(dashed) for name in self._option_string_actions)
-        return f"{dashed}{equals}{value}" if known else word
+        return f"{dashed}{equals}{value}" if known else argument
 
 
 class OneValue(argparse.Action):
@@ -130,8 +130,8 @@ def add_ignored(group: FlagGroup, reasons: Mapping[str, str]) -> None:
         reasons: flag -> why it changes nothing.
     """
     for flag, reason in reasons.items():
-        words = f"{flag} changes nothing: {reason}"
-        group.add_argument(flag, action="append_const", dest="ignored", const=words, default=[], help=argparse.SUPPRESS)
+        warning = f"{flag} changes nothing: {reason}"
+        group.add_argument(flag, action="append_const", dest="ignored", const=warning, default=[], help=argparse.SUPPRESS)
 
 
 def add_log_level(group: FlagGroup, default: str = "info") -> None:
@@ -144,8 +144,8 @@ def start_logging(args: argparse.Namespace, logger: logging.Logger) -> None:
     from llava.log import setup_logging
 
     setup_logging(args.log_level.upper())
-    for words in getattr(args, "ignored", []):
-        logger.warning(words)
+    for warning in getattr(args, "ignored", []):
+        logger.warning(warning)
 
 
 # ---- which model answers, and how
@@ -227,6 +227,6 @@ def add_answer_flags(group: FlagGroup, with_beams: bool = True) -> None:
     group.add_argument("--temperature", type=float, default=DEFAULTS["temperature"], metavar="T", help="0 decodes greedily")
     group.add_argument("--top-p", type=float, metavar="P", help="nucleus sampling, with --temperature above 0")
     if with_beams:
-        group.add_argument("--num-beams", type=int, default=DEFAULTS["num_beams"], metavar="N", help="beam search with so many beams")
+        group.add_argument("--num-beams", type=int, default=DEFAULTS["num_beams"], metavar="N", help="beam search with N beams")
     group.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
     group.add_argument("--conv-mode", metavar="NAME", help="conversation template; without it the checkpoint's own")

@@ -43,7 +43,7 @@ MAX_PPM_HEADER = 1_024
 MAX_SLOW_BYTES = 1_000_000
 """Bytes of a file that Pillow decodes step by step in Python: numbers written out in a PPM, run lengths in a BMP."""
 MAX_PARTS = 250_000
-"""Strips or tiles of a TIFF: the smallest tiles have 16 pixels a side, and 64 megapixels hold so many. They take Pillow a second."""
+"""Strips or tiles of a TIFF: the smallest tiles have 16 pixels a side, and 64 megapixels hold this many. They take Pillow a second."""
 
 _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 _JPEG_MARK = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")

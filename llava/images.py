@@ -343,7 +343,7 @@ def check_aspect_ratio(size: tuple[int, int]) -> None:
     width, height = size
     if max(size) > MAX_ASPECT_RATIO * min(size):
         raise ImageError(
-            f"the image is {width} x {height} pixels, expected sides that differ at most {MAX_ASPECT_RATIO}-fold: "
+            f"the image is {width} x {height} pixels, expected an aspect ratio of at most {MAX_ASPECT_RATIO}:1: "
             "crop it or cut it into pieces"
         )
 

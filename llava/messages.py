@@ -86,22 +86,22 @@ class Options:
 
 
 def images_first(parts: Sequence[str]) -> list[str]:
-    """The parts of a turn, its images in front where they all stand together behind the words.
+    """The parts of a turn, its images in front where they all follow its text together.
 
-    The models were trained with a turn's images in front of its words, and transformers' LLaVA templates write them there, while most
-    clients send the words first. Words between images, or on both sides of them, say something by their place and keep it.
+    The models were trained with a turn's images in front of its text, and transformers' LLaVA templates write them there, while most
+    clients send the text first. Text between images, or on both sides of them, says something by its place and keeps it.
 
     Args:
-        parts: texts, `<image>` for an image. Beside images, parts of white space alone are left out: they are no words.
+        parts: texts, `<image>` for an image. Beside images, parts of white space alone are left out.
     """
     if DEFAULT_IMAGE_TOKEN not in parts:
         return list(parts)
     filled = [part for part in parts if part.strip()]
-    num_words = len(filled)
-    while num_words and filled[num_words - 1] == DEFAULT_IMAGE_TOKEN:
-        num_words -= 1
-    words, images = filled[:num_words], filled[num_words:]
-    return filled if any(DEFAULT_IMAGE_TOKEN in part for part in words) else images + words
+    num_texts = len(filled)
+    while num_texts and filled[num_texts - 1] == DEFAULT_IMAGE_TOKEN:
+        num_texts -= 1
+    texts, images = filled[:num_texts], filled[num_texts:]
+    return filled if any(DEFAULT_IMAGE_TOKEN in part for part in texts) else images + texts
 
 
 def text_of_parts(parts: Sequence[str]) -> str:
@@ -121,7 +121,7 @@ def normalise_turns(messages: Sequence[Message], num_images: int) -> list[Messag
 
     Whoever keeps a conversation sends more than that, and all of it is answered:
 
-    - Turns of no words and no image are left out: an empty system field, an answer that was stopped before its first word.
+    - Turns without text and image are left out: an empty system field, an answer that was stopped before its first word.
     - Turns of one role in a row become one, a line each.
     - A system turn behind the first others is written as the user's: the templates have one place for a system text, in front.
     - An assistant may speak first (a stored greeting) and last (answered with a further turn).
@@ -129,7 +129,7 @@ def normalise_turns(messages: Sequence[Message], num_images: int) -> list[Messag
 
     Args:
         messages: turns; `<image>` (or `<image-placeholder>`) marks an image's place. Where no turn has one, the first turn of the user's
-            with words begins with all of them.
+            with text begins with all of them.
         num_images: how many images there are.
 
     Returns:
@@ -167,7 +167,7 @@ def _with_places(turns: Sequence[Message], num_images: int) -> list[Message]:
         return [marked if index == first else turn for index, turn in enumerate(turns)]
     if written != num_images and users:
         raise ValueError(
-            f"The text holds {written} <image> placeholders, but {num_images} pictures were given; make them agree or leave them out."
+            f"The text holds {written} <image> placeholders, but {num_images} images were given; make them agree or leave them out."
         )
     return list(turns)
 
@@ -177,7 +177,7 @@ def _check_roles(turns: Sequence[Message]) -> None:
         if turn.role not in ROLES:
             raise ValueError(f"Turn {index} has the role {turn.role!r}, expected one of {', '.join(ROLES)}.")
         if turn.role == "system" and DEFAULT_IMAGE_TOKEN in turn.text:
-            raise ValueError("The system turn holds an <image> placeholder; put pictures into the user's turns.")
+            raise ValueError("The system turn holds an <image> placeholder; put images into the user's turns.")
 
 
 def _check_question(turns: Sequence[Message]) -> None:

@@ -111,25 +111,25 @@ def tokenizer_image_token(
 
 
 def tokenize_spans(spans: Sequence[Span], tokenizer: Any, image_token_index: int = IMAGE_TOKEN_INDEX) -> list[int]:
-    """Tokenise a prompt whose words are text, whatever they hold: special tokens come from its markup alone.
+    """Tokenise a prompt in which special tokens come from the template's markup alone, whatever the texts in it spell.
 
-    The ids are those of `tokenizer_image_token` on the whole prompt, except where words spell a special token (`</s>`): there they are
-    what the tokenizer makes of those characters as of any others, so that no words can end their own turn and speak for another role.
+    The ids are those of `tokenizer_image_token` on the whole prompt, except where a text spells a special token (`</s>`): there they
+    are what the tokenizer makes of those characters as of any others, so that no text can end its own turn and speak for another role.
 
     Args:
         spans: the prompt, as `Conversation.get_spans` gives it.
         tokenizer, image_token_index: as in `tokenizer_image_token`.
 
     Raises:
-        ValueError: words that spell a special token, with a tokenizer that is none of the `tokenizers` library.
+        ValueError: a text that spells a special token, with a tokenizer that is none of the `tokenizers` library.
     """
     prompt = "".join(span.text for span in spans)
     special = special_texts(tokenizer)
-    from_markup = sum(len(special.findall(span.text)) for span in spans if not span.is_words)
+    from_markup = sum(len(special.findall(span.text)) for span in spans if not span.is_text)
     if len(special.findall(prompt)) == from_markup:
         return _plain_ids(prompt, tokenizer, image_token_index)
     plain = plain_tokenizer(tokenizer)
-    marked = "".join(span.text if span.is_words or span.text == DEFAULT_IMAGE_TOKEN else plain.mark(span.text) for span in spans)
+    marked = "".join(span.text if span.is_text or span.text == DEFAULT_IMAGE_TOKEN else plain.mark(span.text) for span in spans)
     return _ids_around_images(marked, tokenizer, plain.encode, image_token_index)
 
 

@@ -118,7 +118,7 @@ def test_words_and_markup_make_up_the_prompt(name: str) -> None:
     conversation.set_system_message("" if "plain" in name else "<s>")
     spans = conversation.get_spans()
     assert "".join(span.text for span in spans) == conversation.get_prompt()
-    words = [span.text for span in spans if span.is_words]
+    words = [span.text for span in spans if span.is_text]
     shown = [text for _, text in conversation.messages[: conversation.offset]]
     expected = ["a ", " b"] if "plain" in name else ["<s>", "a ", " b", "</s>", "\n<im_start>"]
     assert [text for text in words if text not in shown] == expected

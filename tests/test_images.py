@@ -179,7 +179,7 @@ def test_decoding_twice_gives_the_same() -> None:
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not a readable image"),
         (png_header(30_000, 30_000), "900000000 pixels"),
         (png_header(10_000, 10_000), "10000 x 10000 = 100,000,000 pixels, expected at most 64,000,000"),
-        (png_header(1, 4000), "1 x 4000 pixels, expected sides that differ at most 200-fold"),
+        (png_header(1, 4000), "1 x 4000 pixels, expected an aspect ratio of at most 200:1"),
         (png_header(4000, 19), "4000 x 19 pixels"),
         (png_header(0, 10), "image"),
         (png_header(50, 50), "truncated or broken"),

@@ -114,12 +114,12 @@ def test_a_prompt_may_hold_the_beginning_of_the_answer():
 @pytest.mark.parametrize(
     ("messages", "count", "message"),
     [
-        ([Message("system", "<image>"), Message("user", "a")], 1, "put pictures into the user's turns"),
+        ([Message("system", "<image>"), Message("user", "a")], 1, "put images into the user's turns"),
         ([Message("human", "a")], 0, "role 'human', expected one of system, user, assistant"),
         ([Message("user", "  ")], 0, "Turn 0 is empty"),
         ([Message("user", "a"), Message("assistant", "b"), Message("user", "")], 1, "Turn 2 is empty"),
-        ([Message("user", "<image> <image> same?")], 1, "holds 2 <image> placeholders, but 1 pictures"),
-        ([Message("user", "<image> what?")], 0, "holds 1 <image> placeholders, but 0 pictures"),
+        ([Message("user", "<image> <image> same?")], 1, "holds 2 <image> placeholders, but 1 images"),
+        ([Message("user", "<image> what?")], 0, "holds 1 <image> placeholders, but 0 images"),
         ([Message("system", "a"), Message("assistant", "b")], 1, "no turn of the user's"),
         ([], 0, "no turn of the user's"),
     ],

@@ -124,8 +124,8 @@ def test_any_conversation_becomes_one_that_templates_can_write(turns, count, nor
         (["s:x", "u:", "a:r"], 0, "Turn 1 is empty; give a question."),
         (["u:q", "a:r", "u:\n"], 0, "Turn 2 is empty; give a question."),
         (["u:<image>q", "a:r", "u:", "a:"], 1, "Turn 2 is empty; give a question."),
-        (["u:<image>q"], 0, "holds 1 <image> placeholders, but 0 pictures"),
-        (["u:<image>q"], 2, "holds 1 <image> placeholders, but 2 pictures"),
+        (["u:<image>q"], 0, "holds 1 <image> placeholders, but 0 images"),
+        (["u:<image>q"], 2, "holds 1 <image> placeholders, but 2 images"),
         (["s:<image>", "u:q"], 1, "system turn holds an <image>"),
     ],
 )
@@ -154,6 +154,6 @@ def test_whatever_is_sent_is_written_whole_or_refused(turns, num_images, templat
     assert all(one != other for one, other in pairwise(roles))
     # every word is there, in order, as words; the template's own texts hold none of them
     spans = prompt_spans(turns, num_images, template)
-    written = "".join(span.text for span in spans if span.is_words).split()
+    written = "".join(span.text for span in spans if span.is_text).split()
     assert "".join(written).endswith("".join("".join(turn.text for turn in turns).split()))
     assert sum(span.text == "<image>" for span in spans) == num_images

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, StoppingCriteriaList
 
 from llava import mm_utils
-from llava.conversation import Span, conv_templates, get_template, word_spans
+from llava.conversation import Span, conv_templates, get_template, text_spans
 from llava.crops import load_image_processor
 from llava.images import ImageError
 from llava.tokenizer import load_tokenizer
@@ -152,7 +152,7 @@ def test_a_text_that_spells_bos_keeps_its_first_tokens(tmp_path: Path) -> None:
 
 def spans_of(*texts: str) -> list[Span]:
     """Markup and words in turns."""
-    return [span for index, text in enumerate(texts) for span in (word_spans(text) if index % 2 else [Span(text, False)])]
+    return [span for index, text in enumerate(texts) for span in (text_spans(text) if index % 2 else [Span(text, False)])]
 
 
 def tokenizers_of_every_kind(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.routing import allowed_levels
 
 TRIED = 100
-"""After so many questions that the model cannot answer, and none that it can, the flags are at fault."""
+"""After this many questions that the model cannot answer, and none that it can, the flags are at fault."""
 
 
 def check_routing(assistant: Assistant, request: RoutingRequest) -> None:

@@ -1,4 +1,9 @@
-"""The model: stage files, the page that composes them (`llava_arch.py`), and thin language model families."""
+"""The model: a file per step, `compose.py`, which composes them, LLaVA's layout (`llava_arch.py`) and the native one (`native/`).
+
+The model has two *faces*, classes under one contract each over the same composer: LLaVA's (`llava_arch.py`, mixed into a text model in
+`language_model/`) and that of transformers' own models (`native/`). A face decides how a prompt marks an image, what `generate` takes and
+returns, and how the weights are named.
+"""
 
 from llava.model.config import LlavaConfig, LlavaMistralConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM

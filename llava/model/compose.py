@@ -1,4 +1,4 @@
-"""The page that composes the model: read this first.
+"""Composes the model from its steps: start here.
 
     images ── cut into views ──> ImageInput ──with_features──> features ──router_logits──> logits ──RoutingPlan.choose──> a level per image
                                                                   │                                                       │
@@ -47,7 +47,7 @@ class ImageInput:
 
     tensor: its views (C, 3, S, S); once it is encoded, their features (C, P, D). Without the axis C it is a single view that is laid out
         flat, without a newline vector, whatever the configuration's merge type.
-    size: (width, height) in pixels; only an image with tiles needs it.
+    size: (width, height) in pixels; needed only for images with tiles.
     is_encoded: whether `tensor` holds features.
     """
 
@@ -154,7 +154,7 @@ class Composer:
 
         Args:
             rows: B prompts, from `prompt_rows`.
-            images: their N images in reading order, encoded or not; one object that stands in several places is encoded once.
+            images: their N images in reading order, encoded or not; an object that appears several times is encoded once.
             requests: one for all rows, or one per row; by default the router chooses.
             timer: called with `vision`, `router` and `splice` around the three parts.
             always_route: ask the router even where a request leaves it no choice.
@@ -268,7 +268,7 @@ class Composer:
 
         Args:
             num_views: its views, the whole view included.
-            image_size: (width, height) in pixels; only an image with tiles needs it.
+            image_size: (width, height) in pixels; needed only for images with tiles.
             is_flat: see `ImageInput`.
         """
         config = self.config
@@ -287,7 +287,7 @@ class Composer:
         return self.layouts(num_views, image_size)[self.level_of(granularity)].num_tokens
 
     def level_of(self, granularity: int) -> int:
-        """The index of the level with so many tokens per view.
+        """The index of the level with this many tokens per view.
 
         Raises:
             ValueError: the model has no such level.

@@ -4,8 +4,8 @@
 those of *new* models. A checkpoint written before a field existed gets the value it was trained with, from `RELEASED_VALUES`,
 in `from_dict` and nowhere else, so that no reader ever asks whether a model is old.
 
-Beside each field stands what it may be. A file is judged by these rules before transformers, or anything of ours, reads it: wrong
-values would otherwise end in whatever error the first code to use them raises, after minutes of building or in the middle of an answer.
+Each field is declared with the values it may have. A file is judged by these rules before transformers, or anything of ours, reads it:
+wrong values would otherwise end in whatever error the first code to use them raises, after minutes of building or amid an answer.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def ruled(rule: Rule) -> dict[str, Rule]:
 
 @dataclass(kw_only=True)
 class GranularityFields:
-    """What every configuration of ours says of the way from features to visual tokens, whichever face its model has.
+    """What every configuration of ours says of the way from features to visual tokens, whichever face (see `llava.model`) its model has.
 
     Image to tokens
         mm_projector_type: `linear`, `mlpNx_gelu` or `identity`.
@@ -227,7 +227,7 @@ class GranularityFields:
         router_text_fill: what fills the text slots of a short instruction: `zeros`, or, as published, in training the `answer`.
         filtered_text_num: how many instruction tokens the router sees.
     Text
-        description: what the model is and knows, in a sentence or two for people who ask it.
+        description: what the model is and knows, in a sentence or two for its users.
         conv_version: the conversation template the model was trained with.
     """
 
@@ -289,12 +289,12 @@ class MultimodalFields(GranularityFields):
         mm_hidden_size: width of the tower's features.
         mm_vision_select_layer: which hidden state is the feature (-1: after the last layer, -2: the one before).
         mm_vision_select_feature: `patch` drops the class token, `cls_patch` keeps it.
-    Picture to tokens
+    Image to tokens
         image_aspect_ratio: `square` (resize and centre-crop), `pad` (to a square), `anyres` (whole view plus tiles).
         image_grid_pinpoints: the canvases of `anyres`, (width, height) in pixels.
     Text
         tokenizer_padding_side, tokenizer_model_max_length: what training used. Generation pads left whatever this says.
-        mm_use_im_start_end, mm_use_im_patch_token: LLaVA's extra tokens around a picture.
+        mm_use_im_start_end, mm_use_im_patch_token: LLaVA's extra tokens around an image.
     """
 
     mm_vision_tower: str | None = field(default=None, metadata=ruled(optional(Text())))

@@ -1,7 +1,9 @@
-"""LLaVA's face on the composer: its parts under their released names, and its contract.
+"""LLaVA's face: the model with the interface and the parameter names of the released LLaVA, on top of `compose.Composer`.
 
-LLaVA marks an image's place by one id that is no token (-200), takes images in several containers, and generates new tokens only. What
-happens between prompt and language model is in `compose.py`.
+`LlavaMetaModel` holds vision tower, projector, newline vector and router beside the language model's layers; `LlavaMetaForCausalLM` turns
+prompts and images into its inputs. `language_model/` mixes both into Llama and Mistral. As in LLaVA, a prompt marks an image by one id that
+is no token (-200), images come in several containers, and `generate` returns the new tokens only. What happens between prompt and
+language model is in `compose.py`.
 
 Legend: as in `compose.py`.
 """

@@ -50,7 +50,7 @@ def merged_layout(
         tiles: (down, across) tiles of its canvas; `None` for a single view.
         image_size: (width, height) of the image in pixels.
         merge_type: `flat` keeps every view as it is, `spatial` joins the tiles, `spatial_unpad` also cuts padding and adds newlines.
-        unpad_rule: `picture` or `pooled_grid`; see `MultimodalFields`.
+        unpad_rule: `picture` or `pooled_grid`; see `GranularityFields`.
 
     Raises:
         ValueError: tiles that do not make up the views.

@@ -1,4 +1,7 @@
-"""How the rows of a processor's call become one batch, under transformers' names."""
+"""The text options of `AvgLlavaProcessor` (padding, truncation, tensors or lists), and how they make one batch of its prompts' ids.
+
+The options have the names and meanings that transformers' processors give them.
+"""
 
 from __future__ import annotations
 
@@ -26,21 +29,22 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbose": (False, True),
     "do_convert_rgb": (True,),
 }
-"""What transformers' processors take besides, with the values that change nothing here; `None` is one of any name's."""
+"""Further options of transformers' processors, each with the values that are accepted because they change nothing here; so is `None`."""
 
 
 @dataclass(frozen=True)
 class TextOptions:
-    """
+    """How prompts of different lengths are cut, padded and returned.
+
     Attributes:
         return_tensors: "pt", or `None` for lists of ids.
         padding: `True` or "longest" pads the rows to one length, "max_length" to `max_length`; generation takes either side.
         padding_side: "left" or "right"; by default the tokenizer's.
-        pad_to_multiple_of: of what the padded length is a multiple.
+        pad_to_multiple_of: the padded length is rounded up to a multiple of it.
         truncation: cut rows to `max_length` ids, the tokenizer's own length by default; an image counts as one and is never cut off.
         max_length: with `truncation` or with padding to it.
         add_special_tokens: whether a row begins with what the tokenizer puts in front of every text.
-        return_attention_mask: whether it is given.
+        return_attention_mask: whether the batch has one.
 
     Raises:
         ValueError: a value that is none of these, by name.

@@ -25,9 +25,9 @@ HELP = """\
 /image PATH [PATH ...]     images for the next question (files, or http(s) addresses);
                            a question may also begin with the paths of image files
 /granularity auto|N|N,M    let the router choose, fix the tokens per view, or limit the choice
-/budget N|off              visual tokens of all pictures together
+/budget N|off              visual tokens of all images together
 /history                   what was said
-/clear                     forget it, pictures too
+/clear                     forget it, images too
 /help                      this list
 /exit                      leave; so does the end of the input
 Ctrl-C stops an answer; at an empty prompt, a second one leaves."""
@@ -40,14 +40,14 @@ IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
 
 @dataclass
 class Conversation:
-    """What was said. waiting: pictures for the next question. images: those of the turns, in order."""
+    """What was said. waiting: images for the next question. images: those of the turns, in order."""
 
     turns: list[Message] = field(default_factory=list)
     images: list[Image.Image] = field(default_factory=list)
     waiting: list[Image.Image] = field(default_factory=list)
 
     def asked(self, question: str) -> tuple[list[Message], list[Image.Image]]:
-        """Turns and pictures with a new question at the end; nothing is kept yet."""
+        """Turns and images with a new question at the end; nothing is kept yet."""
         places = (DEFAULT_IMAGE_TOKEN + "\n") * len(self.waiting)
         return [*self.turns, Message("user", places + question)], [*self.images, *self.waiting]
 
@@ -119,7 +119,7 @@ class Chat:
         try:
             files, line = leading_files(line) if not self._is_command(line) else ([], line)
             if files:
-                self.add_images(load_pictures(files))
+                self.add_images(load_files(files))
             if line.startswith("/"):
                 self._command(line[1:])
             elif line:
@@ -147,7 +147,7 @@ class Chat:
 
     def _answer(self, question: str) -> None:
         if DEFAULT_IMAGE_TOKEN in question:
-            raise ValueError(f"The question holds {DEFAULT_IMAGE_TOKEN}; add pictures with /image instead.")
+            raise ValueError(f"The question holds {DEFAULT_IMAGE_TOKEN}; add images with /image instead.")
         turns, images = self.conversation.asked(question)
         stream, said, start = self.assistant.stream(images, turns, self.options), "", perf_counter()
         try:
@@ -169,14 +169,14 @@ class Chat:
 
     def _image(self, rest: str) -> None:
         if not rest:
-            raise ValueError("/image needs the path of a picture.")
-        self.add_images(load_pictures([rest] if os.path.isfile(rest) else rest.split()))
+            raise ValueError("/image needs the path of an image.")
+        self.add_images(load_files([rest] if os.path.isfile(rest) else rest.split()))
 
     def add_images(self, loaded: Sequence[Image.Image]) -> None:
-        """Take pictures for the next question."""
+        """Take images for the next question."""
         self.conversation.waiting += loaded
         sizes = ", ".join(f"{image.width} x {image.height}" for image in loaded)
-        self._say(self.terminal.dim(f"{pictures(len(self.conversation.waiting))} for the next question ({sizes} added)"))
+        self._say(self.terminal.dim(f"{image_count(len(self.conversation.waiting))} for the next question ({sizes} added)"))
 
     def _granularity(self, rest: str) -> None:
         try:
@@ -219,9 +219,9 @@ class Chat:
         for turn in self.conversation.turns:
             places = turn.text.count(DEFAULT_IMAGE_TOKEN)
             text = turn.text.replace(DEFAULT_IMAGE_TOKEN + "\n", "")
-            self._say(f"{turn.role}: {printable(text) or '(nothing)'}" + (f"  [{pictures(places)}]" if places else ""))
+            self._say(f"{turn.role}: {printable(text) or '(nothing)'}" + (f"  [{image_count(places)}]" if places else ""))
         if self.conversation.waiting:
-            self._say(self.terminal.dim(f"{pictures(len(self.conversation.waiting))} for the next question"))
+            self._say(self.terminal.dim(f"{image_count(len(self.conversation.waiting))} for the next question"))
 
     def _clear(self, rest: str) -> None:
         self.conversation = Conversation()
@@ -231,11 +231,11 @@ class Chat:
         self.over = True
 
 
-def load_pictures(names: Sequence[str]) -> list[Image.Image]:
+def load_files(names: Sequence[str]) -> list[Image.Image]:
     """Load files and web addresses.
 
     Raises:
-        ValueError: a picture that cannot be used.
+        ValueError: an image that cannot be used.
     """
     return load_images([os.path.expanduser(name) for name in names], allow_remote=True)
 
@@ -243,7 +243,7 @@ def load_pictures(names: Sequence[str]) -> list[Image.Image]:
 def leading_files(line: str) -> tuple[list[str], str]:
     """The image files that a line begins with, and the rest of it: whoever drops files into a terminal gets their paths typed.
 
-    A path may be quoted, or have its spaces escaped, as terminals do it, or stand as it is.
+    A path may be quoted, or have its spaces escaped, as terminals do it, or be written as it is.
     """
     files = []
     while (found := _leading_file(line)) is not None:
@@ -253,7 +253,7 @@ def leading_files(line: str) -> tuple[list[str], str]:
 
 
 def _leading_file(line: str) -> tuple[str, str] | None:
-    """The longest beginning of a line that names an image file, and what stands behind it."""
+    """The longest beginning of a line that names an image file, and the rest."""
     ends = [match.start() for match in re.finditer(r"(?=\s)|$", line[:MAX_PATH])]
     for end in reversed(ends):
         if Path(line[:end].rstrip("'\"")).suffix.lower() not in IMAGE_SUFFIXES:
@@ -267,15 +267,15 @@ def _leading_file(line: str) -> tuple[str, str] | None:
 def _as_typed(text: str) -> list[str]:
     """What a text may mean as one path: itself, and what a shell would read."""
     try:
-        words = shlex.split(text)
+        arguments = shlex.split(text)
     except ValueError:  # an apostrophe that closes nothing
         return [text]
-    return [text, *words] if len(words) == 1 else [text]
+    return [text, *arguments] if len(arguments) == 1 else [text]
 
 
-def pictures(count: int) -> str:
-    """`1 picture`, `2 pictures`."""
-    return f"{count} picture{'' if count == 1 else 's'}"
+def image_count(count: int) -> str:
+    """`1 image`, `2 images`."""
+    return f"{count} image{'' if count == 1 else 's'}"
 
 
 def printable(text: str) -> str:
@@ -299,15 +299,15 @@ def cost_line(answer: Answer, total: float) -> str:
 
 
 def make_chat(args: argparse.Namespace, terminal: Terminal) -> Chat:
-    """Load the first pictures, and then the model that the flags name: a picture that is not there is told before the weights are read.
+    """Load the first images, and then the model that the flags name: a missing image is reported before the weights are read.
 
     Raises:
-        ValueError: flags, a checkpoint or a picture that cannot work. OSError: files that cannot be read.
+        ValueError: flags, a checkpoint or an image that cannot work. OSError: files that cannot be read.
     """
     if args.load_8bit and args.load_4bit:
         raise ValueError("--load-8bit and --load-4bit are both given; choose one.")
     options = options_of(args)
-    first = load_pictures(args.image_file)
+    first = load_files(args.image_file)
     assistant = Assistant.load(args.model_path, args.model_base, load_8bit=args.load_8bit, load_4bit=args.load_4bit, device=args.device)
     chat = Chat(assistant, options, terminal)
     chat._route(options.routing)

@@ -1,4 +1,4 @@
-"""`python -m llava.train.dataset`: a door to the program in `llava.train.check`."""
+"""`python -m llava.train.dataset`: an entry point to the program in `llava.train.check`."""
 
 from __future__ import annotations
 

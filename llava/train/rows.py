@@ -1,7 +1,7 @@
 """A row of training data: what it is, how it is read into ids, labels and views, and why it may be refused.
 
-A row is `{"conversations": [{"from", "value"}, ...]}` with `"image"`, one file name or a list of them; other keys are ignored. Where rows
-come from (`index.py`, `mixture.py`) and how they are batched (`dataset.py`) is not known here.
+A row is `{"conversations": [{"from", "value"}, ...]}` with `"image"`, one file name or a list of them; other keys are ignored, except
+`UNREAD_KEYS`, which are refused. Where rows come from (`index.py`, `mixture.py`) and how they are batched (`data.py`) is not known here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ UNREAD_KEYS: dict[str, str] = {
     "video": _DROP, "videos": _DROP, "audio": _DROP, "audios": _DROP,
 }  # fmt: skip
 """Keys under which other trainers' rows hold their image, video or audio, and what to do about each. They are not read, so the model would
-be trained on the text without the thing it is about."""
+be trained on the text without its image, video or audio."""
 
 
 class BadSampleError(ValueError):
@@ -138,7 +138,7 @@ def measure(row: Any) -> RowMeasures:
 
 
 def num_views(config: Any, image_size: tuple[int, int]) -> int:
-    """Views of an image of (width, height) `image_size`: one, or under anyres the overview and its tiles."""
+    """Views of an image of (width, height) `image_size`: one, or under anyres the whole view and its tiles."""
     if config.image_aspect_ratio != "anyres":
         return 1
     across, down = get_anyres_image_grid_shape(image_size, config.image_grid_pinpoints, config.vision_config["image_size"])

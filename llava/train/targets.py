@@ -19,7 +19,7 @@ from llava.constants import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
 )
-from llava.conversation import Conversation, SeparatorStyle, Span, spans_between, word_spans
+from llava.conversation import Conversation, SeparatorStyle, Span, spans_between, text_spans
 from llava.messages import put_images_first
 from llava.mm_utils import tokenize_spans
 
@@ -68,7 +68,7 @@ def place_images(
 ) -> list[dict[str, str]]:
     """Move the placeholders of a row to where training expects them.
 
-    A single image goes in front of its turn, on a line of its own, as in LLaVA. So do several that stand together behind the text
+    A single image goes in front of its turn, on a line of its own, as in LLaVA. So do several that follow the text together
     (`llava.messages.images_first`); otherwise they stay where they are.
 
     Args:
@@ -188,8 +188,8 @@ def _caption_segments(exchange: Sequence[tuple[str, str]], template: Conversatio
             f"{len(exchange)} turns starting with {exchange[0][1][:40]!r}; choose another --version or drop the row."
         )
     placeholders = DEFAULT_IMAGE_TOKEN * exchange[0][1].count(DEFAULT_IMAGE_TOKEN)
-    caption = (*word_spans(exchange[1][1]), Span(template.sep, is_words=False))
-    return [Segment(tuple(word_spans(template.system + placeholders)), False), Segment(caption, True)]
+    caption = (*text_spans(exchange[1][1]), Span(template.sep, is_text=False))
+    return [Segment(tuple(text_spans(template.system + placeholders)), False), Segment(caption, True)]
 
 
 def _write(segments: list[Segment], conversation: Conversation, supervised: bool) -> None:

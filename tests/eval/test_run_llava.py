@@ -39,7 +39,7 @@ def test_the_published_argument_object_prints_and_returns_the_answer(oracle, pic
 def test_several_files_are_joined_by_the_separator(oracle, picture, capsys):
     both = eval_model(arguments(oracle, image_file=f"{picture};{picture}", sep=";"))
     assert capsys.readouterr().out == both + "\n"
-    with pytest.raises(ValueError, match="holds 1 <image> placeholders, but 2 pictures"):
+    with pytest.raises(ValueError, match="holds 1 <image> placeholders, but 2 images"):
         eval_model(arguments(oracle, image_file=f"{picture},{picture}", query="<image> What is it?"))
 
 

@@ -147,7 +147,7 @@ def test_history_and_clear(chat, tmp_path):
     Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
     say(chat, f"/image {tmp_path}/a.png", "What colour?", "/history", "/clear", "/history", "Now?")
     text = "".join(chat.written)
-    assert text.count("user: What colour?  [1 picture]") == 1 and text.count("assistant: It is red.") == 1
+    assert text.count("user: What colour?  [1 image]") == 1 and text.count("assistant: It is red.") == 1
     assert chat.assistant.calls[-1][:2] == ([], [Message("user", "Now?")])
 
 
@@ -335,4 +335,4 @@ def test_pictures_are_counted_in_words(chat, tmp_path):
     Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
     say(chat, f"/image {tmp_path}/a.png", f"/image {tmp_path}/a.png")
     text = "".join(chat.written)
-    assert "1 picture for the next question (20 x 10 added)" in text and "2 pictures for the next question" in text
+    assert "1 image for the next question (20 x 10 added)" in text and "2 images for the next question" in text

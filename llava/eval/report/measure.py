@@ -1,5 +1,6 @@
-"""The cost of an answer, measured with single requests to `Assistant.answer`; policies take turns, so that the machine's load hits all.
+"""The cost of an answer, measured with single requests to `Assistant.answer`.
 
+Policies take turns, so that the machine's load affects all equally.
 Times and peak memory come from separate passes, because profiling every allocation slows a request down.
 """
 

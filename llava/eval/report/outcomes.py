@@ -24,7 +24,7 @@ FEWEST_IMAGES = 20
 
 
 def tail(images: int) -> float:
-    """The share that a 95 % interval cuts off at each end of a bootstrap over so many images.
+    """The share that a 95 % interval cuts off at each end of a bootstrap over this many images.
 
     It is below 2.5 %: a plain percentile interval is too narrow for small samples, by the factor sqrt((n - 1) / n) and because it has the
     tails of the normal distribution. The expanded percentile interval corrects both, with the quantile of Student's t in place of the

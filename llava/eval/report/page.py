@@ -1,6 +1,6 @@
-"""The report as one HTML file that asks for nothing else: style, plots and images are inside, and there is no script.
+"""The report as one HTML file that needs no other file: style, plots and images are inside, and there is no script.
 
-What it looks like stands in `templates/`. All texts that come from questions, models or files are escaped by the template engine.
+Its layout is in `templates/`. All texts that come from questions, models or files are escaped by the template engine.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ LEGEND_COLUMN = 250
 """Width in pixels of the longest line of the legend."""
 COLOURS = {"#7b8a87": "grey", "#b42318": "bad", "#7c6cd0": "violet", "#3b82c4": "blue", "#e0a400": "gold", "#0f766e": "accent",
            "#5c6b68": "soft", "#dde3e1": "line", "#ffffff": "card"}  # fmt: skip
-"""What matplotlib is told, and the variable of the page's style that takes its place: a light and a dark page share one drawing."""
+"""Placeholder colours given to matplotlib, and the variables of the page's style that replace them: light and dark pages share one."""
 SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none", "font.size": 12.5, "text.parse_math": False, "legend.fontsize": 12,
     "axes.edgecolor": "none", "axes.facecolor": "none", "figure.facecolor": "none", "axes.labelcolor": "#5c6b68",

@@ -54,7 +54,7 @@ def run(settings: Settings) -> str | None:
         What crashed, in one sentence, or `None`.
 
     Raises:
-        ValueError: a model or policy that cannot work, a finished report in the way, or no answer at all.
+        ValueError: a model or policy that cannot work, an existing finished report, or no answer at all.
         OSError: a model or a folder that cannot be read, or no room for what is written. ImportError: matplotlib is missing.
     """
     task, output = settings.task, settings.output

@@ -1,4 +1,4 @@
-"""What a report is asked for: its flags, read and checked as far as possible without the model."""
+"""A report's settings: its flags, read and checked as far as possible without the model."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from llava.eval.report.texts import baseline_text, empty_answers, grouped, no_in
 
 Row = Mapping[str, Any]
 Columns = Mapping[str, Callable[[Row], Any]]
-"""What makes a cell of a row, by the column's head."""
+"""What makes a cell of a row, by the column's header."""
 
 
 def _cost(name: str, form: str) -> Callable[[Row], str]:
@@ -29,7 +29,7 @@ def _accuracy(row: Row) -> str:
 
 
 def columns(report: Row, against_finest: bool = False) -> Columns:
-    """The table of policies. With several families accuracy and tokens are means over them, and the heads say so.
+    """The table of policies. With several families accuracy and tokens are means over them, and the headers say so.
 
     Args:
         against_finest: with the difference in accuracy to the finest granularity.
@@ -53,7 +53,7 @@ def columns(report: Row, against_finest: bool = False) -> Columns:
 
 
 def baseline_cells(row: Row) -> list[str]:
-    """A row of the table of differences, see `BASELINE_HEADS`; two of its columns have the same head."""
+    """A row of the table of differences, see `BASELINE_HEADERS`; two of its columns have the same header."""
     return [
         row["name"], percent(row["accuracy"]), percent(row["baseline_accuracy"]), signed(row["difference"], row["difference_interval"]),
         str(row["better"]), str(row["worse"]), f"{row['tokens']:.0f}", f"{row['baseline_tokens']:.0f}",
@@ -61,12 +61,12 @@ def baseline_cells(row: Row) -> list[str]:
     ]  # fmt: skip
 
 
-BASELINE_HEADS = [
+BASELINE_HEADERS = [
     "choice", "accuracy, %", "baseline, %", "difference [95 %]", "better", "worse", "visual tokens", "baseline's", "difference [95 %]",
 ]  # fmt: skip
 
 Table = list[list[str]]
-"""Cells row by row, the heads first."""
+"""Cells row by row, the headers first."""
 
 
 def policy_table(report: Row, against_finest: bool = False) -> Table:
@@ -77,7 +77,7 @@ def policy_table(report: Row, against_finest: bool = False) -> Table:
 
 def baseline_table(report: Row) -> Table:
     """The differences to the baseline."""
-    return [BASELINE_HEADS, *map(baseline_cells, report["baseline"]["rows"])]
+    return [BASELINE_HEADERS, *map(baseline_cells, report["baseline"]["rows"])]
 
 
 def family_table(report: Row) -> Table:
@@ -117,8 +117,8 @@ def markdown(report: Row) -> str:
 def _aligned(table: Table) -> str:
     """A Markdown table whose columns line up."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    heads, *lines = (" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table)
-    return "".join(f"| {line} |\n" for line in (heads, " | ".join("-" * width for width in widths), *lines))
+    headers, *lines = (" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table)
+    return "".join(f"| {line} |\n" for line in (headers, " | ".join("-" * width for width in widths), *lines))
 
 
 # ---- CSV --------------------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def percent(value: float) -> str:
 
 
 def signed(value: float, interval: Sequence[float] | None = None) -> str:
-    """A difference to one decimal, with its interval; zero is +0.0, also where a rounding error is left of it."""
+    """A difference to one decimal, with its interval; zero is +0.0, even when only a rounding error remains."""
     ends = "" if interval is None else f" [{signed(interval[0])}, {signed(interval[1])}]"
     return f"{round(value, 9) + 0.0:+.1f}{ends}"
 

@@ -1,7 +1,8 @@
-"""The native face: AVG-LLaVA as transformers writes a model, on any text model and vision tower of its Auto classes.
+"""The native face: AVG-LLaVA with the interface of transformers' own models, on any text model and vision tower of its Auto classes.
 
-It composes its inputs with the same `Composer` as LLaVA's face. An image is marked by a token of the vocabulary, `generate` returns the
-prompt and the new ids, and weights are named as LLaVA-NeXT's in transformers.
+It composes its inputs with the same `Composer` as LLaVA's face (`llava_arch.py`) and differs in what a caller sees: an image is marked by a
+token of the vocabulary instead of the id -200, `generate` returns the prompt before the new ids, and the weights have the names that
+LLaVA-NeXT's have in transformers.
 """
 
 import llava.model.native.registration  # noqa: F401

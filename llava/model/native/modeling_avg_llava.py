@@ -420,7 +420,7 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         """Logits (B, L, V) of the given positions; with `labels` (B, L) also the mean loss over what they supervise.
 
         Args:
-            logits_to_keep: so many last positions, or their indices; 0 keeps all.
+            logits_to_keep: how many of the last positions, or their indices; 0 keeps all.
             Everything else: see `AvgLlavaModel.forward`.
         """
         outputs = self.model(

@@ -1,4 +1,4 @@
-"""How an answer's tokens are sampled, as fields of a body: shared by every API that generates."""
+"""How an answer's tokens are sampled, as fields of a body: shared by every API that generates but LLaVA's protocol."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ async def watch(table: WorkerTable, is_alive: Callable[[RegisteredWorker, float]
     """Keep a table up to date until cancelled.
 
     Args:
-        is_alive: probes a worker, waiting at most so many seconds.
+        is_alive: probes a worker, waiting at most a given number of seconds.
     """
     often = table.expiry_seconds / 4  # several probes before a worker's silence is too long
 

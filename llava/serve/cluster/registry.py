@@ -1,6 +1,6 @@
 """Who may register workers, and what their registrations, heartbeats and unregistrations do to the table.
 
-A web page never may, since a browser may stand anywhere. With a worker token only its holders may; without one, see
+A web page never may, since a browser may run anywhere. With a worker token only its holders may; without one, see
 `llava.serve.http.addresses`. Afterwards whoever has registered a worker may speak for it.
 """
 
@@ -44,7 +44,7 @@ WorkerRequest = TypeVar("WorkerRequest", RegisterRequest, HeartbeatRequest, Unre
 
 
 class WorkerRegistry:
-    """The door between workers and the table.
+    """The only way for workers to change the table.
 
     Args:
         table: of the workers. client: asks them for their status. rules: which addresses they may have.

@@ -46,7 +46,7 @@ class WorkerClient:
         return await self._json("GET", worker.endpoint, "/v1/models")
 
     async def is_alive(self, worker: RegisteredWorker, seconds: float) -> bool:
-        """Whether a worker answers `/health` within so many seconds, be it with an error."""
+        """Whether a worker answers `/health` within a number of seconds, even with an error."""
         timeouts = Timeouts(connect=seconds, headers=seconds, read=seconds, total=seconds)
         try:
             async with self._outbound.call("GET", worker.endpoint, "/health", timeouts=timeouts, max_bytes=_MAX_BYTES):

@@ -86,14 +86,14 @@ class Batch:
         try:
             return list(zip(tasks, self.decode(first, tasks), strict=True))
         except Exception as error:
-            short = is_out_of_memory(error)
-            self._short_of_memory |= short
+            out_of_memory = is_out_of_memory(error)
+            self._short_of_memory |= out_of_memory
             if len(tasks) == 1:
                 # Without its traceback, whose frames hold tensors: memory is about to be freed.
-                return [(tasks[0], error.with_traceback(None) if short else error)]
+                return [(tasks[0], error.with_traceback(None) if out_of_memory else error)]
             logger.warning("a decoding step of %d requests failed (%s); it is repeated in halves", len(tasks), type(error).__name__)
         half = len(tasks) // 2
-        if short:
+        if out_of_memory:
             self.rows_allowed = max(half, 1)
         self.free_memory()
         return [*self._step(first, tasks[:half]), *self._step(first + half, tasks[half:])]
@@ -158,10 +158,10 @@ class Batch:
 
     # ---- memory --------------------------------------------------------------------------------------------------------------
 
-    def clean_up(self, short: bool) -> None:
-        """After work for requests about to join failed. short: for lack of memory."""
+    def clean_up(self, out_of_memory: bool) -> None:
+        """After work for requests about to join failed. out_of_memory: for lack of memory."""
         self.slots.wipe_unused()
-        self._short_of_memory |= short
+        self._short_of_memory |= out_of_memory
 
     def preempt(self) -> Task | None:
         """After memory ran out in a step of a single request: take the youngest out, so that the others go on; `None` where one runs

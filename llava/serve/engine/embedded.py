@@ -10,8 +10,8 @@ memory runs out, parts fit where the whole did not, fewer requests run at a time
 are done; where not even parts fit, the youngest request is preempted: it leaves the batch, keeps its answer so far, and is prepared,
 encoded and prefilled again when there is room. An engine for which everything fails closes, see `failures.Health`.
 
-This page composes. The stages are in `prepare.py`, `encode.py` and `batch.py`, what they hand on is in `task.py`, who joins when in
-`scheduling.py`, and the way back to the callers in `outbox.py`.
+This module ties the parts together. The stages are in `prepare.py`, `encode.py` and `batch.py`, what they hand on is in
+`task.py`, who joins when in `scheduling.py`, and the way back to the callers in `outbox.py`.
 """
 
 from __future__ import annotations
@@ -267,18 +267,18 @@ class EmbeddedEngine:
 
     def _step(self) -> None:
         """The next token of every running request; where one lacks memory even by itself, the youngest is preempted."""
-        short: list[tuple[Task, Exception]] = []
+        failed: list[tuple[Task, Exception]] = []
         for task, outcome in self.batch.step():
             if isinstance(outcome, Exception) and is_out_of_memory(outcome):
-                short.append((task, outcome))
+                failed.append((task, outcome))
             else:
                 self._accept(task, outcome)
-        if not short:
+        if not failed:
             return
         if (youngest := self.batch.preempt()) is not None:
             self._resume(youngest)
         elif not self.batch.shrink():  # it runs alone and has all memory
-            for task, error in short:
+            for task, error in failed:
                 self._accept(task, error)
 
     def _resume(self, task: Task) -> None:
@@ -346,15 +346,15 @@ class EmbeddedEngine:
 
     def _after_failure(self, tasks: list[Task], error: Exception, queue: deque[Task]) -> bool:
         """Whether to retry the tasks one by one; a single one that is not retried has failed, or waits again."""
-        short = is_out_of_memory(error)
+        out_of_memory = is_out_of_memory(error)
         self.health.failed(error)
-        self.batch.clean_up(short)
+        self.batch.clean_up(out_of_memory)
         if len(tasks) > 1:
             logger.warning("a batch of %d requests failed (%s); they are retried one by one", len(tasks), type(error).__name__)
             return True
-        if short and self.batch.make_room():
+        if out_of_memory and self.batch.make_room():
             return True
-        if short and self.batch.tasks:
+        if out_of_memory and self.batch.tasks:
             with self._changed:
                 self._queue(tasks, queue)
         else:

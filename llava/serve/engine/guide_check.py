@@ -1,7 +1,8 @@
 """Whether a grammar can be built at all: a program of its own, since building a hostile one may take hours, all memory, or the process.
 
 `guides.py` runs it by its path, isolated, with a JSON object in its input: `path` (where to import from), `grammar`, `limits` (those of
-`LLParserLimits`) and `bytes` (memory at most). It writes what is wrong with the grammar, or nothing. An end by a signal is an answer too.
+`LLParserLimits`) and `bytes` (memory at most). It writes what is wrong with the grammar, or nothing. Being killed by a signal also
+counts as a refusal.
 """
 
 import contextlib

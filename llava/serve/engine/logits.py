@@ -88,7 +88,7 @@ def _penalise(logits: Tensor, rows: Sequence[Row]) -> Tensor:
 
 
 def _flat_indices(ids: Tensor, rows: Sequence[int], counts: Sequence[int], size: int) -> Tensor:
-    """Indices into the flattened (B, V), V = `size`, of ids (N,) that belong to some rows, so many to each in turn."""
+    """Indices into the flattened (B, V), V = `size`, of ids (N,) that belong to some rows, a given number to each in turn."""
     starts = torch.tensor(rows, device=ids.device) * size
     return ids + starts.repeat_interleave(torch.tensor(counts, device=ids.device), output_size=len(ids))
 

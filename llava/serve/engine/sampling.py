@@ -83,7 +83,7 @@ def _least(probabilities: Tensor, sampling: Sequence[Sampling]) -> Tensor | None
 
     Tokens as likely as the last of the `top_k` are kept too, as in transformers and vLLM.
     """
-    if not any(params.top_k or params.min_p for params in sampling):
+    if not any(params.top_k or params.min_p for params in sampling):  # every cut made below has to be named here too
         return None
     last = probabilities.shape[-1] - 1
     place = torch.tensor([min(params.top_k - 1, last) if params.top_k else last for params in sampling], device=probabilities.device)

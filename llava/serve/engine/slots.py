@@ -1,6 +1,6 @@
 """Keys and values of the running answers: one row per answer; answers join and leave between two steps.
 
-A row's positions start at 0 and its padding lies behind it, so that an answer joins behind the others, leaves by one copy (the last row
+A row's positions start at 0 and padding follows it, so that an answer joins behind the others, leaves by one copy (the last row
 takes its place), and never moves otherwise. Prompts are prefilled straight into their rows. The storage is one rectangle per layer,
 rows times positions, within a budget of positions.
 """
@@ -54,7 +54,7 @@ class SlotCache(Cache):
         self.lengths, self._keys, self._values, self.capacity = [], [], [], (0, 0)
 
     def reserve(self, rows: int, positions: int, more_rows: int | None = None) -> None:
-        """Make room for so many rows of so many positions; what is there is kept.
+        """Make room for a given number of rows of a given number of positions; what is there is kept.
 
         Args:
             more_rows: rows to allocate ahead where the budget allows, so that the next join does not copy; by default `max_rows`.
@@ -87,7 +87,7 @@ class SlotCache(Cache):
 
         Returns:
             (B, L) positions, and a (B, 1, L, K) mask to add to the attention scores; `None` where plain causal attention, which has the
-            fastest kernels, is enough: for whole prompts (padding stands behind a row's end), and for one position each of equally long
+            fastest kernels, is enough: for whole prompts (padding follows a row's end), and for one position each of equally long
             rows.
         """
         self._first, self._count, self._known, self._new = first, len(known), max(known), new

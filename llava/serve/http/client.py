@@ -204,7 +204,7 @@ class BoundedClient:
 
 
 async def first_bytes(chunks: AsyncIterator[bytes], most: int) -> bytes:
-    """The beginning of a body, at most so many bytes, or as much of it as came before it broke off; the rest is not read."""
+    """The beginning of a body, at most `most` bytes, or as much of it as came before it broke off; the rest is not read."""
     body = b""
     with suppress(BrokenResponse, httpx.HTTPError):
         async for chunk in chunks:

@@ -37,11 +37,11 @@ class Sampling:
     """How the answer's tokens are sampled.
 
     temperature: 0 is greedy. top_p: probability mass to sample from. max_new_tokens: at most; the context may end sooner.
-    min_new_tokens: neither the model's end token nor one of `stop_token_ids` before so many.
+    min_new_tokens: neither the model's end token nor one of `stop_token_ids` before this many tokens.
     seed: makes sampling reproducible, whatever else is in the batch. stop: texts that end the answer, themselves left out; the template's
     own are added. logprobs: `None`, or how many alternatives per token to report (0: the chosen token alone); always the model's own, at
     temperature 1, before anything below is applied.
-    top_k: sample from so many of the likeliest tokens; 0 from all. min_p: only from those whose probability is at least this fraction of
+    top_k: sample from this many of the likeliest tokens; 0 from all. min_p: only from those whose probability is at least this fraction of
     the likeliest's. repetition_penalty: divides the positive logits of tokens in the prompt's text and in the answer, and multiplies the
     negative ones; 1 is off. presence_penalty: subtracted from the logits of tokens in the answer; frequency_penalty: once per occurrence.
     logit_bias: (id, number added to its logit). stop_token_ids: end the answer, to which they belong. ignore_eos: the model's end
@@ -202,7 +202,7 @@ class PromptTokens:
 class ModelCard:
     """A served model.
 
-    granularities: tokens per view, coarse to fine; empty where the backend has none to choose from. description: for people who ask it.
+    granularities: tokens per view, coarse to fine; empty where the backend has none to choose from. description: for its users.
     """
 
     name: str

@@ -222,7 +222,7 @@ def test_images_behind_the_words_go_in_front_of_them_and_a_finished_prompt_stays
 
 
 def test_placeholders_unlike_pictures_are_refused() -> None:
-    with pytest.raises(ServeError, match="2 <image> placeholders, but 1 pictures"):
+    with pytest.raises(ServeError, match="2 <image> placeholders, but 1 images"):
         chat_body(asking("<image> <image>", images=(RED,)), "m")
 
 

@@ -59,8 +59,8 @@ def test_the_storage_is_given_back_once_after_memory_was_short(monkeypatch):
     monkeypatch.setattr(running, "free_memory", lambda: freed.append(True))
     running.relax()
     assert not freed
-    running.clean_up(short=True)
-    running.clean_up(short=False)
+    running.clean_up(out_of_memory=True)
+    running.clean_up(out_of_memory=False)
     running.relax()
     running.relax()
     assert freed == [True]
