@@ -74,7 +74,7 @@ class Chat:
         if conversation.busy:
             raise Refusal("An answer is still being written; stop it first.")
         if not question:
-            raise Refusal("Type a question about the picture." if files else "Type a question.")
+            raise Refusal("Type a question about the image." if files else "Type a question.")
         if len(question) > MAX_QUESTION_CHARACTERS:
             raise Refusal(f"The question has {len(question):,} characters, at most {MAX_QUESTION_CHARACTERS:,} are taken.")
         if len(conversation.turns) >= MAX_TURNS:
@@ -213,9 +213,9 @@ class Chat:
                 raise Refusal("The chosen model is not being served now; choose another.")
             if num_images > (model.max_images if model.takes_images else 0):
                 raise Refusal(
-                    f"{model.name} takes at most {model.max_images} pictures in one conversation; clear it to go on."
+                    f"{model.name} takes at most {model.max_images} images in one conversation; clear it to go on."
                     if model.takes_images
-                    else f"{model.name} takes no pictures."
+                    else f"{model.name} takes no images."
                 )
 
     def _read(self, name: str) -> ChatImage:
@@ -224,12 +224,12 @@ class Chat:
         try:
             inside = path.resolve().is_relative_to(self.upload_folder) and path.is_file()
             if not inside:
-                raise Refusal("A picture is no longer here; add it again.")
+                raise Refusal("An image is no longer here; add it again.")
             return read_image(path.read_bytes())
         except ImageError as error:
-            raise Refusal(f"A picture cannot be used: {error}.") from error
+            raise Refusal(f"An image cannot be used: {error}.") from error
         except OSError as error:
-            raise Refusal("A picture is no longer here; add it again.") from error
+            raise Refusal("An image is no longer here; add it again.") from error
 
     async def _answer(self, conversation: ChatSession, turn: Turn, side: int, news: Callable[[], None]) -> None:
         reply = turn.replies[side]
@@ -258,7 +258,7 @@ def page_error(error: ChatError) -> ChatError:
     if error.param != "max_visual_tokens" or error.least is None:
         return error
     text = (
-        f"The {BUDGET_LABEL.lower()} is too small for these pictures: the smallest possible here is {error.least:,}. "
+        f"The {BUDGET_LABEL.lower()} is too small for these images: the smallest possible here is {error.least:,}. "
         f"Move “{BUDGET_LABEL}” up, or to 0 for no limit."
     )
     return ChatError(text, error.code, error.request_id, error.status, error.param, error.least)

@@ -20,7 +20,7 @@ def add_page_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_port(args: argparse.Namespace) -> None:
-    """Refuse ports that nobody could be told, a free one among them.
+    """Refuse ports that cannot be announced to others, 0 (any free one) among them.
 
     Raises:
         ValueError: it is one.

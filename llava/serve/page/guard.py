@@ -132,7 +132,7 @@ class PageGuard:
         if type(event) not in (int, str) or event not in self.events:
             return False
         if call["way"] != "run":
-            return True  # what is wrong with its data is told where its answer is waited for
+            return True  # what is wrong with its data is reported where its answer is awaited
         data, session = asked.get("data"), asked.get("session_hash")
         return isinstance(data, list) and len(data) == self.events[event] and isinstance(session, str) and session != ""
 

@@ -24,7 +24,7 @@ AUTO = "auto"
 POLL_SECONDS = 5.0
 """How often an open page asks whether the list of models has changed."""
 BUDGET_VIEWS = 6
-"""The budget slider ends at so many views of the finest granularity; more than one image takes with most models."""
+"""The budget slider ends at this many views of the finest granularity; more than one image takes with most models."""
 DEFAULT_BUDGET_END = 4096
 
 
@@ -123,7 +123,7 @@ def build_page(chat: Chat, mode: ListMode, address: str, examples: Sequence[Exam
 def _place(examples: Sequence[Example], embed: bool) -> Parts:
     if not embed:
         gr.HTML(
-            "<h1>AVG-LLaVA</h1><p>Looks at a picture and a question, and chooses how many visual tokens they deserve.</p>",
+            "<h1>AVG-LLaVA</h1><p>Looks at an image and a question, and chooses how many visual tokens they deserve.</p>",
             elem_id="avg-title",
         )
     notice = gr.HTML("", elem_id="avg-notice", visible=False)
@@ -140,7 +140,7 @@ def _place_choice(name: str, elem: str) -> Choice:
     about = gr.HTML("", elem_id=f"avg-about{elem}", visible=False)
     granularity = gr.Radio(
         [AUTO], value=AUTO, label=f"Granularity{name}", elem_id=f"avg-granularity{elem}", interactive=True,
-        info="Visual tokens per view; auto lets the router choose. In the API, image_url.detail says low, high or auto for one picture.",
+        info="Visual tokens per view; auto lets the router choose. In the API, image_url.detail says low, high or auto for one image.",
     )  # fmt: skip
     return Choice(model, about, granularity)
 
@@ -153,7 +153,7 @@ def _place_settings() -> Controls:
         second = _place_choice(" of the second", "-1")
     with gr.Group():
         budget = gr.Slider(
-            0, DEFAULT_BUDGET_END, value=0, step=1, label=BUDGET_LABEL, info="Visual tokens of all pictures together; 0 is no limit.",
+            0, DEFAULT_BUDGET_END, value=0, step=1, label=BUDGET_LABEL, info="Visual tokens of all images together; 0 is no limit.",
             elem_id="avg-budget",
         )  # fmt: skip
         bias = gr.Slider(
@@ -171,7 +171,7 @@ def _place_talk(examples: Sequence[Example]) -> Talk:
     with gr.Row(elem_id="avg-sides", equal_height=True):
         sides = (_place_side(0, "Answers", examples), _place_side(1, "Answers of the second", ()))
     composer = gr.MultimodalTextbox(
-        placeholder="Ask about the picture …", show_label=False, label="Question", file_types=["image"], file_count="multiple",
+        placeholder="Ask about the image …", show_label=False, label="Question", file_types=["image"], file_count="multiple",
         sources=["upload"], max_plain_text_length=20_000, max_lines=8, elem_id="avg-composer", autofocus=True,
     )  # fmt: skip
     with gr.Row(elem_id="avg-buttons"):
@@ -195,7 +195,7 @@ def _place_side(side: int, label: str, examples: Sequence[Example]) -> Side:
             buttons=[],
             feedback_options=["Like", "Dislike", "Flag"],
             layout="panel",
-            placeholder='<div class="avg-hint">Ask about a picture: add one below, or take an example.</div>',
+            placeholder='<div class="avg-hint">Ask about an image: add one below, or take an example.</div>',
             examples=[example.message() for example in examples] or None,
         )
         chatbot.keep_in_cache.update(chatbot.temp_files)  # Gradio deletes what it has copied; the examples' images have to stay

@@ -56,10 +56,10 @@ def text_html(text: str) -> str:
 def thumbnails_html(images: Sequence[ChatImage]) -> str:
     """The small copies beside a question."""
     thumbnails = "".join(
-        f'<img src="{image.thumbnail}" alt="picture {index + 1}, {image.size[0]} by {image.size[1]} pixels">'
+        f'<img src="{image.thumbnail}" alt="image {index + 1}, {image.size[0]} by {image.size[1]} pixels">'
         for index, image in enumerate(images)
     )
-    return f'<div class="avg-pictures">{thumbnails}</div>'
+    return f'<div class="avg-thumbnails">{thumbnails}</div>'
 
 
 def about_html(description: str) -> str:
@@ -84,23 +84,23 @@ def notice_html(models: ModelList, address: str, gone: Sequence[str] = ()) -> st
     if models.models and gone:
         names = ", ".join(f"<b>{_text(name)}</b>" for name in gone)
         are = "is" if len(gone) == 1 else "are"
-        told = f"<p>{names} {are} not being served now: the worker is gone.</p>"
-        told += '<p class="avg-small">Choose another model, or wait: it stays chosen and answers again when it is back.</p>'
-        return f'<div class="avg-notice" role="status">{told}</div>'
+        message = f"<p>{names} {are} not being served now: the worker is gone.</p>"
+        message += '<p class="avg-small">Choose another model, or wait: it stays chosen and answers again when it is back.</p>'
+        return f'<div class="avg-notice" role="status">{message}</div>'
     if models.models:
         return ""
     if models.error is not None:
-        told = (
+        message = (
             f"<p><b>The list of models could not be loaded.</b> {_text(models.error.text)}</p>"
             f'<p class="avg-small">{_text(models.error.code)}. This page keeps trying and goes on by itself.</p>'
         )
     else:
-        told = (
+        message = (
             "<p><b>No model is being served now.</b> Start a worker, and it appears here by itself:</p>"
             f"<pre>python -m llava.serve.model_worker --controller {_text(address)} \\\n"
             "    --port 40000 --worker http://localhost:40000 --model-path …</pre>"
         )
-    return f'<div class="avg-notice" role="status">{told}</div>'
+    return f'<div class="avg-notice" role="status">{message}</div>'
 
 
 def report_html(reply: Reply, images: Sequence[ChatImage]) -> str:
@@ -119,7 +119,7 @@ def report_html(reply: Reply, images: Sequence[ChatImage]) -> str:
     drawn = list(zip(reports, images, strict=False))
     room = _room_of_each(reports, reply.settings.max_visual_tokens)
     for index, (report, image) in enumerate(drawn):
-        name = f"<h4>Picture {index + 1}</h4>" if len(drawn) > 1 else ""
+        name = f"<h4>Image {index + 1}</h4>" if len(drawn) > 1 else ""
         parts.append(f'<div class="avg-image">{name}{_bars(report, room[index])}{_views(report, image)}</div>')
     return f'<div class="avg-card">{"".join(parts)}</div>'
 
@@ -143,7 +143,7 @@ def _facts(reply: Reply) -> Iterable[str]:
     if outcome is not None and _number(outcome.usage.get("completion_tokens")) is not None:
         yield _fact(_count(outcome.usage["completion_tokens"]), "new tokens")
     if outcome is not None and any(image.get("cached") is True for image in outcome.images):
-        yield _fact("✓", "picture remembered")
+        yield _fact("✓", "image cached")
 
 
 def _room_of_each(reports: Sequence[Mapping[str, Any]], budget: int | None) -> list[float]:
@@ -174,11 +174,11 @@ def _bars(report: Mapping[str, Any], room: float) -> str:
     rows = []
     for name, cost, share in zip(levels, costs, shares, strict=True):
         kind = "avg-chosen" if str(name) == str(report.get("granularity")) else "avg-forbidden" if cost > room else ""
-        told = ' title="over the token budget"' if kind == "avg-forbidden" else ""
+        hint = ' title="over the token budget"' if kind == "avg-forbidden" else ""
         label = f"{100 * share:.0f} %" if asked else f"{cost:,.0f}"
         width = 100 * min(max(share, 0.0), 1.0)
         rows.append(
-            f'<tr class="{kind}"{told}><th scope="row">{_text(name)}</th><td>{cost:,.0f}</td>'
+            f'<tr class="{kind}"{hint}><th scope="row">{_text(name)}</th><td>{cost:,.0f}</td>'
             f'<td class="avg-bar"><i style="width:{width:.1f}%"></i></td><td>{label}</td></tr>'
         )
     title = "how likely" if asked else "cost"
@@ -196,7 +196,7 @@ def _views(report: Mapping[str, Any], image: ChatImage) -> str:
     drawn = [view_svg(view, image) for view in views[:2]] if isinstance(views, list) else []
     figures = [f"<figure>{svg}<figcaption>{caption}</figcaption></figure>" for svg, caption in (each for each in drawn if each is not None)]
     if not figures:
-        return f'<div class="avg-views"><figure><img src="{image.thumbnail}" alt="the picture"></figure></div>'
+        return f'<div class="avg-views"><figure><img src="{image.thumbnail}" alt="the image"></figure></div>'
     return f'<div class="avg-views">{"".join(figures)}</div>'
 
 

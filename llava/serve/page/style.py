@@ -18,10 +18,10 @@ footer {display: none !important}
 #avg-about-0 .html-container, #avg-about-1 .html-container {padding: 0}
 .avg-about {margin: 0 0 8px; line-height: 1.4}
 .avg-hint {padding: 18px 20px 4px; text-align: center; color: var(--body-text-color)}
-.avg-pictures {display: flex; flex-wrap: wrap; gap: 8px}
-.avg-pictures img {max-height: 180px; max-width: min(100%, 260px); min-height: 96px; border-radius: 8px; object-fit: contain;
+.avg-thumbnails {display: flex; flex-wrap: wrap; gap: 8px}
+.avg-thumbnails img {max-height: 180px; max-width: min(100%, 260px); min-height: 96px; border-radius: 8px; object-fit: contain;
   margin: 0 !important}
-.avg-pictures + .avg-said {margin-top: 6px}
+.avg-thumbnails + .avg-said {margin-top: 6px}
 .avg-card {border-top: 1px solid var(--border-color-primary); margin-top: 8px; padding-top: 8px; width: 100%}
 .avg-facts {display: flex; flex-wrap: wrap; gap: 6px}
 .avg-fact {font-size: .8rem; padding: 2px 9px; border-radius: 999px; border: 1px solid var(--border-color-primary);

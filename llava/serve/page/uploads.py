@@ -100,7 +100,7 @@ class Uploads:
         path = self.folder / f"{hashlib.sha256(data).hexdigest()}.{suffix}"
         with self._changing:
             if sum(size for kept, size in self._sizes.items() if kept != path) + len(data) > self.max_bytes:
-                raise OverflowError("There is no room for more pictures now; try again later.")
+                raise OverflowError("There is no room for more images now; try again later.")
             write_whole(path, data)
             self._sizes[path] = len(data)
         return path

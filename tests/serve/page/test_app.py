@@ -124,7 +124,7 @@ def test_two_sides_keep_their_own_answers(api, tmp_path):
         ("hi", ("missing.png",), "avg-llava", "no longer here"),
         ("hi", ("text.png",), "avg-llava", "cannot be used"),
         ("hi", ("link.png",), "avg-llava", "no longer here"),
-        ("hi", ("good.png",) * 9, "avg-llava", "at most 8 pictures"),
+        ("hi", ("good.png",) * 9, "avg-llava", "at most 8 images"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_and_the_next_question_works(api, tmp_path, text, files, model, told):
@@ -368,7 +368,7 @@ def test_levels_over_the_callers_budget_are_struck_out(api, budget, pictures, st
 def test_a_budget_error_speaks_of_the_slider_and_its_smallest_value():
     error = ChatError("max_visual_tokens is 5, but ...", "invalid_request_error", "req-1", 400, "max_visual_tokens", 1024)
     told = page_error(error)
-    assert told.text.startswith("The token budget is too small for these pictures: the smallest possible here is 1,024. Move “Token bu")
+    assert told.text.startswith("The token budget is too small for these images: the smallest possible here is 1,024. Move “Token bu")
     malformed = ChatError("max_visual_tokens is 0, expected 1 or more.", "invalid_request_error", param="max_visual_tokens")
     assert page_error(malformed) is malformed
     assert (told.code, told.request_id, told.status) == ("invalid_request_error", "req-1", 400)

@@ -211,7 +211,7 @@ def test_granularity_budget_and_pictures_of_earlier_turns_go_out(visit, served):
     assert (first["granularity"], first["max_visual_tokens"]) == (36, 500)
     assert "granularity" not in second
     assert second["messages"][0]["content"][0]["type"] == "image_url" and second["messages"][-1]["content"] == "second"
-    assert "picture remembered" in open_page.text()
+    assert "image cached" in open_page.text()
 
 
 def test_two_sides_answer_one_question(visit, served):
@@ -349,7 +349,7 @@ def test_levels_over_the_budget_are_struck_out_and_a_budget_too_small_is_told_in
     assert line == "line-through"
     open_page.ask("budget")
     open_page.answers(2)
-    assert "The token budget is too small for these pictures: the smallest possible here is 192." in open_page.text()
+    assert "The token budget is too small for these images: the smallest possible here is 192." in open_page.text()
     open_page.shoot("page-budget", full_page=True)
 
 
