@@ -16,7 +16,7 @@ COMMANDS = {
     "worker": ("llava.serve.model_worker", "serve one model over LLaVA's protocol and the OpenAI API"),
     "bridge": ("llava.serve.sglang_worker", "serve both APIs for a model that SGLang, vLLM or another OpenAI server runs"),
     "controller": ("llava.serve.controller", "forward requests to many workers from one address"),
-    "page": ("llava.serve.gradio_web_server", "a web page for chatting with the models of a controller or worker"),
+    "page": ("llava.serve.gradio_web_server", "serve a web page for chatting with the models of a controller or worker"),
     "questions": ("llava.eval.model_vqa", "answer a file of questions"),
     "train": ("llava.train.train", "train one stage"),
     "check": ("llava.train.check", "read every row as training does, and say what is broken"),

@@ -390,7 +390,7 @@ def get_template(name: str) -> Conversation:
 
 @functools.cache
 def answer_headers() -> tuple[str, ...]:
-    """What stands in front of an answer in each template, as in `ASSISTANT:` and `[/INST]`."""
+    """The markup in front of an answer in each template, as in `ASSISTANT:` and `[/INST]`."""
     headers = set()
     for template in conv_templates.values():
         opened = template.copy()

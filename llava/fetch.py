@@ -65,7 +65,7 @@ class FetchError(ValueError):
 
 
 class AddressError(FetchError):
-    """A text that is no web address of the form that is fetched, whatever stands there."""
+    """A text that is no web address of the form that is fetched, whatever it holds."""
 
 
 class TooLargeError(FetchError):

@@ -4,7 +4,7 @@
     {"question_id": 2, "image": ["a.png", "b.png"], "text": "Which of <image> and <image> is brighter?"}
     {"question_id": 3, "text": "How many legs has a spider?", "answer": 8, "family": "counting"}
 
-Objects may stand one per line, several per line, over several lines, or in a list (`llava.json_rows`). Other fields are up to the reader:
+Objects may come one per line, several per line, over several lines, or in a list (`llava.json_rows`). Other fields are up to the reader:
 `model_vqa` copies them to the answer; the report and the harness's own tasks read the expected answer and the family (`scored_fields`).
 """
 

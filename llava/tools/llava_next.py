@@ -351,7 +351,7 @@ def llava_next_config(config: Any, image_token: int, vocab_size: int) -> Any:
     """Transformers' configuration of one of ours.
 
     Args:
-        image_token: the id that marks a picture. vocab_size: rows of the embedding that is written.
+        image_token: the id that marks an image. vocab_size: rows of the embedding that is written.
     """
     family = FAMILIES[config.language_model_type][0]
     vision = {name: value for name, value in config.vision_config.items() if name != "model_type"}
@@ -401,7 +401,7 @@ def without_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokeniz
 def after_image(tokenizer: PreTrainedTokenizerBase) -> str:
     """What a prompt for transformers needs behind `<image>` to get LLaVA's ids: a space where the tokenizer leaves its own out.
 
-    LLaVA tokenises the text behind a picture as a text of its own, which starts with a space piece in a SentencePiece vocabulary.
+    LLaVA tokenises the text after an image as a text of its own, which starts with a space piece in a SentencePiece vocabulary.
     transformers' processor tokenises the whole prompt, where a tokenizer that is not `legacy` puts no such piece behind a token.
     """
     image: Any = tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)

@@ -1,6 +1,6 @@
 """Accuracy, cost and confidence intervals of a policy, computed from the answers at every granularity.
 
-A policy stands here as a table of weights (Q, G): the probability that a question is answered at a level. Legend: Q questions, G levels
+A policy is given here as a table of weights (Q, G): the probability that a question is answered at a level. Legend: Q questions, G levels
 coarse to fine, F families, I images, R resamples.
 """
 

@@ -183,7 +183,7 @@ INPUT_IMAGE_FIELDS: CompatFields = {**TEXT_FIELDS, "file_id": _NULL_ONLY}
 IMAGE_FIELDS: CompatFields = {**TEXT_FIELDS, "uuid": _NULL_ONLY, "modalities": ("image",)}
 IMAGE_URL_FIELDS: CompatFields = {"max_dynamic_patch": _NULL_ONLY, "min_dynamic_patch": _NULL_ONLY, "content_hash": _NULL_ONLY}
 STRUCTURED_OUTPUTS_FIELDS: CompatFields = {
-    "disable_any_whitespace": _EITHER,  # JSON stands in one line in any case
+    "disable_any_whitespace": _EITHER,  # JSON is written in one line in any case
     "disable_additional_properties": _OFF,
     "whitespace_pattern": _NULL_ONLY,
     "structural_tag": _NULL_ONLY,

@@ -98,7 +98,7 @@ def chat_body(request: GenerationRequest, model: str, owner: str = "") -> dict[s
 
 
 def routing_fields(routing: RoutingRequest) -> dict[str, Any]:
-    """A routing request as fields of a body; the detail of each image stands in the image's own part."""
+    """A routing request as fields of a body; the detail of each image is in the image's own part."""
     fields: dict[str, Any] = {}
     if routing.granularity is not None:
         fields["granularity"] = routing.granularity if isinstance(routing.granularity, int) else list(routing.granularity)

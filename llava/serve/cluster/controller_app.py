@@ -54,7 +54,7 @@ def create_controller_app(
     resolve: Resolver = resolve_host,
     clock: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
-    """The controller as an ASGI app; its `Controller` stands at `app.state.controller`.
+    """The controller as an ASGI app; its `Controller` is at `app.state.controller`.
 
     Args:
         transport: carries all calls to workers. resolve: how a worker's host becomes addresses. clock: of the table. Tests give their own.

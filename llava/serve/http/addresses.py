@@ -77,7 +77,7 @@ class WorkerUrl:
 
     @property
     def authority(self) -> str:
-        """`host:port` as it stands in a URL and in a Host header."""
+        """`host:port` as it is written in a URL and in a Host header."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @property

@@ -58,7 +58,7 @@ class HeadAsGet:
 class RequestIds:
     """Gives each request an id, logs it, and turns whatever is raised inside into an error response.
 
-    starlette's exception handlers stand inside all middleware, so that they miss what middleware raises. A client's own `X-Request-Id` is
+    starlette's exception handlers run inside all middleware, so that they miss what middleware raises. A client's own `X-Request-Id` is
     kept where it is short and plain; every response has the id.
 
     Args:

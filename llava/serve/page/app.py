@@ -39,7 +39,7 @@ class PageOptions:
 
     url: of the controller, or of a worker. api_key: for it. mode: see `Catalogue`. concurrency: answers at the same time. embed: for use
     inside another page. log_folder: where votes and conversations are written, or `None`. shown_url: the controller's address as the page
-    tells it to people; `url` when missing. names: it answers under these and no others, see `AllowedHosts`; `None` is every name.
+    prints it for users; `url` when missing. names: it answers under these and no others, see `AllowedHosts`; `None` is every name.
     """
 
     url: str

@@ -3,7 +3,7 @@
 SCRIPT = """
 (() => {
   const logs = new WeakMap();
-  /* Gradio would follow the end, where the report stands, and the answer above it would leave a small screen. */
+  /* Gradio would follow the end, where the report is, and the answer above it would leave a small screen. */
   const settle = log => {
     const state = logs.get(log) ?? {questions: 0, held: false};
     const asked = log.querySelectorAll(".user-row");
