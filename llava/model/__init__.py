@@ -8,15 +8,17 @@ returns, and how the weights are named.
 from llava.model.config import LlavaConfig, LlavaMistralConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
-from llava.model.native import AvgLlavaConfig, AvgLlavaForConditionalGeneration, AvgLlavaModel
-from llava.model.processing import AvgLlavaProcessor
+from llava.model.native import AvgLlavaConfig, AvgLlavaForConditionalGeneration, AvgLlavaImageProcessor, AvgLlavaModel, AvgLlavaProcessor
+from llava.model.processing import LlavaLayoutProcessor
 
 __all__ = [
     "AvgLlavaConfig",
     "AvgLlavaForConditionalGeneration",
+    "AvgLlavaImageProcessor",
     "AvgLlavaModel",
     "AvgLlavaProcessor",
     "LlavaConfig",
+    "LlavaLayoutProcessor",
     "LlavaLlamaForCausalLM",
     "LlavaMistralConfig",
     "LlavaMistralForCausalLM",

@@ -1,4 +1,4 @@
-"""`AvgLlavaProcessor`: prompts and images in, the arguments of `model.generate` out, under transformers' processor interface.
+"""`LlavaLayoutProcessor`: prompts and images in, the arguments of `model.generate` out, under transformers' processor interface.
 
 How an image is cut and how a conversation is written are properties of the model, so they are read from its config.json. A folder
 without one (a processor saved alone) has them in processor_config.json.
@@ -40,7 +40,7 @@ _OTHER_TEMPLATES = ("chat_template", "tools", "documents", "return_assistant_tok
 """Of transformers' `apply_chat_template`: taken where they ask for nothing."""
 
 
-class AvgLlavaProcessor(ProcessorMixin):
+class LlavaLayoutProcessor(ProcessorMixin):
     """A tokenizer and an image processor that prepare inputs as the model was trained.
 
     Args:
@@ -73,7 +73,7 @@ class AvgLlavaProcessor(ProcessorMixin):
         return patch + ([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN] if self.mm_use_im_start_end else [])
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> AvgLlavaProcessor:  # type: ignore[override]
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> LlavaLayoutProcessor:  # type: ignore[override]
         """Load from a checkpoint, or from what `save_pretrained` wrote.
 
         Args:
@@ -274,4 +274,4 @@ def images_of_messages(messages: Sequence[dict[str, Any]]) -> list[Image.Image]:
 
 for _config_class in _CONFIG_CLASSES.values():
     # transformers compares class names only and has a LlavaConfig of its own; the entry itself is kept by class.
-    AutoProcessor.register(_config_class, AvgLlavaProcessor, exist_ok=True)
+    AutoProcessor.register(_config_class, LlavaLayoutProcessor, exist_ok=True)

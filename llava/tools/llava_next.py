@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -42,10 +42,10 @@ from transformers import (
 
 from llava.checkpoint_files import is_stored_buffer, weight_files
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import Conversation, SeparatorStyle, get_template
+from llava.conversation import get_template
 from llava.durable import whole_folder
-from llava.mm_utils import tokenizer_image_token
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM, LlavaMistralConfig, LlavaMistralForCausalLM
+from llava.model.chat_template import add_image_token, after_image, jinja_template
 from llava.model.loading import check_folder, read_tower_config, resolve_tower
 from llava.tokenizer import load_tokenizer
 
@@ -372,13 +372,7 @@ def llava_next_config(config: Any, image_token: int, vocab_size: int) -> Any:
     return made
 
 
-# --- tokenizer and conversation -------------------------------------------------------------------------------------------------
-
-
-def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of `<image>`, which is added where it is not there."""
-    tokenizer.add_tokens([AddedToken(DEFAULT_IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    return int(tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN))  # type: ignore[arg-type]
+# --- tokenizer ------------------------------------------------------------------------------------------------------------------
 
 
 def without_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -396,70 +390,6 @@ def without_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokeniz
     }
     options["extra_special_tokens"] = [token for token in options.get("extra_special_tokens") or [] if str(token) != DEFAULT_IMAGE_TOKEN]
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), **options)
-
-
-def after_image(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a prompt for transformers needs behind `<image>` to get LLaVA's ids: a space where the tokenizer leaves its own out.
-
-    LLaVA tokenises the text after an image as a text of its own, which starts with a space piece in a SentencePiece vocabulary.
-    transformers' processor tokenises the whole prompt, where a tokenizer that is not `legacy` puts no such piece behind a token.
-    """
-    image: Any = tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
-    wanted = tokenizer_image_token(f"a{DEFAULT_IMAGE_TOKEN}\nb", tokenizer, image)
-    spaces = ("", " ")
-    fitting = [space for space in spaces if tokenizer(f"a{DEFAULT_IMAGE_TOKEN}{space}\nb").input_ids == wanted]
-    return fitting[0] if fitting else ""
-
-
-def jinja_template(template: Conversation, behind_image: str) -> str | None:
-    """A chat template that writes what `Conversation.get_prompt` writes; `None` for one without roles.
-
-    Images that stand together behind the words of their turn come first, as in `llava.messages.images_first`.
-
-    Args:
-        behind_image: text to put behind each `<image>`, see `after_image`.
-    """
-    if template.sep_style is SeparatorStyle.PLAIN:
-        return None
-    image = json.dumps(DEFAULT_IMAGE_TOKEN + behind_image)
-    content = (
-        "{%- macro text(message) -%}{%- if message.content is string -%}{{ message.content }}{%- else -%}"
-        "{%- set images = message.content | selectattr('type', 'equalto', 'image') | list -%}"
-        "{%- set words = message.content | rejectattr('type', 'equalto', 'image') | list -%}"
-        "{%- for part in (images + words if message.content == words + images else message.content) -%}"
-        f"{{%- if part.type == 'image' -%}}{{{{ {image} }}}}{{%- else -%}}{{{{ part.text }}}}{{%- endif -%}}"
-        "{%- if not loop.last -%}{{ '\\n' }}{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
-        "{%- for message in messages -%}{%- if message.role != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}"
-        "{{ raise_exception('The roles have to be user and assistant in alternation.') }}{%- endif -%}{%- endfor -%}"
-    )
-    write = _jinja_llama_2 if template.sep_style is SeparatorStyle.LLAMA_2 else _jinja_roles
-    return content + write(template)
-
-
-def _jinja_roles(template: Conversation) -> str:
-    """Turns of role, text and separator, behind the system text and the template's own examples."""
-    colon = "" if template.sep_style is SeparatorStyle.MPT else ":"
-    gap = colon and ": "
-    end = template.sep2 if template.sep_style is SeparatorStyle.TWO else template.sep
-    user, assistant = template.roles
-    return (
-        f"{{{{ {json.dumps(template.get_prompt())} }}}}{{%- for message in messages -%}}{{%- if message.role == 'user' -%}}"
-        f"{{{{ {json.dumps(user + gap)} + text(message) + {json.dumps(template.sep)} }}}}{{%- else -%}}"
-        f"{{{{ {json.dumps(assistant + gap)} + text(message) + {json.dumps(end)} }}}}{{%- endif -%}}{{%- endfor -%}}"
-        f"{{%- if add_generation_prompt -%}}{{{{ {json.dumps(assistant + colon)} }}}}{{%- endif -%}}"
-    )
-
-
-def _jinja_llama_2(template: Conversation) -> str:
-    """Instructions in brackets; the tokenizer writes the first separator, which is its bos."""
-    system = f"<<SYS>>\n{template.system}\n<</SYS>>\n\n" if template.system else ""
-    return (
-        "{%- for message in messages -%}{%- if message.role == 'user' -%}"
-        f"{{%- if loop.first -%}}{{{{ {json.dumps('[INST] ' + system)} }}}}{{%- else -%}}"
-        f"{{{{ {json.dumps(template.sep + '[INST] ')} }}}}{{%- endif -%}}"
-        "{{ text(message) + ' [/INST]' }}{%- else -%}"
-        f"{{{{ ' ' + text(message) + {json.dumps(f' {template.sep2}')} }}}}{{%- endif -%}}{{%- endfor -%}}"
-    )
 
 
 # --- the two directions ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from transformers import AutoProcessor
 import llava.model  # noqa: F401  (registers the Auto classes)
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import tokenizer_image_token
-from llava.model.processing import AvgLlavaProcessor
+from llava.model.processing import LlavaLayoutProcessor
 
 CAR = "What colour is the car next to the tree?"
 DESCRIBE = "Describe the picture in detail."
@@ -40,7 +40,7 @@ def recorded(oracle, name):
 
 
 def test_the_auto_class_finds_it_with_the_model_settings(processor):
-    assert isinstance(processor, AvgLlavaProcessor)
+    assert isinstance(processor, LlavaLayoutProcessor)
     assert (processor.image_aspect_ratio, processor.conv_version) == ("anyres", "v1")
     assert processor.image_grid_pinpoints
 
@@ -92,11 +92,11 @@ def test_a_padded_batch_generates_the_recorded_tokens(oracle, released, processo
 def test_it_stays_the_same_when_saved_alone(processor, pictures, tmp_path):
     processor.save_pretrained(tmp_path)
     assert not (tmp_path / "config.json").exists()
-    again = AvgLlavaProcessor.from_pretrained(tmp_path)
+    again = LlavaLayoutProcessor.from_pretrained(tmp_path)
     one, other = (each(images=pictures["tall"], text="<image>\nA sign?", return_tensors="pt") for each in (processor, again))
     assert again.conv_version == processor.conv_version and one["input_ids"].equal(other["input_ids"])
     assert all(torch.equal(left, right) for left, right in zip(one["images"], other["images"], strict=True))
-    assert AvgLlavaProcessor.from_pretrained(tmp_path, conv_version="mistral_instruct").conv_version == "mistral_instruct"
+    assert LlavaLayoutProcessor.from_pretrained(tmp_path, conv_version="mistral_instruct").conv_version == "mistral_instruct"
 
 
 def test_what_it_refuses(processor, pictures, tmp_path):
@@ -134,7 +134,7 @@ def test_what_it_refuses(processor, pictures, tmp_path):
         processor.apply_chat_template(asking("Hi?"), padding=True)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="model type 'bert', expected llava_llama or llava_mistral"):
-        AvgLlavaProcessor.from_pretrained(tmp_path)
+        LlavaLayoutProcessor.from_pretrained(tmp_path)
 
 
 def test_a_picture_may_be_a_file(oracle, processor, pictures):
@@ -266,7 +266,7 @@ def test_what_generic_code_hands_over_is_taken(processor, pictures):
 
 
 def test_start_and_end_tokens_frame_a_picture(oracle):
-    framed = AvgLlavaProcessor.from_pretrained(oracle / "checkpoint", mm_use_im_start_end=True)
+    framed = LlavaLayoutProcessor.from_pretrained(oracle / "checkpoint", mm_use_im_start_end=True)
     prompt = framed.apply_chat_template(asking("What?", {"type": "image"}))
     assert "<im_start><image><im_end>\nWhat?" in prompt
     ids = tokenizer_image_token(prompt, framed.tokenizer)

@@ -17,7 +17,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from llava.checkpoint_files import read_headers, read_object, weight_files
 from llava.inference import MICRO_MODEL
-from llava.model import AvgLlavaProcessor, LlavaConfig, LlavaLlamaForCausalLM
+from llava.model import LlavaConfig, LlavaLayoutProcessor, LlavaLlamaForCausalLM
 from llava.model.adapter import attach_adapter, load_lora, read_lora_config
 from llava.model.builder import load_pretrained_model
 from llava.model.config import MultimodalFields, check_generation_fields, check_language_fields
@@ -234,9 +234,9 @@ def test_every_value_of_a_towers_preprocessor_config_json(oracle: Path, tmp_path
 
 
 def test_every_value_of_a_processor_saved_alone(tmp_path: Path) -> None:
-    AvgLlavaProcessor.from_pretrained(MICRO_MODEL).save_pretrained(tmp_path)
+    LlavaLayoutProcessor.from_pretrained(MICRO_MODEL).save_pretrained(tmp_path)
     for place, value in altered(tmp_path, "processor_config.json"):
-        processor = ends_well(lambda: AvgLlavaProcessor.from_pretrained(tmp_path))
+        processor = ends_well(lambda: LlavaLayoutProcessor.from_pretrained(tmp_path))
         assert processor is None or processor.image_processor.crop_size, (place, value)
 
 

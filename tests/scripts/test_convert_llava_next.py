@@ -31,7 +31,8 @@ from llava.conversation import SeparatorStyle, conv_templates, get_template
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
-from llava.model.processing import AvgLlavaProcessor
+from llava.model.chat_template import jinja_template
+from llava.model.processing import LlavaLayoutProcessor
 from llava.tokenizer import load_tokenizer
 from llava.tools import llava_next as convert
 from llava.tools.convert_llava_next import main
@@ -255,7 +256,7 @@ def test_appended_row_never_wins(tmp_path: Path, oracle: Path) -> None:
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(text=prompt, images=[image], return_tensors="pt")
-    ids = AvgLlavaProcessor.from_pretrained(source)(text=get_prompt("v1", "<image>\nWhat is this?"), images=[image], return_tensors="pt")
+    ids = LlavaLayoutProcessor.from_pretrained(source)(text=get_prompt("v1", "<image>\nWhat is this?"), images=[image], return_tensors="pt")
     with torch.no_grad():
         expected = theirs(**inputs).logits
         found = model(**ids).logits
@@ -277,7 +278,7 @@ def test_their_processor_gives_our_ids(tmp_path: Path, oracle: Path, legacy: boo
     load_tokenizer(oracle / "checkpoint", legacy=legacy).save_pretrained(source)
     convert.to_transformers(source, tmp_path / "b")
     processor = LlavaNextProcessor.from_pretrained(tmp_path / "b", use_fast=False)
-    mine = AvgLlavaProcessor.from_pretrained(source)
+    mine = LlavaLayoutProcessor.from_pretrained(source)
     messages = [
         {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Both?"}]},
         {"role": "assistant", "content": "Yes."},
@@ -303,17 +304,17 @@ def test_chat_template_writes_our_prompt(name: str, oracle: Path) -> None:
         if length % 2:
             conversation.append_message(conversation.roles[1], None)
         written = tokenizer.apply_chat_template(
-            messages, chat_template=convert.jinja_template(get_template(name), ""), tokenize=False, add_generation_prompt=bool(length % 2)
+            messages, chat_template=jinja_template(get_template(name), ""), tokenize=False, add_generation_prompt=bool(length % 2)
         )
         assert written == conversation.get_prompt()
 
 
 @pytest.mark.parametrize("order", ["wi", "wii", "iw", "wiw", "iwi", "i", "ww"])
 def test_chat_template_puts_images_where_our_processor_does(order: str, oracle: Path) -> None:
-    ours = AvgLlavaProcessor.from_pretrained(oracle / "checkpoint")
+    ours = LlavaLayoutProcessor.from_pretrained(oracle / "checkpoint")
     parts = [{"type": "image"} if part == "i" else {"type": "text", "text": f"words {place}"} for place, part in enumerate(order)]
     messages = [{"role": "user", "content": parts}]
-    template = convert.jinja_template(get_template(ours.conv_version), "")
+    template = jinja_template(get_template(ours.conv_version), "")
     written = ours.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
     assert written == ours.apply_chat_template(messages, add_generation_prompt=True)
 
@@ -322,7 +323,7 @@ def test_auto_classes_read_the_result(ours: tuple[Any, Any, Any]) -> None:
     """The source named transformers' processor; the result must not."""
     folder = ours[1].config._name_or_path
     processor = AutoProcessor.from_pretrained(folder)
-    assert isinstance(processor, AvgLlavaProcessor)
+    assert isinstance(processor, LlavaLayoutProcessor)
     assert processor.image_grid_pinpoints == [[96, 48], [96, 96], [48, 144]]
     assert isinstance(AutoModelForCausalLM.from_pretrained(folder), LlavaLlamaForCausalLM)
     inputs = processor(text="<image>\nWhat?", images=_image(SIZES["tall"]), return_tensors="pt")
@@ -330,7 +331,7 @@ def test_auto_classes_read_the_result(ours: tuple[Any, Any, Any]) -> None:
 
 
 def test_plain_template_has_no_chat_template() -> None:
-    assert convert.jinja_template(get_template("plain"), "") is None
+    assert jinja_template(get_template("plain"), "") is None
 
 
 @pytest.mark.parametrize(

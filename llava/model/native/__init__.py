@@ -7,6 +7,15 @@ LLaVA-NeXT's have in transformers.
 
 import llava.model.native.registration  # noqa: F401
 from llava.model.native.configuration_avg_llava import AvgLlavaConfig
+from llava.model.native.image_processing_avg_llava import AvgLlavaImageProcessor
 from llava.model.native.modeling_avg_llava import AvgLlavaForConditionalGeneration, AvgLlavaModel, AvgLlavaPreTrainedModel
+from llava.model.native.processing_avg_llava import AvgLlavaProcessor
 
-__all__ = ["AvgLlavaConfig", "AvgLlavaForConditionalGeneration", "AvgLlavaModel", "AvgLlavaPreTrainedModel"]
+__all__ = [
+    "AvgLlavaConfig",
+    "AvgLlavaForConditionalGeneration",
+    "AvgLlavaImageProcessor",
+    "AvgLlavaModel",
+    "AvgLlavaPreTrainedModel",
+    "AvgLlavaProcessor",
+]

@@ -1,0 +1,236 @@
+"""`AvgLlavaProcessor`: prompts and images in, the arguments of the native model out, as `LlavaNextProcessor` does it."""
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, processing_utils
+from transformers.processing_utils import MultiModalData, ProcessingKwargs
+
+from llava.checkpoint_files import HUB_OPTIONS, read_object, stored_file
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.conversation import get_template
+from llava.crops import get_anyres_image_grid_shape, view_size
+from llava.model.chat_template import after_image, jinja_template
+from llava.model.config import LlavaConfig, LlavaMistralConfig
+from llava.model.granularity import granularity_levels
+from llava.model.merge import merged_layout
+from llava.model.native.configuration_avg_llava import AvgLlavaConfig
+from llava.model.native.image_processing_avg_llava import AvgLlavaImageProcessor, AvgLlavaImageProcessorKwargs
+
+_LLAVA_LAYOUT = (LlavaConfig.model_type, LlavaMistralConfig.model_type)
+_UNMARKED = getattr(processing_utils, "_UNMARKED", "")
+"""What stands in front of an image token that is meant as one, as a pattern; transformers marks those that users spelled."""
+
+
+class AvgLlavaImagesKwargs(AvgLlavaImageProcessorKwargs, total=False):
+    """Of a call, for images; see `AvgLlavaProcessor`."""
+
+    vis_token_granularity: int | None
+
+
+class AvgLlavaProcessorKwargs(ProcessingKwargs, total=False):
+    """Of a call."""
+
+    _defaults = {}  # type: ignore[misc]  # which transformers reads up to 5.17
+    images_kwargs: AvgLlavaImagesKwargs  # type: ignore[misc]
+
+
+class AvgLlavaProcessor(ProcessorMixin):
+    """A tokenizer and an image processor that prepare inputs as the model was trained; called as transformers' `LlavaNextProcessor`.
+
+    A prompt has one `<image>` per image. It stays one token, and the model decides the granularity, unless a call says
+    `vis_token_granularity`: then it becomes the image's tokens at that level, and the model runs as a LlavaNext. Truncation never cuts into
+    an image: where one would lose tokens, the call is refused.
+
+    `text` is a finished prompt: special tokens that it spells are meant as such. So they are in transformers' `apply_chat_template`, also
+    where other people's words spell them. From transformers 5.23 on, `sanitize_control_tokens=True` makes these text where the template
+    writes all special tokens itself, which LLaVA's templates leave to the tokenizer; elsewhere `LlavaLayoutProcessor` keeps them apart.
+
+    Args:
+        image_processor: for the views of the vision tower. tokenizer: one that knows `image_token`.
+        patch_size: of the vision tower, in pixels.
+        vision_feature_select_strategy, num_additional_image_tokens: `LlavaNextProcessor`'s, for code that reads them. The model takes a
+            tower's patches alone, which is `default`, however many tokens the tower has besides.
+        image_token: stands for an image. chat_template: see `llava.model.chat_template`.
+        granularity_tokens, granularity_grids, patch_merge_type, unpad_rule: the config's `vis_token_granularity`, `vis_token_grids`,
+            `mm_patch_merge_type` and `unpad_rule`, from which an image's number of tokens follows.
+
+    Raises:
+        ValueError: a tokenizer without the image token, or another strategy.
+    """
+
+    valid_processor_kwargs = AvgLlavaProcessorKwargs  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        patch_size: int | None = None,
+        vision_feature_select_strategy: str = "default",
+        chat_template: Any = None,
+        image_token: str = DEFAULT_IMAGE_TOKEN,
+        num_additional_image_tokens: int = 0,
+        granularity_tokens: list[int] | None = None,
+        granularity_grids: list[list[int]] | None = None,
+        patch_merge_type: str = "spatial_unpad",
+        unpad_rule: str = "picture",
+    ) -> None:
+        if vision_feature_select_strategy != "default":
+            raise ValueError(
+                f"vision_feature_select_strategy is {vision_feature_select_strategy!r}, expected 'default': visual tokens are patches."
+            )
+        if image_token not in tokenizer.get_vocab():
+            raise ValueError(f"The tokenizer has no token {image_token!r}; add it, or use the tokenizer saved with the model.")
+        self.patch_size = patch_size
+        self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.num_additional_image_tokens = num_additional_image_tokens
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        self.granularity_tokens, self.granularity_grids = granularity_tokens, granularity_grids
+        self.patch_merge_type, self.unpad_rule = patch_merge_type, unpad_rule
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self._after_image = after_image(tokenizer, image_token)
+
+    @classmethod
+    def for_model(
+        cls,
+        config: AvgLlavaConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: dict[str, Any] | None = None,
+        image_aspect_ratio: str = "pad",
+    ) -> "AvgLlavaProcessor":
+        """The processor of a model.
+
+        Args:
+            tokenizer: its tokenizer, with `<image>`; it is set to pad on the left, as prompts in a batch need it.
+            image_processor: arguments of the tower's image processor; `None` gives CLIP's own at that size.
+            image_aspect_ratio: of a model without canvases, one of `llava.crops.IMAGE_MODES`.
+        """
+        side = config.view_side
+        given = image_processor or {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+        views = AvgLlavaImageProcessor(
+            **{name: value for name, value in given.items() if name != "image_processor_type"},
+            image_grid_pinpoints=config.image_grid_pinpoints,
+            image_aspect_ratio="anyres" if config.image_grid_pinpoints else image_aspect_ratio,
+        )
+        tokenizer.padding_side = "left"
+        return cls(
+            views,
+            tokenizer,
+            patch_size=config.vision_config.patch_size,  # type: ignore[union-attr]
+            chat_template=jinja_template(get_template(config.conv_version)),
+            granularity_tokens=config.vis_token_granularity,
+            granularity_grids=config.vis_token_grids,
+            patch_merge_type=config.mm_patch_merge_type,
+            unpad_rule=config.unpad_rule,
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:  # type: ignore[override]
+        """Load what `save_pretrained` wrote; arguments as transformers' own.
+
+        A folder in LLaVA's layout gives its `LlavaLayoutProcessor`, which had this class's name when older folders were saved.
+        """
+        if _is_llava_layout(os.fspath(pretrained_model_name_or_path), kwargs):
+            from llava.model.processing import LlavaLayoutProcessor
+
+            return LlavaLayoutProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    # ---- a call --------------------------------------------------------------------------------------------------------------
+
+    def prepare_inputs_layout(self, images: Any = None, text: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own; lists without an image in them count as no images."""
+        images, *rest = super().prepare_inputs_layout(images, text, *args, **kwargs)
+        return images if _num_images(images) else None, *rest
+
+    def validate_inputs(self, images: Any = None, text: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Whether every prompt has its images, where they are listed by prompt, and all prompts together have theirs where not.
+
+        Raises:
+            ValueError: images unlike image tokens, or no text and no image.
+        """
+        if text is not None:
+            prompts = [text] if isinstance(text, str) else list(text)
+            if not all(isinstance(prompt, str) for prompt in prompts):
+                kinds = sorted({type(prompt).__name__ for prompt in prompts})
+                raise ValueError(f"The text holds {kinds}, expected one prompt or a list of them.")
+            expected = [prompt.count(self.image_token) for prompt in prompts]
+            counts = [_num_images(images)]
+            if isinstance(images, list) and isinstance(images[0], list) and len(images) == len(prompts):
+                counts = [_num_images(row) for row in images]
+            if counts != (expected if len(counts) == len(prompts) else [sum(expected)]):
+                raise ValueError(
+                    f"The prompts hold {expected} {self.image_token} tokens, but {counts} images were given; write one per image."
+                )
+        super().validate_inputs(images, text, *args, **kwargs)
+
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+        granularity = kwargs.pop("vis_token_granularity", None)
+        processed = self.image_processor(images, **kwargs)
+        return processed, [self.image_token * self._num_tokens(size, granularity) for size in processed["image_sizes"]]
+
+    def get_text_with_replacements(
+        self, text: list[str], images_replacements: Sequence[str] = (), *args: Any, **kwargs: Any
+    ) -> tuple[list[str], list[dict[str, Any]]]:
+        """transformers' own; text behind an image begins as a text of its own, as LLaVA tokenises it."""
+        one = _UNMARKED + re.escape(self.image_token)
+        followed_by_text = [
+            found.end() < len(prompt) and re.compile(one).match(prompt, found.end()) is None
+            for prompt in text
+            for found in re.finditer(one, prompt)
+        ]
+        replaced = [
+            tokens + (self._after_image if is_followed else "")
+            for tokens, is_followed in zip(images_replacements, followed_by_text, strict=bool(images_replacements))
+        ]
+        return super().get_text_with_replacements(text, replaced, *args, **kwargs)
+
+    # ---- how many tokens -----------------------------------------------------------------------------------------------------
+
+    def _num_tokens(self, size: Sequence[int], granularity: int | None) -> int:
+        """Image tokens of an image of (height, width) pixels: one, or its visual tokens at a granularity."""
+        if granularity is None:
+            return 1
+        if self.patch_size is None:
+            raise ValueError("The processor does not know the vision tower's patch_size, from which the number of tokens follows; set it.")
+        side = view_size(self.image_processor)
+        levels = granularity_levels((side // self.patch_size,) * 2, self.granularity_tokens, self.granularity_grids)
+        level = next((level for level in levels if level.tokens == granularity), None)
+        if level is None:
+            raise ValueError(f"vis_token_granularity is {granularity}, expected one of {[level.tokens for level in levels]}.")
+        height, width = map(int, size)
+        tiles, num_views = None, 1
+        if self.image_processor.image_aspect_ratio == "anyres":
+            canvases = [(across, down) for down, across in self.image_processor.image_grid_pinpoints]
+            across, down = get_anyres_image_grid_shape((width, height), canvases, side)
+            tiles, num_views = (down, across), 1 + across * down
+        return merged_layout(level, num_views, tiles, (width, height), self.patch_merge_type, self.unpad_rule).num_tokens
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[Sequence[int]] | None = None, vis_token_granularity: int | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Image tokens that a call writes for images of (height, width) pixels; transformers' interface for inference servers."""
+        if image_sizes is None:
+            return MultiModalData()
+        tokens = [self._num_tokens(size, vis_token_granularity) for size in image_sizes]
+        return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(tokens))
+
+
+def _num_images(images: Any) -> int:
+    """How many images nested lists hold."""
+    if images is None:
+        return 0
+    return sum(map(_num_images, images)) if isinstance(images, (list, tuple)) else 1
+
+
+def _is_llava_layout(path: str, options: dict[str, Any]) -> bool:
+    """Whether a folder's files are those of LLaVA's layout: by config.json, and for a processor saved alone by its own file."""
+    hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+    config = stored_file(path, "config.json", hub)
+    if config is not None:
+        return read_object(config).get("model_type") in _LLAVA_LAYOUT
+    processor = stored_file(path, "processor_config.json", hub)
+    return processor is not None and "conv_version" in read_object(processor)
