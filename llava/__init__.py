@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from llava.auto_classes import prepare_auto_classes
 from llava.hints import keep_back_hints
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ __version__ = "1.0.0"
 __all__ = ["LlavaLlamaForCausalLM", "__version__"]
 
 keep_back_hints()
+prepare_auto_classes()
 
 
 def __getattr__(name: str) -> Any:
