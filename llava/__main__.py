@@ -22,7 +22,7 @@ COMMANDS = {
     "check": ("llava.train.check", "read every row as training does, and say what is broken"),
     "estimate": ("llava.train.estimate", "estimate parameters, operations and memory of a training run"),
     "score": ("llava.train.score_granularities", "score every row at every granularity, for the router's stage"),
-    "convert": ("llava.tools.convert_llava_next", "convert checkpoints to and from transformers' LLaVA-NeXT"),
+    "convert": ("llava.convert", "convert a checkpoint to another layout: native, LLaVA's or transformers' LLaVA-NeXT"),
     "merge": ("llava.tools.merge_lora_weights", "merge an adapter and its base model into one checkpoint"),
     "report": ("llava.eval.granularity_report", "report accuracy and cost of every policy for choosing a granularity"),
 }

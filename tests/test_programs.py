@@ -27,6 +27,7 @@ FRONT = ("llava.serve.controller", "llava.serve.gradio_web_server", "llava.serve
 PROGRAMS = (
     *("llava.serve", *FRONT, "llava.serve.model_worker", "llava.serve.cli"),
     *("llava.eval.run_llava", "llava.eval.model_vqa", "llava.eval.granularity_report"),
+    "llava.convert",
     *("llava.train.train", "llava.train.check", "llava.train.estimate", "llava.train.score_granularities"),
     *("llava/train/train_mem.py", "scripts/convert_llava_next.py", "scripts/merge_lora_weights.py"),
     "scripts/quickstart.py",

@@ -47,6 +47,7 @@ from llava.durable import whole_folder
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM, LlavaMistralConfig, LlavaMistralForCausalLM
 from llava.model.chat_template import add_image_token, after_image, jinja_template
 from llava.model.loading import check_folder, read_tower_config, resolve_tower
+from llava.model.native.llava_layout import Rules, rename
 from llava.tokenizer import load_tokenizer
 
 logger = logging.getLogger("llava.convert_llava_next")
@@ -82,8 +83,6 @@ IMAGE_PROCESSOR_FIELDS = (
     "resample",
     "do_convert_rgb",
 )
-
-Rules = Sequence[tuple[str, str]]
 
 TOWER_RULE = (r"^model\.vision_tower\.vision_tower\.(?:vision_model\.)?", "model.vision_tower.vision_tower.vision_model.")
 TO_LLAVA: Rules = (
@@ -146,14 +145,6 @@ def stored_tensors(folder: Path, rules: Rules) -> dict[str, Stored]:
                 shape = tuple(part.get_shape())
                 found[name] = Stored(file, key, shape, _count(shape) * _item_bytes(part.get_dtype()))
     return found
-
-
-def rename(key: str, rules: Rules) -> str:
-    """Apply the first rule whose pattern matches."""
-    for pattern, replacement in rules:
-        if re.search(pattern, key):
-            return re.sub(pattern, replacement, key, count=1)
-    return key
 
 
 def _count(shape: tuple[int, ...]) -> int:
@@ -438,7 +429,7 @@ def to_llava(source: Path, output: Path, conv_version: str | None = None, max_sh
     with new_folder(output) as staging:
         config.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        _copy_generation_config(source, staging)
+        copy_generation_config(source, staging)
         write_weights(tensors, edits, staging, max_shard_bytes)
 
 
@@ -479,7 +470,7 @@ def to_transformers(source: Path, output: Path, drop_router: bool = False, max_s
         made.save_pretrained(staging)
         processor.save_pretrained(staging)
         processor.image_processor.save_pretrained(staging)
-        _copy_generation_config(source, staging)
+        copy_generation_config(source, staging)
         write_weights({rename(name, TO_HUB): tensor for name, tensor in tensors.items()}, edits, staging, max_shard_bytes)
 
 
@@ -496,7 +487,8 @@ def _llava_next_processor(config: Any, made: Any, tokenizer: PreTrainedTokenizer
     )
 
 
-def _copy_generation_config(source: Path, folder: Path) -> None:
+def copy_generation_config(source: Path, folder: Path) -> None:
+    """Take a checkpoint's generation settings along, where it has any."""
     file = source / "generation_config.json"
     if file.is_file():
         shutil.copyfile(file, folder / file.name)

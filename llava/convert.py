@@ -1,0 +1,100 @@
+"""Convert checkpoints between the native layout, LLaVA's and transformers' LLaVA-NeXT: `python -m llava.convert SOURCE OUTPUT --to LAYOUT`.
+
+What a layout has no place for, and what becomes of it: `llava/tools/native_checkpoint.py` and `llava/tools/llava_next.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llava.flags import Parser
+from llava.interrupts import run_program
+
+PROG = "python -m llava.convert"
+FIRST = ("--to", "--conv-version", "--drop-router", "--max-shard-gb")
+LAYOUTS = {"avg_llava": "native", "llava_llama": "llava", "llava_mistral": "llava", "llava_next": "transformers"}
+"""Model type in a config.json -> the layout that it is of."""
+DESCRIPTION = """Convert a checkpoint to another layout: native (avg_llava, for transformers, PEFT and TRL), llava (this project's
+programs and released checkpoints), transformers (LlavaNextForConditionalGeneration, one granularity and no router).
+
+Needs: a local folder with config.json, safetensors, the tokenizer and the image processor's settings. Costs: the memory of one shard and
+one copy of the checkpoint on the disk, two where LLaVA's layout lies between; no weight is computed anew."""
+
+
+def build_parser(prog: str = PROG) -> Parser:
+    """The command line's flags."""
+    parser = Parser(prog, DESCRIPTION, FIRST)
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="checkpoint folder to read")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to write; must not exist")
+    parser.add_argument("--to", required=True, choices=sorted(set(LAYOUTS.values())), help="which layout is written")
+    parser.add_argument("--conv-version", metavar="NAME",
+                        help="from transformers: conversation template of the model, such as v1 or mistral_instruct")  # fmt: skip
+    parser.add_argument("--drop-router", action="store_true", help="to transformers: leave out router and coarser granularities")
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB",
+                        help="largest weight file, and about the memory needed")  # fmt: skip
+    return parser
+
+
+def layout_of(source: Path) -> str:
+    """The layout of a checkpoint folder, by the model type in its config.json.
+
+    Raises:
+        ValueError: no checkpoint folder, or of another model type.
+    """
+    file = source / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{source} has no config.json; give the folder of a downloaded checkpoint.")
+    kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    if kind not in LAYOUTS:
+        raise ValueError(f"{source} is of model type {kind!r}, expected {', '.join(LAYOUTS)}.")
+    return LAYOUTS[kind]
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Convert the folder that the flags name, through LLaVA's layout where neither end is that.
+
+    Raises:
+        ValueError: a folder that cannot be converted.
+    """
+    found = layout_of(args.source)
+    if found == args.to:
+        raise ValueError(f"{args.source} has the {found} layout already; choose another with --to.")
+    from llava.tools.llava_next import to_llava, to_transformers
+    from llava.tools.native_checkpoint import from_native, to_native
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    shard_bytes = int(args.max_shard_gb * 10**9)
+    reading: dict[str, Callable[[Path, Path], None]] = {
+        "native": lambda source, output: from_native(source, output, shard_bytes),
+        "transformers": lambda source, output: to_llava(source, output, args.conv_version, shard_bytes),
+    }
+    writing: dict[str, Callable[[Path, Path], None]] = {
+        "native": lambda source, output: to_native(source, output, shard_bytes),
+        "transformers": lambda source, output: to_transformers(source, output, args.drop_router, shard_bytes),
+    }
+    if args.to == "llava":
+        reading[found](args.source, args.output)
+    elif found == "llava":
+        writing[args.to](args.source, args.output)
+    else:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=args.output.parent) as folder:
+            reading[found](args.source, Path(folder) / args.source.name)
+            writing[args.to](Path(folder) / args.source.name, args.output)
+    print(f"{args.source} converted to {args.output}")
+
+
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """Run the command; 0, or 1 with one sentence on standard error."""
+    args = build_parser(prog).parse_args(argv)
+    return run_program(lambda: convert(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

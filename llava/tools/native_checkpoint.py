@@ -1,0 +1,119 @@
+"""Checkpoints of LLaVA's layout in the native one (`avg_llava`), and back. No weight is computed anew.
+
+Where the tokenizer has no `<image>`, it is added, and if no spare row is there one row is appended to the embedding and the output layer,
+the mean of the others; the way back drops it. What only LLaVA's layout has a place for is kept under `llava_fields` of the native config.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoConfig
+
+from llava.model.chat_template import add_image_token
+from llava.model.config import GranularityFields
+from llava.model.loading import check_folder, read_tower_config, resolve_tower
+from llava.model.native import AvgLlavaConfig, AvgLlavaForConditionalGeneration
+from llava.model.native.image_processing_avg_llava import AvgLlavaImageProcessor
+from llava.model.native.llava_layout import TO_LLAVA, TO_NATIVE, llava_config, native_config, rename
+from llava.model.native.processing_avg_llava import AvgLlavaProcessor
+from llava.tokenizer import load_tokenizer
+from llava.tools.llava_next import (
+    FAMILIES,
+    IMAGE_PROCESSOR_FIELDS,
+    KEPT_FIELDS,
+    KEPT_KEY,
+    TOWER_RULE,
+    VOCABULARY,
+    append_mean_row,
+    check_weights,
+    copy_generation_config,
+    drop_last_row,
+    new_folder,
+    stored_tensors,
+    without_image_token,
+    write_weights,
+)
+
+logger = logging.getLogger("llava.convert")
+
+Edits = dict[str, Callable[[Tensor], Tensor]]
+
+
+def to_native(source: Path, output: Path, max_shard_bytes: int = 5 * 10**9) -> None:
+    """Convert LLaVA's layout to the native one.
+
+    Raises:
+        ValueError: a source that is incomplete or that the native model cannot hold, or an output that exists.
+    """
+    check_folder(source, True)
+    config = AutoConfig.from_pretrained(source)
+    if config.vision_config is None:
+        if config.mm_vision_tower is None:
+            raise ValueError(f"{source} has no vision tower, so it is a plain language model; nothing is to be converted.")
+        config.vision_config, config.image_processor = read_tower_config(resolve_tower(config.mm_vision_tower, source))
+    tensors = stored_tensors(source, (TOWER_RULE,))
+    check_weights(tensors, FAMILIES[config.language_model_type][2], config, source)
+    tokenizer = load_tokenizer(source)
+    image_token = add_image_token(tokenizer)
+    if image_token > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer of {source} has {image_token} tokens, but the model {config.vocab_size} rows; give the tokenizer saved with it."
+        )
+    edits: Edits = {}
+    if image_token == config.vocab_size:
+        logger.info("one row is appended to the vocabulary, %d for <image>", image_token)
+        edits = {rename(name, TO_NATIVE): append_mean_row for name in VOCABULARY if name in tensors}
+    made = native_config(config, image_token, max(config.vocab_size, image_token + 1))
+    made.architectures = [AvgLlavaForConditionalGeneration.__name__]
+    setattr(made, KEPT_KEY, {**{name: getattr(config, name) for name in KEPT_FIELDS}, "vocab_size": config.vocab_size})
+    processor = AvgLlavaProcessor.for_model(made, tokenizer, config.image_processor, config.image_aspect_ratio)
+    with new_folder(output) as staging:
+        made.save_pretrained(staging)
+        processor.save_pretrained(staging)
+        copy_generation_config(source, staging)
+        write_weights({rename(name, TO_NATIVE): tensor for name, tensor in tensors.items()}, edits, staging, max_shard_bytes)
+
+
+def from_native(source: Path, output: Path, max_shard_bytes: int = 5 * 10**9) -> None:
+    """Convert the native layout to LLaVA's.
+
+    Raises:
+        ValueError: a source that is incomplete or that LLaVA's layout cannot hold, or an output that exists.
+    """
+    check_folder(source, True)
+    config: Any = AvgLlavaConfig.from_pretrained(source)
+    views: Any = AvgLlavaImageProcessor.from_pretrained(source)
+    kept = getattr(config, KEPT_KEY, None) or {}
+    shared = {each.name for each in fields(GranularityFields)}
+    settings = {name: kept[name] for name in KEPT_FIELDS if name in kept and name not in shared}
+    arguments = views.to_dict()
+    made = llava_config(
+        config,
+        {name: arguments[name] for name in IMAGE_PROCESSOR_FIELDS if name in arguments},
+        **{**settings, "image_aspect_ratio": views.image_aspect_ratio},
+    )
+    model_class = FAMILIES[made.language_model_type][2]
+    made.architectures = [model_class.__name__]
+    tensors = stored_tensors(source, TO_LLAVA)
+    check_weights(tensors, model_class, made, source)
+    # The name stored there would make AutoProcessor build the native processor for this checkpoint.
+    tokenizer = load_tokenizer(source, processor_class=None)
+    tokenizer.chat_template = None
+    edits: Edits = {}
+    rows = kept.get("vocab_size")
+    if rows is not None and config.image_token_id == rows and made.vocab_size == rows + 1:
+        logger.info("the row of <image>, %d, which was appended for the native layout, is dropped", rows)
+        made.vocab_size = rows
+        tokenizer = without_image_token(tokenizer)
+        edits = {name: drop_last_row for name in VOCABULARY if name in tensors}
+    with new_folder(output) as staging:
+        made.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        copy_generation_config(source, staging)
+        write_weights(tensors, edits, staging, max_shard_bytes)

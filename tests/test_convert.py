@@ -1,0 +1,99 @@
+"""Converting between layouts: the command, every pair of layouts, exact round trips, and the same answers behind transformers' doors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from llava.checkpoint_files import weight_files
+from llava.constants import MICRO_MODEL
+from llava.convert import main
+from llava.images import load_image
+from llava.inference import Assistant
+from llava.model.native import AvgLlavaForConditionalGeneration
+
+PLAYGROUND = Path(MICRO_MODEL).parent
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("native") / "micro"
+    assert main([str(MICRO_MODEL), str(output), "--to", "native"]) == 0
+    return output
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    ours, theirs = weights(first), weights(second)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_way_there_and_back_is_exact(native: Path, tmp_path: Path) -> None:
+    assert main([str(native), str(tmp_path / "back"), "--to", "llava"]) == 0
+    assert same_weights(tmp_path / "back", Path(MICRO_MODEL))
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert json.loads((tmp_path / "back" / name).read_text()) == json.loads((Path(MICRO_MODEL) / name).read_text())
+
+
+def test_a_released_checkpoint_comes_back_with_its_rules(oracle: Path, tmp_path: Path) -> None:
+    """The published layout: its own fields completed, weights to the bit."""
+    assert main([str(oracle / "checkpoint"), str(tmp_path / "native"), "--to", "native"]) == 0
+    assert main([str(tmp_path / "native"), str(tmp_path / "back"), "--to", "llava"]) == 0
+    assert same_weights(tmp_path / "back", oracle / "checkpoint")
+    stored = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (stored["unpad_rule"], stored["router_text_fill"], stored["router_attention_axis"]) == ("pooled_grid", "answer", "views")
+
+
+def test_stock_code_gives_the_answers_of_our_own(native: Path) -> None:
+    """Processor, chat template, generate and trimming as for any LLaVA-NeXT of transformers, in one padded batch."""
+    rows = [json.loads(line) for line in (PLAYGROUND / "eval" / "test.jsonl").read_text().splitlines()[:2400:200]]
+    images = [load_image(PLAYGROUND / "eval" / row["image"]) for row in rows]
+    assistant = Assistant.load(str(MICRO_MODEL))
+    ours = [assistant.answer([image], row["text"]) for row, image in zip(rows, images, strict=True)]
+    model, processor = AutoModelForImageTextToText.from_pretrained(native).eval(), AutoProcessor.from_pretrained(native)
+    assert isinstance(model, AvgLlavaForConditionalGeneration)
+    talks = [
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["text"]}]}] for row in rows
+    ]
+    prompts = [processor.apply_chat_template(talk, add_generation_prompt=True) for talk in talks]
+    inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
+    output, routing = model.generate(**inputs, max_new_tokens=16, do_sample=False, output_routing=True)
+    texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert [text.strip() for text in texts] == [answer.text for answer in ours]
+    assert [report.granularity for report in routing] == [answer.reports[0].granularity for answer in ours]
+
+
+def test_transformers_layout_is_reached_from_the_native_one_and_left_for_it(native: Path, tmp_path: Path) -> None:
+    assert main([str(native), str(tmp_path / "next"), "--to", "transformers", "--drop-router"]) == 0
+    assert json.loads((tmp_path / "next" / "config.json").read_text())["model_type"] == "llava_next"
+    assert main([str(tmp_path / "next"), str(tmp_path / "again"), "--to", "native"]) == 0
+    ours, theirs = weights(tmp_path / "again"), weights(native)
+    assert set(theirs) - set(ours) == {name for name in theirs if name.startswith("model.router.")}
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["again", "next"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([str(MICRO_MODEL), "OUT", "--to", "llava"], "has the llava layout already; choose another with --to"),
+        (["OUT", "OUT", "--to", "native"], "has no config.json; give the folder of a downloaded checkpoint"),
+        ([str(MICRO_MODEL), "OUT", "--to", "transformers"], "(--drop-router leaves it out)"),
+    ],
+)
+def test_what_cannot_be_converted_is_named(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert main([str(output) if argument == "OUT" else argument for argument in arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert not output.exists()
