@@ -37,6 +37,7 @@ PRESENTED = {
 OTHERS = (
     "llava.train.train",
     "llava.train.score_granularities",
+    "llava.convert",
     "scripts/convert_llava_next.py",
     "scripts/eval/prepare.py",
     "scripts/mutation.py",
