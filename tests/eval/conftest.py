@@ -36,7 +36,7 @@ def disk_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None], 
 
 @pytest.fixture
 def interrupts() -> Iterator[None]:
-    """Puts back the signal's handler, which a program gives up after its first Ctrl-C."""
-    before = signal.getsignal(signal.SIGINT)
+    """Takes Ctrl-C, also where these tests run in the background, and puts back the handler that a program gives up after its first."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -879,7 +879,7 @@ def test_the_page_gives_up_a_browser_that_does_not_read() -> None:
 def test_the_pages_program_ends_connections_that_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     configs: list[Any] = []
     monkeypatch.setattr(gradio_web_server, "check_address", lambda host, port: None)  # whatever listens there now
-    monkeypatch.setattr(gradio_web_server, "run_server", lambda server: configs.append(server.config))
+    monkeypatch.setattr("llava.serve.http.server.run_server", lambda server: configs.append(server.config))
     gradio_web_server.main(["--controller", "http://127.0.0.1:9", "--no-log"])
     assert configs[0].http is http_connections.GuardedProtocol and configs[0].ws == "none"
     assert configs[0].h11_max_incomplete_event_size == MAX_HEADER_BYTES
