@@ -48,8 +48,10 @@ def layout_of(source: Path) -> str:
         ValueError: no checkpoint folder, or of another model type.
     """
     file = source / "config.json"
+    if not source.is_dir():
+        raise ValueError(f"{source} is not a folder; give a downloaded checkpoint.")
     if not file.is_file():
-        raise ValueError(f"{source} has no config.json; give the folder of a downloaded checkpoint.")
+        raise ValueError(f"{source} has no config.json, so it is not a checkpoint folder.")
     kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
     if kind not in LAYOUTS:
         raise ValueError(f"{source} is of model type {kind!r}, expected {', '.join(LAYOUTS)}.")

@@ -86,7 +86,7 @@ def test_transformers_layout_is_reached_from_the_native_one_and_left_for_it(nati
     ("arguments", "message"),
     [
         ([str(MICRO_MODEL), "OUT", "--to", "llava"], "has the llava layout already; choose another with --to"),
-        (["OUT", "OUT", "--to", "native"], "has no config.json; give the folder of a downloaded checkpoint"),
+        (["OUT", "OUT", "--to", "native"], "is not a folder; give a downloaded checkpoint"),
         ([str(MICRO_MODEL), "OUT", "--to", "transformers"], "(--drop-router leaves it out)"),
     ],
 )

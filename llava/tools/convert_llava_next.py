@@ -6,7 +6,6 @@ What has no counterpart on the other side, and what becomes of it: `llava_next.p
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,22 +36,15 @@ def build_parser(prog: str = PROG) -> Parser:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Convert the folder that the flags name.
+    """Convert the folder that the flags name, as `llava.convert` does.
 
     Raises:
         ValueError: a folder that cannot be converted.
     """
-    from llava.tools.llava_next import to_llava, to_transformers
+    from llava import convert as program
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    shard_bytes = int(args.max_shard_gb * 10**9)
-    if not args.source.is_dir():
-        raise ValueError(f"--source {args.source} is not a folder; give a downloaded checkpoint.")
-    if args.direction == "to-llava":
-        to_llava(args.source, args.output, args.conv_version, shard_bytes)
-    else:
-        to_transformers(args.source, args.output, args.drop_router, shard_bytes)
-    print(f"{args.source} converted to {args.output}")
+    args.to = args.direction.removeprefix("to-")
+    program.convert(args)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:

@@ -84,6 +84,9 @@ IMAGE_PROCESSOR_FIELDS = (
     "do_convert_rgb",
 )
 
+Edits = dict[str, Callable[[Tensor], Tensor]]
+"""What is done to tensors while they are written, by their new name."""
+
 TOWER_RULE = (r"^model\.vision_tower\.vision_tower\.(?:vision_model\.)?", "model.vision_tower.vision_tower.vision_model.")
 TO_LLAVA: Rules = (
     (r"^(?:model\.)?language_model\.lm_head\.", "lm_head."),
@@ -188,7 +191,7 @@ def drop_last_row(weight: Tensor) -> Tensor:
     return weight[:-1].clone()
 
 
-def write_weights(tensors: dict[str, Stored], edits: dict[str, Callable[[Tensor], Tensor]], folder: Path, max_shard_bytes: int) -> None:
+def write_weights(tensors: dict[str, Stored], edits: Edits, folder: Path, max_shard_bytes: int) -> None:
     """Write safetensors shard by shard, with an index where there are several; one shard is in memory at a time.
 
     Args:
@@ -215,7 +218,7 @@ def write_weights(tensors: dict[str, Stored], edits: dict[str, Callable[[Tensor]
         (folder / "model.safetensors.index.json").write_text(index_text + "\n", encoding="utf-8")
 
 
-def _load(names: Sequence[str], tensors: dict[str, Stored], edits: dict[str, Callable[[Tensor], Tensor]]) -> dict[str, Tensor]:
+def _load(names: Sequence[str], tensors: dict[str, Stored], edits: Edits) -> dict[str, Tensor]:
     with ExitStack() as stack:
         opened = {file: stack.enter_context(safe_open(str(file), "pt")) for file in {tensors[name].file for name in names}}
         loaded = {name: opened[tensors[name].file].get_tensor(tensors[name].key) for name in names}
@@ -366,6 +369,23 @@ def llava_next_config(config: Any, image_token: int, vocab_size: int) -> Any:
 # --- tokenizer ------------------------------------------------------------------------------------------------------------------
 
 
+def tokenizer_with_image(source: Path, rows: int) -> tuple[PreTrainedTokenizerBase, int]:
+    """A checkpoint's tokenizer with `<image>`, and that token's id: below `rows`, those of the vocabulary, or the row to append.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than that.
+    """
+    tokenizer = load_tokenizer(source)
+    image_token = add_image_token(tokenizer)
+    if image_token > rows:
+        raise ValueError(
+            f"The tokenizer of {source} has {image_token} tokens, but the model {rows} rows; give the tokenizer saved with it."
+        )
+    if image_token == rows:
+        logger.info("one row is appended to the vocabulary, %d for <image>", image_token)
+    return tokenizer, image_token
+
+
 def without_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer without the `<image>` that `add_image_token` put in."""
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -418,7 +438,7 @@ def to_llava(source: Path, output: Path, conv_version: str | None = None, max_sh
     tokenizer = load_tokenizer(source, processor_class=None)
     tokenizer.chat_template = None
     rows = (getattr(given, KEPT_KEY, None) or {}).get("vocab_size")
-    edits: dict[str, Callable[[Tensor], Tensor]] = {}
+    edits: Edits = {}
     if rows is not None and given.image_token_index == rows and config.vocab_size == rows + 1:
         logger.info("the row of <image>, %d, which was appended for transformers, is dropped", rows)
         config.vocab_size = rows
@@ -454,15 +474,9 @@ def to_transformers(source: Path, output: Path, drop_router: bool = False, max_s
         logger.info("%d tensors of the router are dropped", len(router))
     tensors = {name: tensor for name, tensor in tensors.items() if name not in router}
     check_weights(tensors, FAMILIES[config.language_model_type][2], config, source)
-    tokenizer = load_tokenizer(source)
-    image_token = add_image_token(tokenizer)
-    if image_token > config.vocab_size:
-        raise ValueError(
-            f"The tokenizer of {source} has {image_token} tokens, but the model {config.vocab_size} rows; give the tokenizer saved with it."
-        )
-    edits: dict[str, Callable[[Tensor], Tensor]] = {}
+    tokenizer, image_token = tokenizer_with_image(source, config.vocab_size)
+    edits: Edits = {}
     if image_token == config.vocab_size:
-        logger.info("one row is appended to the vocabulary, %d for <image>", image_token)
         edits = {rename(name, TO_HUB): append_mean_row for name in VOCABULARY if name in tensors}
     made = llava_next_config(config, image_token, max(config.vocab_size, image_token + 1))
     processor = _llava_next_processor(config, made, tokenizer)

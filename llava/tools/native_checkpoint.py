@@ -7,15 +7,12 @@ the mean of the others; the way back drops it. What only LLaVA's layout has a pl
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import AutoConfig
 
-from llava.model.chat_template import add_image_token
 from llava.model.config import GranularityFields
 from llava.model.loading import check_folder, read_tower_config, resolve_tower
 from llava.model.native import AvgLlavaConfig, AvgLlavaForConditionalGeneration
@@ -30,19 +27,19 @@ from llava.tools.llava_next import (
     KEPT_KEY,
     TOWER_RULE,
     VOCABULARY,
+    Edits,
     append_mean_row,
     check_weights,
     copy_generation_config,
     drop_last_row,
     new_folder,
     stored_tensors,
+    tokenizer_with_image,
     without_image_token,
     write_weights,
 )
 
 logger = logging.getLogger("llava.convert")
-
-Edits = dict[str, Callable[[Tensor], Tensor]]
 
 
 def to_native(source: Path, output: Path, max_shard_bytes: int = 5 * 10**9) -> None:
@@ -59,15 +56,9 @@ def to_native(source: Path, output: Path, max_shard_bytes: int = 5 * 10**9) -> N
         config.vision_config, config.image_processor = read_tower_config(resolve_tower(config.mm_vision_tower, source))
     tensors = stored_tensors(source, (TOWER_RULE,))
     check_weights(tensors, FAMILIES[config.language_model_type][2], config, source)
-    tokenizer = load_tokenizer(source)
-    image_token = add_image_token(tokenizer)
-    if image_token > config.vocab_size:
-        raise ValueError(
-            f"The tokenizer of {source} has {image_token} tokens, but the model {config.vocab_size} rows; give the tokenizer saved with it."
-        )
+    tokenizer, image_token = tokenizer_with_image(source, config.vocab_size)
     edits: Edits = {}
     if image_token == config.vocab_size:
-        logger.info("one row is appended to the vocabulary, %d for <image>", image_token)
         edits = {rename(name, TO_NATIVE): append_mean_row for name in VOCABULARY if name in tensors}
     made = native_config(config, image_token, max(config.vocab_size, image_token + 1))
     made.architectures = [AvgLlavaForConditionalGeneration.__name__]
