@@ -49,8 +49,7 @@ def released(oracle: Path) -> LlavaLlamaForCausalLM:
     return LlavaLlamaForCausalLM.from_pretrained(oracle / "checkpoint", attn_implementation="eager").eval()
 
 
-@pytest.fixture
-def new_config() -> LlavaConfig:
+def tiny_config() -> LlavaConfig:
     """A new model that fits in a few hundred kilobytes: 8 x 8 patches, five levels, a narrow router."""
     return LlavaConfig(
         hidden_size=32,
@@ -74,6 +73,12 @@ def new_config() -> LlavaConfig:
         router_hidden_size=16,
         filtered_text_num=4,
     )
+
+
+@pytest.fixture
+def new_config() -> LlavaConfig:
+    """See `tiny_config`."""
+    return tiny_config()
 
 
 @pytest.fixture

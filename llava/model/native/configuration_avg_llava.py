@@ -55,7 +55,7 @@ class AvgLlavaConfig(GranularityFields, PreTrainedConfig):
     def _contradictions(self) -> Iterator[str]:
         """What is wrong with fields beside one another."""
         yield from self.router_contradictions()
-        vision: Any = self.vision_config
+        vision = self.vision
         if vision.patch_size > self.view_side:
             yield f"vision_config.patch_size is {vision.patch_size}, expected at most image_size, {self.view_side}"
             return
@@ -65,7 +65,7 @@ class AvgLlavaConfig(GranularityFields, PreTrainedConfig):
         for name, neutral in _LOGIT_FIELDS.items():
             if (value := getattr(self.text_config, name, None)) not in (None, neutral):
                 yield f"text_config.{name} is {value}, but this model's head is a plain linear layer; choose a text model without it"
-        vocabulary = self.text_config.vocab_size  # type: ignore[union-attr]
+        vocabulary = self.text.vocab_size
         if not 0 <= self.image_token_id < vocabulary:
             yield f"image_token_id is {self.image_token_id}, expected 0 to {vocabulary - 1}, a token of the vocabulary"
         try:
@@ -78,13 +78,23 @@ class AvgLlavaConfig(GranularityFields, PreTrainedConfig):
                 yield f"image_grid_pinpoints has {[height, width]}, expected multiples of {side} with at most {MOST_TILES} tiles"
 
     @property
+    def text(self) -> Any:
+        """The text model's configuration."""
+        return self.text_config
+
+    @property
+    def vision(self) -> Any:
+        """The tower's configuration."""
+        return self.vision_config
+
+    @property
     def patch_grid(self) -> tuple[int, int]:
-        side = self.view_side // self.vision_config.patch_size  # type: ignore[union-attr]
+        side = self.view_side // self.vision.patch_size
         return side, side
 
     @property
     def view_side(self) -> int:
-        return int(self.vision_config.image_size)  # type: ignore[union-attr]
+        return int(self.vision.image_size)
 
     @property
     def canvases(self) -> list[tuple[int, int]]:
@@ -92,7 +102,7 @@ class AvgLlavaConfig(GranularityFields, PreTrainedConfig):
 
     @property
     def context_length(self) -> int:
-        return int(self.text_config.max_position_embeddings)  # type: ignore[union-attr]
+        return int(self.text.max_position_embeddings)
 
 
 def _sub_config(name: str, given: Any, default: Mapping[str, Any]) -> PreTrainedConfig:

@@ -92,19 +92,19 @@ def llava_config(config: AvgLlavaConfig, image_processor: dict[str, Any], **sett
     Raises:
         ValueError: LLaVA's face has no such text model or tower.
     """
-    text, vision = config.text_config, config.vision_config
-    if text.model_type not in FAMILIES or vision.model_type != TOWER:  # type: ignore[union-attr]
+    text, vision = config.text, config.vision
+    if text.model_type not in FAMILIES or vision.model_type != TOWER:
         raise ValueError(
-            f"The text model is {text.model_type!r} and the tower {vision.model_type!r}, expected {' or '.join(FAMILIES)} and {TOWER} for "  # type: ignore[union-attr]
+            f"The text model is {text.model_type!r} and the tower {vision.model_type!r}, expected {' or '.join(FAMILIES)} and {TOWER} for "
             "LLaVA's layout; keep the native one."
         )
-    kind, face = FAMILIES[text.model_type]  # type: ignore[union-attr]
+    kind, face = FAMILIES[text.model_type]
     made = face(
         **own_fields(text, kind),
         **{each.name: getattr(config, each.name) for each in fields(GranularityFields)},
         vision_config={"model_type": TOWER, **own_fields(vision, type(vision))},
         image_processor=image_processor,
-        mm_hidden_size=vision.hidden_size,  # type: ignore[union-attr]
+        mm_hidden_size=vision.hidden_size,
         mm_vision_select_layer=config.vision_feature_layer,
         image_grid_pinpoints=[list(canvas) for canvas in config.canvases] or None,
         **{"image_aspect_ratio": "anyres" if config.canvases else "pad", **settings},

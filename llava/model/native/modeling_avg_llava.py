@@ -114,9 +114,9 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel, Composer):
 
     def __init__(self, config: AvgLlavaConfig) -> None:
         super().__init__(config)
-        text: Any = config.text_config
+        text = config.text
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = build_projector(config.mm_projector_type, config.vision_config.hidden_size, text.hidden_size)  # type: ignore[union-attr]
+        self.multi_modal_projector = build_projector(config.mm_projector_type, config.vision.hidden_size, text.hidden_size)
         self.image_newline = Newline(text.hidden_size) if config.mm_patch_merge_type == "spatial_unpad" else None
         self.router = GranularityRouter.from_config(config, text.hidden_size) if config.router_select else None
         self.language_model = AutoModel.from_config(config.text_config)
@@ -232,7 +232,7 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel, Composer):
         image = self._image_features(images, plan.layouts, plan.choose(logits), logits)
         expansion = expand(is_image & mask.bool(), mask, [len(tokens) for tokens in image.pooler_output], padding_side)  # type: ignore[union-attr]
         check_context([row.num_text_tokens for row in rows], expansion.attention_mask.sum(-1).tolist(), self.config.context_length)
-        pad = self.config.text_config.pad_token_id  # type: ignore[union-attr]
+        pad = self.config.text.pad_token_id
         ids = None if input_ids is None else expansion.take(input_ids, 0 if pad is None else pad)
         embeds = None if inputs_embeds is None else expansion.take(inputs_embeds, 0.0)
         return ExpandedPrompt(ids, embeds, expansion.attention_mask, image, expansion.last)
@@ -385,7 +385,7 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
 
     def __init__(self, config: AvgLlavaConfig) -> None:
         super().__init__(config)
-        text: Any = config.text_config
+        text = config.text
         self.model = AvgLlavaModel(config)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
@@ -445,7 +445,7 @@ class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin)
         loss = None
         if labels is not None:
             labels = self._supervised(labels, input_ids, attention_mask)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)  # type: ignore[union-attr]
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text.vocab_size, **kwargs)
         return AvgLlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

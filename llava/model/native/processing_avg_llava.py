@@ -119,7 +119,7 @@ class AvgLlavaProcessor(ProcessorMixin):
         return cls(
             views,
             tokenizer,
-            patch_size=config.vision_config.patch_size,  # type: ignore[union-attr]
+            patch_size=config.vision.patch_size,
             chat_template=jinja_template(get_template(config.conv_version)),
             granularity_tokens=config.vis_token_granularity,
             granularity_grids=config.vis_token_grids,

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.model import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model import LlavaLlamaForCausalLM
 from llava.model.native import AvgLlavaForConditionalGeneration
 from llava.model.native.llava_layout import TO_NATIVE, native_config, rename
+from tests.model.conftest import tiny_config
 
 IMAGE = 60
 """A token of the tiny vocabulary that no prompt uses otherwise."""
@@ -92,29 +93,7 @@ def make_batch(rows: list[tuple[int, list[str]]], seed: int = 0) -> Batch:
 def pair() -> tuple[LlavaLlamaForCausalLM, AvgLlavaForConditionalGeneration]:
     """One set of weights under both faces. Shared: a test that changes it changes it back."""
     torch.manual_seed(0)
-    config = LlavaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=64,
-        max_position_embeddings=1024,
-        pad_token_id=0,
-        vision_config={
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 32,
-            "patch_size": 4,
-        },
-        image_grid_pinpoints=[[64, 64], [32, 64], [64, 32]],
-        vis_token_granularity=[4, 8, 16, 32, 64],
-        router_select=True,
-        router_hidden_size=16,
-        filtered_text_num=4,
-    )
-    model = LlavaLlamaForCausalLM(config).eval()
+    model = LlavaLlamaForCausalLM(tiny_config()).eval()
     router = model.model.router
     for parameter in (router.voter, *(layer.weight for layer in router.modules() if isinstance(layer, torch.nn.Linear))):
         torch.nn.init.normal_(parameter, std=0.7)  # so that different prompts get different levels
