@@ -218,6 +218,10 @@ class LlavaLayoutProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", "images", "image_sizes"]
 
 
+AvgLlavaProcessor = LlavaLayoutProcessor
+"""What this module called it before the native layout had a processor; scripts import it by that name."""
+
+
 def _from_model_config(path: str, hub: dict[str, Any]) -> tuple[dict[str, Any], CLIPImageProcessorPil]:
     """Settings and image processor of a checkpoint."""
     stored = read_stored_config(path, hub)

@@ -272,3 +272,9 @@ def test_start_and_end_tokens_frame_a_picture(oracle):
     ids = tokenizer_image_token(prompt, framed.tokenizer)
     place = ids.index(IMAGE_TOKEN_INDEX)
     assert (ids[place - 1], ids[place + 1]) == (420, 421)
+
+
+def test_scripts_that_import_the_former_name_from_here_get_the_same_class() -> None:
+    from llava.model.processing import AvgLlavaProcessor
+
+    assert AvgLlavaProcessor is LlavaLayoutProcessor
