@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ImageMessage: TypeAlias = "tuple[str, Image.Image | None, str]"
 """A message with an image: text, image, and how `get_images` prepares it (Pad, Default, Crop or Resize)."""
-Message: TypeAlias = "str | ImageMessage | None"
+TurnContent: TypeAlias = "str | ImageMessage | None"
 """What one turn holds; None or an empty text leaves the turn open for the model to fill."""
 
 _Fields: TypeAlias = "dict[str, Any]"  # named here because `Conversation.dict` hides the builtin inside the class
@@ -63,7 +63,7 @@ class SeparatorStyle(enum.Enum):
 class Conversation:
     """A system text, two roles, the turns so far, and the rule that makes one prompt of them.
 
-    A turn is a two-item list `[role, message]`; see `Message` for what a message can be.
+    A turn is a two-item list `[role, message]`; see `TurnContent` for what a message can be.
     """
 
     system: str
@@ -86,7 +86,7 @@ class Conversation:
         """Replace the system text, keeping the template's markup around it."""
         self.system = self.system_head + text
 
-    def append_message(self, role: str, message: Message) -> None:
+    def append_message(self, role: str, message: TurnContent) -> None:
         """Add one turn; a `message` of None leaves it open for the model."""
         self.messages.append([role, message])
 
@@ -248,7 +248,7 @@ def spans_between(spans: Sequence[Span], start: int, end: int | None = None) -> 
     return cut
 
 
-def _text_of(message: Message) -> str:
+def _text_of(message: TurnContent) -> str:
     if isinstance(message, tuple):
         return message[0]
     return message or ""

@@ -21,7 +21,7 @@ INTERRUPTED = 130
 """Exit status of a program that Ctrl-C ended: 128 and the signal's number, as shells count."""
 EXTRA_MODULES = {
     "serve": (
-        *("fastapi", "starlette", "pydantic", "anyio", "uvicorn", "h11", "gradio", "httpx", "httpx_sse", "openai", "prometheus_client"),
+        *("fastapi", "starlette", "pydantic", "anyio", "uvicorn", "h11", "gradio", "httpx", "httpx_sse", "prometheus_client"),
         "llguidance",
     ),
     "train": ("deepspeed", "peft", "bitsandbytes", "pyarrow", "yaml", "matplotlib", "tensorboard"),

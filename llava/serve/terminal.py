@@ -39,7 +39,7 @@ IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
 
 
 @dataclass
-class Conversation:
+class TerminalChat:
     """What was said. waiting: images for the next question. images: those of the turns, in order."""
 
     turns: list[Message] = field(default_factory=list)
@@ -79,7 +79,7 @@ class Chat:
 
     def __init__(self, assistant: Assistant, options: Options, terminal: Terminal) -> None:
         self.assistant, self.options, self.terminal = assistant, options, terminal
-        self.conversation = Conversation()
+        self.conversation = TerminalChat()
         self.failures = 0
         self.interrupted = False
         self.over = False
@@ -224,7 +224,7 @@ class Chat:
             self._say(self.terminal.dim(f"{image_count(len(self.conversation.waiting))} for the next question"))
 
     def _clear(self, rest: str) -> None:
-        self.conversation = Conversation()
+        self.conversation = TerminalChat()
         self._say(self.terminal.dim("forgotten"))
 
     def _exit(self, rest: str) -> None:
