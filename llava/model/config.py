@@ -10,6 +10,7 @@ wrong values would otherwise end in whatever error the first code to use them ra
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
@@ -246,24 +247,24 @@ class GranularityFields:
     conv_version: str = field(default="v1", metadata=ruled(Text()))
 
     @property
+    @abstractmethod
     def patch_grid(self) -> tuple[int, int]:
         """Patches of one view as (height, width)."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def view_side(self) -> int:
         """Pixels of a view's side."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def canvases(self) -> Sequence[Sequence[int]]:
         """(width, height) in pixels of each canvas that an image may be cut from."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def context_length(self) -> int:
         """How many positions, text and visual tokens together, the language model can take."""
-        raise NotImplementedError
 
     @property
     def levels(self) -> tuple[Granularity, ...]:
