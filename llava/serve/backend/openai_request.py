@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
-from collections.abc import Iterator, Sequence
-from io import BytesIO
+from collections.abc import Sequence
 from typing import Any
 
-from PIL import Image
-
-from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.messages import Detail, Message, RoutingRequest, normalise_turns
+from llava import openai_chat
+from llava.messages import Message, RoutingRequest, normalise_turns
+from llava.openai_chat import data_url as data_url
+from llava.openai_chat import routing_fields as routing_fields
 from llava.serve.api.guide_fields import ANY_OBJECT
 from llava.serve.api.read_prompt import read_prompt
 from llava.serve.protocol import EngineImage, ErrorKind, GenerationRequest, Guide, GuideKind, Sampling, ServeError
@@ -97,18 +95,6 @@ def chat_body(request: GenerationRequest, model: str, owner: str = "") -> dict[s
     return body | routing_fields(request.routing)
 
 
-def routing_fields(routing: RoutingRequest) -> dict[str, Any]:
-    """A routing request as fields of a body; the detail of each image is in the image's own part."""
-    fields: dict[str, Any] = {}
-    if routing.granularity is not None:
-        fields["granularity"] = routing.granularity if isinstance(routing.granularity, int) else list(routing.granularity)
-    if routing.max_visual_tokens is not None:
-        fields["max_visual_tokens"] = routing.max_visual_tokens
-    if routing.bias:
-        fields["granularity_bias"] = routing.bias
-    return fields
-
-
 def request_turns(request: GenerationRequest) -> Sequence[Message]:
     """The turns to send: a request's own as every template can write them, or those of its finished prompt as they stand there."""
     if request.prompt is None:
@@ -128,34 +114,7 @@ def chat_messages(turns: Sequence[Message], images: Sequence[EngineImage], routi
     Raises:
         ServeError: as many placeholders as images were expected.
     """
-    marked = sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
-    if marked != len(images):
-        raise ServeError(
-            ErrorKind.INVALID_REQUEST, f"The text holds {marked} <image> placeholders, but {len(images)} images came; make them agree."
-        )
-    waiting = iter([_image_part(image, routing.detail_of(place)) for place, image in enumerate(images)])
-    return [{"role": turn.role, "content": _content(turn.text, waiting)} for turn in turns]
-
-
-def _content(turn_text: str, images: Iterator[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """A turn's text, cut at its placeholders; the line break that a template puts after an image is dropped."""
-    head, *rest = turn_text.split(DEFAULT_IMAGE_TOKEN)
-    if not rest:
-        return head
-    parts: list[dict[str, Any]] = [{"type": "text", "text": head}] if head else []
-    for piece in rest:
-        parts.append(next(images))
-        if text := piece.removeprefix("\n"):
-            parts.append({"type": "text", "text": text})
-    return parts
-
-
-def _image_part(image: EngineImage, detail: Detail | None) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": image.content, **({"detail": detail} if detail else {})}}
-
-
-def data_url(image: Image.Image) -> str:
-    """An image as it is sent to a backend."""
-    buffer = BytesIO()
-    image.save(buffer, format="PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    try:
+        return openai_chat.chat_messages(turns, [image.content for image in images], routing.details)
+    except ValueError as error:  # the sentence holds counts only
+        raise ServeError(ErrorKind.INVALID_REQUEST, str(error)) from error

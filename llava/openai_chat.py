@@ -1,0 +1,82 @@
+"""A conversation as OpenAI's chat completions carry it: what a bridge or the bulk client sends to a server. Nothing here needs torch.
+
+Granularity travels under two names. This project's own services read `routing_fields`; a stock vLLM with our plug-in reads
+`processor_kwargs`, the one field of its API that reaches a model's processor.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from typing import Any
+
+from PIL import Image
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.messages import Detail, Message, RoutingRequest
+
+
+def chat_messages(turns: Sequence[Message], urls: Sequence[str], details: Sequence[Detail | None] = ()) -> list[dict[str, Any]]:
+    """Turns as OpenAI's messages, each image where its placeholder stands.
+
+    Args:
+        turns: as `llava.messages.normalise_turns` gives them. urls: of the images (data URLs), in the order of their placeholders.
+        details: one per image, or none at all.
+
+    Raises:
+        ValueError: as many placeholders as images were expected.
+    """
+    marked = sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
+    if marked != len(urls):
+        raise ValueError(f"The text holds {marked} <image> placeholders, but {len(urls)} images came; make them agree.")
+    waiting = iter([_image_part(url, details[place] if details else None) for place, url in enumerate(urls)])
+    return [{"role": turn.role, "content": _content(turn.text, waiting)} for turn in turns]
+
+
+def _content(turn_text: str, images: Iterator[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """A turn's text, cut at its placeholders; the line break that a template puts after an image is dropped."""
+    head, *rest = turn_text.split(DEFAULT_IMAGE_TOKEN)
+    if not rest:
+        return head
+    parts: list[dict[str, Any]] = [{"type": "text", "text": head}] if head else []
+    for piece in rest:
+        parts.append(next(images))
+        if text := piece.removeprefix("\n"):
+            parts.append({"type": "text", "text": text})
+    return parts
+
+
+def _image_part(url: str, detail: Detail | None) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url, **({"detail": detail} if detail else {})}}
+
+
+def data_url(image: Image.Image) -> str:
+    """An image as it is sent: PNG, so that the other side decodes the same pixels."""
+    buffer = BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def routing_fields(routing: RoutingRequest) -> dict[str, Any]:
+    """A routing request as fields of a body to this project's services; the detail of each image is in the image's own part."""
+    return _given(routing, "granularity")
+
+
+def processor_kwargs(routing: RoutingRequest) -> dict[str, Any]:
+    """A routing request as `mm_processor_kwargs` of a body to vLLM with the plug-in; empty where the server's default is wanted.
+
+    A server accepts them with `--trust-request-mm-kwargs` only.
+    """
+    return _given(routing, "vis_token_granularity")
+
+
+def _given(routing: RoutingRequest, granularity: str) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    if routing.granularity is not None:
+        fields[granularity] = routing.granularity if isinstance(routing.granularity, int) else list(routing.granularity)
+    if routing.max_visual_tokens is not None:
+        fields["max_visual_tokens"] = routing.max_visual_tokens
+    if routing.bias:
+        fields["granularity_bias"] = routing.bias
+    return fields
