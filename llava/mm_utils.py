@@ -129,8 +129,8 @@ def tokenize_spans(spans: Sequence[Span], tokenizer: Any, image_token_index: int
     if len(special.findall(prompt)) == from_markup:
         return _plain_ids(prompt, tokenizer, image_token_index)
     plain = plain_tokenizer(tokenizer)
-    marked = "".join(span.text if span.is_text or span.text == DEFAULT_IMAGE_TOKEN else plain.mark(span.text) for span in spans)
-    return _ids_around_images(marked, tokenizer, plain.encode, image_token_index)
+    escaped = "".join(plain.escape(span.text) if span.is_text else span.text for span in spans)
+    return _ids_around_images(escaped, tokenizer, plain.encode, image_token_index)
 
 
 def text_of_ids(ids: Sequence[int], tokenizer: Any, image_text: str = DEFAULT_IMAGE_TOKEN, **options: Any) -> str:

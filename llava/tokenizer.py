@@ -13,6 +13,7 @@ are right. Tokenizers of other kinds (Qwen, Llama 3, ...) pass through untouched
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -22,7 +23,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
@@ -31,6 +32,8 @@ from llava.checkpoint_files import hub_options, one_line
 from llava.tokenizer_files import check_tokenizer_files
 
 T = TypeVar("T")
+
+_UNREADABLE = "The text spells a special token, which this model's tokenizer cannot read as text; leave it out."
 
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space inside a piece
 # Rebuilt from the backend; passing these on would make the new tokenizer load or describe another one.
@@ -98,10 +101,14 @@ def special_texts(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
 
 
 class PlainTokenizer:
-    """A copy of a tokenizer to which the texts of its special tokens are texts like any others.
+    """A copy of a tokenizer that tells a special token from a text that spells one.
 
-    It knows the special tokens under marks in place of their texts. A mark holds a random number that never leaves this process, so that no
-    text can hold one by intent or chance. Ids are those of the original.
+    What somebody said goes through `escape`, what a template writes does not, and the copy reads both together: escaped text as text like
+    any other, the rest as ever. Escapes are random characters of a private area that never leave this process, so that no text can hold
+    one by intent or chance.
+
+    Attributes:
+        tokenizer: the copy. Ids are the original's, offsets those of the text that it is given, escapes included.
 
     Args:
         tokenizer: one of the `tokenizers` library.
@@ -112,32 +119,35 @@ class PlainTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise ValueError("The text spells a special token, which this model's tokenizer cannot read as text; leave it out.")
+            raise ValueError(_UNREADABLE)
         self._special = special_texts(tokenizer)
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._backend.encode_special_tokens = True
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        secret = secrets.token_hex(16)
-        special = {index: token for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._marks = {token.content: f"<{secret}:{index}>" for index, token in special.items()}
-        self._backend.add_tokens([_renamed(token, self._marks[token.content]) for token in special.values()])
-        self._ids = {self._backend.token_to_id(self._marks[token.content]): index for index, token in special.items()}
+        self._escape = "".join(chr(0xF0000 + secrets.randbelow(0xFFFE)) for _ in range(8))
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Special tokens are looked for before a text is normalised, and what was escaped becomes the text that it was afterwards.
+        state["added_tokens"] = [{**token, "normalized": token["normalized"] and not token["special"]} for token in state["added_tokens"]]
+        unescape = {"type": "Replace", "pattern": {"String": self._escape}, "content": ""}
+        state["normalizer"] = {"type": "Sequence", "normalizers": [unescape, *filter(None, [state["normalizer"]])]}
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+        special = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._unreadable = {text for index, text in special.items() if index in self.encode(self._escaped(text))}
 
-    def mark(self, markup: str) -> str:
-        """A template's text, in which special tokens are meant as such, for `encode`."""
-        return self._special.sub(lambda found: self._marks[found[0]], markup)
+    def escape(self, text: str) -> str:
+        """Somebody's text, for `tokenizer`.
+
+        Raises:
+            ValueError: it spells a special token that the vocabulary has as a word too.
+        """
+        if self._unreadable.intersection(self._special.findall(text)):
+            raise ValueError(_UNREADABLE)
+        return self._special.sub(lambda found: self._escaped(found[0]), text)
+
+    def _escaped(self, token: str) -> str:
+        return token[0] + self._escape + token[1:]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without what the tokenizer puts in front of every text."""
-        return [self._ids.get(index, index) for index in self._backend.encode(text, add_special_tokens=False).ids]
-
-
-def _renamed(token: AddedToken, text: str) -> AddedToken:
-    """A token that is found as this one is, under another text, also where special tokens are not looked for."""
-    return AddedToken(
-        text, single_word=token.single_word, lstrip=token.lstrip, rstrip=token.rstrip, normalized=token.normalized, special=False
-    )
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
 
 @_once_per_vocabulary

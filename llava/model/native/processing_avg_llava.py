@@ -1,11 +1,12 @@
 """`AvgLlavaProcessor`: prompts and images in, the arguments of the native model out, as `LlavaNextProcessor` does it."""
 
+import copy
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, processing_utils
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 
 from llava.checkpoint_files import HUB_OPTIONS, read_object, stored_file
@@ -15,13 +16,15 @@ from llava.crops import get_anyres_image_grid_shape, view_size
 from llava.model.chat_template import after_image, jinja_template
 from llava.model.config import LlavaConfig, LlavaMistralConfig
 from llava.model.granularity import granularity_levels
+from llava.model.image_inputs import IMAGE_KEYS
 from llava.model.merge import merged_layout
 from llava.model.native.configuration_avg_llava import AvgLlavaConfig
 from llava.model.native.image_processing_avg_llava import AvgLlavaImageProcessor, AvgLlavaImageProcessorKwargs
+from llava.tokenizer import plain_tokenizer, special_texts
 
 _LLAVA_LAYOUT = (LlavaConfig.model_type, LlavaMistralConfig.model_type)
-_UNMARKED = getattr(processing_utils, "_UNMARKED", "")
-"""What stands in front of an image token that is meant as one, as a pattern; transformers marks those that users spelled."""
+_NO_TEXT = ("role", "type", "image_url", *IMAGE_KEYS)
+"""Of a message and its parts, what is not said by anybody."""
 
 
 class AvgLlavaImagesKwargs(AvgLlavaImageProcessorKwargs, total=False):
@@ -44,9 +47,8 @@ class AvgLlavaProcessor(ProcessorMixin):
     `vis_token_granularity`: then it becomes the image's tokens at that level, and the model runs as a LlavaNext. Truncation never cuts into
     an image: where one would lose tokens, the call is refused.
 
-    `text` is a finished prompt: special tokens that it spells are meant as such. So they are in transformers' `apply_chat_template`, also
-    where other people's words spell them. From transformers 5.23 on, `sanitize_control_tokens=True` makes these text where the template
-    writes all special tokens itself, which LLaVA's templates leave to the tokenizer; elsewhere `LlavaLayoutProcessor` keeps them apart.
+    `text` is a finished prompt: special tokens that it spells are meant as such. Where it holds other people's words, use
+    `apply_chat_template` with `tokenize=True`.
 
     Args:
         image_processor: for the views of the vision tower. tokenizer: one that knows `image_token`.
@@ -139,6 +141,27 @@ class AvgLlavaProcessor(ProcessorMixin):
             return LlavaLayoutProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
+    # ---- messages ------------------------------------------------------------------------------------------------------------
+
+    def apply_chat_template(  # type: ignore[override]
+        self, conversation: Any, chat_template: str | None = None, *, tokenize: bool = False, **kwargs: Any
+    ) -> Any:
+        """transformers' own. With `tokenize`, what the messages say is text, whatever it spells: special tokens, `<image>` among them, come
+        from the template alone. The prompt that it writes without `tokenize` is finished, and `</s>` in it is a token, whoever said it.
+
+        Raises:
+            ValueError: as `__call__`, or a text that spells a special token which the tokenizer cannot read as text.
+        """
+        if not tokenize:
+            return super().apply_chat_template(conversation, chat_template, tokenize=False, **kwargs)
+        kwargs.pop("sanitize_control_tokens", None)  # which transformers does from 5.23 on, for other templates than LLaVA's
+        reader = self
+        if any(map(special_texts(self.tokenizer).search, _texts(conversation))):
+            plain = plain_tokenizer(self.tokenizer)
+            reader, conversation = copy.copy(self), _with_texts(conversation, plain.escape)
+            reader.tokenizer = plain.tokenizer
+        return super(AvgLlavaProcessor, reader).apply_chat_template(conversation, chat_template, tokenize=True, **kwargs)
+
     # ---- a call --------------------------------------------------------------------------------------------------------------
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -163,7 +186,8 @@ class AvgLlavaProcessor(ProcessorMixin):
                 counts = [_num_images(row) for row in images]
             if counts != (expected if len(counts) == len(prompts) else [sum(expected)]):
                 raise ValueError(
-                    f"The prompts hold {expected} {self.image_token} tokens, but {counts} images were given; write one per image."
+                    f"The prompts hold {expected} {self.image_token} tokens, but {counts} images were given; write one per image "
+                    "(in messages, a part of type image)."
                 )
         super().validate_inputs(images, text, *args, **kwargs)
 
@@ -176,11 +200,10 @@ class AvgLlavaProcessor(ProcessorMixin):
         self, text: list[str], images_replacements: Sequence[str] = (), *args: Any, **kwargs: Any
     ) -> tuple[list[str], list[dict[str, Any]]]:
         """transformers' own; text behind an image begins as a text of its own, as LLaVA tokenises it."""
-        one = _UNMARKED + re.escape(self.image_token)
         followed_by_text = [
-            found.end() < len(prompt) and re.compile(one).match(prompt, found.end()) is None
+            found.end() < len(prompt) and not prompt.startswith(self.image_token, found.end())
             for prompt in text
-            for found in re.finditer(one, prompt)
+            for found in re.finditer(re.escape(self.image_token), prompt)
         ]
         replaced = [
             tokens + (self._after_image if is_followed else "")
@@ -217,6 +240,26 @@ class AvgLlavaProcessor(ProcessorMixin):
             return MultiModalData()
         tokens = [self._num_tokens(size, vis_token_granularity) for size in image_sizes]
         return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(tokens))
+
+
+def _texts(said: Any) -> Iterator[str]:
+    """What messages, or anything in them, say."""
+    if isinstance(said, str):
+        yield said
+    for name, value in said.items() if isinstance(said, dict) else enumerate(said if isinstance(said, (list, tuple)) else ()):
+        if name not in _NO_TEXT:
+            yield from _texts(value)
+
+
+def _with_texts(said: Any, change: Callable[[str], str]) -> Any:
+    """Messages with each of `_texts` changed."""
+    if isinstance(said, str):
+        return change(said)
+    if isinstance(said, (list, tuple)):
+        return [_with_texts(value, change) for value in said]
+    if isinstance(said, dict):
+        return {name: value if name in _NO_TEXT else _with_texts(value, change) for name, value in said.items()}
+    return said
 
 
 def _num_images(images: Any) -> int:
