@@ -25,6 +25,7 @@ EXTRA_MODULES = {
         "llguidance",
     ),
     "train": ("deepspeed", "peft", "bitsandbytes", "pyarrow", "yaml", "matplotlib", "tensorboard"),
+    "vllm": ("vllm",),
     "eval": ("easy_vqa", "matplotlib"),
     "playground": ("easy_vqa", "sklearn", "matplotlib", "pyarrow", "yaml"),
 }

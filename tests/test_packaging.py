@@ -60,7 +60,7 @@ def lacking(imports: dict[str, str], requirements: list[Requirement]) -> dict[st
 
 
 def test_core_dependencies_cover_what_inference_imports() -> None:
-    imports = imported(ROOT / "llava", leaving_out=("train", "serve"))
+    imports = imported(ROOT / "llava", leaving_out=("train", "serve", "vllm_plugin"))
     assert {"torch", "transformers", "pillow"} <= set(imports)
     # Only adapter folders need it, and reading one without it says what to install.
     assert imports.pop("peft") == "llava/model/adapter.py"
@@ -70,7 +70,14 @@ def test_core_dependencies_cover_what_inference_imports() -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "extra"), [("llava/train", "train"), ("llava/serve", "serve"), ("llava/eval", "eval"), ("playground", "playground")]
+    ("folder", "extra"),
+    [
+        ("llava/train", "train"),
+        ("llava/serve", "serve"),
+        ("llava/eval", "eval"),
+        ("llava/vllm_plugin", "vllm"),
+        ("playground", "playground"),
+    ],
 )
 def test_an_extra_covers_what_its_folder_imports(folder: str, extra: str) -> None:
     assert lacking(imported(ROOT / folder), CORE + EXTRAS[extra]) == {}
