@@ -9,6 +9,7 @@ Legend: C views of an image, L positions of a row, D width, F feed-forward width
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava.model.config import vision_fields
+from llava.train.losses import tokens_at_once
 from llava.train.rows import num_views, visual_token_costs
 from llava.train.stages import PartSummary, Stage
 
@@ -295,7 +297,7 @@ class Memory:
 
     Attributes:
         buffers: gathered weights and communication buckets (ZeRO), or autocast's 16-bit copies of weights.
-        logits: vocabulary logits and their loss.
+        logits: vocabulary logits and their loss, of as many tokens as are scored at a time.
         update: what only the optimizer's step needs, when activations are gone.
         host: of one machine with all the GPUs.
     """
@@ -371,13 +373,14 @@ def memory(model: Any, parts: Sequence[PartSummary], stage: Stage, step: Step, z
     offloads = zero == "3-offload"
     on_gpu = 0 if offloads else 1
     supervised = step.rows * step.answer_tokens * len(workload(model, stage, step).levels)
+    scored = min(supervised, tokens_at_once(model.config.vocab_size))
     return Memory(
         weights=on_gpu * weights / (num_gpus if zero.startswith("3") else 1),
         gradients=on_gpu * trained * precision.gradient / share,
         optimizer=on_gpu * trained * precision.optimizer / share,
         buffers=buffers,
         activations=activation_bytes(model, stage, step, precision),
-        logits=supervised * model.config.vocab_size * (precision.compute + 8),  # as computed, in float32, and their log-softmax
+        logits=scored * model.config.vocab_size * (precision.compute + 8),  # as computed, in float32, and their log-softmax
         update=0.0 if zero == "0" or offloads else 4 * trained / share,
         reserved=RESERVED_BYTES,
         host=weights + trained * (precision.optimizer + 4) if offloads else 0.0,
@@ -391,7 +394,17 @@ def verdict(needed: float, gpu_bytes: float) -> str:
     return "tight" if needed > TIGHT_SHARE * gpu_bytes else "fits"
 
 
-def largest_batch(needed: Memory, rows: int, gpu_bytes: float) -> int:
-    """Most rows per GPU that fit and are not tight, from the memory of `rows` rows: only activations and logits grow, evenly."""
-    room, row = TIGHT_SHARE * gpu_bytes - needed.held, (needed.activations + needed.logits) / rows
-    return int(room // row) if room >= max(row, needed.update) else 0
+def largest_batch(needs: Callable[[int], Memory], gpu_bytes: float) -> int:
+    """Most rows per GPU that fit and are not tight.
+
+    Args:
+        needs: the memory of a step of this many rows.
+    """
+
+    def is_too_much(rows: int) -> bool:
+        return verdict(needs(rows).total, gpu_bytes) != "fits"
+
+    above = 1
+    while not is_too_much(above):
+        above *= 2
+    return bisect_left(range(above), True, lo=1, key=is_too_much) - 1

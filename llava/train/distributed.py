@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from llava.train.arguments import TrainingArguments
@@ -63,6 +65,37 @@ def full_weights_on_load(args: TrainingArguments) -> Iterator[None]:
         yield
     finally:
         set_hf_deepspeed_config(args.hf_deepspeed_config)
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside this block a call of a module runs another forward, with whatever DDP, DeepSpeed or a hook does around a call of it.
+
+    Weights are gathered and gradients reduced there, so work with a module's weights that is not such a call would find them sharded.
+    """
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def call_through(wrapper: nn.Module, bare: nn.Module, work: Callable[[], Tensor]) -> Tensor:
+    """Run `work` as the forward of `bare`, called through whatever wraps it.
+
+    Args:
+        wrapper: the model as accelerate prepared it; `bare` itself in a single process.
+        bare: the model inside.
+        work: uses `bare` and returns the tensor to differentiate.
+    """
+    if wrapper is bare:
+        return work()
+    with forward_replaced(bare, lambda *_, **__: work()):
+        return wrapper()
 
 
 def is_lost_process(error: BaseException) -> bool:

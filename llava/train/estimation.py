@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,10 @@ def estimate(args: EstimateArguments) -> Estimate:
     trained = trained_parameters(model)
     parts = apply_stage(model, stage)
     operations, load = count_operations(model, stage, step), workload(model, stage, step)
-    needed = {zero: memory(model, parts, stage, step, zero, args.dtype, args.num_gpus) for zero in _zero_settings(args)}
+
+    def needs(zero: str, rows: int) -> Memory:
+        return memory(model, parts, stage, replace(step, rows=rows), zero, args.dtype, args.num_gpus)
+
     settings = {**asdict(args), "image_size": list(size), "answer_tokens": answer, "views": load.views}
     return Estimate(
         settings={name: value for name, value in settings.items() if name != "json"},
@@ -154,7 +158,7 @@ def estimate(args: EstimateArguments) -> Estimate:
             for index, level in enumerate(model.levels)
         ],
         operations=_operations_of_step(operations, load.levels, stage.name, rows),
-        memory={zero: _memory_line(found, rows, args.gpu_memory_gb * GIB) for zero, found in needed.items()},
+        memory={zero: _memory_line(partial(needs, zero), rows, args.gpu_memory_gb * GIB) for zero in _zero_settings(args)},
     )
 
 
@@ -184,9 +188,10 @@ def _operations_of_step(found: Operations, levels: Sequence[int], stage: str, ro
     return {name: {**each, "total": sum(each.values())} for name, each in lines.items()}
 
 
-def _memory_line(needed: Memory, rows: int, gpu: float) -> dict[str, float | str]:
-    total = needed.total
-    return {**asdict(needed), "total": total, "verdict": verdict(total, gpu), "largest_batch": largest_batch(needed, rows, gpu)}
+def _memory_line(needs: Callable[[int], Memory], rows: int, gpu: float) -> dict[str, float | str]:
+    needed = needs(rows)
+    fits = verdict(needed.total, gpu)
+    return {**asdict(needed), "total": needed.total, "verdict": fits, "largest_batch": largest_batch(needs, gpu)}
 
 
 # ---- the report

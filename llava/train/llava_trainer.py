@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TR
 from llava.durable import publish, remove_folder, room_for, staging_folder, whole_folder
 from llava.train.arguments import TrainingArguments
 from llava.train.checkpoint import FINISHED, checkpoints, keep_newest, publish_into, restore_weights, save_projector, write_manifest
+from llava.train.distributed import call_through
 from llava.train.features import FeatureCache
 from llava.train.objectives import STAGE_LOSSES, Batch, RouterSettings, StageLoss, count_items, image_features
 from llava.train.run_folder import random_state_file
@@ -82,30 +83,6 @@ def optimizer_groups(
         for decays in (True, False)
         if pair[decays]
     ]
-
-
-def call_through(wrapper: nn.Module, bare: nn.Module, work: Callable[[], Tensor]) -> Tensor:
-    """Run `work` as the forward of `bare`, called through whatever wraps it.
-
-    DDP and DeepSpeed set up gradient and weight communication in their own forward; a loss computed without it is never
-    synchronised.
-
-    Args:
-        wrapper: the model as accelerate prepared it; `bare` itself in a single process.
-        bare: the model inside.
-        work: uses `bare` and returns the tensor to differentiate.
-    """
-    if wrapper is bare:
-        return work()
-    own = bare.__dict__.get("forward")
-    bare.forward = lambda *_, **__: work()
-    try:
-        return wrapper()
-    finally:
-        if own is None:
-            del bare.forward
-        else:
-            bare.forward = own
 
 
 def peak_memory_gb() -> float:

@@ -5,16 +5,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_AT_ONCE = 2**24
+"""Vocabulary logits that exist at one time: 64 MiB in float32, 524 tokens of a vocabulary of 32,000."""
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of T tokens in float32, (T,), from their logits (T, V) and targets (T,)."""
     return F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """How many tokens' logits exist at one time, for a vocabulary of this size."""
+    return max(1, LOGITS_AT_ONCE // vocabulary)
+
+
+def token_losses_in_chunks(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    """Cross-entropy of T tokens, (T,), that never holds the logits of more than `chunk` of them.
+
+    Where a gradient is wanted, the logits of each chunk are computed again in the backward pass, so that memory does not depend on how
+    long the answers of a batch are. Up to `chunk` tokens nothing is computed twice.
+
+    Args:
+        head: hidden states (t, D) to logits (t, V).
+        hidden: (T, D).
+        targets: (T,).
+        chunk: tokens, at least 1.
+    """
+
+    def losses(states: Tensor, wanted: Tensor) -> Tensor:
+        return token_losses(head(states), wanted)
+
+    if len(hidden) <= chunk:
+        return losses(hidden, targets)
+    pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    return torch.cat([checkpoint(losses, states, wanted, use_reentrant=False) for states, wanted in pieces])
 
 
 def mean_over(total: Tensor, count: float) -> Tensor:

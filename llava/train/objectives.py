@@ -22,8 +22,9 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.splice import SplicedRow
+from llava.train.distributed import forward_replaced
 from llava.train.features import FeatureCache
-from llava.train.losses import cost_adjusted, mean_over, rglf_losses, router_feedback, token_losses
+from llava.train.losses import cost_adjusted, mean_over, rglf_losses, router_feedback, token_losses_in_chunks, tokens_at_once
 from llava.train.packing import PADDING_OWNER, pack
 
 Batch = dict[str, Any]
@@ -160,13 +161,22 @@ def _read(
         inputs_embeds=embeddings, attention_mask=None, position_ids=packed.position_ids, use_cache=False
     ).last_hidden_state
     line, column = torch.nonzero(packed.labels[:, 1:] != IGNORE_INDEX, as_tuple=True)
-    losses = token_losses(model.lm_head(hidden[line, column]), packed.labels[line, column + 1])
+    losses = _losses_of_head(model, hidden[line, column], packed.labels[line, column + 1])
     owners = packed.owners[line, column + 1]
     # Without supervised tokens the sum is 0 but still depends on every weight, so the backward pass goes through this pass too.
     sums = before.sums + 0.0 * losses.sum()
     sums = sums.index_add(0, torch.tensor(cells, dtype=torch.long, device=sums.device)[owners], losses)
     padding = int((packed.owners == PADDING_OWNER).sum())
     return AnswerLosses(sums, before.labels, before.positions + packed.owners.numel(), before.padding + padding)
+
+
+def _losses_of_head(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+    """The losses (T,) of hidden states (T, D), from one call of the head however many chunks that takes: each call gathers the weights
+    under ZeRO-3, and the number of chunks depends on the batch."""
+    head, chunk = model.lm_head, tokens_at_once(model.config.vocab_size)
+    logits = head.forward
+    with forward_replaced(head, lambda states: token_losses_in_chunks(logits, states, targets, chunk)):
+        return head(hidden)
 
 
 def _one_position(row: SplicedRow) -> SplicedRow:

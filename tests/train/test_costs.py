@@ -26,6 +26,7 @@ from llava.train.costs import Step
 from llava.train.estimation import largest_canvas, preset_config
 from llava.train.flags import ZERO_SETTINGS
 from llava.train.lora import new_lora_config
+from llava.train.losses import tokens_at_once
 from llava.train.stages import STAGES, PartSummary, apply_stage
 
 ORACLE = Path(__file__).parents[1] / "oracle"
@@ -226,6 +227,8 @@ def test_logits_are_counted_where_they_are_supervised(vicuna: Any) -> None:
     as_float = logits.float()
     kept = sum(tensor.nbytes for tensor in (logits, as_float, as_float.log_softmax(-1)))
     assert needs(vicuna, Step(5, 20, 10, CANVAS), "2").logits == kept * 32000 / 100
+    at_once = tokens_at_once(32000)
+    assert needs(vicuna, Step(5, 20, 10 * at_once, CANVAS), "2").logits == kept / 50 / 100 * 32000 * at_once
 
 
 # --- memory: weights, gradients, optimizer
@@ -304,9 +307,11 @@ def test_adapters_and_quantised_weights_save_memory() -> None:
 
 def test_largest_batch_is_the_last_that_fits(vicuna: Any) -> None:
     step = Step(1, 256, 256, CANVAS, checkpointing=True)
-    most = costs.largest_batch(needs(vicuna, step, "3", stage="multi_granularity"), 1, 80 * GIB)
-    found = [needs(vicuna, dataclasses.replace(step, rows=most + more), "3", stage="multi_granularity") for more in (0, 1)]
-    assert [costs.verdict(each.total, 80 * GIB) for each in found] == ["fits", "tight"] and most == 12
-    assert [costs.largest_batch(each, most + more, 80 * GIB) for more, each in enumerate(found)] == [most, most]
+
+    def of_rows(zero: str) -> Callable[[int], costs.Memory]:
+        return lambda rows: needs(vicuna, dataclasses.replace(step, rows=rows), zero, stage="multi_granularity")
+
+    most = costs.largest_batch(of_rows("3"), 80 * GIB)
+    assert [costs.verdict(of_rows("3")(most + more).total, 80 * GIB) for more in (0, 1)] == ["fits", "tight"] and most == 13
     assert costs.verdict(81 * GIB, 80 * GIB) == "no"
-    assert costs.largest_batch(needs(vicuna, step, "0", stage="multi_granularity"), 1, 80 * GIB) == 0
+    assert costs.largest_batch(of_rows("0"), 80 * GIB) == 0

@@ -21,7 +21,7 @@ import torch
 from llava.model.builder import load_pretrained_model
 from llava.train.distributed import full_weights_on_load, init_cpu_deepspeed, is_lost_process, lost_process_message
 from llava.train.run import make_trainer, parse_arguments
-from tests.stage_runs import ORACLE, TOY_LEVELS, losses, recorded_rows, run, run_well, start, stop_group, write_rows
+from tests.stage_runs import ORACLE, ROOT, TOY_LEVELS, losses, recorded_rows, run, run_well, start, stop_group, write_rows
 
 Flags = Callable[..., list[str]]
 STEPS = 10
@@ -97,6 +97,16 @@ def test_two_processes_train_as_one_does(
     found = run_well(stage, variables(stage, steady_model, rows, tmp_path / "out", ZERO=zero), flags(), timeout=900)
     assert found == pytest.approx(expected, rel=SAME)
     loads(tmp_path / "out")
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_chunks_of_logits_under_zero3(alone: Callable[[str], list[float]], steady_model: Path, rows: Path, tmp_path: Path) -> None:
+    """Processes with unequally long answers, scored token by token, gather the head's weights equally often."""
+    (tmp_path / "sitecustomize.py").write_text("from llava.train import losses\n\nlosses.LOGITS_AT_ONCE = 1\n")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    given = variables("multi_granularity", steady_model, rows, tmp_path / "out", ZERO=3, PYTHONPATH=path)
+    assert run_well("multi_granularity", given, flags(), timeout=900) == pytest.approx(alone("multi_granularity"), rel=SAME)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava.train import losses as L
 
@@ -79,6 +80,43 @@ def test_token_losses_and_means_by_hand() -> None:
     torch.testing.assert_close(L.token_losses(logits, targets), expected)
     assert L.mean_over(torch.tensor(12.0), 3).item() == 4.0 and L.mean_over(torch.tensor(12.0), 0).item() == 0.0
     assert L.mean_over(torch.tensor(12.0), 0.5).item() == 24.0  # fewer things than processes: each counts by their number
+
+
+class _Largest(TorchDispatchMode):
+    """Notes how many rows of width V any tensor that is computed has."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.rows = width, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.shape[-1:] == (self.width,):
+            self.rows = max(self.rows, result.shape[:-1].numel())
+        return result
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 8, 11])
+def test_losses_in_chunks_equal_those_at_once_and_never_hold_more_logits(count: int) -> None:
+    head = torch.nn.Linear(3, 33, bias=False)
+    hidden, targets = torch.randn(count, 3, requires_grad=True), torch.randint(33, (count,))
+    weights = torch.rand(count)
+
+    def gradients(losses: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad((losses * weights).sum(), (hidden, head.weight))
+
+    expected = L.token_losses(head(hidden), targets)
+    wanted = gradients(expected)
+    with _Largest(33) as seen:
+        losses = L.token_losses_in_chunks(head, hidden, targets, 4)
+        found = gradients(losses)
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    assert seen.rows <= 4
+
+
+def test_a_chunk_of_logits_fits_into_its_bytes() -> None:
+    assert L.tokens_at_once(32_000) == 524 and L.tokens_at_once(2**30) == 1
 
 
 def test_nothing_to_learn_gives_zero_with_a_gradient() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from llava.train import objectives
+from llava.train import losses, objectives
 from llava.train.features import FeatureCache
 from llava.train.losses import rglf_losses
 from llava.train.objectives import (
@@ -30,6 +30,13 @@ Recorded = Callable[[str], dict[str, Any]]
 DEFAULT = RouterSettings()
 
 
+@pytest.fixture(params=["at once", "token by token"])
+def scored(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vocabulary logits of a whole batch at once, or of one token at a time."""
+    if request.param == "token by token":
+        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 1)
+
+
 def _norms_match(model: Any, record: dict[str, float | None]) -> None:
     parameters = dict(model.named_parameters())
     for name, norm in record.items():
@@ -38,6 +45,7 @@ def _norms_match(model: Any, record: dict[str, float | None]) -> None:
         assert found == pytest.approx(norm or 0.0, rel=1e-3, abs=1e-6), name
 
 
+@pytest.mark.usefixtures("scored")
 @pytest.mark.parametrize("name", BATCHES)
 def test_recorded_stage3(name: str, tiny_model: Any, recorded_batch: Recorded, training_records: Any) -> None:
     record = training_records["stage3"][name]
@@ -52,6 +60,7 @@ def test_recorded_stage3(name: str, tiny_model: Any, recorded_batch: Recorded, t
     _norms_match(tiny_model, record["grad_norm_by_param"])
 
 
+@pytest.mark.usefixtures("scored")
 @pytest.mark.parametrize("name", ["A_two_images", "B_padded_three", "F_single", "G_short_instruction"])
 def test_recorded_stage4(name: str, tiny_model: Any, recorded_batch: Recorded, training_records: Any) -> None:
     record = training_records["stage4"]["script_settings"]["batches"][name]

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava.model.builder import load_pretrained_model
-from llava.train import llava_trainer
+from llava.train import distributed, llava_trainer
 from llava.train.flags import ScoreArguments
 from llava.train.run import make_trainer, parse_arguments, train
 from llava.train.scores import model_fingerprint, parts_of_rows, score
@@ -346,7 +346,7 @@ def test_work_enters_by_the_wrappers_forward() -> None:
             return self.module()
 
     bare.register_forward_pre_hook(lambda *_: entered.append("bare"))
-    result = llava_trainer.call_through(Wrapper(), bare, lambda: bare.weight.sum())
+    result = distributed.call_through(Wrapper(), bare, lambda: bare.weight.sum())
     assert entered == ["wrapper", "bare"] and result.item() == bare.weight.sum().item()
     assert "forward" not in bare.__dict__ and bare(torch.zeros(1, 2)).shape == (1, 1)
 
