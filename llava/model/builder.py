@@ -23,6 +23,7 @@ from llava.model.adapter import (
     tokenizer_source,
 )
 from llava.model.config import LlavaConfig, LlavaMistralConfig, check_language_fields
+from llava.model.front import front_of
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.loading import check_plain_model, read_stored_config, resolve_tower
@@ -54,6 +55,7 @@ def load_pretrained_model(
     device_map: Any = "auto",
     device: str | None = None,
     use_flash_attn: bool = False,
+    front_only: bool = False,
     **kwargs: Any,
 ) -> tuple[PreTrainedTokenizerBase, Any, CLIPImageProcessorPil | None, int]:
     """Load a checkpoint for inference.
@@ -68,6 +70,7 @@ def load_pretrained_model(
         device_map: "auto" puts the model on the best device here, and spreads it where there are several; otherwise transformers' own.
         device: cuda, mps or cpu; by default the best that is there. A device other than cuda overrides `device_map`.
         use_flash_attn: the language model uses flash attention 2.
+        front_only: load a whole multimodal checkpoint without its language layers, see `llava.model.front`.
         kwargs: `dtype` or `torch_dtype` (default: the checkpoint's), `attn_implementation`, `use_safetensors`, and transformers' others.
             Those that say where files come from (`cache_dir`, `token`, `local_files_only` ...) hold for the tokenizer, the vision tower and
             `model_base` too. LLaVA's `multimodal` is accepted.
@@ -86,8 +89,12 @@ def load_pretrained_model(
     if model_base is not None and _is_whole(model_path, hub):
         logger.warning("model_base %s is left aside: %s is a whole model, which needs none", model_base, model_path)
         model_base = None
+    if front_only and (model_base is not None or is_adapter(model_path)):
+        raise ValueError(f"{model_path} is no whole model, of which a front could be read; merge it with its base first.")
     tokenizer = _load_tokenizer(_tokenizer_source(model_path, model_base), hub)
-    if is_adapter(model_path):
+    if front_only:
+        model = _load_front(model_path, options)
+    elif is_adapter(model_path):
         model, _ = load_adapter_model(model_path, model_base, options, merge=not (load_8bit or load_4bit))
     elif model_base is not None:
         model = _load_with_base(model_path, model_base, options)
@@ -125,6 +132,13 @@ def _load_whole(path: str, options: dict[str, Any]) -> Any:
     if model_class is AutoModelForCausalLM:
         check_plain_model(path, stored, PLAIN_CONFIGS[stored["model_type"]], options.get("use_safetensors", True), hub)
     return model_class.from_pretrained(path, **options)
+
+
+def _load_front(path: str, options: dict[str, Any]) -> Any:
+    model_class, _ = _read_model_config(path, hub_options(options))
+    if model_class is AutoModelForCausalLM:
+        raise ValueError(f"{path} is a plain language model: without its language layers, nothing remains of it.")
+    return front_of(model_class).from_pretrained(path, **options)
 
 
 def _loading_options(
