@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava.checkpoint_files import weight_files
-from llava.constants import MICRO_MODEL
+from llava.constants import IGNORE_INDEX, MICRO_MODEL
 from llava.convert import main
 from llava.images import load_image
 from llava.inference import Assistant
+from llava.model.answers import in_answers
 from llava.model.native import AvgLlavaForConditionalGeneration
 
 PLAYGROUND = Path(MICRO_MODEL).parent
@@ -40,8 +41,10 @@ def same_weights(first: Path, second: Path) -> bool:
 def test_the_way_there_and_back_is_exact(native: Path, tmp_path: Path) -> None:
     assert main([str(native), str(tmp_path / "back"), "--to", "llava"]) == 0
     assert same_weights(tmp_path / "back", Path(MICRO_MODEL))
-    for name in ("config.json", "generation_config.json", "tokenizer.json"):
-        assert json.loads((tmp_path / "back" / name).read_text()) == json.loads((Path(MICRO_MODEL) / name).read_text())
+    marks = {name: json.loads((native / "config.json").read_text())[name] for name in ("answer_start", "answer_end")}
+    assert all(marks.values())
+    for name, added in {"config.json": marks, "generation_config.json": {}, "tokenizer.json": {}}.items():
+        assert json.loads((tmp_path / "back" / name).read_text()) == {**json.loads((Path(MICRO_MODEL) / name).read_text()), **added}
 
 
 def test_a_released_checkpoint_comes_back_with_its_rules(oracle: Path, tmp_path: Path) -> None:
@@ -97,3 +100,45 @@ def test_what_cannot_be_converted_is_named(
     assert main([str(output) if argument == "OUT" else argument for argument in arguments]) == 1
     assert message in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_the_granularity_does_not_depend_on_an_answer_behind_the_prompt(native: Path) -> None:
+    """As a loss outside the model or a reward asks for it: a forward pass without labels over prompt and answer."""
+    model, processor = AutoModelForImageTextToText.from_pretrained(native).eval(), AutoProcessor.from_pretrained(native)
+    rows = [json.loads(line) for line in (PLAYGROUND / "eval" / "test.jsonl").read_text().splitlines()[::100]]
+    chosen = set()
+    for row in rows:
+        image = load_image(PLAYGROUND / "eval" / row["image"])
+        talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["text"]}]}]
+        prompt = processor.apply_chat_template(talk, add_generation_prompt=True)
+        asked = processor(images=image, text=prompt, return_tensors="pt")
+        _, (expected,) = model.generate(**asked, max_new_tokens=1, output_routing=True)
+        answered = processor(images=image, text=f"{prompt} {row['answer']}{processor.tokenizer.eos_token}", return_tensors="pt")
+        labels = answered["input_ids"].clone()
+        labels[:, : asked["input_ids"].shape[1]] = IGNORE_INDEX
+        for further in ({}, {"labels": labels}, {"labels": answered["input_ids"]}):
+            with torch.no_grad():
+                (found,) = model(**answered, **further).routing
+            assert torch.equal(found.logits, expected.logits) and found.granularity == expected.granularity
+        chosen.add(expected.granularity)
+    assert len(chosen) > 1
+
+
+def test_earlier_answers_of_a_conversation_are_hidden_as_training_with_labels_hides_them(native: Path) -> None:
+    model, processor = AutoModelForImageTextToText.from_pretrained(native).eval(), AutoProcessor.from_pretrained(native)
+    image = load_image(PLAYGROUND / "images" / "scene_pink.png")
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which colour is the background?"}]}
+    seen = set()
+    for answer in ("pink", "It is blue, like all the digits in the row from left to right"):
+        talk = [question, {"role": "assistant", "content": answer}, {"role": "user", "content": "How many shapes are there?"}]
+        inputs = processor(images=image, text=processor.apply_chat_template(talk, add_generation_prompt=True), return_tensors="pt")
+        answers = in_answers(inputs["input_ids"][0], model.config.answer_start, model.config.answer_end)
+        _, (found,) = model.generate(**inputs, max_new_tokens=1, output_routing=True)
+        marks, model.config.answer_start = model.config.answer_start, None
+        with torch.no_grad():
+            (trained,) = model(**inputs, labels=inputs["input_ids"].masked_fill(~answers, IGNORE_INDEX)).routing
+            (leaked,) = model(**inputs).routing
+        model.config.answer_start = marks
+        assert torch.equal(found.logits, trained.logits) and not torch.equal(found.logits, leaked.logits)
+        seen.add(tuple(found.logits.tolist()))
+    assert len(seen) == 1

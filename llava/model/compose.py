@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llava.crops import get_anyres_image_grid_shape
 from llava.messages import RoutingRequest
+from llava.model.answers import in_answers
 from llava.model.config import GranularityFields
 from llava.model.granularity import Granularity, pool
 from llava.model.merge import MergedLayout, merge_views, merged_layout
@@ -218,7 +219,7 @@ class Composer:
         """The router's logits for every image.
 
         Args:
-            rows: B prompts; what has a label is an answer and hidden from the router.
+            rows: B prompts, whose answers are hidden from the router.
             features: (C, P, D) of their N images.
 
         Returns:
@@ -232,9 +233,14 @@ class Composer:
         slots, fill = self.config.filtered_text_num, self.config.router_text_fill == "answer"
         selected: list[Tensor] = []
         for row, text, owned in zip(rows, self._text_of_rows(rows), images_of_rows(rows, len(features)), strict=True):
-            eligible = row.labels[~row.is_image] < 0
+            eligible = ~self._answers(row)[~row.is_image]
             selected += [select_text(text, eligible, features[image][0], slots, fill) for image in owned]
         return self.router(pad_sequence(list(features), batch_first=True), torch.stack(selected), [len(image) for image in features])
+
+    def _answers(self, row: PromptRow) -> Tensor:
+        """(L,) true on answers: between the template's marks, or, in a row without any of them, where labels are."""
+        found = in_answers(row.ids, self.config.answer_start or (), self.config.answer_end or ())
+        return row.labels >= 0 if found is None else found
 
     def _text_of_rows(self, rows: Sequence[PromptRow]) -> list[Tensor]:
         """Each row's text as embeddings, (its ids beside placeholders, D)."""

@@ -230,6 +230,8 @@ class GranularityFields:
     Text
         description: what the model is and knows, in a sentence or two for its users.
         conv_version: the conversation template the model was trained with.
+        answer_start, answer_end: the ids around an answer (see `llava.model.answers`), by which the router tells it from the instruction,
+            earlier answers of a conversation included, as in training; `None`: labels alone do.
     """
 
     mm_projector_type: str = field(default="mlp2x_gelu", metadata=ruled(PROJECTOR))
@@ -245,6 +247,8 @@ class GranularityFields:
     filtered_text_num: int = field(default=32, metadata=ruled(Integer(0, 65536)))
     description: str | None = field(default=None, metadata=ruled(optional(Text(longest=1000))))
     conv_version: str = field(default="v1", metadata=ruled(Text()))
+    answer_start: list[int] | None = field(default=None, metadata=ruled(optional(ListOf(TOKEN_ID, 0, 64))))
+    answer_end: list[int] | None = field(default=None, metadata=ruled(optional(ListOf(TOKEN_ID, 0, 64))))
 
     @property
     @abstractmethod

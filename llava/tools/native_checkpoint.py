@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from llava.conversation import get_template
+from llava.model.answers import answer_marks
 from llava.model.config import GranularityFields
 from llava.model.loading import check_folder, read_tower_config, resolve_tower
 from llava.model.native import AvgLlavaConfig, AvgLlavaForConditionalGeneration
@@ -62,6 +64,8 @@ def to_native(source: Path, output: Path, max_shard_bytes: int = 5 * 10**9) -> N
         edits = {rename(name, TO_NATIVE): append_mean_row for name in VOCABULARY if name in tensors}
     made = native_config(config, image_token, max(config.vocab_size, image_token + 1))
     made.architectures = [AvgLlavaForConditionalGeneration.__name__]
+    if made.answer_start is None:
+        made.answer_start, made.answer_end = answer_marks(tokenizer, get_template(config.conv_version))
     setattr(made, KEPT_KEY, {**{name: getattr(config, name) for name in KEPT_FIELDS}, "vocab_size": config.vocab_size})
     processor = AvgLlavaProcessor.for_model(made, tokenizer, config.image_processor, config.image_aspect_ratio)
     with new_folder(output) as staging:

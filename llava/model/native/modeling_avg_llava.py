@@ -214,7 +214,7 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel, Composer):
         Args:
             pixel_values, image_sizes: see `image_inputs`.
             input_ids, inputs_embeds: (B, L) or (B, L, D) with one image token per image, or with those of a level. One of the two.
-            attention_mask: (B, L). labels: (B, L); what has one is an answer and hidden from the router.
+            attention_mask: (B, L). labels: (B, L), by which the router tells answers where the ids do not mark them.
             request: by default the router chooses.
 
         Raises:
