@@ -17,6 +17,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
@@ -43,7 +44,10 @@ class ImageProcessor(Protocol):
     do_resize: Any
 
     def preprocess(self, images: Any, **kwargs: Any) -> Any:
-        """Resize, crop, rescale and normalise one image or a list; gives a mapping with `pixel_values`."""
+        """Resize, crop, rescale and normalise a list of images; gives a mapping with `pixel_values`.
+
+        Keywords replace its settings of the same name: `do_resize`, `do_center_crop`, `do_rescale`, `do_normalize`.
+        """
 
 
 def load_image_processor(path: str | os.PathLike[str], **kwargs: Any) -> CLIPImageProcessorPil:
@@ -186,31 +190,41 @@ def view_size(processor: ImageProcessor) -> int:
     return int(height)
 
 
-def _to_pixels(processor: ImageProcessor, images: list[Image.Image]) -> torch.Tensor:
-    return processor.preprocess(images, return_tensors="pt")["pixel_values"]  # (len(images), 3, S, S)
+def pixel_table(processor: ImageProcessor) -> torch.Tensor:
+    """What an image processor's rescaling and normalisation make of every pixel: (3, 256) values by channel and pixel.
+
+    A table of them is a tenth of the work of computing each, and gives the same bits.
+    """
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, axis=2))
+    return processor.preprocess([ramp], do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"][0, :, 0]
 
 
-def process_anyres_image(
-    image: Image.Image, processor: ImageProcessor, grid_pinpoints: str | Sequence[Sequence[int]]
-) -> torch.Tensor:
-    """Cut an image into the view of the whole and its tiles.
+def pixel_values(views: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Views as the vision tower reads them.
 
     Args:
-        image: RGB image.
-        processor: image processor of the vision tower.
-        grid_pinpoints: canvases, see `parse_pinpoints`.
-
-    Returns:
-        (1 + tiles, 3, S, S): the whole image squeezed into a square, then the tiles row by row.
+        views: (..., 3, S, S) pixels in uint8; what is of another type has its values already and is returned as it is.
+        table: from `pixel_table`, on the same device.
     """
+    if views.dtype != torch.uint8:
+        return views
+    channels = [values.take(pixels.long()) for values, pixels in zip(table, views.unbind(-3), strict=True)]
+    return torch.stack(channels, dim=-3)
+
+
+def _to_pixels(processor: ImageProcessor, images: list[Image.Image]) -> torch.Tensor:
+    """(len(images), 3, S, S) in uint8."""
+    return processor.preprocess(images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+
+
+def _cut_anyres(image: Image.Image, processor: ImageProcessor, canvases: Sequence[Size]) -> torch.Tensor:
     side = view_size(processor)
-    canvas_size = select_best_resolution(image.size, parse_pinpoints(grid_pinpoints))
+    canvas_size = select_best_resolution(image.size, canvases)
     tiles = divide_to_patches(resize_and_pad_image(image, canvas_size), side)
     return _to_pixels(processor, [resize(image, (side, side)), *tiles])
 
 
-def process_padded_image(image: Image.Image, processor: ImageProcessor) -> torch.Tensor:
-    """Put an image on a square of the processor's mean colour and make one view of it, (3, S, S)."""
+def _cut_padded(image: Image.Image, processor: ImageProcessor) -> torch.Tensor:
     if max(image.size) > _MAX_PAD_SIDE:
         scale = _MAX_PAD_SIDE / max(image.size)
         image = resize(image, (max(1, round(image.width * scale)), max(1, round(image.height * scale))))
@@ -218,8 +232,7 @@ def process_padded_image(image: Image.Image, processor: ImageProcessor) -> torch
     return _to_pixels(processor, [expand2square(image, mean_color)])[0]
 
 
-def process_plain_image(image: Image.Image, processor: ImageProcessor) -> torch.Tensor:
-    """Make one view of an image as CLIP does: shortest edge to S, centre crop, (3, S, S)."""
+def _cut_plain(image: Image.Image, processor: ImageProcessor) -> torch.Tensor:
     wanted = processor.size
     if processor.do_resize and "shortest_edge" in wanted and "longest_edge" not in wanted:
         # What the processor does by itself, which then finds nothing left to scale.
@@ -229,26 +242,50 @@ def process_plain_image(image: Image.Image, processor: ImageProcessor) -> torch.
     return _to_pixels(processor, [image])[0]
 
 
+def cut_into_views(
+    image: Image.Image,
+    processor: ImageProcessor,
+    mode: str | None,
+    grid_pinpoints: str | Sequence[Sequence[int]] | None,
+) -> torch.Tensor:
+    """Cut one RGB image into views as `mode` says (one of `IMAGE_MODES`, None for "none").
+
+    "anyres": the whole image squeezed into a square, then the tiles row by row. "pad": the image on a square of the processor's mean
+    colour. "none", "square": as CLIP does, shortest edge to S, centre cropped.
+
+    Args:
+        processor: image processor of the vision tower.
+        grid_pinpoints: canvases of "anyres", see `parse_pinpoints`.
+
+    Returns:
+        Pixels in uint8, (1 + tiles, 3, S, S) for "anyres", else (3, S, S); `pixel_values` makes of them what the tower reads.
+
+    Raises:
+        ValueError: an unknown mode, or "anyres" without canvases.
+    """
+    if mode in (None, "none", "square"):
+        return _cut_plain(image, processor)
+    if mode == "pad":
+        return _cut_padded(image, processor)
+    if mode != "anyres":
+        raise ValueError(f"image_aspect_ratio is {mode!r}, expected one of {', '.join(IMAGE_MODES)}")
+    if grid_pinpoints is None:
+        raise ValueError("image_aspect_ratio is 'anyres' but image_grid_pinpoints is None: set the list of canvases")
+    return _cut_anyres(image, processor, parse_pinpoints(grid_pinpoints))
+
+
 def process_image_for_mode(
     image: Image.Image,
     processor: ImageProcessor,
     mode: str | None,
     grid_pinpoints: str | Sequence[Sequence[int]] | None,
 ) -> torch.Tensor:
-    """Prepare one RGB image as `mode` says (one of `IMAGE_MODES`, None for "none").
+    """The views of `cut_into_views` with the values that the vision tower reads."""
+    return pixel_values(cut_into_views(image, processor, mode, grid_pinpoints), pixel_table(processor))
 
-    Returns:
-        (1 + tiles, 3, S, S) for "anyres", else (3, S, S).
 
-    Raises:
-        ValueError: an unknown mode, or "anyres" without canvases.
-    """
-    if mode in (None, "none", "square"):
-        return process_plain_image(image, processor)
-    if mode == "pad":
-        return process_padded_image(image, processor)
-    if mode != "anyres":
-        raise ValueError(f"image_aspect_ratio is {mode!r}, expected one of {', '.join(IMAGE_MODES)}")
-    if grid_pinpoints is None:
-        raise ValueError("image_aspect_ratio is 'anyres' but image_grid_pinpoints is None: set the list of canvases")
-    return process_anyres_image(image, processor, grid_pinpoints)
+def process_anyres_image(
+    image: Image.Image, processor: ImageProcessor, grid_pinpoints: str | Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """LLaVA's name for `process_image_for_mode` in mode "anyres": (1 + tiles, 3, S, S)."""
+    return process_image_for_mode(image, processor, "anyres", grid_pinpoints)

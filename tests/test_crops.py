@@ -105,12 +105,27 @@ def test_every_pillow_scales_as_version_13_does(seed: int) -> None:
             assert scaled == image.resize(target).tobytes()
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"image_mean": [0.5, 0.1, 0.9], "image_std": [0.5, 0.7, 1.0]}, {"do_normalize": False}, {"rescale_factor": 1 / 127.5}],
+    ids=str,
+)  # fmt: skip
+def test_the_table_has_the_bits_of_the_processors_own_arithmetic(settings: dict[str, Any], processor: CLIPImageProcessorPil) -> None:
+    own = CLIPImageProcessorPil(**{**processor.to_dict(), **settings})
+    pixels = np.stack([np.random.default_rng(channel).permutation(256).astype(np.uint8).reshape(16, 16) for channel in range(3)], -1)
+    image = Image.fromarray(pixels).resize((48, 48), Image.Resampling.NEAREST)
+    expected = own.preprocess([image], return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(crops.process_image_for_mode(image, own, "square", None), expected) and expected.dtype == torch.float32
+    cut = crops.cut_into_views(image, own, "square", None)
+    assert cut.dtype == torch.uint8 and torch.equal(cut, torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    assert crops.pixel_values(expected, crops.pixel_table(own)) is expected
+
+
 @pytest.mark.parametrize("size", [(7, 5), (48, 48), (30, 200), (200, 30), (48, 300)])
 def test_a_plain_image_is_scaled_as_the_processor_would(size: tuple[int, int], processor: CLIPImageProcessorPil) -> None:
     image = Image.effect_noise(size, 90).convert("RGB")
     by_columns = image.size[1] <= 2 * image.size[0]  # where no version of Pillow has rows come first
     if by_columns or version.parse(PIL.__version__) >= version.parse("13"):
-        ours = crops.process_plain_image(image, processor)
+        ours = crops.process_image_for_mode(image, processor, "square", None)
         assert torch.equal(ours, processor.preprocess([image], return_tensors="pt")["pixel_values"][0])
 
 

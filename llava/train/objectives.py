@@ -21,6 +21,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.generic import is_flash_attention_requested
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.crops import pixel_table, pixel_values
 from llava.model.splice import SplicedRow
 from llava.train.distributed import forward_replaced
 from llava.train.features import FeatureCache
@@ -81,6 +82,8 @@ def image_features(model: Any, batch: Batch, cache: FeatureCache | None = None) 
     A batch without images gives the features of one blank view, which no row refers to: the tower and the projector are then
     called as often as in other processes, and their gradients are zero instead of missing.
 
+    Pixels become the values that the tower reads here, on its device; views that are of a floating type have them already.
+
     With a cache, images are encoded one at a time, so that cached features never depend on the rest of the batch and a
     resumed run sees the same bits.
 
@@ -89,26 +92,29 @@ def image_features(model: Any, batch: Batch, cache: FeatureCache | None = None) 
         batch: from `Collator`.
         cache: tower features by image key; the tower must be frozen.
     """
+    tower = model.get_vision_tower()
+    table = pixel_table(tower.image_processor).to(tower.device)
     if not batch["images"]:
         side = model.config.vision_config["image_size"]
         return model.encode_views([torch.zeros(1, 3, side, side)])
     if cache is None:
-        return model.encode_views(batch["images"])
+        return model.encode_views([pixel_values(views.to(tower.device), table) for views in batch["images"]])
     encoded = [
-        _tower_features(model, views, key, size, cache)
+        _tower_features(tower, table, views, key, size, cache)
         for views, key, size in zip(batch["images"], batch["image_keys"], batch["image_sizes"], strict=True)
     ]
     projected = model.model.mm_projector(torch.cat(encoded))
     return list(projected.split([len(views) for views in encoded]))
 
 
-def _tower_features(model: Any, views: Tensor | None, key: str, size: tuple[int, int], cache: FeatureCache) -> Tensor:
-    tower = model.get_vision_tower()
+def _tower_features(
+    tower: Any, table: Tensor, views: Tensor | None, key: str, size: tuple[int, int], cache: FeatureCache
+) -> Tensor:
     if key in cache:
         return cache.get(key).to(tower.device)
     assert views is not None, f"image {key} has neither views nor cached features"
     with torch.no_grad():
-        features = tower(views.to(tower.device, tower.dtype))
+        features = tower(pixel_values(views.to(tower.device), table).to(tower.dtype))
     cache.put(key, features, size)
     return features
 

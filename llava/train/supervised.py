@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from llava import conversation as conversation_lib
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import SeparatorStyle
+from llava.crops import pixel_table, pixel_values
 from llava.model.adapter import language_linears
 from llava.model.vocabulary import embed_new_tokens
 from llava.train.data import Collator, ConversationDataset
@@ -72,11 +73,13 @@ class LazySupervisedDataset(ConversationDataset):
         return self.rows
 
     def read(self, index: int) -> dict[str, Any]:
-        """A row, with `image` where it has one."""
+        """A row, with `image` where it has one; views have the values that the vision tower reads."""
         item = super().read(index)
+        table = pixel_table(self.reader.image_processor)
+        views = [pixel_values(each, table) for each in item["images"]]
         has_tiles = self.reader.model_config.image_aspect_ratio == "anyres"
-        images = [views if has_tiles else views[0] for views in item["images"]]
-        return {**item, "image": images[0] if len(images) == 1 else images} if images else item
+        image = [each if has_tiles else each[0] for each in views]
+        return {**item, "images": views, **({"image": image[0] if len(image) == 1 else image} if image else {})}
 
 
 def _text_alone(image_size: tuple[int, int]) -> int:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from llava.constants import IGNORE_INDEX
 from llava.conversation import conv_templates
+from llava.crops import pixel_table, pixel_values
 from llava.train.data import Collator, ConversationDataset, check_rows
 from llava.train.mixture import open_rows
 from llava.train.rows import BadSampleError, RowReader, visual_token_costs
@@ -45,13 +46,14 @@ def dataset(reader: RowReader, tmp_path: Path) -> ConversationDataset:
 def test_recorded_rows_and_batches(
     dataset: ConversationDataset, training_records: Any, recorded_batch: Callable[[str], Any]
 ) -> None:
-    record = training_records["data"]
+    record, table = training_records["data"], pixel_table(dataset.reader.image_processor)
     assert dataset.lengths == record["lengths"] and dataset.modality_lengths == record["modality_lengths"]
     for index, pixels in record["item_pixels"].items():
         item = dataset[int(index)]
         if item["images"]:
             assert list(item["images"][0].shape) == pixels["shape"] and list(item["image_sizes"][0]) == pixels["image_size"]
-            assert float(item["images"][0].double().sum()) == pytest.approx(pixels["sum"], abs=0.05)
+            assert item["images"][0].dtype == torch.uint8
+            assert float(pixel_values(item["images"][0], table).double().sum()) == pytest.approx(pixels["sum"], abs=0.05)
     tensors = load_file(ORACLE / "training_batches.safetensors")
     for name in ("A_two_images", "B_padded_three", "C_mixed_text", "D_text_only"):
         batch = Collator(0)([dataset[index] for index in record["batches"][name]["samples"]])

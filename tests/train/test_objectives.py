@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from llava.crops import cut_into_views
+from llava.images import load_image
 from llava.train import losses, objectives
 from llava.train.features import FeatureCache
 from llava.train.losses import rglf_losses
@@ -24,6 +26,7 @@ from llava.train.objectives import (
     token_mean_loss,
 )
 from llava.train.stages import STAGES, apply_stage
+from tests.stage_runs import ORACLE
 
 BATCHES = ["A_two_images", "B_padded_three", "C_mixed_text", "D_text_only", "E_no_labels_row", "F_single", "G_short_instruction"]
 Recorded = Callable[[str], dict[str, Any]]
@@ -209,6 +212,19 @@ def test_known_scores_give_the_same_loss(tiny_model: Any, recorded_batch: Record
     tiny_model.model.layers[0].register_forward_hook(lambda *_: forwards.append(1))
     found = STAGE_LOSSES["rglf"](tiny_model, batch, features, offline)
     assert found.loss.item() == expected.loss.item() and not forwards
+
+
+def test_pixels_become_values_on_the_way_to_the_tower(tiny_model: Any, recorded_batch: Recorded) -> None:
+    batch, config = recorded_batch("A_two_images"), tiny_model.config
+    processor = tiny_model.get_vision_tower().image_processor
+    files = [load_image(ORACLE / "images" / name) for name in batch["image_keys"]]
+    cut = [cut_into_views(image, processor, config.image_aspect_ratio, config.image_grid_pinpoints) for image in files]
+    assert all(views.dtype == torch.uint8 for views in cut)
+    caches = (None, FeatureCache(limit_bytes=2**20))
+    for cache in caches:
+        found = image_features(tiny_model, {**batch, "images": cut}, cache)
+        expected = image_features(tiny_model, batch, None if cache is None else FeatureCache(limit_bytes=2**20))
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_cached_features_are_encoded_once_and_equal(tiny_model: Any, recorded_batch: Recorded) -> None:

@@ -1,7 +1,7 @@
 """`AvgLlavaImageProcessor`: images to the views of `llava.crops`, under transformers' image processor interface."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -114,9 +114,10 @@ class _Steps:
     image_mean: Any
     image_std: Any
 
-    def preprocess(self, images: Sequence[Image.Image], **_: Any) -> dict[str, torch.Tensor]:
-        """Resize, crop, rescale and normalise views: `pixel_values` (C, 3, S, S)."""
-        return {"pixel_values": torch.from_numpy(np.stack([self._pixels(image) for image in images]))}
+    def preprocess(self, images: Sequence[Image.Image], return_tensors: str, **changes: Any) -> dict[str, torch.Tensor]:
+        """Resize, crop, rescale and normalise views: `pixel_values` (C, 3, S, S); `changes` are settings for this call."""
+        steps = replace(self, **changes)
+        return {"pixel_values": torch.from_numpy(np.stack([steps._pixels(image) for image in images]))}
 
     def _pixels(self, image: Image.Image) -> np.ndarray:
         pixels = np.moveaxis(np.asarray(image), -1, 0)
