@@ -12,16 +12,20 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from llava.flags import Parser
 from llava.interrupts import run_program
 
 PROG = "python -m llava.convert"
-FIRST = ("--to", "--conv-version", "--drop-router", "--max-shard-gb")
+FIRST = ("--to", "--conv-version", "--drop-router", "--with-code", "--report", "--license", "--base-model", "--max-shard-gb")
+FOR_NATIVE: dict[str, Any] = {"with_code": False, "report": None, "license": None, "base_model": []}
+"""Settings of a native folder besides its weights, with their defaults."""
 LAYOUTS = {"avg_llava": "native", "llava_llama": "llava", "llava_mistral": "llava", "llava_next": "transformers"}
 """Model type in a config.json -> the layout that it is of."""
 DESCRIPTION = """Convert a checkpoint to another layout: native (avg_llava, for transformers, PEFT and TRL), llava (this project's
-programs and released checkpoints), transformers (LlavaNextForConditionalGeneration, one granularity and no router).
+programs and released checkpoints), transformers (LlavaNextForConditionalGeneration, one granularity and no router). A native folder gets a
+model card, and may be written anew as a native one.
 
 Needs: a local folder with config.json, safetensors, the tokenizer and the image processor's settings. Costs: the memory of one shard and
 one copy of the checkpoint on the disk, two where LLaVA's layout lies between; no weight is computed anew."""
@@ -36,8 +40,15 @@ def build_parser(prog: str = PROG) -> Parser:
     parser.add_argument("--conv-version", metavar="NAME",
                         help="from transformers: conversation template of the model, such as v1 or mistral_instruct")  # fmt: skip
     parser.add_argument("--drop-router", action="store_true", help="to transformers: leave out router and coarser granularities")
+    parser.add_argument("--with-code", action="store_true",
+                        help="to native: also write the code that trust_remote_code=True needs where this package is missing")  # fmt: skip
+    parser.add_argument("--report", type=Path, metavar="FILE", help="to native: report.json of a granularity report, for the model card")
+    parser.add_argument("--license", metavar="NAME", help="to native: of the weights, for the model card, such as apache-2.0")
+    parser.add_argument("--base-model", action="append", metavar="NAME",
+                        help="to native: what the model was trained from, for the model card; may be repeated")  # fmt: skip
     parser.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB",
                         help="largest weight file, and about the memory needed")  # fmt: skip
+    parser.set_defaults(**FOR_NATIVE)
     return parser
 
 
@@ -62,25 +73,32 @@ def convert(args: argparse.Namespace) -> None:
     """Convert the folder that the flags name, through LLaVA's layout where neither end is that.
 
     Raises:
-        ValueError: a folder that cannot be converted.
+        ValueError: a folder that cannot be converted, or flags for another layout.
     """
     found = layout_of(args.source)
-    if found == args.to:
+    if found == args.to != "native":
         raise ValueError(f"{args.source} has the {found} layout already; choose another with --to.")
+    for_native = [name for name in FOR_NATIVE if getattr(args, name)]
+    if for_native and args.to != "native":
+        raise ValueError(f"--{for_native[0].replace('_', '-')} is for native folders; leave it out, or use --to native.")
+    from llava.checkpoint_files import read_object
     from llava.tools.llava_next import to_llava, to_transformers
-    from llava.tools.native_checkpoint import from_native, to_native
+    from llava.tools.native_checkpoint import Extras, copy_native, from_native, to_native
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     shard_bytes = int(args.max_shard_gb * 10**9)
+    extras = Extras(args.with_code, None if args.report is None else read_object(args.report), args.license, args.base_model)
     reading: dict[str, Callable[[Path, Path], None]] = {
         "native": lambda source, output: from_native(source, output, shard_bytes),
         "transformers": lambda source, output: to_llava(source, output, args.conv_version, shard_bytes),
     }
     writing: dict[str, Callable[[Path, Path], None]] = {
-        "native": lambda source, output: to_native(source, output, shard_bytes),
+        "native": lambda source, output: to_native(source, output, shard_bytes, extras),
         "transformers": lambda source, output: to_transformers(source, output, args.drop_router, shard_bytes),
     }
-    if args.to == "llava":
+    if found == args.to:
+        copy_native(args.source, args.output, shard_bytes, extras)
+    elif args.to == "llava":
         reading[found](args.source, args.output)
     elif found == "llava":
         writing[args.to](args.source, args.output)

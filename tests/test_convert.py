@@ -85,9 +85,25 @@ def test_transformers_layout_is_reached_from_the_native_one_and_left_for_it(nati
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["again", "next"]
 
 
+def test_a_native_folder_is_written_anew_with_a_card_and_code(native: Path, tmp_path: Path) -> None:
+    report = PLAYGROUND.parent / "docs" / "evaluation" / "playground.json"
+    flags = ["--with-code", "--report", str(report), "--license", "apache-2.0", "--base-model", "some/base", "--max-shard-gb", "0.002"]
+    assert main([str(native), str(tmp_path / "again"), "--to", "native", *flags]) == 0
+    assert same_weights(tmp_path / "again", native) and len(weight_files(tmp_path / "again")) > 1
+    assert type(AutoProcessor.from_pretrained(tmp_path / "again")).__name__ == "AvgLlavaProcessor"
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "license: apache-2.0" in card and "- some/base" in card and "| adaptive | 99.0 | 98.8 to 99.3 | 91.6 |" in card
+    assert (tmp_path / "again" / "modeling_avg_llava.py").is_file()
+    assert main([str(tmp_path / "again"), str(tmp_path / "without"), "--to", "native"]) == 0
+    assert json.loads((tmp_path / "without" / "config.json").read_text()) == json.loads((native / "config.json").read_text())
+    assert "auto_map" not in (tmp_path / "without" / "processor_config.json").read_text()
+    assert "Measured" not in (tmp_path / "without" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([str(MICRO_MODEL), "OUT", "--to", "transformers", "--with-code"], "--with-code is for native folders; leave it out"),
         ([str(MICRO_MODEL), "OUT", "--to", "llava"], "has the llava layout already; choose another with --to"),
         (["OUT", "OUT", "--to", "native"], "is not a folder; give a downloaded checkpoint"),
         ([str(MICRO_MODEL), "OUT", "--to", "transformers"], "(--drop-router leaves it out)"),

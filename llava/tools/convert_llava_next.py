@@ -43,8 +43,7 @@ def convert(args: argparse.Namespace) -> None:
     """
     from llava import convert as program
 
-    args.to = args.direction.removeprefix("to-")
-    program.convert(args)
+    program.convert(argparse.Namespace(**program.FOR_NATIVE, **vars(args), to=args.direction.removeprefix("to-")))
 
 
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:

@@ -7,10 +7,12 @@ the mean of the others; the way back drops it. What only LLaVA's layout has a pl
 from __future__ import annotations
 
 import logging
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 
 from llava.conversation import get_template
@@ -18,8 +20,10 @@ from llava.model.answers import answer_marks
 from llava.model.config import GranularityFields
 from llava.model.loading import check_folder, read_tower_config, resolve_tower
 from llava.model.native import AvgLlavaConfig, AvgLlavaForConditionalGeneration
+from llava.model.native.hub import CARD
 from llava.model.native.image_processing_avg_llava import AvgLlavaImageProcessor
 from llava.model.native.llava_layout import TO_LLAVA, TO_NATIVE, llava_config, native_config, rename
+from llava.model.native.model_card import model_card
 from llava.model.native.processing_avg_llava import AvgLlavaProcessor
 from llava.tokenizer import load_tokenizer
 from llava.tools.llava_next import (
@@ -40,11 +44,38 @@ from llava.tools.llava_next import (
     without_image_token,
     write_weights,
 )
+from llava.tools.portable_code import write_code
 
 logger = logging.getLogger("llava.convert")
 
 
-def to_native(source: Path, output: Path, max_shard_bytes: int = 5 * 10**9) -> None:
+@dataclass(frozen=True)
+class Extras:
+    """What a native folder holds besides the model: code for `trust_remote_code=True`, and what its card says (`model_card`)."""
+
+    with_code: bool = False
+    report: Mapping[str, Any] | None = None
+    license_id: str | None = None
+    base_models: Sequence[str] = ()
+
+    def write(self, folder: Path, config: AvgLlavaConfig, name: str) -> None:
+        """Write the card, and the code where it is wanted.
+
+        Args:
+            name: what the model is loaded by.
+        """
+        with torch.device("meta"):
+            model = AvgLlavaForConditionalGeneration(config)
+        card = model_card(model, name, self.report, self.license_id, self.base_models)
+        (folder / CARD).write_text(card, encoding="utf-8")
+        if self.with_code:
+            write_code(folder)
+
+
+NO_EXTRAS = Extras()
+
+
+def to_native(source: Path, output: Path, max_shard_bytes: int = 5 * 10**9, extras: Extras = NO_EXTRAS) -> None:
     """Convert LLaVA's layout to the native one.
 
     Raises:
@@ -72,7 +103,29 @@ def to_native(source: Path, output: Path, max_shard_bytes: int = 5 * 10**9) -> N
         made.save_pretrained(staging)
         processor.save_pretrained(staging)
         copy_generation_config(source, staging)
+        extras.write(staging, made, output.name)
         write_weights({rename(name, TO_NATIVE): tensor for name, tensor in tensors.items()}, edits, staging, max_shard_bytes)
+
+
+def copy_native(source: Path, output: Path, max_shard_bytes: int = 5 * 10**9, extras: Extras = NO_EXTRAS) -> None:
+    """Write a native folder anew: complete, checked, in shards of this size, with a card and, where wanted, code.
+
+    Raises:
+        ValueError: a source that is incomplete, or an output that exists.
+    """
+    check_folder(source, True)
+    config: Any = AvgLlavaConfig.from_pretrained(source)
+    processor: Any = AvgLlavaProcessor.from_pretrained(source)
+    for part in (config, processor.image_processor):  # which name the files of code, where the source has some
+        part.__dict__.pop("auto_map", None)
+    tensors = stored_tensors(source, ())
+    check_weights(tensors, AvgLlavaForConditionalGeneration, config, source)
+    with new_folder(output) as staging:
+        config.save_pretrained(staging)
+        processor.save_pretrained(staging)
+        copy_generation_config(source, staging)
+        extras.write(staging, config, output.name)
+        write_weights(tensors, {}, staging, max_shard_bytes)
 
 
 def from_native(source: Path, output: Path, max_shard_bytes: int = 5 * 10**9) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava.model.config import vision_fields
+from llava.model.memory import weight_bytes as stored_bytes
 from llava.train.losses import tokens_at_once
 from llava.train.rows import num_views, visual_token_costs
 from llava.train.stages import PartSummary, Stage
@@ -254,11 +255,6 @@ def layers_kept(layers: int, layer: int, boundary: int, checkpointing: bool) -> 
     return layers * boundary + layer if checkpointing else layers * layer
 
 
-def kv_cache_bytes(config: Any, positions: int, bytes_each: int = 2) -> int:
-    """Keys and values of some positions in all layers; Vicuna-7B: 0.5 MiB per position in bf16."""
-    return positions * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * bytes_each
-
-
 def activation_bytes(model: Any, stage: Stage, step: Step, precision: Precision) -> float:
     """What one process keeps of a step for its backward pass, and works with, without vocabulary logits.
 
@@ -326,14 +322,12 @@ class Memory:
 def weight_bytes(model: Any, parts: Sequence[PartSummary], step: Step, precision: Precision) -> float:
     """All weights of the model. Under adapters the language model is held in the 16-bit type, or its matrices are quantised.
 
-    4 bits: nf4 with double quantisation adds 0.127 bits per weight (Dettmers et al. 2023, arXiv 2305.14314, section 3).
-    8 bits: one byte; its scale per output row is left out.
+    Quantised ones as `llava.model.memory.weight_bytes` says.
     """
     language = sum(part.parameters for part in parts if part.part == "llm")
     others = sum(part.parameters for part in parts) - language
     if step.bits != 16:
-        matrices = language_matrices(model)
-        return matrices * {4: (4 + 0.127) / 8, 8: 1.0}[step.bits] + (language - matrices + others) * precision.weight
+        return stored_bytes(language + others, language_matrices(model), step.bits, precision.weight)
     return language * (precision.compute if step.lora_rank else precision.weight) + others * precision.weight
 
 

@@ -23,20 +23,10 @@ from llava.durable import write_whole
 from llava.log import setup_logging
 from llava.model.adapter import attach_adapter
 from llava.model.builder import MODEL_CLASSES
+from llava.model.memory import kv_cache_bytes
 from llava.train.arguments import PUBLISHED_LORA
 from llava.train.build import model_outline, read_model_config
-from llava.train.costs import (
-    GIB,
-    Memory,
-    Operations,
-    Step,
-    count_operations,
-    kv_cache_bytes,
-    largest_batch,
-    memory,
-    verdict,
-    workload,
-)
+from llava.train.costs import GIB, Memory, Operations, Step, count_operations, largest_batch, memory, verdict, workload
 from llava.train.flags import DTYPES, ZERO_SETTINGS, EstimateArguments
 from llava.train.lora import new_lora_config
 from llava.train.presets import PRESETS

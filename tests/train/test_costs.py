@@ -17,6 +17,7 @@ from llava.model import LlavaLlamaForCausalLM
 from llava.model.adapter import attach_adapter
 from llava.model.config import LlavaConfig
 from llava.model.granularity import granularity_levels
+from llava.model.memory import kv_cache_bytes
 from llava.model.projector import build_projector
 from llava.model.router import GranularityRouter
 from llava.model.vision_tower import CLIPVisionTower
@@ -56,7 +57,7 @@ def test_the_numbers_that_everybody_quotes(vicuna: Any) -> None:
     assert parameters["router"] == pytest.approx(117e6, rel=0.01)
     assert parameters["llm"] == 6_738_415_616  # Llama 2 7B
     assert parameters["vision_tower"] == 303_507_456  # the vision half of openai/clip-vit-large-patch14-336
-    assert costs.kv_cache_bytes(vicuna.config, positions=1) == 2**19
+    assert kv_cache_bytes(vicuna.config, positions=1) == 2**19
     assert 2 * costs.language_matrices(vicuna) == pytest.approx(12.95e9, rel=1e-3)  # operations per token
     assert largest_canvas(vicuna.config) == CANVAS == (672, 672)
     load = costs.workload(vicuna, STAGES["align"], Step(1, 0, 0, CANVAS))

@@ -29,6 +29,7 @@ from llava.messages import RoutingRequest
 from llava.model.compose import Composer, ImageInput, Size
 from llava.model.merge import MergedLayout
 from llava.model.native.configuration_avg_llava import AvgLlavaConfig
+from llava.model.native.hub import HubFolder
 from llava.model.native.image_tokens import expand, images_behind, images_per_row, levels_of_runs
 from llava.model.projector import build_projector
 from llava.model.router import GranularityRouter
@@ -377,7 +378,7 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel, Composer):
         return tokens, inputs_embeds.masked_scatter(is_image[..., None], tokens)
 
 
-class AvgLlavaForConditionalGeneration(AvgLlavaPreTrainedModel, GenerationMixin):
+class AvgLlavaForConditionalGeneration(HubFolder, AvgLlavaPreTrainedModel, GenerationMixin):
     """The model with its head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}

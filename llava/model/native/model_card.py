@@ -1,0 +1,137 @@
+"""The model card of a native checkpoint: what it is, how to load it, what each granularity costs, and what was measured, if anything was.
+
+Costs are computed from the configuration. Accuracies come from a report that `llava.eval.granularity_report` wrote; without one the card
+has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from llava.crops import get_anyres_image_grid_shape
+from llava.model.memory import has_known_cache, kv_cache_bytes
+
+TAGS = ("avg_llava", "llava", "multimodal", "adaptive-visual-granularity")
+MIB = 2**20
+_MEASURED = ("fixed", "adaptive", "bias", "budget")
+"""Kinds of a report's rows that a user can ask for; the others are yardsticks computed from these."""
+
+_BODY = """
+# {name}
+
+{description}
+
+| | |
+| --- | --- |
+| architecture | [AVG-LLaVA](https://arxiv.org/abs/2410.02745): a LLaVA-NeXT with visual tokens at several granularities{router} |
+| text model | `{text}`, {layers} layers, {width} wide, context {context:,} |
+| vision tower | `{tower}`, views of {side} x {side} pixels |
+
+## Use
+
+```python
+import llava  # makes transformers know the model; in a folder with code, trust_remote_code=True does without
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("{name}")
+model = AutoModelForImageTextToText.from_pretrained("{name}")
+question = [{{"role": "user", "content": [{{"type": "image", "path": "image.png"}}, {{"type": "text", "text": "What is in the image?"}}]}}]
+inputs = processor.apply_chat_template(question, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+output = model.generate(**inputs.to(model.device), max_new_tokens=64)
+print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```
+
+`generate` takes `vis_token_granularity` (a level below, or a list to choose from), `max_visual_tokens` and `granularity_bias`.
+
+## Granularities and what they cost
+
+Of an image of {image_width} x {image_height} pixels. Computed from the configuration.
+
+{costs}
+"""
+
+
+def model_card(
+    model: Any,
+    name: str,
+    report: Mapping[str, Any] | None = None,
+    license_id: str | None = None,
+    base_models: Sequence[str] = (),
+    tags: Sequence[str] = (),
+) -> str:
+    """The text of a card, with the header that the hub reads.
+
+    Args:
+        model: an `AvgLlavaForConditionalGeneration`, whose weights are not looked at.
+        name: what it is loaded by. report: report.json of a granularity report on it.
+        license_id, base_models: as the hub names them. tags: besides `TAGS`.
+
+    Raises:
+        ValueError: no report of that kind.
+    """
+    config = model.config
+    header = ModelCardData(
+        license=license_id,
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        base_model=list(base_models) or None,
+        tags=list(dict.fromkeys([*TAGS, *tags])),
+    )
+    width, height = _largest_image(config)
+    body = _BODY.format(
+        name=name,
+        description=config.description or "No description was stored with this model.",
+        router=", of which a router chooses one by image and instruction" if config.router_select else "",
+        text=config.text.model_type,
+        layers=config.text.num_hidden_layers,
+        width=config.text.hidden_size,
+        context=config.context_length,
+        tower=config.vision.model_type,
+        side=config.view_side,
+        image_width=width,
+        image_height=height,
+        costs=_costs(model, (width, height)),
+    )
+    measured = "" if report is None else f"\n## Measured\n\n{_measured(report)}\n"
+    return f"---\n{header.to_yaml()}\n---\n{body}{measured}"
+
+
+def _largest_image(config: Any) -> tuple[int, int]:
+    """(width, height) of the largest canvas, or of a view where there is none."""
+    return max(config.canvases, key=lambda canvas: canvas[0] * canvas[1], default=(config.view_side, config.view_side))
+
+
+def _costs(model: Any, size: tuple[int, int]) -> str:
+    config, num_views = model.config, 1
+    if config.canvases:
+        across, down = get_anyres_image_grid_shape(size, config.canvases, config.view_side)
+        num_views += across * down
+    has_cache_size = has_known_cache(config.text)
+    rows = [["tokens per view", "grid", "visual tokens", *(["KV cache, MiB in bf16"] if has_cache_size else [])]]
+    for level, layout in zip(model.model.levels, model.model.layouts(num_views, size), strict=True):
+        cache = [f"{kv_cache_bytes(config.text, layout.num_tokens) / MIB:.2f}"] if has_cache_size else []
+        rows.append([str(level.tokens), f"{level.grid[0]} x {level.grid[1]}", f"{layout.num_tokens:,}", *cache])
+    return _table(rows)
+
+
+def _measured(report: Mapping[str, Any]) -> str:
+    """A report's rows that a user can ask for."""
+    try:
+        facts = [report["task"], f"{report['answered']} questions", report["device"], report["dtype"]]
+        given = [row for row in report["rows"] if row["kind"] in _MEASURED]
+        rows = [
+            [row["name"], f"{row['accuracy']:.1f}", " to ".join(f"{end:.1f}" for end in row["interval"] or ()), f"{row['tokens']:.1f}"]
+            for row in given
+        ]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"The report lacks {error}; expected report.json of llava.eval.granularity_report.") from error
+    header = ["setting", "accuracy, %", "95 % interval", "visual tokens"]
+    return f"By `llava.eval.granularity_report`: {', '.join(map(str, facts))}.\n\n{_table([header, *rows])}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], f"| {' | '.join('---' for _ in rows[0])} |", *lines[1:]])
