@@ -27,23 +27,31 @@ def chat_messages(turns: Sequence[Message], urls: Sequence[str], details: Sequen
     Raises:
         ValueError: as many placeholders as images were expected.
     """
+    return messages_with(turns, [_image_part(url, details[place] if details else None) for place, url in enumerate(urls)])
+
+
+def messages_with(turns: Sequence[Message], images: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same with content parts of any kind in the images' places."""
     marked = sum(turn.text.count(DEFAULT_IMAGE_TOKEN) for turn in turns)
-    if marked != len(urls):
-        raise ValueError(f"The text holds {marked} <image> placeholders, but {len(urls)} images came; make them agree.")
-    waiting = iter([_image_part(url, details[place] if details else None) for place, url in enumerate(urls)])
+    if marked != len(images):
+        raise ValueError(f"The text holds {marked} <image> placeholders, but {len(images)} images came; make them agree.")
+    waiting = iter(images)
     return [{"role": turn.role, "content": _content(turn.text, waiting)} for turn in turns]
 
 
 def _content(turn_text: str, images: Iterator[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """A turn's text, cut at its placeholders; the line break that a template puts after an image is dropped."""
-    head, *rest = turn_text.split(DEFAULT_IMAGE_TOKEN)
-    if not rest:
-        return head
-    parts: list[dict[str, Any]] = [{"type": "text", "text": head}] if head else []
-    for piece in rest:
-        parts.append(next(images))
-        if text := piece.removeprefix("\n"):
+    """A turn's text, cut at its placeholders; the line breaks around an image, which templates write between parts, are dropped."""
+    pieces = turn_text.split(DEFAULT_IMAGE_TOKEN)
+    last = len(pieces) - 1
+    if not last:
+        return turn_text
+    parts: list[dict[str, Any]] = []
+    for place, piece in enumerate(pieces):
+        text = piece.removeprefix("\n" if place else "").removesuffix("\n" if place < last else "")
+        if text:
             parts.append({"type": "text", "text": text})
+        if place < last:
+            parts.append(next(images))
     return parts
 
 

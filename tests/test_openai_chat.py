@@ -8,7 +8,7 @@ from io import BytesIO
 import pytest
 from PIL import Image
 
-from llava.messages import Message, RoutingRequest
+from llava.messages import Message, RoutingRequest, text_of_parts
 from llava.openai_chat import chat_messages, data_url, processor_kwargs, routing_fields
 
 
@@ -24,6 +24,12 @@ def test_images_stand_where_their_placeholders_stood() -> None:
     ]
     with pytest.raises(ValueError, match="holds 2 <image> placeholders, but 1 images came"):
         chat_messages(turns, ["data:a"])
+
+
+def test_a_server_that_writes_its_parts_a_line_each_writes_the_turn_again() -> None:
+    text = "First\n<image>\nand then\n<image>\n<image>\nWhich is red?"
+    [message] = chat_messages([Message("user", text)], ["data:a", "data:b", "data:c"])
+    assert text_of_parts([part.get("text", "<image>") for part in message["content"]]) == text
 
 
 def test_an_image_arrives_with_the_pixels_it_had() -> None:

@@ -71,8 +71,12 @@ class FakeEngine:
     cancelled: list[str] = field(default_factory=list)
     served: list[str] = field(default_factory=list)
     active: int = 0
+    started: bool = False
     drained: bool = False
     closed: bool = False
+
+    def start(self) -> None:
+        self.started = True
 
     def prepare_image(self, image: Image.Image) -> EngineImage:
         return EngineImage(image.size, image.tobytes(), image.width * image.height)

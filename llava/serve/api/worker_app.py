@@ -64,7 +64,7 @@ def create_worker_app(
     """The app of one worker.
 
     Args:
-        engine: generates; drained and closed when the app ends.
+        engine: generates; started with the app, drained and closed when it ends.
         limits: of one request and of the queue.
         api_keys: every request but `/health` must present one of them; none: no key is required.
         allowed_origins: of web sites whose pages may call this server from a browser.
@@ -118,6 +118,7 @@ def _lifespan_of(handler: RequestHandler, registration: Registrar | None) -> Cal
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine.start()
         heartbeats = asyncio.create_task(registration.run(handler.status, limiter.wait_draining())) if registration is not None else None
         yield
         limiter.start_draining()  # unless a signal did

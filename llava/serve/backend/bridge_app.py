@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
@@ -29,17 +27,7 @@ def create_bridge_app(backend: Backend, limits: Limits | None = None, **options:
         backend: where the answers come from. limits: of one request. options: further arguments of `create_worker_app`.
     """
     engine = RemoteEngine(backend)
-    app = create_worker_app(engine, limits, concurrency=backend.concurrency, not_ready=ErrorKind.BACKEND_UNREACHABLE, **options)
-    worker_lifespan = app.router.lifespan_context
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine.start()
-        async with worker_lifespan(app):
-            yield
-
-    app.router.lifespan_context = lifespan
-    return app
+    return create_worker_app(engine, limits, concurrency=backend.concurrency, not_ready=ErrorKind.BACKEND_UNREACHABLE, **options)
 
 
 async def wait_for_model_name(backend: Backend) -> str:

@@ -72,10 +72,17 @@ def chat_body(request: GenerationRequest, model: str, owner: str = "") -> dict[s
     Raises:
         ServeError: the turns or their placeholders do not fit the images, or a finished prompt is of no known template.
     """
-    sampling = request.sampling
-    body: dict[str, Any] = {
-        "model": model,
-        "messages": chat_messages(request_turns(request), request.images, request.routing),
+    messages = chat_messages(request_turns(request), request.images, request.routing)
+    return {"model": model, "messages": messages, **sampling_fields(request.sampling, owner), **routing_fields(request.routing)}
+
+
+def sampling_fields(sampling: Sampling, owner: str) -> dict[str, Any]:
+    """How an answer is sampled and streamed, as fields of a body.
+
+    Args:
+        owner: of the model, as the backend reports it.
+    """
+    fields: dict[str, Any] = {
         "stream": True,
         "stream_options": {"include_usage": True},
         "temperature": sampling.temperature,
@@ -85,14 +92,14 @@ def chat_body(request: GenerationRequest, model: str, owner: str = "") -> dict[s
     for own, name in (_OPENAI_FIELDS | _EXTENSION_FIELDS).items():
         if _is_set(sampling, own):
             value = getattr(sampling, own)
-            body[name] = list(value) if isinstance(value, tuple) else value
+            fields[name] = list(value) if isinstance(value, tuple) else value
     if sampling.logit_bias:
-        body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
+        fields["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
     if sampling.guide is not None:
-        body |= guide_body(sampling.guide, owner)
+        fields |= guide_body(sampling.guide, owner)
     if sampling.logprobs is not None:
-        body["logprobs"], body["top_logprobs"] = True, sampling.logprobs
-    return body | routing_fields(request.routing)
+        fields["logprobs"], fields["top_logprobs"] = True, sampling.logprobs
+    return fields
 
 
 def request_turns(request: GenerationRequest) -> Sequence[Message]:

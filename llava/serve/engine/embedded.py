@@ -137,6 +137,9 @@ class EmbeddedEngine:
     def ready(self) -> bool:
         return self._thread.is_alive() and not self._draining and not self._closed
 
+    def start(self) -> None:
+        """Nothing is left to begin: the scheduler's thread runs since the engine was made."""
+
     def stats(self) -> EngineStats:
         kept, running = self.features, len(self.batch.tasks)
         failed = None if self._end_kind is ErrorKind.CANCELLED else self._end_kind

@@ -32,6 +32,10 @@ class Engine(Protocol):
         """Whether a request submitted now would run."""
         ...
 
+    def start(self) -> None:
+        """Begin what has to run beside the requests; called once, within the event loop that they will come from."""
+        ...
+
     def prepare_image(self, image: Image.Image) -> EngineImage:
         """Take from an RGB image what answering needs, so that its pixels can be freed; called in any thread.
 

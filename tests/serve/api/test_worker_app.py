@@ -359,7 +359,7 @@ def test_an_engine_that_does_not_let_go_is_closed_all_the_same(monkeypatch):
     begun = time.monotonic()
     with RunningApp(create_worker_app(engine)):
         pass
-    assert engine.closed and time.monotonic() - begun < 5
+    assert engine.started and engine.closed and time.monotonic() - begun < 5
 
 
 def test_an_answer_longer_than_the_drain_is_cut_off_and_the_server_ends(monkeypatch):

@@ -499,7 +499,7 @@ def test_an_endless_event_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_endless_stream_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llava.serve.backend.openai_engine._MAX_STREAM_BYTES", 50_000)
+    monkeypatch.setattr("llava.serve.backend.openai_engine.MAX_STREAM_BYTES", 50_000)
 
     def answer(exchange: Exchange) -> None:
         exchange.begin_stream()
