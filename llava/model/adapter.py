@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llava.checkpoint_files import LIBRARY_ERRORS, one_line, read_headers, read_object, read_weights
+from llava.model.router import name_in_checkpoint, name_in_memory
 from llava.rules import Either, Flag, Integer, ListOf, Mapped, Number, Rule, Text, faults, optional, refuse, shown
 
 logger = logging.getLogger(__name__)
@@ -193,7 +194,7 @@ def load_lora(model: Any, folder: str | Path, use_safetensors: bool = True) -> N
 
 
 def read_rest(folder: str | Path, use_safetensors: bool = True) -> dict[str, Tensor]:
-    """The parts of an adapter folder that were trained in full, under their names in a full checkpoint.
+    """The parts of an adapter folder that were trained in full, under their names in a model.
 
     Args:
         use_safetensors: `False` also reads LLaVA's pickled `non_lora_trainables.bin`, with `weights_only`.
@@ -201,7 +202,8 @@ def read_rest(folder: str | Path, use_safetensors: bool = True) -> dict[str, Ten
     Raises:
         ValueError: no such file, or only a pickled one that the caller did not ask for.
     """
-    return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in _read(Path(folder), REST_FILES, use_safetensors).items()}
+    stored = _read(Path(folder), REST_FILES, use_safetensors)
+    return {name_in_memory(name.removeprefix(PEFT_PREFIX)): tensor for name, tensor in stored.items()}
 
 
 def load_rest(model: Any, rest: Mapping[str, Tensor], source: str | Path) -> None:
@@ -241,7 +243,7 @@ def save_adapter(model: Any, folder: Path, state_dict: Mapping[str, Tensor] | No
     weights = model.state_dict() if state_dict is None else state_dict
     matrices = get_peft_model_state_dict(model, state_dict=dict(weights), save_embedding_layers=False)
     _write({f"{PEFT_PREFIX}{name}": tensor for name, tensor in matrices.items()}, folder / ADAPTER_FILES[0])
-    _write({name: weights[name] for name in rest_names(model)}, folder / REST_FILES[0])
+    _write({name_in_checkpoint(name): weights[name] for name in rest_names(model)}, folder / REST_FILES[0])
     lora_config = copy.copy(model.peft_config["default"])
     lora_config.inference_mode = True
     lora_config.save_pretrained(str(folder))

@@ -48,6 +48,7 @@ from llava.model import LlavaConfig, LlavaLlamaForCausalLM, LlavaMistralConfig, 
 from llava.model.chat_template import add_image_token, after_image, jinja_template
 from llava.model.loading import check_folder, read_tower_config, resolve_tower
 from llava.model.native.llava_layout import Rules, rename
+from llava.model.router import name_in_checkpoint
 from llava.tokenizer import load_tokenizer
 
 logger = logging.getLogger("llava.convert_llava_next")
@@ -167,7 +168,8 @@ def check_weights(found: dict[str, Stored], model_class: Any, config: Any, sourc
         ValueError: tensors that are missing, unexpected or of another shape.
     """
     with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in model_class(config).state_dict().items()}
+        built = model_class(config).state_dict()
+    expected = {name_in_checkpoint(name): tuple(tensor.shape) for name, tensor in built.items()}
     optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
     missing = sorted(set(expected) - set(found) - optional)
     unknown = sorted(set(found) - set(expected))

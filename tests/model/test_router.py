@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava.model.granularity import granularity_levels
-from llava.model.router import GranularityRouter, select_text
+from llava.model.router import EncoderLayer, GranularityRouter, name_in_checkpoint, name_in_memory, select_text
 
 BATCHED = ("batch_", "multi_image", "stack4d")
 """Cases in which the reference pairs text by image number or reads padding; ours equals each row alone instead."""
@@ -111,6 +111,46 @@ def test_what_attends_to_what(axis, others_change):
     assert changed[0, 2]
     assert changed[0, [0, 1, 3, 4, 5]].any() == others_change  # other tokens of the same view
     assert changed[1, 2] == (not others_change)  # the same position of the other view
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("counts", [None, [5, 3]])
+def test_the_layer_is_torchs_own_bit_for_bit_gradients_too(training, counts):
+    torch.manual_seed(0)
+    theirs = torch.nn.TransformerEncoderLayer(32, 8, 32, dropout=0.3).train(training)
+    ours = EncoderLayer(32, 0.3).train(training)
+    ours.load_state_dict({name_in_memory(f"router.merger.{name}")[14:]: tensor for name, tensor in theirs.state_dict().items()})
+    tokens, results = torch.randn(5, 2, 32), []
+    absent = None if counts is None else torch.arange(5) >= torch.tensor(counts)[:, None]
+    for layer in (theirs, ours):
+        torch.manual_seed(1)  # of the dropout
+        result = layer(tokens, src_key_padding_mask=absent) if layer is theirs else layer(tokens, absent)
+        result.square().sum().backward()
+        results.append(result)
+    assert torch.equal(*results)
+    gradients = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        assert torch.equal(gradients[name_in_memory(f"router.merger.{name}")[14:]].grad, parameter.grad), name
+
+
+def test_every_product_is_a_linear_on_at_most_three_axes():
+    module, widths = router("views", 16), []
+    for part in module.modules():
+        if isinstance(part, torch.nn.Linear):
+            part.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].ndim))
+    module(torch.randn(2, 3, 16, 8), torch.randn(2, 3, 8), [3, 2])
+    assert len(widths) == 2 + 4 + 2 and max(widths) == 3
+    bare = {name for name, _ in module.named_parameters()} - {f"{name}.{kind}" for name, part in module.named_modules()
+            if isinstance(part, (torch.nn.Linear, torch.nn.LayerNorm)) for kind in ("weight", "bias")}  # fmt: skip
+    assert bare == {"voter"}  # of the router itself, and read in its own forward
+
+
+def test_names_go_to_the_released_ones_and_come_back(oracle):
+    stored = set(json.loads((oracle / "checkpoint" / "model.safetensors.index.json").read_text())["weight_map"])
+    routers = {name for name in stored if name.startswith("model.router.")}
+    assert {f"model.router.merger.self_attn.in_proj_{kind}" for kind in ("weight", "bias")} < routers
+    own = {f"model.router.{name}" for name in router("views").state_dict()}
+    assert {name_in_memory(name) for name in routers} == own and {name_in_checkpoint(name) for name in own} == routers
 
 
 @pytest.mark.parametrize("axis", ["views", "tokens"])

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from llava.checkpoint_files import StoredTensor, read_headers, weight_files
 from llava.inference import MICRO_MODEL
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM, LlavaMistralConfig, LlavaMistralForCausalLM
+from llava.model.router import name_in_checkpoint
 from llava.model.shapes import check_shapes, declared_shapes
 
 LANGUAGE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 40}
@@ -24,7 +25,7 @@ UNPROJECTED = {"mm_projector_type": "identity", "mm_patch_merge_type": "flat"}
 
 def built(model_class: Any, config: Any) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in model_class(config).state_dict().items()}
+        return {name_in_checkpoint(name): tuple(tensor.shape) for name, tensor in model_class(config).state_dict().items()}
 
 
 @pytest.mark.parametrize(

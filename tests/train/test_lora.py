@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
+from llava.model.router import name_in_checkpoint
 from llava.train.checkpoint import publish_into, restore_weights, write_manifest
 from llava.train.llava_trainer import optimizer_groups
 from llava.train.run import make_trainer, parse_arguments, train
@@ -109,7 +110,7 @@ def test_a_folder_gives_back_the_model_that_was_trained(adapter: tuple[Path, Any
     assert FILES <= {file.name for file in folder.iterdir()} and not list(folder.glob("model*.safetensors"))
     own = {name: tensor for name, tensor in trained.state_dict().items() if part_of(name) != "llm"}
     stored = {name.removeprefix("base_model.model."): tensor for name, tensor in _stored(folder).items()}
-    assert _same({name.replace(".default", ""): tensor for name, tensor in own.items()}, stored)
+    assert _same({name_in_checkpoint(name.replace(".default", "")): tensor for name, tensor in own.items()}, stored)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(BASE.resolve()) and (config["r"], config["lora_alpha"]) == (4, 8)
     expected = _logits(trained)

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Lla
 from llava.model.config import LlavaConfig
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 from llava.model.loading import CheckpointLoading
+from llava.model.router import register_stored_names
 
 
 class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
@@ -38,5 +39,6 @@ class LlavaLlamaForCausalLM(CheckpointLoading, LlavaMetaForCausalLM, LlamaForCau
         self.post_init()
 
 
+register_stored_names(LlavaConfig.model_type)
 AutoConfig.register(LlavaConfig.model_type, LlavaConfig)
 AutoModelForCausalLM.register(LlavaConfig, LlavaLlamaForCausalLM)

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralForCausalLM, M
 from llava.model.config import LlavaMistralConfig
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 from llava.model.loading import CheckpointLoading
+from llava.model.router import register_stored_names
 
 
 class LlavaMistralModel(LlavaMetaModel, MistralModel):
@@ -38,5 +39,6 @@ class LlavaMistralForCausalLM(CheckpointLoading, LlavaMetaForCausalLM, MistralFo
         self.post_init()
 
 
+register_stored_names(LlavaMistralConfig.model_type)
 AutoConfig.register(LlavaMistralConfig.model_type, LlavaMistralConfig)
 AutoModelForCausalLM.register(LlavaMistralConfig, LlavaMistralForCausalLM)

@@ -32,7 +32,7 @@ from llava.model.native.configuration_avg_llava import AvgLlavaConfig
 from llava.model.native.hub import HubFolder
 from llava.model.native.image_tokens import expand, images_behind, images_per_row, levels_of_runs
 from llava.model.projector import build_projector
-from llava.model.router import GranularityRouter
+from llava.model.router import GranularityRouter, register_stored_names
 from llava.model.routing import RoutingReport
 from llava.model.splice import PromptRow, check_context
 
@@ -595,6 +595,9 @@ class AvgLlavaForConditionalGeneration(HubFolder, AvgLlavaPreTrainedModel, Gener
             encoded = {"image": ImageFeatures(pooler_output=repeated, routing=image.routing)}  # type: ignore[arg-type]
         ids, kwargs = super()._expand_inputs_for_generation(expand_size, *args, **kwargs)
         return ids, kwargs if encoded is None else {**kwargs, "mm_encoder_outputs": encoded}
+
+
+register_stored_names(AvgLlavaConfig.model_type)
 
 
 @dataclass(frozen=True)
