@@ -176,12 +176,29 @@ def _prefix_like_sentencepiece(backend: Tokenizer, prepend_scheme: str) -> None:
         prepend_scheme: "first" (only at the start of the whole text) or "always" (also after each special token).
     """
     backend.normalizer = normalizers.Replace(" ", _SPACE)
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
+    backend.pre_tokenizer = _sentencepiece_prefix(prepend_scheme)
+
+
+def _sentencepiece_prefix(prepend_scheme: str) -> pre_tokenizers.Sequence:
+    return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Metaspace(replacement=" ", prepend_scheme=prepend_scheme, split=False),
             pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="never", split=False),
         ]
     )
+
+
+def prefix_like_transformers(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Undo in a tokenizer of `load_tokenizer` what is done to texts that begin with a space.
+
+    transformers tokenises a whole prompt, and code that stands on it an answer alone, with the space in front: ` Yes` has to be the piece
+    that it is behind `ASSISTANT:`.
+    """
+    backend = tokenizer.backend_tokenizer if isinstance(tokenizer, PreTrainedTokenizerFast) else None
+    for scheme in ("first", "always"):
+        if backend is not None and repr(backend.pre_tokenizer) == repr(_sentencepiece_prefix(scheme)):
+            backend.normalizer = None
+            backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme=scheme, split=False)
 
 
 def _is_legacy(path: str | os.PathLike[str], options: dict[str, Any]) -> bool:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, SeparatorStyle
-from llava.mm_utils import tokenizer_image_token
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -19,31 +17,45 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN))  # type: ignore[arg-type]
 
 
-def after_image(tokenizer: PreTrainedTokenizerBase, image_token: str = DEFAULT_IMAGE_TOKEN) -> str:
-    """What a prompt for transformers needs between an image and text to get LLaVA's ids: a space where the tokenizer leaves its own out.
+def own_text_behind(tokenizer: PreTrainedTokenizerBase, token: str) -> str:
+    """What goes between a special token and a text, so that the text is tokenised as one of its own: a space, or nothing.
 
-    LLaVA tokenises the text after an image as a text of its own, which starts with a space piece in a SentencePiece vocabulary.
-    transformers' processors tokenise the whole prompt, where a tokenizer that is not `legacy` puts no such piece behind a token.
+    So LLaVA tokenises what stands behind an image, and every tokenizer what stands behind the bos that it writes itself. A SentencePiece
+    vocabulary begins such a text with a space piece, which not every tokenizer puts behind a token.
     """
-    image: Any = tokenizer.convert_tokens_to_ids(image_token)
-    wanted = tokenizer_image_token(f"a{DEFAULT_IMAGE_TOKEN}\nb", tokenizer, image)
-    fitting = [space for space in ("", " ") if tokenizer(f"a{image_token}{space}\nb").input_ids == wanted]
-    return fitting[0] if fitting else ""
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    wanted = [*ids("a"), tokenizer.convert_tokens_to_ids(token), *ids("\nb")]
+    fitting = [space for space in ("", " ") if ids(f"a{token}{space}\nb") == wanted]
+    # Of two, the one behind which a text keeps the space that it begins with.
+    return max(fitting, key=lambda space: len(ids(f"a{token}{space} \nb")), default="")
 
 
-def jinja_template(template: Conversation, behind_image: str = "") -> str | None:
+def text_begin(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a finished prompt begins with for those who tokenise it without special tokens: the bos, where the tokenizer writes one."""
+    bos = tokenizer.bos_token
+    if bos is None or list(tokenizer("").input_ids)[:1] != [tokenizer.bos_token_id]:
+        return ""
+    return bos + own_text_behind(tokenizer, bos)
+
+
+def jinja_template(template: Conversation, begin: str = "", behind_image: str = "") -> str | None:
     """A chat template that writes what `Conversation.get_prompt` writes; `None` for one without roles.
 
     Images that stand together behind the words of their turn come first, as in `llava.messages.images_first`. A system turn in front
     replaces the template's own system text. Answers and what ends them are marked as generated, for `return_assistant_tokens_mask`.
 
     Args:
-        behind_image: text to put behind each `<image>`, where no processor of ours does it (`after_image`).
+        begin: text in front of everything (`text_begin`). behind_image: text behind each `<image>` (`own_text_behind`), where no processor
+            of ours puts it there.
     """
     if template.sep_style is SeparatorStyle.PLAIN:
         return None
     image = json.dumps(DEFAULT_IMAGE_TOKEN + behind_image)
     content = (
+        f"{{{{ {json.dumps(begin)} }}}}"
         "{%- macro text(message) -%}{%- if message.content is string -%}{{ message.content }}{%- else -%}"
         "{%- set images = message.content | selectattr('type', 'equalto', 'image') | list -%}"
         "{%- set words = message.content | rejectattr('type', 'equalto', 'image') | list -%}"

@@ -45,7 +45,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_template
 from llava.durable import whole_folder
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM, LlavaMistralConfig, LlavaMistralForCausalLM
-from llava.model.chat_template import add_image_token, after_image, jinja_template
+from llava.model.chat_template import add_image_token, jinja_template, own_text_behind
 from llava.model.loading import check_folder, read_tower_config, resolve_tower
 from llava.model.native.llava_layout import Rules, rename
 from llava.model.router import name_in_checkpoint
@@ -499,7 +499,7 @@ def _llava_next_processor(config: Any, made: Any, tokenizer: PreTrainedTokenizer
         patch_size=made.vision_config.patch_size,
         vision_feature_select_strategy=made.vision_feature_select_strategy,
         num_additional_image_tokens=1,  # the class token, which the strategy takes off again
-        chat_template=jinja_template(get_template(config.conv_version), after_image(tokenizer)),
+        chat_template=jinja_template(get_template(config.conv_version), behind_image=own_text_behind(tokenizer, DEFAULT_IMAGE_TOKEN)),
     )
 
 

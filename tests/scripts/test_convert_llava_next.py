@@ -304,7 +304,7 @@ def test_chat_template_writes_our_prompt(name: str, oracle: Path) -> None:
         if length % 2:
             conversation.append_message(conversation.roles[1], None)
         written = tokenizer.apply_chat_template(
-            messages, chat_template=jinja_template(get_template(name), ""), tokenize=False, add_generation_prompt=bool(length % 2)
+            messages, chat_template=jinja_template(get_template(name)), tokenize=False, add_generation_prompt=bool(length % 2)
         )
         assert written == conversation.get_prompt()
 
@@ -314,7 +314,7 @@ def test_chat_template_puts_images_where_our_processor_does(order: str, oracle: 
     ours = LlavaLayoutProcessor.from_pretrained(oracle / "checkpoint")
     parts = [{"type": "image"} if part == "i" else {"type": "text", "text": f"words {place}"} for place, part in enumerate(order)]
     messages = [{"role": "user", "content": parts}]
-    template = jinja_template(get_template(ours.conv_version), "")
+    template = jinja_template(get_template(ours.conv_version))
     written = ours.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
     assert written == ours.apply_chat_template(messages, add_generation_prompt=True)
 
@@ -331,7 +331,7 @@ def test_auto_classes_read_the_result(ours: tuple[Any, Any, Any]) -> None:
 
 
 def test_plain_template_has_no_chat_template() -> None:
-    assert jinja_template(get_template("plain"), "") is None
+    assert jinja_template(get_template("plain")) is None
 
 
 @pytest.mark.parametrize(

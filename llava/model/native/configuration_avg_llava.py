@@ -33,6 +33,7 @@ class AvgLlavaConfig(GranularityFields, PreTrainedConfig):
 
     model_type = "avg_llava"
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig, "vision_config": AutoConfig}
+    auto_map: ClassVar[dict[str, str]] = {}  # a folder with code has one; TRL asks every class for it that is none of transformers' own
 
     text_config: dict[str, Any] | PreTrainedConfig | None = None
     vision_config: dict[str, Any] | PreTrainedConfig | None = None

@@ -13,14 +13,14 @@ from llava.checkpoint_files import HUB_OPTIONS, read_object, stored_file
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_template
 from llava.crops import get_anyres_image_grid_shape, view_size
-from llava.model.chat_template import after_image, jinja_template
+from llava.model.chat_template import jinja_template, own_text_behind, text_begin
 from llava.model.config import LlavaConfig, LlavaMistralConfig
 from llava.model.granularity import granularity_levels
 from llava.model.image_inputs import IMAGE_KEYS
 from llava.model.merge import merged_layout
 from llava.model.native.configuration_avg_llava import AvgLlavaConfig
 from llava.model.native.image_processing_avg_llava import AvgLlavaImageProcessor, AvgLlavaImageProcessorKwargs
-from llava.tokenizer import plain_tokenizer, special_texts
+from llava.tokenizer import plain_tokenizer, prefix_like_transformers, special_texts
 
 _LLAVA_LAYOUT = (LlavaConfig.model_type, LlavaMistralConfig.model_type)
 _NO_TEXT = ("role", "type", "image_url", *IMAGE_KEYS)
@@ -93,7 +93,7 @@ class AvgLlavaProcessor(ProcessorMixin):
         self.granularity_tokens, self.granularity_grids = granularity_tokens, granularity_grids
         self.patch_merge_type, self.unpad_rule = patch_merge_type, unpad_rule
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        self._after_image = after_image(tokenizer, image_token)
+        self._begin, self._behind_image = text_begin(tokenizer), own_text_behind(tokenizer, image_token)
 
     @classmethod
     def for_model(
@@ -106,7 +106,8 @@ class AvgLlavaProcessor(ProcessorMixin):
         """The processor of a model.
 
         Args:
-            tokenizer: its tokenizer, with `<image>`; it is set to pad on the left, as prompts in a batch need it.
+            tokenizer: its tokenizer, with `<image>`; it is set to pad on the left, as prompts in a batch need it, and to read a text that
+                begins with a space as transformers' tokenizers do, for code that tokenises an answer alone.
             image_processor: arguments of the tower's image processor; `None` gives CLIP's own at that size.
             image_aspect_ratio: of a model without canvases, one of `llava.crops.IMAGE_MODES`.
         """
@@ -118,11 +119,12 @@ class AvgLlavaProcessor(ProcessorMixin):
             image_aspect_ratio="anyres" if config.image_grid_pinpoints else image_aspect_ratio,
         )
         tokenizer.padding_side = "left"
+        prefix_like_transformers(tokenizer)
         return cls(
             views,
             tokenizer,
             patch_size=config.vision.patch_size,
-            chat_template=jinja_template(get_template(config.conv_version)),
+            chat_template=jinja_template(get_template(config.conv_version), text_begin(tokenizer)),
             granularity_tokens=config.vis_token_granularity,
             granularity_grids=config.vis_token_grids,
             patch_merge_type=config.mm_patch_merge_type,
@@ -165,9 +167,11 @@ class AvgLlavaProcessor(ProcessorMixin):
     # ---- a call --------------------------------------------------------------------------------------------------------------
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own; lists without an image in them count as no images."""
-        images, *rest = super().prepare_inputs_layout(images, text, *args, **kwargs)
-        return images if _num_images(images) else None, *rest
+        """transformers' own. Lists without an image in them count as no images; a bos that the chat template wrote is not written again."""
+        images, text, *rest = super().prepare_inputs_layout(images, text, *args, **kwargs)
+        if text is not None and {**kwargs, **(kwargs.get("text_kwargs") or {})}.get("add_special_tokens", True):
+            text = [prompt.removeprefix(self._begin) if isinstance(prompt, str) else prompt for prompt in text]
+        return images if _num_images(images) else None, text, *rest
 
     def validate_inputs(self, images: Any = None, text: Any = None, *args: Any, **kwargs: Any) -> None:
         """Whether every prompt has its images, where they are listed by prompt, and all prompts together have theirs where not.
@@ -206,7 +210,7 @@ class AvgLlavaProcessor(ProcessorMixin):
             for found in re.finditer(re.escape(self.image_token), prompt)
         ]
         replaced = [
-            tokens + (self._after_image if is_followed else "")
+            tokens + (self._behind_image if is_followed else "")
             for tokens, is_followed in zip(images_replacements, followed_by_text, strict=bool(images_replacements))
         ]
         return super().get_text_with_replacements(text, replaced, *args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 from dataclasses import dataclass
 from io import BytesIO
@@ -18,6 +19,7 @@ from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor, PreTrai
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.inference import MICRO_MODEL
+from llava.messages import Message, write_prompt
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model import AvgLlavaForConditionalGeneration, AvgLlavaProcessor, LlavaLayoutProcessor, LlavaLlamaForCausalLM
 from llava.model.chat_template import add_image_token
@@ -277,10 +279,50 @@ PROMPTS = ["<image>\nWhat?", "Look at <image> please", "<image><image>\nSame?", 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_ids_are_llavas_wherever_images_stand(faces: Faces, prompt: str) -> None:
     images = [noise(64, 64)] * prompt.count("<image>")
-    tokenizer, image = faces.processor.tokenizer, faces.processor.image_token_id
     found = faces.processor(text=prompt, images=images)["input_ids"][0]
-    assert found == tokenizer_image_token(prompt, tokenizer, image)
+    assert found == tokenizer_image_token(prompt, faces.layout.tokenizer, faces.processor.image_token_id)
     assert faces.processor.decode(found).count("<image>") == len(images)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("kind", ["v1", "llava_llama_2", "mpt"])
+def test_a_written_prompt_is_that_of_a_tokenised_conversation_whoever_adds_the_bos(faces: Faces, kind: str, legacy: bool) -> None:
+    """The two steps of a model card, the one step of a newer script, and trainers and servers that add no special token."""
+    config = copy.deepcopy(faces.native.config)
+    config.conv_version = kind
+    reader = load_tokenizer(MICRO_MODEL, legacy=legacy)
+    expected = load_tokenizer(MICRO_MODEL, legacy=legacy)
+    add_image_token(reader)
+    processor = AvgLlavaProcessor.for_model(config, reader, faces.model.config.image_processor)
+    written = processor.apply_chat_template(TURNS, add_generation_prompt=True)
+    how = {"add_generation_prompt": True, "tokenize": True}
+    ids = [
+        processor(text=written, images=WIDE)["input_ids"][0],
+        processor(text=written, images=WIDE, add_special_tokens=False)["input_ids"][0],
+        processor(text=written, images=WIDE, text_kwargs={"add_special_tokens": False})["input_ids"][0],
+        processor.tokenizer(written, add_special_tokens=False).input_ids,
+        processor.apply_chat_template(TURNS, **how)[0],
+    ]
+    prompt = write_prompt([Message(turn["role"], text_of(turn)) for turn in TURNS], 1, kind)
+    llava = tokenizer_image_token(prompt, expected, processor.image_token_id)
+    assert ids[0] == llava and ids[4] == llava and ids[1] == ids[2] == llava
+    assert [token for token in ids[3] if token != processor.tokenizer.convert_tokens_to_ids("▁")] == [
+        token for token in llava if token != processor.tokenizer.convert_tokens_to_ids("▁")
+    ], "all but the space behind the image, which the processor puts there"
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_an_answer_alone_has_the_ids_that_it_has_behind_its_prompt(faces: Faces, legacy: bool) -> None:
+    tokenizer = load_tokenizer(MICRO_MODEL, legacy=legacy)
+    add_image_token(tokenizer)
+    processor = AvgLlavaProcessor.for_model(faces.native.config, tokenizer, faces.model.config.image_processor)
+    prompt, answer = "<s> USER: What? ASSISTANT:", " Yes, it is.</s>"
+    ids = processor(text=[prompt, answer, prompt + answer], add_special_tokens=False)["input_ids"]
+    assert ids[0] + ids[1] == ids[2]
+
+
+def text_of(turn: dict[str, Any]) -> str:
+    return turn["content"] if isinstance(turn["content"], str) else "<image>\n" + turn["content"][1]["text"]
 
 
 TURNS = [*chat(QUESTIONS[0]), {"role": "assistant", "content": "Red."}, {"role": "user", "content": "Sure?"}]
@@ -296,7 +338,7 @@ def test_conversations_are_written_as_llavas(faces: Faces) -> None:
         (system + answered, {"continue_final_message": True}),
     ]:
         found = faces.processor.apply_chat_template(messages, **options)
-        assert found == faces.layout.apply_chat_template(messages, **options)
+        assert found == "<s> " + faces.layout.apply_chat_template(messages, **options)
     words = {"type": "text", "text": "What?"}
     behind = [{"role": "user", "content": [words, {"type": "image"}]}]
     assert "USER: <image>\nWhat? " in faces.processor.apply_chat_template(behind)
