@@ -71,21 +71,35 @@ class ServerEngine(ABC):
             self._watch = asyncio.get_running_loop().create_task(self._poll())
 
     async def look(self) -> bool:
-        """Ask the server for its models once and keep what ours can do; returns whether it is among them."""
+        """Ask the server for its models once and keep what ours can do; returns whether it can be used."""
         try:
             models = await list_models(self.outbound, self.backend)
-        except (Unreachable, BrokenResponse) as error:
+            found = self._choose(models)
+            if found is not None and self._model is None:
+                await self._admit(found)
+        except (Unreachable, BrokenResponse, ServeError) as error:
             self._note(None, f"the backend {self.backend.url} cannot be used: {error}")
             return False
-        found = next((model for model in models if model.name == self.backend.model), None)
         self._note(found, f"the backend {self.backend.url} has no model {self.backend.model!r}, only {[m.name for m in models][:8]}")
         return found is not None
+
+    def _choose(self, models: Sequence[BackendModel]) -> BackendModel | None:
+        """Ours among the server's models."""
+        return next((model for model in models if model.name == self.backend.model), None)
+
+    @abstractmethod
+    async def _admit(self, model: BackendModel) -> None:
+        """Look at a server that has come, or come back, before it gets requests.
+
+        Raises:
+            Unreachable, BrokenResponse, ServeError: it gets none.
+        """
 
     def _note(self, model: BackendModel | None, problem: str) -> None:
         if model is None and (self._model is not None or self._watch is None):
             logger.warning("%s", problem)
         if model is not None and self._model is None:
-            logger.info("the backend %s serves %r", self.backend.url, self.backend.model)
+            logger.info("the backend %s serves %r", self.backend.url, model.name)
         self._model = model
 
     async def _poll(self) -> None:
@@ -158,6 +172,9 @@ class RemoteEngine(ServerEngine):
             max_images=self.backend.max_images,
             description=model.description if model else None,
         )
+
+    async def _admit(self, model: BackendModel) -> None:
+        """A server that lists the model is good enough; what it refuses, it refuses by request."""
 
     def prepare_image(self, image: Image.Image) -> EngineImage:
         """The image as a data URL."""

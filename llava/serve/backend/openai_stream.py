@@ -80,17 +80,27 @@ async def read_stream(reply: Reply, begun: float, queued: float) -> AsyncIterato
         BrokenResponse: the stream is not one, or ends before the answer does. ServeError: the backend reports an error.
     """
     parser = _StreamParser(begun, queued)
+    async for chunk in chunks_of(reply):
+        for answered in parser.take(chunk):
+            yield answered
+    yield parser.end()
+
+
+async def chunks_of(reply: Reply) -> AsyncIterator[dict[str, Any]]:
+    """The chunks of a streamed chat completion, up to the mark of its end.
+
+    Raises:
+        BrokenResponse: they are no JSON objects. ServeError: one reports an error.
+    """
     async for event in reply.events():
         if event.data.strip() == "[DONE]":
-            break
+            return
         chunk = parse_json_object(event.data)
         if chunk is None:
             raise BrokenResponse("the stream holds something else than JSON objects")
         if "error" in chunk:
             raise _reported(chunk)
-        for answered in parser.take(chunk):
-            yield answered
-    yield parser.end()
+        yield chunk
 
 
 def _reported(chunk: dict[str, Any]) -> ServeError:

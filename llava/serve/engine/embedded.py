@@ -97,7 +97,7 @@ class EmbeddedEngine:
         self._check_sizes()
         self.features = TensorCache(cache_bytes)
         self.prefixes = TensorCache(prefix_cache_bytes)
-        self._card = _card_of(assistant, name, max_images)
+        self._card = card_of(assistant, name, max_images)
         # The stages, in order.
         weights, longest_row = f"{name}@{revision or id(self.model)}", min(config.context_length, self.max_batch_tokens)
         self.preparer = Preparer(assistant, self.features, weights, longest_row)
@@ -451,7 +451,12 @@ class EmbeddedEngine:
         self._outbox.put(task.generation, delivery)
 
 
-def _card_of(assistant: Assistant, name: str, max_images: int) -> ModelCard:
+def card_of(assistant: Assistant, name: str, max_images: int) -> ModelCard:
+    """What a loaded model, or its front, is to clients.
+
+    Args:
+        name: that they call it. max_images: per request.
+    """
     model = assistant.model
     has_tower = model.get_model().vision_tower is not None
     granularities = tuple(level.tokens for level in model.levels) if has_tower else ()

@@ -28,6 +28,10 @@ BACKEND_LACKS_GRANULARITIES = (
     "The server behind this model has no granularities to choose from; leave out granularity, max_visual_tokens and granularity_bias."
 )
 BACKEND_LACKS_TOKENS = "The server behind this model does not return tokens."
+BACKEND_READS_OTHERWISE = (
+    "The server behind this model would read this prompt in another way: it is of another conversation template, spells a special token or "
+    "has an image within a line of text; send messages without these to /v1/chat/completions."
+)
 UNKNOWN_TEMPLATE = (
     "The server behind this model takes messages, and this prompt matches no known template; send messages to "
     "/v1/chat/completions."
@@ -47,6 +51,7 @@ ERROR_TEMPLATES = (
     BACKEND_LACKS_FIELD,
     BACKEND_LACKS_GRANULARITIES,
     BACKEND_LACKS_TOKENS,
+    BACKEND_READS_OTHERWISE,
     UNKNOWN_TEMPLATE,
 )
 
