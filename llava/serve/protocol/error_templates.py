@@ -29,8 +29,8 @@ BACKEND_LACKS_GRANULARITIES = (
 )
 BACKEND_LACKS_TOKENS = "The server behind this model does not return tokens."
 BACKEND_READS_OTHERWISE = (
-    "The server behind this model would read this prompt in another way: it is of another conversation template, spells a special token or "
-    "has an image within a line of text; send messages without these to /v1/chat/completions."
+    "The server behind this model would read this prompt in another way: it is of another conversation template, or has an image within a "
+    "line of text; send messages with images as parts of their own to /v1/chat/completions."
 )
 UNKNOWN_TEMPLATE = (
     "The server behind this model takes messages, and this prompt matches no known template; send messages to "

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava.messages import Message, text_of_parts, write_prompt
+from llava.messages import Message, text_of_parts
 from llava.openai_chat import messages_with
 from llava.serve.backend.openai_request import request_turns
 from llava.serve.engine.prepare import Preparer
@@ -48,11 +48,9 @@ class SplitPreparer(Preparer):
             ServeError: the request cannot work, or not here.
         """
         prepared, turns = self.prepare(request), request_turns(request)
-        number, config = len(request.images), self.model.config
         try:
-            sent = [_as_server_writes(message) for message in messages_with(turns, [{"type": "image"}] * number)]
-            written = write_prompt(sent, number, config.conv_version, config.mm_use_im_start_end)
-            read = self._ids(replace(request, messages=(), prompt=written))
+            sent = [_as_server_reads(message) for message in messages_with(turns, [{"type": "image"}] * len(request.images))]
+            read = self._ids(replace(request, messages=tuple(sent), prompt=None))
         except ValueError as error:  # this package's own text, with counts and roles only
             raise ServeError(ErrorKind.INVALID_REQUEST, str(error)) from error
         if read.tolist() != prepared.prompt.ids.tolist():
@@ -61,8 +59,8 @@ class SplitPreparer(Preparer):
         return SplitPrompt(prepared, turns)
 
 
-def _as_server_writes(message: dict[str, Any]) -> Message:
-    """A message with its parts a line each, as chat templates join them."""
+def _as_server_reads(message: dict[str, Any]) -> Message:
+    """A message with its parts a line each, as the plug-in joins them."""
     content = message["content"]
     if isinstance(content, str):
         return Message(message["role"], content)

@@ -114,20 +114,20 @@ def test_text_alone_and_finished_prompts(front: Assistant, whole: Assistant, bac
     assert text_of(finished) == whole.answer([image], text, Options(max_new_tokens=24)).text
 
 
-@pytest.mark.parametrize(
-    "turns",
-    [
-        (Message("user", "Is </s> red?"),),
-        (Message("user", "Which of <image> and that is red?"),),
-    ],
-)
-def test_a_prompt_that_the_server_would_read_otherwise_is_refused(
-    turns: tuple[Message, ...], front: Assistant, backend: FakeBackend
-) -> None:
+def test_what_people_say_is_text(front: Assistant, whole: Assistant, backend: FakeBackend) -> None:
+    async def work(engine: SplitEngine) -> list[Event]:
+        return await collect(engine, request(engine, [], "Is </s> red?"))
+
+    events = with_engine(front, backend.url, work)
+    expected = whole.answer([], "Is </s> red?", Options(max_new_tokens=24))
+    assert (text_of(events), end_of(events).prompt_tokens) == (expected.text, expected.prompt_tokens)
+
+
+def test_a_prompt_that_the_server_would_read_otherwise_is_refused(front: Assistant, backend: FakeBackend) -> None:
     async def work(engine: SplitEngine) -> ServeError:
-        images = (engine.prepare_image(Image.new("RGB", (64, 64))),) * turns[0].text.count("<image>")
+        image = engine.prepare_image(Image.new("RGB", (64, 64)))
         with pytest.raises(ServeError, match="would read this prompt in another way") as caught:
-            await collect(engine, GenerationRequest("r", turns, images=images))
+            await collect(engine, GenerationRequest("r", (Message("user", "Which of <image> and that is red?"),), images=(image,)))
         return caught.value
 
     error = with_engine(front, backend.url, work)
