@@ -298,7 +298,7 @@ class Assistant:
             use_cache=False,
         ).last_hidden_state
         logits = [
-            self.model.lm_head(states[row.length - 1 : row.length - 1 + len(ids)])
+            self.model.answer_logits(states[row.length - 1 : row.length - 1 + len(ids)])
             for states, row, ids in zip(hidden, rows, targets, strict=True)
         ]
         return [each.float().log_softmax(-1) for each in logits]

@@ -93,7 +93,7 @@ def _whole_view_grid(image_size: tuple[int, int], level: Granularity, aspect_rat
 
 def _tiles_grid(image_size: tuple[int, int], level: Granularity, config: Any) -> dict[str, Any]:
     canvas = select_best_resolution(image_size, config.image_grid_pinpoints)
-    side = config.vision_config["image_size"]
+    side = config.view_side
     tiles = (canvas[1] // side, canvas[0] // side)
     layout = merged_layout(level, tiles[0] * tiles[1] + 1, tiles, image_size, config.mm_patch_merge_type, config.unpad_rule)
     scale = min(canvas[0] / image_size[0], canvas[1] / image_size[1])
@@ -141,7 +141,7 @@ def _whole_view(image: Image.Image, level: Granularity, config: Any) -> Image.Im
 
 def _tiles(image: Image.Image, level: Granularity, config: Any) -> tuple[Image.Image, MergedLayout]:
     canvas = select_best_resolution(image.size, config.image_grid_pinpoints)
-    side = config.vision_config["image_size"]
+    side = config.view_side
     tiles = (canvas[1] // side, canvas[0] // side)
     layout = merged_layout(level, tiles[0] * tiles[1] + 1, tiles, image.size, config.mm_patch_merge_type, config.unpad_rule)
     padded = resize_and_pad_image(image, canvas)

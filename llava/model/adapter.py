@@ -35,8 +35,9 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 REST_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 PEFT_PREFIX = "base_model.model."
-LANGUAGE_LAYERS = "model.layers."
-REST_PREFIXES = ("model.mm_projector.", "model.image_newline", "model.router.")
+LANGUAGE_LAYERS = ("model.layers.", "model.language_model.layers.")
+"""Where the language model's layers are: in LLaVA's layout, and in the native one."""
+REST_PREFIXES = ("model.mm_projector.", "model.multi_modal_projector.", "model.image_newline", "model.router.")
 TOWER_PREFIX = "model.vision_tower."
 
 
@@ -126,7 +127,7 @@ def read_lora_config(folder: str | Path) -> Any:
     _check_ranks(Path(folder), config)
     if config.exclude_modules is None:
         # LLaVA's adapters name layers by their last word (q_proj ...), which the vision tower has too.
-        config.exclude_modules = rf"(?!{LANGUAGE_LAYERS.replace('.', '[.]')}).*"
+        config.exclude_modules = rf"(?!{layer_pattern()}).*"
     return config
 
 
@@ -152,6 +153,11 @@ def _check_ranks(folder: Path, config: Any) -> None:
         if ".lora_A." in name and tensor.shape[:1] and tensor.shape[0] not in ranks:
             rank = tensor.shape[0]
             raise ValueError(f"{file}: LoRA does not fit its {ADAPTER_CONFIG}: {name[:200]} has rank {rank}, but r is {config.r}.")
+
+
+def layer_pattern() -> str:
+    """A pattern of the names of what is in the language model's layers, up to the layer's number."""
+    return f"(?:{'|'.join(prefix.replace('.', '[.]') for prefix in LANGUAGE_LAYERS)})"
 
 
 def attach_adapter(model: Any, config: Any, dtype: torch.dtype = torch.float32) -> None:

@@ -26,6 +26,8 @@ from llava.model.config import LlavaConfig, LlavaMistralConfig, check_language_f
 from llava.model.front import front_of
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
+from llava.model.language_model.llava_native import LlavaNativeConfig, LlavaNativeForCausalLM
+from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.loading import check_plain_model, read_stored_config, resolve_tower
 from llava.model.quantization import quantization_config
 from llava.rules import shown
@@ -37,8 +39,9 @@ logger = logging.getLogger(__name__)
 MODEL_CLASSES: dict[str, Any] = {
     LlavaConfig.model_type: LlavaLlamaForCausalLM,
     LlavaMistralConfig.model_type: LlavaMistralForCausalLM,
+    LlavaNativeConfig.model_type: LlavaNativeForCausalLM,
 }
-"""Model type in config.json -> the class that reads it."""
+"""Model type in config.json -> the class that reads it, with LLaVA's contract."""
 
 PLAIN_CONFIGS: dict[str, Any] = {LlavaConfig.language_model_type: LlamaConfig, LlavaMistralConfig.language_model_type: MistralConfig}
 """Model type of a plain language model -> transformers' configuration for it."""
@@ -61,7 +64,7 @@ def load_pretrained_model(
     """Load a checkpoint for inference.
 
     Args:
-        model_path: a folder or hub id: a full checkpoint, an adapter folder (LoRA), or a folder with a config and only a projector
+        model_path: a folder or hub id: a full checkpoint in LLaVA's layout or the native one, an adapter folder (LoRA), or a folder with a config and only a projector
             (then give `model_base`).
         model_base: the model that a projector-only or adapter folder belongs to; an adapter may name its own.
         model_name: accepted for LLaVA's callers; nothing is decided by a name.
@@ -103,7 +106,7 @@ def load_pretrained_model(
     _add_image_tokens(tokenizer, model)
     check_vocabulary(tokenizer, model)
     model.eval()
-    tower = getattr(model.model, "vision_tower", None)
+    tower = model.model.get_vision_tower() if isinstance(model, LlavaMetaForCausalLM) else None
     context = getattr(model.config, "context_length", None) or model.config.max_position_embeddings
     return tokenizer, model, None if tower is None else tower.image_processor, context
 
@@ -219,6 +222,7 @@ def check_4bit_on_cpu(path: str, hub: Mapping[str, Any] | None = None) -> None:
         ValueError: a width that is no multiple of 64.
     """
     stored = _read_model_config(path, hub)[1]
+    stored = stored.get("text_config", stored)
     odd = {name: stored[name] for name in ("hidden_size", "intermediate_size") if name in stored and stored[name] % 64}
     if odd:
         raise ValueError(f"4-bit on the CPU needs widths that are multiples of 64, but {path} has {odd}; use load_8bit or a GPU.")

@@ -284,36 +284,43 @@ class GranularityFields:
 
 
 @dataclass(kw_only=True)
-class MultimodalFields(GranularityFields):
-    """The multimodal part of a configuration in LLaVA's layout, beside `GranularityFields`.
+class LlavaFields:
+    """What LLaVA's face reads of a configuration of either layout, beside `GranularityFields`.
 
     Vision
         mm_vision_tower: where the vision tower came from (hub id or path); only read when `vision_config` is missing.
-        vision_config: the CLIP vision configuration, so that a checkpoint loads without a hub.
-        image_processor: the arguments of the `CLIPImageProcessor`, likewise.
-        mm_hidden_size: width of the tower's features.
-        mm_vision_select_layer: which hidden state is the feature (-1: after the last layer, -2: the one before).
-        mm_vision_select_feature: `patch` drops the class token, `cls_patch` keeps it.
-    Image to tokens
+        image_processor: the arguments of the `CLIPImageProcessor`, so that a checkpoint loads without a hub.
         image_aspect_ratio: `square` (resize and centre-crop), `pad` (to a square), `anyres` (whole view plus tiles).
-        image_grid_pinpoints: the canvases of `anyres`, (width, height) in pixels.
     Text
         tokenizer_padding_side, tokenizer_model_max_length: what training used. Generation pads left whatever this says.
         mm_use_im_start_end, mm_use_im_patch_token: LLaVA's extra tokens around an image.
     """
 
     mm_vision_tower: str | None = field(default=None, metadata=ruled(optional(Text())))
-    vision_config: dict[str, Any] | None = field(default=None, metadata=ruled(optional(Anything())))
     image_processor: dict[str, Any] | None = field(default=None, metadata=ruled(optional(Anything())))
-    mm_hidden_size: int | None = field(default=None, metadata=ruled(optional(WIDTH)))
-    mm_vision_select_layer: int = field(default=-2, metadata=ruled(Integer(-2049, 2048)))
-    mm_vision_select_feature: str = field(default="patch", metadata=ruled(Choice(("patch", "cls_patch"))))
     image_aspect_ratio: str = field(default="anyres", metadata=ruled(Choice(("square", "none", "pad", "anyres"))))
-    image_grid_pinpoints: list[list[int]] | str | None = field(default=None, metadata=ruled(optional(CANVASES)))
     tokenizer_padding_side: str = field(default="right", metadata=ruled(Choice(("left", "right"))))
     tokenizer_model_max_length: int | None = field(default=None, metadata=ruled(optional(Integer(1, 10**31))))
     mm_use_im_start_end: bool = field(default=False, metadata=ruled(Flag()))
     mm_use_im_patch_token: bool = field(default=False, metadata=ruled(Flag()))
+
+
+@dataclass(kw_only=True)
+class MultimodalFields(LlavaFields, GranularityFields):
+    """The multimodal part of a configuration in LLaVA's layout, beside `GranularityFields` and `LlavaFields`.
+
+    vision_config: the CLIP vision configuration, so that a checkpoint loads without a hub.
+    mm_hidden_size: width of the tower's features.
+    mm_vision_select_layer: which hidden state is the feature (-1: after the last layer, -2: the one before).
+    mm_vision_select_feature: `patch` drops the class token, `cls_patch` keeps it.
+    image_grid_pinpoints: the canvases of `anyres`, (width, height) in pixels.
+    """
+
+    vision_config: dict[str, Any] | None = field(default=None, metadata=ruled(optional(Anything())))
+    mm_hidden_size: int | None = field(default=None, metadata=ruled(optional(WIDTH)))
+    mm_vision_select_layer: int = field(default=-2, metadata=ruled(Integer(-2049, 2048)))
+    mm_vision_select_feature: str = field(default="patch", metadata=ruled(Choice(("patch", "cls_patch"))))
+    image_grid_pinpoints: list[list[int]] | str | None = field(default=None, metadata=ruled(optional(CANVASES)))
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.image_grid_pinpoints, str):
@@ -401,9 +408,9 @@ def _without_nulls(stored: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in stored.items() if value is not None or name not in multimodal}
 
 
-def vision_fields(vision_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a tower's configuration, with CLIP's defaults for those it does not have."""
-    return {**_defaults(CLIPVisionConfig), **vision_config}
+def vision_fields(vision_config: Any) -> dict[str, Any]:
+    """The fields of a tower's configuration; one in LLaVA's layout gets CLIP's defaults for those it does not have."""
+    return {**_defaults(CLIPVisionConfig), **(vision_config if isinstance(vision_config, Mapping) else vision_config.to_dict())}
 
 
 def _defaults(config_class: Any) -> dict[str, Any]:
@@ -512,6 +519,17 @@ def check_processor_fields(stored: Mapping[str, Any], source: Any) -> int:
     sides = _sides(processor["crop_size"])
     refuse(source, [] if len(sides) == 1 else [f"image_processor.crop_size is {shown(processor['crop_size'])}, expected a square"])
     return sides.pop()
+
+
+def check_image_processor(stored: Any, source: Any) -> None:
+    """Refuse a stored image processor that cannot work.
+
+    Raises:
+        ValueError: naming every such field.
+    """
+    if not isinstance(stored, Mapping):
+        raise ValueError(f"{source} is {shown(stored)}, expected an object.")
+    refuse(source, faults(stored, {**IMAGE_PROCESSOR_RULES, "image_aspect_ratio": _multimodal_rules()["image_aspect_ratio"]}))
 
 
 def _sides(crop_size: Any) -> set[int]:

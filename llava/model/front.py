@@ -22,13 +22,16 @@ class FrontOnly:
         config: of the whole model, against which the checkpoint is judged; the copy that is built has no layers.
     """
 
-    _keys_to_ignore_on_load_unexpected = [*STORED_BUFFERS, r"^model\.layers\.", r"^model\.norm\.", r"^lm_head\."]
+    _keys_to_ignore_on_load_unexpected = [*STORED_BUFFERS, r"^model\.(language_model\.)?(layers|norm)\.", r"^lm_head\."]
 
     def __init__(self, config: Any) -> None:
         config = copy.deepcopy(config)
-        config.num_hidden_layers, config.tie_word_embeddings = 0, False
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
+        part.num_hidden_layers = 0
         super().__init__(config)  # type: ignore[call-arg]
-        self.model.norm = self.lm_head = nn.Identity()  # type: ignore[attr-defined, misc]
+        text = getattr(self.model, "language_model", self.model)  # type: ignore[attr-defined]
+        text.norm = self.lm_head = nn.Identity()  # type: ignore[misc]
 
     def get_output_embeddings(self) -> None:
         """There is no head."""

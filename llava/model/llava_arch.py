@@ -75,7 +75,40 @@ def image_inputs(images: Images | None, image_sizes: Sequence[Sequence[int]] | N
     return [ImageInput(view, size) for view, size in zip(views, sizes, strict=True)]
 
 
-class LlavaMetaModel(nn.Module):
+class InnerModel(nn.Module):
+    """What the inner model of LLaVA's face has, whatever holds its parts."""
+
+    config: Any
+    router: GranularityRouter | None
+
+    @property
+    def newline(self) -> Tensor | None:
+        """The vector (D,) that ends a row of tiles, where the model has one."""
+        return getattr(self, "image_newline", None)
+
+    def initialize_newline(self) -> None:
+        """Draw a vector that ends rows of tiles, where there is none."""
+        if self.newline is None:
+            like = self.embedding_weight
+            vector = torch.randn(like.shape[1], dtype=like.dtype, device=like.device) * like.shape[1] ** -0.5
+            self.image_newline = nn.Parameter(vector)
+
+    def initialize_router(self) -> GranularityRouter:
+        """Add a new router where there is none, and keep an existing one; sets `config.router_select`."""
+        self.config.router_select = True
+        self.config.check_multimodal_fields()
+        if self.router is None:
+            like = self.embedding_weight
+            self.router = GranularityRouter.from_config(self.config, like.shape[1]).to(device=like.device, dtype=like.dtype)
+        return self.router
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        """The language model's embeddings (V, D), whose device and dtype new multimodal parts take."""
+        return self.get_input_embeddings().weight  # type: ignore[operator, attr-defined]
+
+
+class LlavaMetaModel(InnerModel):
     """Mixed into a language model's inner module: holds the tower, the projector, the newline vector and the router."""
 
     config: LlavaConfig
@@ -152,20 +185,6 @@ class LlavaMetaModel(nn.Module):
         assert self.vision_tower is not None
         self.vision_tower.requires_grad_(False)
 
-    def initialize_router(self) -> GranularityRouter:
-        """Add a new router where there is none, and keep an existing one; sets `config.router_select`."""
-        self.config.router_select = True
-        self.config.check_multimodal_fields()
-        if self.router is None:
-            like = self.embedding_weight
-            self.router = GranularityRouter.from_config(self.config, self.config.hidden_size).to(device=like.device, dtype=like.dtype)
-        return self.router
-
-    @property
-    def embedding_weight(self) -> Tensor:
-        """The language model's embeddings (V, D), whose device and dtype new multimodal parts take."""
-        return self.get_input_embeddings().weight  # type: ignore[operator, attr-defined]
-
     def init_multimodal_weights(self, module: nn.Module) -> bool:
         """Initialise what the language model's own `_init_weights` does not know; return whether `module` was such a part."""
         if module is self and hasattr(self, "image_newline"):
@@ -192,7 +211,7 @@ class RefuseNonFinite(LogitsProcessor):
 class LlavaMetaForCausalLM(Composer):
     """Mixed into a causal language model: from prompts with placeholders and images to its inputs, its loss and its answers."""
 
-    config: LlavaConfig
+    config: Any
     model: Any
 
     # ---- parts ---------------------------------------------------------------------------------------------------------------
@@ -201,15 +220,16 @@ class LlavaMetaForCausalLM(Composer):
         """The inner model, which holds the multimodal parts (LLaVA's name)."""
         return self.model
 
-    def get_vision_tower(self) -> CLIPVisionTower:
-        """The vision tower.
+    def get_vision_tower(self) -> Any:
+        """The vision tower, see `TowerNames`.
 
         Raises:
             ValueError: a plain language model without one.
         """
-        if self.model.vision_tower is None:
+        tower = self.model.get_vision_tower()
+        if tower is None:
             raise ValueError("This model has no vision tower, so it takes no images; load a LLaVA checkpoint or add a tower first.")
-        return self.model.vision_tower
+        return tower
 
     @property
     def router(self) -> GranularityRouter | None:  # type: ignore[override]
@@ -217,7 +237,19 @@ class LlavaMetaForCausalLM(Composer):
 
     @property
     def newline(self) -> Tensor | None:  # type: ignore[override]
-        return getattr(self.model, "image_newline", None)
+        return self.model.newline
+
+    def answer_logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits (..., V) of what may follow positions with these last hidden states (..., D)."""
+        return self.of_answers(self.lm_head(hidden))  # type: ignore[operator, attr-defined]
+
+    def of_answers(self, logits: Tensor) -> Tensor:
+        """The head's logits (..., V), without what no answer has."""
+        return logits
+
+    def processor(self, tokenizer: Any) -> Any:
+        """What is saved beside the weights, for a tokenizer: here itself, in the native layout a processor that holds it."""
+        return tokenizer
 
     def initialize_vision_tokenizer(self, model_args: Any, tokenizer: Any) -> None:
         """Add the tokens around images that `mm_use_im_patch_token` and `mm_use_im_start_end` of `model_args` ask for (LLaVA's name).
@@ -239,7 +271,7 @@ class LlavaMetaForCausalLM(Composer):
 
     def embed_text(self, ids: Tensor) -> Tensor:  # type: ignore[override]
         """Token ids (L,) -> (L, D)."""
-        return self.model.embed_tokens(ids)
+        return self.model.get_input_embeddings()(ids)
 
     # ---- prompts as tensors --------------------------------------------------------------------------------------------------
 

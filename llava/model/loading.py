@@ -7,7 +7,7 @@ Only safetensors are read. Pickled weights (`.bin`) are read when the caller pas
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from llava.checkpoint_files import (
     weight_files,
 )
 from llava.model.adapter import TOWER_PREFIX, has_adapter, is_adapter, save_adapter
-from llava.model.config import LlavaConfig, check_generation_fields, check_language_fields, check_positions, quantised_by
+from llava.model.config import check_generation_fields, check_language_fields, check_positions, quantised_by
 from llava.model.shapes import check_shapes
 from llava.rules import shown
 
@@ -95,8 +95,13 @@ def read_stored_config(path: str | Path, hub: Mapping[str, Any] | None = None) -
     return stored
 
 
-def check_stored(path: str | Path, config: Any, hub: Mapping[str, Any] | None = None) -> None:
+def check_stored(
+    path: str | Path, config: Any, hub: Mapping[str, Any] | None = None, check: Callable[[Any, Any, Any], None] = check_shapes
+) -> None:
     """Hold the weights' headers and the generation configuration against a model's configuration, before it is built.
+
+    Args:
+        check: of the configuration, the headers and the checkpoint, as `check_shapes`.
 
     Raises:
         ValueError: weights of other sizes or of no floating-point dtype, damaged files, an index that leaves its folder, or generation
@@ -104,10 +109,10 @@ def check_stored(path: str | Path, config: Any, hub: Mapping[str, Any] | None = 
     """
     settings = stored_file(path, "generation_config.json", hub)
     if settings is not None:
-        check_generation_fields(read_object(settings), config.vocab_size, settings)
+        check_generation_fields(read_object(settings), config.get_text_config().vocab_size, settings)
     stored = read_headers(weight_files(path, hub))
     check_dtypes(stored, path, quantised_by(getattr(config, "quantization_config", None)))
-    check_shapes(config, stored, path)
+    check(config, stored, path)
 
 
 def check_plain_model(
@@ -181,7 +186,7 @@ class CheckpointLoading:
         output_loading_info = kwargs.pop("output_loading_info", False)
         config = kwargs.pop("config", None) or cls._read_config(pretrained_model_name_or_path, hub)
         tower = cls._complete_tower(config, pretrained_model_name_or_path, hub)
-        check_stored(pretrained_model_name_or_path, config, hub)
+        cls._check_stored(pretrained_model_name_or_path, config, hub)
         model, info = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
         )
@@ -197,7 +202,7 @@ class CheckpointLoading:
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def from_base(cls, base: Any, config: LlavaConfig, tower: str | None, held: Collection[str] | None = None, **kwargs: Any) -> Any:
+    def from_base(cls, base: Any, config: Any, tower: str | None, held: Collection[str] | None = None, **kwargs: Any) -> Any:
         """A language model's weights under a multimodal configuration: the tower is read, projector, newline and router are fresh.
 
         Args:
@@ -210,7 +215,7 @@ class CheckpointLoading:
         """
         kwargs["use_safetensors"] = check_folder(base, kwargs.get("use_safetensors", True))
         hub = hub_options(kwargs)
-        check_stored(base, config, hub)
+        cls._check_stored(base, config, hub)
         model, info = super().from_pretrained(base, config=config, output_loading_info=True, **kwargs)  # type: ignore[misc]
         missing = {key for key in info["missing_keys"] if not key.startswith(TOWER_PREFIX)}
         fresh = {key for key in missing if key.startswith(MULTIMODAL_PREFIXES)}
@@ -237,16 +242,20 @@ class CheckpointLoading:
             save_adapter(self, Path(save_directory), state_dict)
 
     @classmethod
+    def _check_stored(cls, path: Any, config: Any, hub: Mapping[str, Any] | None = None) -> None:
+        check_stored(path, config, hub)
+
+    @classmethod
     def _read_config(cls, path: Any, hub: Mapping[str, Any] | None = None) -> Any:
         config_class = cls.config_class  # type: ignore[attr-defined]
         stored = read_stored_config(path, hub)
-        kinds = (config_class.model_type, config_class.language_model_type)
+        kinds = [kind for kind in (config_class.model_type, config_class.language_model_type) if kind is not None]
         if stored.get("model_type") not in kinds:
             raise ValueError(f"{path} is of model type {stored.get('model_type')!r}, but {cls.__name__} reads {' or '.join(kinds)}.")
         return config_class.from_dict(stored)
 
     @staticmethod
-    def _complete_tower(config: LlavaConfig, path: Any, hub: Mapping[str, Any] | None = None) -> str | None:
+    def _complete_tower(config: Any, path: Any, hub: Mapping[str, Any] | None = None) -> str | None:
         """Put the tower's configuration into ours where only its name is given; return where its weights may be."""
         if config.mm_vision_tower is None:
             return None
@@ -258,7 +267,7 @@ class CheckpointLoading:
 
 
 def load_tower_weights(model: Any, tower: str, hub: Mapping[str, Any] | None = None) -> None:
-    """Fill the model's vision tower from a CLIP folder or hub id.
+    """Fill the vision tower of a model in LLaVA's layout from a CLIP folder or hub id.
 
     Args:
         model: anything with `get_vision_tower()`. hub: transformers' options of the model; those that hold for the tower's repository

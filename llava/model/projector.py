@@ -12,6 +12,14 @@ from torch import nn
 PROJECTOR_FILE = "mm_projector.safetensors"
 PROJECTOR_PREFIXES = ("mm_projector.", "image_newline")
 """Names of what such a file holds, within the inner model."""
+_NATIVE_NAMES = (("multi_modal_projector.", "mm_projector."), ("image_newline.weight", "image_newline"))
+
+
+def name_in_file(name: str) -> str:
+    """A parameter's name in a projector file, which has LLaVA's whichever face wrote it."""
+    for own, stored in _NATIVE_NAMES:
+        name = name.replace(own, stored)
+    return name
 
 
 def build_projector(projector_type: str, vision_width: int, width: int) -> nn.Module:
@@ -58,7 +66,7 @@ def load_projector(model: nn.Module, path: Path, allow_bin: bool = False) -> Non
         weights = torch.load(file, map_location="cpu", weights_only=True)
     else:
         raise ValueError(f"{file} is not a safetensors file; pass --allow_bin_weights True to read PyTorch's format.")
-    named = {name.removeprefix("model."): parameter for name, parameter in model.named_parameters()}
+    named = {name_in_file(name).removeprefix("model."): parameter for name, parameter in model.named_parameters()}
     own = {name: parameter for name, parameter in named.items() if name.startswith(PROJECTOR_PREFIXES)}
     found = {name.split("model.")[-1]: tensor for name, tensor in weights.items()}
     missing = [name for name in own if name.startswith(PROJECTOR_PREFIXES[0]) and name not in found]

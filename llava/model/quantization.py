@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 from transformers import BitsAndBytesConfig
 
-WHOLE_PARTS = ["model.mm_projector", "model.vision_tower", "model.router", "lm_head"]
+WHOLE_PARTS = ["model.mm_projector", "model.multi_modal_projector", "model.vision_tower", "model.router", "lm_head"]
 """Never quantised: small, and what the answers' precision hangs on."""
 
 

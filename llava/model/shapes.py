@@ -49,10 +49,31 @@ def check_shapes(config: Any, stored: Mapping[str, StoredTensor], source: Any) -
     if tower is not None:
         counts["vision_config.num_hidden_layers"] = (TOWER_LAYERS, vision_fields(tower)["num_hidden_layers"])
     for field, (prefix, declared) in counts.items():
-        held = _num_layers(stored, prefix)
-        if held not in (0, declared):
-            raise ValueError(f"{field} is {declared}, but the weights of {source} hold {held} layers; {_CURE}")
-    shapes = declared_shapes(config)
+        compare_layers(field, declared, re.escape(prefix), stored, source)
+    compare_shapes(declared_shapes(config), stored, source)
+
+
+def compare_layers(field: str, declared: int, before_number: str, stored: Mapping[str, StoredTensor], source: Any) -> None:
+    """Refuse a number of layers that the weights do not have.
+
+    Args:
+        field: of the configuration, with its value `declared`. before_number: a pattern of what stands before a layer's number in names.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    numbers = [match for name in stored if (match := re.match(before_number + r"(\d{1,9})\.", name))]
+    held = 1 + max((int(match[1]) for match in numbers), default=-1)
+    if held not in (0, declared):
+        raise ValueError(f"{field} is {declared}, but the weights of {source} hold {held} layers; {_CURE}")
+
+
+def compare_shapes(shapes: Shapes, stored: Mapping[str, StoredTensor], source: Any) -> None:
+    """Refuse weights of other shapes than `shapes` has under their names.
+
+    Raises:
+        ValueError: naming both shapes.
+    """
     packed = {name.removesuffix(PACKED_SCALE) for name in stored if name.endswith(PACKED_SCALE)}
     judged = {name: tensor for name, tensor in stored.items() if name in shapes and name not in packed and tensor.dtype in FLOATS}
     wrong = [name for name, tensor in judged.items() if tensor.shape != shapes[name]]
@@ -65,11 +86,6 @@ def check_shapes(config: Any, stored: Mapping[str, StoredTensor], source: Any) -
 
 
 _CURE = "use the config.json that was saved with them."
-
-
-def _num_layers(stored: Mapping[str, StoredTensor], prefix: str) -> int:
-    numbers = [match for name in stored if (match := re.match(re.escape(prefix) + r"(\d{1,9})\.", name))]
-    return 1 + max((int(match[1]) for match in numbers), default=-1)
 
 
 def _language_shapes(config: Any) -> Shapes:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llava.checkpoint_files import hub_options
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
@@ -59,15 +58,16 @@ def read_model_config(path: str) -> Any:
         ValueError: not a checkpoint of this package, or one without a vision tower.
     """
     try:
-        config = AutoConfig.from_pretrained(path)
-    except OSError as error:
+        kind = read_stored_config(path).get("model_type")
+    except ValueError as error:
         raise ValueError(f"no config can be read at {path!r}; give a checkpoint folder or a hub id that can be reached.") from error
-    if config.model_type not in MODEL_CLASSES:
+    if kind not in MODEL_CLASSES:
         raise ValueError(
-            f"{path} is of model type {config.model_type!r}, expected one of {', '.join(MODEL_CLASSES)}; give a checkpoint with a vision "
+            f"{path} is of model type {kind!r}, expected one of {', '.join(MODEL_CLASSES)}; give a checkpoint with a vision "
             "tower that has the same language model, tokenizer and canvases."
         )
-    MODEL_CLASSES[config.model_type]._complete_tower(config, path)
+    config = MODEL_CLASSES[kind]._read_config(path)
+    MODEL_CLASSES[kind]._complete_tower(config, path)
     if config.vision_config is None:
         raise ValueError(f"{path} has no vision tower; give the checkpoint that training starts from or leads to.")
     return config
@@ -147,8 +147,8 @@ def _from_language_model(
     path: str, kind: str, overrides: dict[str, Any], model_args: ModelArguments, options: dict[str, Any]
 ) -> Any:
     families = {family.config_class.language_model_type: family for family in MODEL_CLASSES.values()}
-    if kind not in families:
-        raise ValueError(f"{path} is of model type {kind!r}; expected one of {', '.join([*families, *MODEL_CLASSES])}.")
+    if kind not in PLAIN_CONFIGS:
+        raise ValueError(f"{path} is of model type {kind!r}; expected one of {', '.join([*PLAIN_CONFIGS, *MODEL_CLASSES])}.")
     missing = [
         f"--{name}" for name in ("vision_tower", "mm_projector_type") if getattr(model_args, name) is None
     ]
@@ -192,6 +192,8 @@ def _apply_flags(
     if "router_dropout" in changed and model.model.router is not None:
         model.model.router.set_dropout(config.router_dropout)
     if model_args.vision_tower is not None and model_args.vision_tower != config.mm_vision_tower:
+        if config.language_model_type is None:
+            raise ValueError(f"--vision_tower is {model_args.vision_tower!r}, but {path} brings a tower that stays; drop the flag.")
         if training_args.lora_enable:
             raise ValueError(
                 f"--vision_tower is {model_args.vision_tower!r}, but {path} was trained with {config.mm_vision_tower!r}; an adapter "
@@ -199,10 +201,8 @@ def _apply_flags(
             )
         load_tower_weights(model, resolve_tower(model_args.vision_tower, path), training_args.hub_options)
         config.mm_vision_tower = model_args.vision_tower
-    if config.mm_patch_merge_type == "spatial_unpad" and not hasattr(model.model, "image_newline"):
-        like = model.model.embedding_weight
-        vector = torch.randn(config.hidden_size, dtype=like.dtype, device=like.device) * config.hidden_size**-0.5
-        model.model.image_newline = nn.Parameter(vector)
+    if config.mm_patch_merge_type == "spatial_unpad":
+        model.model.initialize_newline()
 
 
 def change_fields(config: Any, path: str, changed: dict[str, Any]) -> None:

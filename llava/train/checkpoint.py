@@ -25,7 +25,7 @@ from torch import Tensor
 
 from llava.durable import remove_folder, sync, sync_tree, write_whole
 from llava.model.adapter import ADAPTER_CONFIG, ADAPTER_FILES, REST_FILES, has_adapter, is_adapter, restore_adapter
-from llava.model.projector import PROJECTOR_FILE
+from llava.model.projector import PROJECTOR_FILE, name_in_file
 from llava.train.stages import part_of
 
 logger = logging.getLogger(__name__)
@@ -143,9 +143,9 @@ def restore_weights(model: Any, folder: Path) -> None:
 
 
 def projector_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The projector and the newline vector, under their names in a full checkpoint."""
+    """The projector and the newline vector, under their names in a projector file."""
     parts = ("projector", "newline")
-    return {name: weight.detach().cpu().contiguous() for name, weight in weights.items() if part_of(name) in parts}
+    return {name_in_file(name): weight.detach().cpu().contiguous() for name, weight in weights.items() if part_of(name) in parts}
 
 
 def save_projector(weights: Mapping[str, Tensor], folder: Path) -> None:

@@ -117,14 +117,14 @@ def count_operations(model: Any, stage: Stage, step: Step) -> Operations:
     load, config = workload(model, stage, step), model.config
     model.set_attn_implementation("eager")
     ranks = stage.loss == "rglf"
-    side = config.vision_config["image_size"]
+    side, width = config.view_side, config.get_text_config().hidden_size
     tower, features = _counted(model.get_vision_tower(), _meta(load.views, 3, side, side))
     projector, projected = _counted(model.model.mm_projector, features)
     language, layers_of_stage, losses = [], 0.0, []
     for index, length in enumerate(load.lengths):
         runs = index in load.levels
         with torch.set_grad_enabled(runs and not ranks):
-            inputs = _meta(1, length, config.hidden_size) + projected.sum()
+            inputs = _meta(1, length, width) + projected.sum()
             mask = _meta(1, 1, length, length)  # used as it is; without one, positions would be inspected, which meta tensors do not have
             layers, output = _counted(model.model, inputs_embeds=inputs, attention_mask=mask, use_cache=False)
             hidden = output.last_hidden_state
@@ -135,7 +135,7 @@ def count_operations(model: Any, stage: Stage, step: Step) -> Operations:
             losses.append(logits.sum() if step.answer_tokens else hidden.sum())
     router = 0.0
     if ranks:
-        text = _meta(1, config.filtered_text_num, config.hidden_size)
+        text = _meta(1, config.filtered_text_num, width)
         router, choice = _counted(model.model.router, projected[None], text)
         losses = [choice.sum()]
     tower_trains = any(parameter.requires_grad for parameter in model.get_vision_tower().parameters())
@@ -201,7 +201,7 @@ def linears(module: nn.Module) -> list[tuple[int, int]]:
 
 def language_matrices(model: Any) -> int:
     """Weights of the matrices in the language model's layers, which are what is quantised."""
-    return model.config.num_hidden_layers * sum(inputs * outputs for inputs, outputs in linears(model.model.layers[0]))
+    return model.config.get_text_config().num_hidden_layers * sum(inputs * outputs for inputs, outputs in linears(model.model.layers[0]))
 
 
 def language_layer_kept(config: Any, precision: Precision, trained: bool) -> int:
@@ -262,19 +262,20 @@ def activation_bytes(model: Any, stage: Stage, step: Step, precision: Precision)
     two per pair of positions, once for all layers) are left out.
     """
     config, load, c = model.config, workload(model, stage, step), precision.compute
-    d, patches = config.hidden_size, config.patch_grid[0] * config.patch_grid[1]
+    text = config.get_text_config()
+    d, patches = text.hidden_size, config.patch_grid[0] * config.patch_grid[1]
     views, positions = step.rows * load.views, step.rows * sum(load.lengths[level] for level in load.levels)
     kept = views * (patches + 1) * _tower_memory(model, stage, step, precision) + views * patches * d * c
-    kept += positions * (c * (3 * config.intermediate_size + 2 * d) + 4 * d)  # what a running layer works with
+    kept += positions * (c * (3 * text.intermediate_size + 2 * d) + 4 * d)  # what a running layer works with
     if "router" in stage.trains:
         slots = sum(level.tokens for level in model.levels) + config.filtered_text_num
         return kept + views * slots * router_kept(config.router_hidden_size or d, config.router_dropout, precision)
     kept += views * patches * projector_kept(linears(model.model.mm_projector), precision)
-    layer = language_layer_kept(config, precision, "llm" in stage.trains and not step.lora_rank)
+    layer = language_layer_kept(text, precision, "llm" in stage.trains and not step.lora_rank)
     if step.lora_rank:
         layer += lora_layer_kept(linears(model.model.layers[0]), precision, step.lora_rank)
     final_norm = (4 + 2 * precision.residual) * d
-    return kept + positions * (layers_kept(config.num_hidden_layers, layer, precision.residual * d, step.checkpointing) + final_norm)
+    return kept + positions * (layers_kept(text.num_hidden_layers, layer, precision.residual * d, step.checkpointing) + final_norm)
 
 
 def _tower_memory(model: Any, stage: Stage, step: Step, precision: Precision) -> int:
@@ -361,20 +362,21 @@ def memory(model: Any, parts: Sequence[PartSummary], stage: Stage, step: Step, z
     buffers = autocast_copies(model, parts, stage, step, precision)
     if zero != "0":
         largest = max(parameter.numel() for parameter in model.parameters())
-        buffers += 2 * min(trained, max(model.config.hidden_size**2, largest)) * precision.gradient
+        buffers += 2 * min(trained, max(model.config.get_text_config().hidden_size**2, largest)) * precision.gradient
     if zero.startswith("3"):
         buffers += min(total, MAX_LIVE_PARAMETERS) * precision.weight
     offloads = zero == "3-offload"
     on_gpu = 0 if offloads else 1
     supervised = step.rows * step.answer_tokens * len(workload(model, stage, step).levels)
-    scored = min(supervised, tokens_at_once(model.config.vocab_size))
+    vocabulary = model.config.get_text_config().vocab_size
+    scored = min(supervised, tokens_at_once(vocabulary))
     return Memory(
         weights=on_gpu * weights / (num_gpus if zero.startswith("3") else 1),
         gradients=on_gpu * trained * precision.gradient / share,
         optimizer=on_gpu * trained * precision.optimizer / share,
         buffers=buffers,
         activations=activation_bytes(model, stage, step, precision),
-        logits=scored * model.config.vocab_size * (precision.compute + 8),  # as computed, in float32, and their log-softmax
+        logits=scored * vocabulary * (precision.compute + 8),  # as computed, in float32, and their log-softmax
         update=0.0 if zero == "0" or offloads else 4 * trained / share,
         reserved=RESERVED_BYTES,
         host=weights + trained * (precision.optimizer + 4) if offloads else 0.0,

@@ -28,7 +28,7 @@ from llava.conversation import conv_templates
 from llava.durable import whole_file, write_whole
 from llava.images import ImageError
 from llava.log import setup_logging
-from llava.model.processing import LlavaLayoutProcessor
+from llava.model.native import AvgLlavaProcessor
 from llava.train.build import change_fields, model_outline, read_model_config
 from llava.train.data import ConversationDataset, make_dataset
 from llava.train.flags import CheckArguments, DataArguments, ModelArguments
@@ -261,7 +261,7 @@ def _prepare(check_args: CheckArguments, data_args: DataArguments) -> tuple[Conv
     version = check_args.version or config.conv_version
     if version not in conv_templates:
         raise ValueError(f"--version is {version!r}; choose one of {', '.join(conv_templates)}.")
-    tokenizer = LlavaLayoutProcessor.from_pretrained(path).tokenizer
+    tokenizer = AvgLlavaProcessor.from_pretrained(path).tokenizer
     tokenizer.model_max_length = sys.maxsize  # rows that are too long are findings of the check, not warnings of the tokenizer
     dataset = make_dataset(data_args.data_path, model, tokenizer, version, replace(data_args, lazy_preprocess=True))
     assert isinstance(dataset.rows, Mixture)

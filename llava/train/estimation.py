@@ -99,8 +99,8 @@ def preset_config(name: str) -> Any:
 
 def largest_canvas(config: Any) -> tuple[int, int]:
     """(width, height) of the canvas with most pixels; of one view where images are not tiled."""
-    side = config.vision_config["image_size"]
-    canvases = config.image_grid_pinpoints if config.image_aspect_ratio == "anyres" else [(side, side)]
+    side = config.view_side
+    canvases = config.canvases if config.image_aspect_ratio == "anyres" else [(side, side)]
     width, height = max(canvases, key=lambda canvas: canvas[0] * canvas[1])
     return width, height
 
@@ -143,7 +143,7 @@ def estimate(args: EstimateArguments) -> Estimate:
                 "visual_tokens": load.visual_tokens[index],
                 "positions": load.lengths[index],
                 "forward_operations": operations.language[index],
-                "kv_cache_bytes": kv_cache_bytes(config, load.lengths[index]),
+                "kv_cache_bytes": kv_cache_bytes(config.get_text_config(), load.lengths[index]),
             }
             for index, level in enumerate(model.levels)
         ],

@@ -372,9 +372,14 @@ class LlavaTrainer(Trainer):
                 "DeepSpeed gave no full weights to save; set stage3_gather_16bit_weights_on_model_save to true in its configuration."
             )
         super()._save(output_dir, state_dict)
-        if self.args.should_save and self.args.stage == "align":
-            weights = self.accelerator.unwrap_model(self.model).state_dict() if state_dict is None else state_dict
-            save_projector(weights, Path(output_dir or self.args.output_folder))
+        if not self.args.should_save:
+            return
+        folder, model = Path(output_dir or self.args.output_folder), self.accelerator.unwrap_model(self.model)
+        processor = model.processor(self.processing_class)
+        if processor is not self.processing_class:  # the stock trainer has saved that
+            processor.save_pretrained(folder)
+        if self.args.stage == "align":
+            save_projector(model.state_dict() if state_dict is None else state_dict, folder)
 
     def save_final(self) -> None:
         """Write the finished model, its tokenizer, config and trainer state into the output folder, complete or not at all.

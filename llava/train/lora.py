@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llava.model.adapter import LANGUAGE_LAYERS, attach_adapter, language_linears, load_lora, read_lora_config
+from llava.model.adapter import attach_adapter, language_linears, layer_pattern, load_lora, read_lora_config
 from llava.model.builder import check_4bit_on_cpu
 from llava.model.quantization import quantization_config
 from llava.train.arguments import PUBLISHED_LORA, TrainingArguments
@@ -69,7 +69,7 @@ def new_lora_config(model: Any, lora_r: int, lora_alpha: int, lora_dropout: floa
         lora_dropout=lora_dropout,
         bias="none",
         task_type="CAUSAL_LM",
-        target_modules=rf"{LANGUAGE_LAYERS.replace('.', '[.]')}[0-9]+[.].*[.]({layers})",
+        target_modules=rf"{layer_pattern()}[0-9]+[.].*[.]({layers})",
     )
 
 

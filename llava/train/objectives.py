@@ -95,7 +95,7 @@ def image_features(model: Any, batch: Batch, cache: FeatureCache | None = None) 
     tower = model.get_vision_tower()
     table = pixel_table(tower.image_processor).to(tower.device)
     if not batch["images"]:
-        side = model.config.vision_config["image_size"]
+        side = model.config.view_side
         return model.encode_views([torch.zeros(1, 3, side, side)])
     if cache is None:
         return model.encode_views([pixel_values(views.to(tower.device), table) for views in batch["images"]])
@@ -167,7 +167,11 @@ def _read(
         inputs_embeds=embeddings, attention_mask=None, position_ids=packed.position_ids, use_cache=False
     ).last_hidden_state
     line, column = torch.nonzero(packed.labels[:, 1:] != IGNORE_INDEX, as_tuple=True)
+<<<<<<< HEAD
     losses = _losses_of_head(model, hidden[line, column], packed.labels[line, column + 1])
+=======
+    losses = token_losses(model.answer_logits(hidden[line, column]), packed.labels[line, column + 1])
+>>>>>>> b362795 (Native folders load under LLaVA's face: load_pretrained_model, the engine, evaluation and training take any text model and tower)
     owners = packed.owners[line, column + 1]
     # Without supervised tokens the sum is 0 but still depends on every weight, so the backward pass goes through this pass too.
     sums = before.sums + 0.0 * losses.sum()
@@ -180,8 +184,8 @@ def _losses_of_head(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     """The losses (T,) of hidden states (T, D), from one call of the head however many chunks that takes: each call gathers the weights
     under ZeRO-3, and the number of chunks depends on the batch."""
     head, chunk = model.lm_head, tokens_at_once(model.config.vocab_size)
-    logits = head.forward
-    with forward_replaced(head, lambda states: token_losses_in_chunks(logits, states, targets, chunk)):
+    forward = head.forward
+    with forward_replaced(head, lambda states: token_losses_in_chunks(lambda part: model.of_answers(forward(part)), states, targets, chunk)):
         return head(hidden)
 
 
@@ -320,9 +324,9 @@ def _blank(batch: Batch, features: Sequence[Tensor], model: Any) -> Tensor | Non
     It is computed before the rows are spliced, then added to their embeddings: under ZeRO-3 every process gathers the newline vector at
     the same moment, and its gradient and those of projector and tower arrive in the same order as in processes with images.
     """
-    newline = getattr(model.model, "image_newline", None)
     if batch["images"]:
         return None
+    newline = model.newline
     return 0.0 * (features[0].sum() + (0.0 if newline is None else newline.sum()))
 
 

@@ -141,7 +141,7 @@ def num_views(config: Any, image_size: tuple[int, int]) -> int:
     """Views of an image of (width, height) `image_size`: one, or under anyres the whole view and its tiles."""
     if config.image_aspect_ratio != "anyres":
         return 1
-    across, down = get_anyres_image_grid_shape(image_size, config.image_grid_pinpoints, config.vision_config["image_size"])
+    across, down = get_anyres_image_grid_shape(image_size, config.image_grid_pinpoints, config.view_side)
     return 1 + across * down
 
 

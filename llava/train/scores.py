@@ -74,7 +74,9 @@ def model_fingerprint(model: nn.Module) -> str:
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    fields = {name: getattr(model.config, name, None) for name in ANSWER_FIELDS}
+    config: Any = model.config
+    text = config.get_text_config()
+    fields = {name: getattr(config, name, getattr(text, name, None)) for name in ANSWER_FIELDS}
     levels: Any = model.levels
     grids = [(level.tokens, level.grid) for level in levels]
     digest.update(json.dumps([fields, grids], sort_keys=True, default=str).encode())

@@ -21,6 +21,7 @@ PARTS = ("llm", "lora", "projector", "newline", "vision_tower", "router")
 
 _PART_OF_PREFIX = {
     "model.mm_projector": "projector",
+    "model.multi_modal_projector": "projector",
     "model.image_newline": "newline",
     "model.vision_tower": "vision_tower",
     "model.router": "router",

@@ -136,7 +136,7 @@ def _cost(model: Any, runs: Sequence[tuple[Answer, float]], peak: float | None) 
 
 def kv_cache_bytes(model: Any, positions: int) -> int:
     """Size in bytes of the language model's KV cache for some positions; computed, not measured."""
-    config = model.config
+    config = model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kept = min(positions, getattr(config, "sliding_window", None) or positions)
     return 2 * config.num_hidden_layers * config.num_key_value_heads * width * kept * model.dtype.itemsize

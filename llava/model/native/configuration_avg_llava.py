@@ -49,6 +49,10 @@ class AvgLlavaConfig(GranularityFields, PreTrainedConfig):
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__post_init__(**kwargs)
+        self.check_multimodal_fields()
+
+    def check_multimodal_fields(self) -> None:
+        """Raise one `ValueError` that names every field whose value cannot work."""
         rules = {each.name: each.metadata["rule"] for each in fields(self) if "rule" in each.metadata}
         found = faults({name: getattr(self, name) for name in rules}, rules)
         refuse("The configuration", found or list(self._contradictions()))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,14 +24,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils import torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
+from llava.checkpoint_files import hub_options
 from llava.constants import IGNORE_INDEX
 from llava.crops import get_anyres_image_grid_shape
 from llava.messages import RoutingRequest
 from llava.model.compose import Composer, ImageInput, Size
+from llava.model.loading import check_stored
 from llava.model.merge import MergedLayout
 from llava.model.native.configuration_avg_llava import AvgLlavaConfig
 from llava.model.native.hub import HubFolder
 from llava.model.native.image_tokens import expand, images_behind, images_per_row, levels_of_runs
+from llava.model.native.outline import check_outline
 from llava.model.projector import build_projector
 from llava.model.router import GranularityRouter, register_stored_names
 from llava.model.routing import RoutingReport
@@ -101,6 +105,20 @@ class AvgLlavaPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, which takes a checkpoint that has been tried out without its weights.
+
+        Raises:
+            ValueError: a configuration or weights that cannot work, in one sentence.
+        """
+        config = kwargs.get("config")
+        if pretrained_model_name_or_path is not None and not kwargs.get("ignore_mismatched_sizes"):
+            hub = hub_options(kwargs)
+            judged = config if isinstance(config, AvgLlavaConfig) else cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
+            check_stored(pretrained_model_name_or_path, judged, hub, partial(check_outline, cls))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -129,12 +147,16 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel, Composer):
     def newline(self) -> Tensor | None:  # type: ignore[override]
         return None if self.image_newline is None else self.image_newline()
 
+    def tower_state(self, views: Tensor, **kwargs: Any) -> Tensor:
+        """The tower's hidden state that the features are part of: (N, 3, S, S) -> (N, Q + P, Dv), with Q tokens before the patches."""
+        output = self.vision_tower(views.to(self.vision_tower.dtype), output_hidden_states=True, return_dict=True, **kwargs)
+        return output.hidden_states[self.config.vision_feature_layer]
+
     def encode_images(self, images: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """Encode and project views: (N, 3, S, S) -> (N, P, D)."""
-        output = self.vision_tower(images.to(self.vision_tower.dtype), output_hidden_states=True, return_dict=True, **kwargs)
         height, width = self.config.patch_grid
         # Class and register tokens stand in front of the patches, in every tower.
-        return self.multi_modal_projector(output.hidden_states[self.config.vision_feature_layer][:, -height * width :])
+        return self.multi_modal_projector(self.tower_state(images, **kwargs)[:, -height * width :])
 
     def embed_text(self, ids: Tensor) -> Tensor:  # type: ignore[override]
         """Token ids (L,) -> (L, D)."""
@@ -383,11 +405,12 @@ class AvgLlavaForConditionalGeneration(HubFolder, AvgLlavaPreTrainedModel, Gener
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    inner_class = AvgLlavaModel
 
     def __init__(self, config: AvgLlavaConfig) -> None:
         super().__init__(config)
         text = config.text
-        self.model = AvgLlavaModel(config)
+        self.model = self.inner_class(config)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 

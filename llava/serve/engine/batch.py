@@ -117,7 +117,7 @@ class Batch:
 
     def pick(self, hidden: Tensor, tasks: Sequence[Task]) -> list[Picked]:
         """The next token of each row, from its last hidden state: (B, D)."""
-        logits = self.model.lm_head(hidden).float()
+        logits = self.model.answer_logits(hidden).float()
         sampling = [task.request.sampling for task in tasks]
         rows = [Row(task.request.sampling, task.stream.ids, task.text_ids, task.guide) for task in tasks]
         uniform = [random_number(task.seed, len(task.stream.ids)) if task.request.sampling.temperature else 0.0 for task in tasks]
@@ -127,7 +127,7 @@ class Batch:
         """Whether the model can still compute a single position; running out of memory does not count against it."""
         try:
             embedded = self.model.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.long, device=self.model.device))
-            self.model.lm_head(self.model.get_model()(inputs_embeds=embedded, use_cache=False).last_hidden_state).sum().item()
+            self.model.answer_logits(self.model.get_model()(inputs_embeds=embedded, use_cache=False).last_hidden_state).sum().item()
         except Exception as error:
             logger.exception("the model can no longer be computed")
             return is_out_of_memory(error)
@@ -216,13 +216,17 @@ class Batch:
 
 def check_attention(config: Any) -> None:
     """
+    Args:
+        config: the model's configuration.
+
     Raises:
         ValueError: the model's attention does not support rows of different lengths.
     """
-    attention = config._attn_implementation
+    text = config.get_text_config()
+    attention = text._attn_implementation
     if attention not in ("sdpa", "eager"):
         raise ValueError(f"The attention implementation is {attention}, but this engine's batches need sdpa or eager; choose one.")
-    window = getattr(config, "sliding_window", None)
+    window = getattr(text, "sliding_window", None)
     if window and window < config.context_length:
         raise ValueError(
             f"This model attends to a window of {window} of its {config.context_length} positions, which this engine's batches cannot do; "

@@ -128,7 +128,7 @@ class Uniform(torch.nn.Module):
     """A language model whose hidden states are its inputs, and whose logits are its hidden states."""
 
     device = torch.device("cpu")
-    lm_head = torch.nn.Identity()
+    answer_logits = torch.nn.Identity()
     generation_config = SimpleNamespace(eos_token_id=3)
 
     def __init__(self, error: Exception | None = None) -> None:
@@ -186,10 +186,11 @@ def test_a_model_works_if_it_reads_one_position_or_only_lacks_memory(error, work
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        (SimpleNamespace(_attn_implementation="flash_attention_2"), "is flash_attention_2, but"),
-        (SimpleNamespace(_attn_implementation="sdpa", sliding_window=100, context_length=4096), "window of 100 of its 4096 positions"),
+        ({"_attn_implementation": "flash_attention_2"}, "is flash_attention_2, but"),
+        ({"_attn_implementation": "sdpa", "sliding_window": 100}, "window of 100 of its 4096 positions"),
     ],
 )
 def test_an_attention_that_cannot_do_rows_of_different_lengths_is_refused(config, sentence):
+    text = SimpleNamespace(**config)
     with pytest.raises(ValueError, match=sentence):
-        check_attention(config)
+        check_attention(SimpleNamespace(get_text_config=lambda: text, context_length=4096))
