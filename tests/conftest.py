@@ -8,11 +8,29 @@ from pathlib import Path
 
 import pytest
 
+from llava.constants import MICRO_MODEL
+
 
 @pytest.fixture(scope="session")
 def oracle() -> Path:
     """Folder of the recorded reference numbers; its README says what each file holds."""
     return Path(__file__).parent / "oracle"
+
+
+@pytest.fixture(scope="session")
+def llava_micro() -> Path:
+    """The shipped micro model, in LLaVA's layout."""
+    return MICRO_MODEL
+
+
+@pytest.fixture(scope="session")
+def native_micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in the native layout."""
+    from llava.tools.native_checkpoint import to_native
+
+    folder = tmp_path_factory.mktemp("micro") / "native"
+    to_native(MICRO_MODEL, folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)

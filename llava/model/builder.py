@@ -64,8 +64,8 @@ def load_pretrained_model(
     """Load a checkpoint for inference.
 
     Args:
-        model_path: a folder or hub id: a full checkpoint in LLaVA's layout or the native one, an adapter folder (LoRA), or a folder with a config and only a projector
-            (then give `model_base`).
+        model_path: a folder or hub id: a full checkpoint in LLaVA's layout or the native one, an adapter folder (LoRA), or a folder with
+            a config and only a projector (then give `model_base`).
         model_base: the model that a projector-only or adapter folder belongs to; an adapter may name its own.
         model_name: accepted for LLaVA's callers; nothing is decided by a name.
         load_8bit, load_4bit: quantise the language model with bitsandbytes; tower, projector and router stay whole. An adapter is

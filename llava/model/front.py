@@ -30,8 +30,8 @@ class FrontOnly:
             part.tie_word_embeddings = False
         part.num_hidden_layers = 0
         super().__init__(config)  # type: ignore[call-arg]
-        text = getattr(self.model, "language_model", self.model)  # type: ignore[attr-defined]
-        text.norm = self.lm_head = nn.Identity()  # type: ignore[misc]
+        text: Any = getattr(self.model, "language_model", self.model)  # type: ignore[attr-defined]
+        text.norm = self.lm_head = nn.Identity()
 
     def get_output_embeddings(self) -> None:
         """There is no head."""

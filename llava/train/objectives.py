@@ -167,11 +167,7 @@ def _read(
         inputs_embeds=embeddings, attention_mask=None, position_ids=packed.position_ids, use_cache=False
     ).last_hidden_state
     line, column = torch.nonzero(packed.labels[:, 1:] != IGNORE_INDEX, as_tuple=True)
-<<<<<<< HEAD
     losses = _losses_of_head(model, hidden[line, column], packed.labels[line, column + 1])
-=======
-    losses = token_losses(model.answer_logits(hidden[line, column]), packed.labels[line, column + 1])
->>>>>>> b362795 (Native folders load under LLaVA's face: load_pretrained_model, the engine, evaluation and training take any text model and tower)
     owners = packed.owners[line, column + 1]
     # Without supervised tokens the sum is 0 but still depends on every weight, so the backward pass goes through this pass too.
     sums = before.sums + 0.0 * losses.sum()
@@ -185,7 +181,11 @@ def _losses_of_head(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     under ZeRO-3, and the number of chunks depends on the batch."""
     head, chunk = model.lm_head, tokens_at_once(model.config.vocab_size)
     forward = head.forward
-    with forward_replaced(head, lambda states: token_losses_in_chunks(lambda part: model.of_answers(forward(part)), states, targets, chunk)):
+
+    def logits(states: Tensor) -> Tensor:
+        return model.of_answers(forward(states))
+
+    with forward_replaced(head, lambda states: token_losses_in_chunks(logits, states, targets, chunk)):
         return head(hidden)
 
 

@@ -135,7 +135,7 @@ class LlavaNativeModel(InnerModel, AvgLlavaModel):
 
     @property
     def newline(self) -> Tensor | None:  # type: ignore[override]
-        return None if self.image_newline is None else self.image_newline()
+        return AvgLlavaModel.newline.fget(self)  # type: ignore[attr-defined]
 
     def initialize_newline(self) -> None:
         """Draw a vector that ends rows of tiles, where there is none."""
@@ -171,9 +171,7 @@ class LlavaNativeForCausalLM(CheckpointLoading, LlavaMetaForCausalLM, AvgLlavaFo
     def processor(self, tokenizer: Any) -> AvgLlavaProcessor:
         """The native processor with this tokenizer, which stays as it is."""
         config = AvgLlavaConfig.from_dict(self.config.to_dict())
-        return AvgLlavaProcessor.for_model(
-            config, copy.deepcopy(tokenizer), self.config.image_processor, self.config.image_aspect_ratio
-        )
+        return AvgLlavaProcessor.for_model(config, copy.deepcopy(tokenizer), self.config.image_processor, self.config.image_aspect_ratio)
 
     @classmethod
     def _check_stored(cls, path: Any, config: Any, hub: Mapping[str, Any] | None = None) -> None:

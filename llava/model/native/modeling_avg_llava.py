@@ -115,7 +115,9 @@ class AvgLlavaPreTrainedModel(PreTrainedModel):
         config = kwargs.get("config")
         if pretrained_model_name_or_path is not None and not kwargs.get("ignore_mismatched_sizes"):
             hub = hub_options(kwargs)
-            judged = config if isinstance(config, AvgLlavaConfig) else cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
+            judged: Any = config
+            if not isinstance(config, AvgLlavaConfig):
+                judged = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
             check_stored(pretrained_model_name_or_path, judged, hub, partial(check_outline, cls))
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
