@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -130,6 +130,18 @@ def write_whole(path: Path, data: str | bytes, shared: bool = False) -> None:
     """
     with whole_file(path, shared) as draft:
         draft.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes], shared: bool = False) -> None:
+    """Write a file piece by piece that is there whole or not at all, so that it need not fit into memory. See `whole_file`.
+
+    Raises:
+        NoSpaceError: there is no room.
+    """
+    with whole_file(path, shared) as draft:
+        draft.touch()
+        for piece in pieces:
+            append_whole(draft, piece)
 
 
 def append_whole(path: Path, data: str | bytes) -> None:

@@ -22,6 +22,7 @@ ANSWERING = ("conv_mode", "temperature", "top_p", "num_beams", "max_new_tokens",
 """Flags that are fields of `Options`."""
 ROUTING = {"vis_token_granularity": "granularity", "max_visual_tokens": "max_visual_tokens", "granularity_bias": "bias"}
 """Flags that are fields of `RoutingRequest`, under LLaVA's names."""
+ENGINES = ("embedded", "vllm")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -200,6 +201,15 @@ def add_model_flags(group: FlagGroup) -> None:
     group.add_argument("--device", help="cuda, mps or cpu; without it the best there is (CUDA_VISIBLE_DEVICES chooses GPUs)")
     group.add_argument("--load-8bit", action="store_true", help="quantise the language model to 8 bits")
     group.add_argument("--load-4bit", action="store_true", help="quantise the language model to 4 bits")
+
+
+def add_engine_flags(group: FlagGroup) -> None:
+    """Who answers a file of questions."""
+    group.add_argument("--engine", choices=ENGINES, default="embedded",
+                       help="embedded: the model in this process; vllm: a stock vLLM with the plug-in, many questions at once")  # fmt: skip
+    group.add_argument("--vllm", metavar="ADDRESS",
+                       help="with --engine vllm: the server to ask, as in http://localhost:8000 (its model is asked, and --model-path "
+                            "chooses among several); without it vLLM runs in this process")  # fmt: skip
 
 
 def add_routing_flags(group: FlagGroup, with_bias: bool = True) -> None:

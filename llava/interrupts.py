@@ -26,7 +26,7 @@ EXTRA_MODULES = {
     ),
     "train": ("deepspeed", "peft", "bitsandbytes", "pyarrow", "yaml", "matplotlib", "tensorboard"),
     "vllm": ("vllm",),
-    "eval": ("easy_vqa", "matplotlib"),
+    "eval": ("httpx", "easy_vqa", "matplotlib"),
     "playground": ("easy_vqa", "sklearn", "matplotlib", "pyarrow", "yaml"),
 }
 """Extra of pyproject.toml -> the modules that it brings."""

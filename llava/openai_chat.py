@@ -9,12 +9,19 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator, Sequence
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.images import open_image, read_source
 from llava.messages import Detail, Message, RoutingRequest
+
+SENT_AS_IT_IS = {"JPEG": "jpeg", "PNG": "png"}
+"""Pillow's name of a format -> its media type: files of these are sent unchanged where nothing has to be done to their pixels."""
+UPRIGHT = 1
+"""Exif's number of an image that needs no turn."""
 
 
 def chat_messages(turns: Sequence[Message], urls: Sequence[str], details: Sequence[Detail | None] = ()) -> list[dict[str, Any]]:
@@ -64,6 +71,20 @@ def data_url(image: Image.Image) -> str:
     buffer = BytesIO()
     image.save(buffer, format="PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def image_url(path: Path) -> str:
+    """An image file as it is sent: as it is where every decoder makes the same RGB pixels of it, else those pixels as PNG.
+
+    Raises:
+        ImageError: it breaks the rules of `llava.images`.
+    """
+    data = read_source(path)
+    opened = open_image(data)
+    subtype = SENT_AS_IT_IS.get(str(opened.file.format))
+    if subtype is None or opened.file.mode != "RGB" or opened.orientation != UPRIGHT or "transparency" in opened.file.info:
+        return data_url(opened.decode())
+    return f"data:image/{subtype};base64,{base64.b64encode(data).decode()}"
 
 
 def routing_fields(routing: RoutingRequest) -> dict[str, Any]:

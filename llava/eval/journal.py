@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,15 +68,14 @@ class Journal:
         """
         before = self._described()
         changed = differences(before, description, labels)
-        if before and changed and self.records():
+        if before and changed and self.outcomes():
             if not replace:
                 raise ValueError(f"{self.folder} belongs to another run: {'; '.join(changed)}. {cure}")
             self.discard()
         if changed:
             write_whole(self.description, json.dumps(description, indent=1), shared=True)
         if self.part.exists():
-            whole = self.part.read_bytes().rpartition(b"\n")
-            os.truncate(self.part, len(whole[0]) + len(whole[1]))
+            os.truncate(self.part, _end_of_lines(self.part))
 
     def _described(self) -> dict[str, Any]:
         """The description of the run that the folder belongs to; empty for a new one."""
@@ -109,35 +109,114 @@ class Journal:
         if names:
             self.add([{"withdrawn": names}])
 
-    def records(self) -> dict[int, dict[str, Any]]:
-        """The outcome of every row, by index: its answer, else an error that was not withdrawn.
+    def outcomes(self) -> Outcomes:
+        """Where the outcome of every row is: its answer, else an error that was not withdrawn.
 
         Raises:
             ValueError: a part was damaged.
         """
-        lines = [line for part in sorted(self.folder.glob("part-*.jsonl")) for line in _lines(part)]
-        withdrawn = {name for line in lines for name in line.get("withdrawn", ())}
-        found: dict[int, dict[str, Any]] = {}
-        for line in lines:
-            counts = "answer" in line or ("error" in line and line["id"] not in withdrawn)
-            if counts and "answer" not in found.get(line["row"], {}):
-                found[line["row"]] = line
+        found = Outcomes()
+        errors: dict[str, tuple[int, int, int]] = {}
+        withdrawn: set[str] = set()
+        for part in sorted(self.folder.glob("part-*.jsonl")):
+            number = found.add_part(part)
+            for offset, line in _lines(part):
+                if "answer" in line:
+                    found.add(line["row"], number, offset, is_answer=True)
+                elif "error" in line:
+                    errors[line["id"]] = (line["row"], number, offset)
+                withdrawn.update(line.get("withdrawn", ()))
+            for name in withdrawn & errors.keys():
+                del errors[name]
+        for row, number, offset in errors.values():
+            found.add(row, number, offset, is_answer=False)
         return found
 
+    def records(self) -> dict[int, dict[str, Any]]:
+        """The outcome of every row, by index, as in `outcomes`, in memory."""
+        outcomes = self.outcomes()
+        return {row: outcomes.read(row) for row in outcomes}
 
-def _lines(part: Path) -> list[dict[str, Any]]:
-    """The complete lines of a part.
+
+class Outcomes:
+    """The outcomes of rows, by index, each read from its part when it is asked for: twelve bytes of memory per row.
+
+    A row whose answer is in several parts has the first of them; an error counts only where there is no answer, and the last of them.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[Path] = []
+        self._part, self._offset = array("i"), array("q")  # by row: -1 where there is none; an error's part is written as -2 - part
+
+    def add_part(self, part: Path) -> int:
+        """A part's number."""
+        self._parts.append(part)
+        return len(self._parts) - 1
+
+    def add(self, row: int, part: int, offset: int, is_answer: bool) -> None:
+        """Note where an outcome begins, in bytes; an answer that is known already stays."""
+        if row >= len(self._part):
+            missing = row + 1 - len(self._part)
+            self._part.extend(array("i", [-1]) * missing)
+            self._offset.extend(array("q", [0]) * missing)
+        if not self.answered(row):
+            self._part[row], self._offset[row] = part if is_answer else -2 - part, offset
+
+    def answered(self, row: int) -> bool:
+        """Whether a row has an answer."""
+        return row < len(self._part) and self._part[row] >= 0
+
+    def failed(self, row: int) -> bool:
+        """Whether a row has an error that counts."""
+        return row < len(self._part) and self._part[row] < -1
+
+    def __contains__(self, row: int) -> bool:
+        return self.answered(row) or self.failed(row)
+
+    def __iter__(self) -> Iterator[int]:
+        return (row for row, part in enumerate(self._part) if part != -1)
+
+    def __bool__(self) -> bool:
+        return any(part != -1 for part in self._part)
+
+    def read(self, row: int) -> dict[str, Any]:
+        """A row's line. The row is one of `iter(self)`."""
+        number = self._part[row] if self.answered(row) else -2 - self._part[row]
+        with self._parts[number].open("rb") as file:
+            file.seek(self._offset[row])
+            return dict(json.loads(file.readline()))
+
+
+def _end_of_lines(part: Path, step: int = 2**16) -> int:
+    """Where the last complete line of a file ends, in bytes; read from its end."""
+    with part.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - step)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+    return 0
+
+
+def _lines(part: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The complete lines of a part, each with the place in bytes where it begins.
 
     Raises:
         ValueError: the part was damaged.
     """
-    found = []
-    for number, line in enumerate(part.read_bytes().split(b"\n")[:-1], start=1):  # what follows the last newline is a partial line
-        try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{part} is damaged in line {number}; delete that line to answer its question again.") from error
-    return found
+    offset = 0
+    with part.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return  # what follows the last newline is a partial line
+            try:
+                yield offset, json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{part} is damaged in line {number}; delete that line to answer its question again.") from error
+            offset += len(line)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], labels: Mapping[str, str], within: str = "") -> list[str]:

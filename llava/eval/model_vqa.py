@@ -1,6 +1,7 @@
 """Questions in, answers out: `python -m llava.eval.model_vqa`, with LLaVA's file formats and flags.
 
     python -m llava.eval.model_vqa --question-file rows.jsonl --image-folder images --answers-file answers.jsonl
+    python -m llava.eval.model_vqa --question-file rows.jsonl --answers-file answers.jsonl --engine vllm --vllm http://localhost:8000
 
 What a question is, and how the processes of a run share a file of them: `answer_file.py`.
 """
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.flags import Parser, add_answer_flags, add_log_level, add_model_flags, add_routing_flags, start_logging
+from llava.flags import Parser, add_answer_flags, add_engine_flags, add_log_level, add_model_flags, add_routing_flags, start_logging
 from llava.interrupts import run_program
 
 logger = logging.getLogger("llava.eval.model_vqa")
@@ -21,7 +22,7 @@ logger = logging.getLogger("llava.eval.model_vqa")
 PROG = "python -m llava.eval.model_vqa"
 FIRST = (
     *("--model-path", "--model-base", "--question-file", "--image-folder", "--answers-file", "--granularity", "--max-visual-tokens"),
-    *("--max-new-tokens", "--batch-size", "--device"),
+    *("--max-new-tokens", "--batch-size", "--device", "--engine", "--vllm"),
 )
 
 
@@ -37,9 +38,12 @@ def build_parser(prog: str = PROG) -> Parser:
                            help="file for the answers; an unfinished run keeps its parts in ANSWERS_FILE.parts")  # fmt: skip
     questions.add_argument("--num-chunks", type=int, default=1, metavar="N", help="split the questions into N chunks, one run each")
     questions.add_argument("--chunk-idx", type=int, default=0, metavar="I", help="the chunk to answer, from 0")
-    questions.add_argument("--batch-size", type=int, default=1, metavar="N",
-                           help="questions answered together; greedy answers do not depend on it")  # fmt: skip
-    add_model_flags(parser.add_argument_group("model"))
+    questions.add_argument("--batch-size", type=int, metavar="N",
+                           help="questions answered together (embedded: 1 by default) or asked at once (vllm: 256 by default); greedy "
+                                "answers do not depend on it")  # fmt: skip
+    model = parser.add_argument_group("model")
+    add_model_flags(model)
+    add_engine_flags(model)
     add_answer_flags(parser.add_argument_group("decoding"))
     add_routing_flags(parser.add_argument_group("visual tokens"))
     add_log_level(parser)

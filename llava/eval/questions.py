@@ -11,16 +11,20 @@ Objects may come one per line, several per line, over several lines, or in a lis
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
-from llava.json_rows import JsonRow, read_rows
+from llava.json_rows import JsonRow, iter_rows
 
 INPUT_FIELDS = ("question_id", "image", "text")
 PROBLEMS_SHOWN = 20
+IMAGES_REMEMBERED = 10_000
+"""Names of images that are known to be there or not, so that questions about one image look for it once."""
 NO_FAMILY = "all"
 """The family of questions that name none."""
 
@@ -77,7 +81,12 @@ def family_of(row: dict[str, Any]) -> str:
 
 
 def read_questions(file: Path, folder: Path, extra_fields: ExtraFields = other_fields) -> list[Row]:
-    """Read a question file whole.
+    """Read a question file whole; arguments and errors as in `checked_questions`."""
+    return list(checked_questions(file, folder, extra_fields))
+
+
+def checked_questions(file: Path, folder: Path, extra_fields: ExtraFields = other_fields) -> Iterator[Row]:
+    """The questions of a file, one after the other; whoever goes through all of them knows that the file has no mistake.
 
     Args:
         file: JSON objects, see `llava.json_rows`; NaN and infinities are refused, because readers of the answers may not accept them.
@@ -85,29 +94,51 @@ def read_questions(file: Path, folder: Path, extra_fields: ExtraFields = other_f
         extra_fields: makes `Row.extra` of each object.
 
     Raises:
-        ValueError: all mistakes, with line numbers.
+        ValueError: all mistakes, with line numbers, when the last question has been read.
     """
     if not file.is_file():
         raise ValueError(f"The question file {file} does not exist; give a file of JSON objects, one per question.")
     if not folder.is_dir():
         raise ValueError(f"The image folder {folder} does not exist; give the folder that the image names in {file} are relative to.")
-    rows: list[Row] = []
-    problems: list[str] = []
-    there: dict[str, bool] = {}
-    for found in read_rows(file, allow_nan=False):
-        row, wrong = _read_row(len(rows), found, extra_fields)
+    is_there = lru_cache(IMAGES_REMEMBERED)(lambda name: (folder / name).is_file())
+    shown: list[str] = []
+    num_rows = num_problems = 0
+    for row, line, problems in _rows_of(file, extra_fields):
         names = row.images if row is not None else ()
-        absent = [name for name in names if not there.setdefault(name, (folder / name).is_file())]
-        wrong += [f"there is no image {folder / name}" for name in absent]
-        problems += [f"line {found.line}: {each}" for each in wrong]
+        problems += [f"there is no image {folder / name}" for name in names if not is_there(name)]
+        num_problems += len(problems)
+        shown += [f"line {line}: {each}" for each in problems[: PROBLEMS_SHOWN - len(shown)]]
         if row is not None:
-            rows.append(row)
-    if not rows and not problems:
-        problems.append("it holds no question")
-    if problems:
-        shown = problems[:PROBLEMS_SHOWN] + [f"and {len(problems) - PROBLEMS_SHOWN} more"] * (len(problems) > PROBLEMS_SHOWN)
-        raise ValueError(f"{file} has mistakes:\n  " + "\n  ".join(shown))
-    return rows
+            num_rows += 1
+            yield row
+    if not num_rows and not num_problems:
+        raise ValueError(f"{file} has mistakes:\n  it holds no question")
+    if num_problems:
+        more = [f"and {num_problems - PROBLEMS_SHOWN} more"] * (num_problems > PROBLEMS_SHOWN)
+        raise ValueError(f"{file} has mistakes:\n  " + "\n  ".join(shown + more))
+
+
+def questions_between(file: Path, span: range, extra_fields: ExtraFields = other_fields) -> Iterator[Row]:
+    """Some consecutive questions of a file that `checked_questions` has been through, read as they are asked for.
+
+    Args:
+        span: their indices.
+
+    Raises:
+        ValueError: the file was changed since.
+    """
+    for row, line, problems in islice(_rows_of(file, extra_fields), span.start, span.stop):
+        if row is None or problems:
+            raise ValueError(f"{file} was changed while it was read; line {line}: {'; '.join(problems)}")
+        yield row
+
+
+def _rows_of(file: Path, extra_fields: ExtraFields) -> Iterator[tuple[Row | None, int, list[str]]]:
+    """Each value of a file as a question or `None`, its line, and its mistakes."""
+    with file.open("rb") as opened:
+        for index, found in enumerate(iter_rows(opened, str(file), allow_nan=False)):
+            row, problems = _read_row(index, found, extra_fields)
+            yield row, found.line, problems
 
 
 def _read_row(index: int, found: JsonRow, extra_fields: ExtraFields) -> tuple[Row | None, list[str]]:

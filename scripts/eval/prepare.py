@@ -95,7 +95,7 @@ def fetch_model(model: str) -> str:
     """Fetch a model and the settings of its vision tower unless they are there; a name for its present state."""
     from huggingface_hub import snapshot_download
 
-    from llava.eval.answer_file import describe_model
+    from llava.eval.engines import describe_model
     from llava.model.loading import resolve_tower
 
     folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model))

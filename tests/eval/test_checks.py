@@ -93,7 +93,7 @@ def test_a_fault_of_flags_or_config_ends_a_run_before_its_first_question(
         return assistant
 
     monkeypatch.setattr(Assistant, "load", changed)
-    monkeypatch.setattr("llava.eval.answer_file.describe_model", lambda model: model)
+    monkeypatch.setattr("llava.eval.engines.describe_model", lambda model: model)
     monkeypatch.setattr(Assistant, "answer_batch", lambda *args: pytest.fail("a question was asked"))
     SMALL.save(tmp_path / "a.png")
     (tmp_path / "q.jsonl").write_text('{"question_id": 1, "image": "a.png", "text": "What is the background colour?"}\n' * 3)

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from llava.eval import answer_file
 from llava.eval.answer_file import share
+from llava.eval.engines import Place, device_of
 from llava.eval.journal import Journal
 from llava.eval.model_vqa import build_parser, main
 from llava.images import load_image
@@ -208,7 +208,7 @@ def test_quantised_weights_without_their_library_end_with_one_sentence(
 
 
 def test_chunks_joined_are_the_whole(tmp_path: Path, questions: Path) -> None:
-    assert [list(share(range(10), 4, part)) for part in range(4)] == [[0, 1], [2, 3, 4], [5, 6], [7, 8, 9]]  # type: ignore[arg-type]
+    assert [list(share(range(10), 4, part)) for part in range(4)] == [[0, 1], [2, 3, 4], [5, 6], [7, 8, 9]]
     assert main(flags(questions, tmp_path / "whole.jsonl", "--batch-size", 4)) == 0
     found = []
     for chunk in range(3):
@@ -351,16 +351,12 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
 def test_no_room_for_the_joined_answers_leaves_none_of_them(
     tmp_path: Path, questions: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = Path.write_bytes
-
-    def full(path: Path, data: bytes) -> int:
-        if "out.jsonl" in path.name:
-            real(path, data[:100])
-            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
-        return real(path, data)
+    def full(path: Path, data: bytes) -> None:
+        path.write_bytes(data[:100])
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
+        patch.setattr("llava.durable.append_whole", full)
         assert main(flags(questions, tmp_path / "out.jsonl")) == 1
     assert f"error: no space for {tmp_path / 'out.jsonl'} (" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl.parts", "questions.jsonl"]
@@ -536,10 +532,6 @@ def test_errors_of_a_killed_run_are_asked_again_before_they_count(
     assert codes == [0, 0] and len(read(tmp_path / "out.jsonl")) == 12
 
 
-def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded: list[str] = []
-    monkeypatch.setattr(Assistant, "load", lambda *args, **options: loaded.append(options["device"]))
-    args = build_parser().parse_args(["--question-file", "q", "--answers-file", "a", "--device", "cuda"])
-    answer_file._load(args, answer_file.Place(5, 8, 1))
-    answer_file._load(args, answer_file.Place(0, 1, 0))
-    assert loaded == ["cuda:1", "cuda"]
+def test_each_process_takes_its_own_gpu() -> None:
+    assert device_of("cuda", Place(5, 8, 1)) == "cuda:1"
+    assert device_of("cuda", Place(0, 1, 0)) == "cuda" and device_of("cpu", Place(1, 2, 1)) == "cpu"

@@ -20,8 +20,8 @@ from typing import Any
 from PIL import Image
 
 from llava.durable import write_whole
-from llava.eval.answer_file import describe_model
 from llava.eval.checks import check_routing
+from llava.eval.engines import describe_model
 from llava.eval.journal import Journal
 from llava.eval.report.answers import Crash, Encoder, Record, answered, ask, ask_all
 from llava.eval.report.answers_file import earlier_answers, key_of, write_answers
