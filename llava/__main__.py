@@ -23,6 +23,7 @@ COMMANDS = {
     "estimate": ("llava.train.estimate", "estimate parameters, operations and memory of a training run"),
     "score": ("llava.train.score_granularities", "score every row at every granularity, for the router's stage"),
     "convert": ("llava.convert", "convert a checkpoint to another layout: native, LLaVA's or transformers' LLaVA-NeXT"),
+    "memory": ("llava.tools.memory", "compute what a model's weights and cache take at every granularity"),
     "merge": ("llava.tools.merge_lora_weights", "merge an adapter and its base model into one checkpoint"),
     "report": ("llava.eval.granularity_report", "report accuracy and cost of every policy for choosing a granularity"),
 }

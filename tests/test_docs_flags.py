@@ -38,6 +38,7 @@ OTHERS = (
     "llava.train.train",
     "llava.train.score_granularities",
     "llava.convert",
+    "llava.tools.memory",
     "scripts/convert_llava_next.py",
     "scripts/eval/prepare.py",
     "scripts/mutation.py",

@@ -7,18 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL
 import pytest
 import torch
 from packaging import version
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken
 from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
-    CLIPVisionConfig,
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
@@ -36,63 +32,18 @@ from llava.model.processing import LlavaLayoutProcessor
 from llava.tokenizer import load_tokenizer
 from llava.tools import llava_next as convert
 from llava.tools.convert_llava_next import main
+from tests.llava_next_folders import noise_image, save_llava_next, save_without_router
 
-PINPOINTS = [[48, 96], [96, 96], [144, 48]]
-"""(height, width). None but the square has its mirror image here, so a forgotten swap chooses other canvases."""
 SIZES = {"portrait": (40, 90), "landscape": (130, 41), "square": (70, 70), "whole canvas": (96, 48), "tall": (30, 140)}
 """(width, height). transformers rounds a kept edge to 7 decimals before it cuts it to an integer, the published code does not; of these
 sizes none falls on such an edge (of all sizes up to 200 x 200, see `test_rounding_differs_for_few_sizes`, few do)."""
 ROW_TOKENS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-def _image(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def _tokenizer(oracle: Path) -> Any:
-    """As on the hub: the language model's tokens, then `<image>` and `<pad>`."""
-    tokenizer = load_tokenizer(oracle / "checkpoint")
-    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False), AddedToken("<pad>", special=True, normalized=False)])
-    tokenizer.pad_token = "<pad>"
-    return tokenizer
-
-
-def _save_llava_next(folder: Path, oracle: Path, text_class: Any = LlamaConfig, **changes: Any) -> Any:
-    """A random transformers model with weights wide enough that logits differ by much more than the tolerance."""
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=48, patch_size=4, projection_dim=16
-    )
-    text = text_class(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=430,
-        max_position_embeddings=2048,
-        rope_theta=5000.0,
-        rms_norm_eps=1e-5,
-    )
-    fields = {"vision_config": vision, "text_config": text, "image_token_index": 420, "image_grid_pinpoints": PINPOINTS, **changes}
-    model = LlavaNextForConditionalGeneration(LlavaNextConfig(**fields)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.15)
-    model.save_pretrained(folder)
-    image_processor = LlavaNextImageProcessorPil(
-        size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}, image_grid_pinpoints=PINPOINTS
-    )
-    LlavaNextProcessor(image_processor, _tokenizer(oracle), 4, "default", num_additional_image_tokens=1).save_pretrained(folder)
-    image_processor.save_pretrained(folder)
-    return model
-
-
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory, oracle: Path) -> tuple[Any, Path]:
     folder = tmp_path_factory.mktemp("theirs") / "llava-next"
-    return _save_llava_next(folder, oracle), folder
+    return save_llava_next(folder, oracle), folder
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +77,7 @@ def _counts(model: Any, views: list[torch.Tensor], sizes: list[tuple[int, int]])
 def test_logits_and_words_are_theirs(theirs: tuple[Any, Path], ours: tuple[Any, Any, Any], shape: str) -> None:
     tokenizer, model, image_processor = ours
     size = SIZES[shape]
-    views = list(process_images([_image(size)], image_processor, model.config))
+    views = list(process_images([noise_image(size)], image_processor, model.config))
     ids = tokenizer_image_token("USER: <image>\nWhat is this? ASSISTANT:", tokenizer)
     expanded = torch.tensor([_expand(ids, _counts(model, views, [size]), 420)])
     inputs = _for_theirs(model, views, [size])
@@ -145,7 +96,7 @@ def test_batch_of_mixed_sizes_and_text(theirs: tuple[Any, Path], ours: tuple[Any
     """Rows of one picture, two pictures and none, padded left; their model is given the same positions."""
     tokenizer, model, image_processor = ours
     sizes = [SIZES["portrait"], SIZES["landscape"], SIZES["square"]]
-    views = list(process_images([_image(size, seed) for seed, size in enumerate(sizes)], image_processor, model.config))
+    views = list(process_images([noise_image(size, seed) for seed, size in enumerate(sizes)], image_processor, model.config))
     prompts = ["<image>\nWhat is this?", "Compare <image> and <image>, please.", "No picture here."]
     rows = [tokenizer_image_token(prompt, tokenizer) for prompt in prompts]
     counts = _counts(model, views, sizes)
@@ -173,7 +124,7 @@ def _left_padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("shape", SIZES)
 def test_pixels_are_theirs(theirs: tuple[Any, Path], ours: tuple[Any, Any, Any], shape: str) -> None:
-    image = _image(SIZES[shape])
+    image = noise_image(SIZES[shape])
     processor = LlavaNextImageProcessorPil.from_pretrained(theirs[1])
     expected = processor(image, return_tensors="pt")["pixel_values"][0]
     found = process_images([image], ours[2], ours[1].config)[0]
@@ -201,7 +152,7 @@ def test_rounding_differs_for_few_sizes() -> None:
 @pytest.mark.parametrize("text_class", [LlamaConfig, MistralConfig])
 def test_round_trip_from_transformers_is_exact(tmp_path: Path, oracle: Path, text_class: Any) -> None:
     """Also by what transformers reads: the same weights under the same names in memory, the same configuration where it matters."""
-    model = _save_llava_next(tmp_path / "a", oracle, text_class)
+    model = save_llava_next(tmp_path / "a", oracle, text_class)
     convert.to_llava(tmp_path / "a", tmp_path / "b", conv_version="mistral_instruct")
     convert.to_transformers(tmp_path / "b", tmp_path / "c")
     again, info = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "c", output_loading_info=True)
@@ -218,19 +169,9 @@ def test_round_trip_from_transformers_is_exact(tmp_path: Path, oracle: Path, tex
     assert load_tokenizer(tmp_path / "c").get_vocab() == load_tokenizer(tmp_path / "a").get_vocab()
 
 
-def _without_router(oracle: Path, folder: Path) -> Path:
-    """The recorded checkpoint as a plain LLaVA-NeXT one, saved by ourselves; a tower in the folder beside is not needed any more."""
-    _, model, _, _ = load_pretrained_model(str(oracle / "checkpoint"), device="cpu")
-    model.model.router = None
-    model.config.router_select, model.config.vis_token_granularity = False, None
-    model.save_pretrained(folder)
-    load_tokenizer(oracle / "checkpoint").save_pretrained(folder)
-    return folder
-
-
 def test_round_trip_from_llava_is_exact(tmp_path: Path, oracle: Path) -> None:
     """The row for `<image>` is appended and dropped again; sharded output on the way."""
-    source = _without_router(oracle, tmp_path / "a")
+    source = save_without_router(oracle, tmp_path / "a")
     convert.to_transformers(source, tmp_path / "b", max_shard_bytes=50_000)
     assert len(list((tmp_path / "b").glob("model-*.safetensors"))) > 1
     convert.to_llava(tmp_path / "b", tmp_path / "c")
@@ -247,12 +188,12 @@ def test_round_trip_from_llava_is_exact(tmp_path: Path, oracle: Path) -> None:
 
 def test_appended_row_never_wins(tmp_path: Path, oracle: Path) -> None:
     """Logits of the model on transformers' side: ours, and in the added column their mean."""
-    source = _without_router(oracle, tmp_path / "a")
+    source = save_without_router(oracle, tmp_path / "a")
     convert.to_transformers(source, tmp_path / "b")
     theirs = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "b").eval()
     processor = LlavaNextProcessor.from_pretrained(tmp_path / "b", use_fast=False)
     _, model, _, _ = load_pretrained_model(str(source), device="cpu")
-    image = _image(SIZES["landscape"])
+    image = noise_image(SIZES["landscape"])
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(text=prompt, images=[image], return_tensors="pt")
@@ -274,7 +215,7 @@ def get_prompt(template: str, question: str) -> str:
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_their_processor_gives_our_ids(tmp_path: Path, oracle: Path, legacy: bool) -> None:
-    source = _without_router(oracle, tmp_path / "a")
+    source = save_without_router(oracle, tmp_path / "a")
     load_tokenizer(oracle / "checkpoint", legacy=legacy).save_pretrained(source)
     convert.to_transformers(source, tmp_path / "b")
     processor = LlavaNextProcessor.from_pretrained(tmp_path / "b", use_fast=False)
@@ -284,7 +225,7 @@ def test_their_processor_gives_our_ids(tmp_path: Path, oracle: Path, legacy: boo
         {"role": "assistant", "content": "Yes."},
         {"role": "user", "content": [{"type": "text", "text": "And this"}, {"type": "image"}]},
     ]
-    images = [_image(size) for size in ((96, 48), (48, 96), (70, 70))]
+    images = [noise_image(size) for size in ((96, 48), (48, 96), (70, 70))]
     expected = mine(text=mine.apply_chat_template(messages, add_generation_prompt=True), images=images)["input_ids"][0]
     found = processor(text=processor.apply_chat_template(messages, add_generation_prompt=True), images=images)["input_ids"][0]
     collapsed = [token for index, token in enumerate(found) if token != 420 or found[index - 1] != 420]
@@ -326,7 +267,7 @@ def test_auto_classes_read_the_result(ours: tuple[Any, Any, Any]) -> None:
     assert isinstance(processor, LlavaLayoutProcessor)
     assert processor.image_grid_pinpoints == [[96, 48], [96, 96], [48, 144]]
     assert isinstance(AutoModelForCausalLM.from_pretrained(folder), LlavaLlamaForCausalLM)
-    inputs = processor(text="<image>\nWhat?", images=_image(SIZES["tall"]), return_tensors="pt")
+    inputs = processor(text="<image>\nWhat?", images=noise_image(SIZES["tall"]), return_tensors="pt")
     assert ours[1].generate(**inputs, max_new_tokens=2, do_sample=False).shape == (1, 2)
 
 
@@ -373,7 +314,7 @@ def test_other_layouts_on_the_disk(theirs: tuple[Any, Path], tmp_path: Path, lay
 
 
 def test_tied_embeddings(tmp_path: Path, oracle: Path) -> None:
-    model = _save_llava_next(tmp_path / "a", oracle, tie_word_embeddings=True)
+    model = save_llava_next(tmp_path / "a", oracle, tie_word_embeddings=True)
     convert.to_llava(tmp_path / "a", tmp_path / "b", "v1")
     _, ours, _, _ = load_pretrained_model(str(tmp_path / "b"), device="cpu")
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
@@ -392,7 +333,7 @@ def test_router_is_refused_unless_dropped(tmp_path: Path, oracle: Path) -> None:
 
 
 def test_granularities_without_router_are_refused(tmp_path: Path, oracle: Path) -> None:
-    source = _without_router(oracle, tmp_path / "a")
+    source = save_without_router(oracle, tmp_path / "a")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "vis_token_granularity": [36, 144]}))
     with pytest.raises(ValueError, match=r"granularities \[36, 144\]"):

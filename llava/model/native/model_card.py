@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from llava.crops import get_anyres_image_grid_shape
+from llava.model.granularity import Granularity
 from llava.model.memory import has_known_cache, kv_cache_bytes
 
 TAGS = ("avg_llava", "llava", "multimodal", "adaptive-visual-granularity")
@@ -80,7 +81,7 @@ def model_card(
         base_model=list(base_models) or None,
         tags=list(dict.fromkeys([*TAGS, *tags])),
     )
-    width, height = _largest_image(config)
+    width, height = largest_image(config)
     body = _BODY.format(
         name=name,
         description=config.description or "No description was stored with this model.",
@@ -99,39 +100,51 @@ def model_card(
     return f"---\n{header.to_yaml()}\n---\n{body}{measured}"
 
 
-def _largest_image(config: Any) -> tuple[int, int]:
+def largest_image(config: Any) -> tuple[int, int]:
     """(width, height) of the largest canvas, or of a view where there is none."""
     return max(config.canvases, key=lambda canvas: canvas[0] * canvas[1], default=(config.view_side, config.view_side))
 
 
-def _costs(model: Any, size: tuple[int, int]) -> str:
+def level_costs(model: Any, size: tuple[int, int]) -> list[tuple[Granularity, int]]:
+    """The levels, coarse to fine, each with the visual tokens of an image of (width, height) pixels."""
     config, num_views = model.config, 1
     if config.canvases:
         across, down = get_anyres_image_grid_shape(size, config.canvases, config.view_side)
         num_views += across * down
-    has_cache_size = has_known_cache(config.text)
-    rows = [["tokens per view", "grid", "visual tokens", *(["KV cache, MiB in bf16"] if has_cache_size else [])]]
-    for level, layout in zip(model.model.levels, model.model.layouts(num_views, size), strict=True):
-        cache = [f"{kv_cache_bytes(config.text, layout.num_tokens) / MIB:.2f}"] if has_cache_size else []
-        rows.append([str(level.tokens), f"{level.grid[0]} x {level.grid[1]}", f"{layout.num_tokens:,}", *cache])
-    return _table(rows)
+    layouts = model.model.layouts(num_views, size)
+    return [(level, layout.num_tokens) for level, layout in zip(model.model.levels, layouts, strict=True)]
+
+
+def _costs(model: Any, size: tuple[int, int]) -> str:
+    text = model.config.text
+    columns = ["KV cache, MiB in bf16"] if has_known_cache(text) else []
+    rows = [["tokens per view", "grid", "visual tokens", *columns]]
+    for level, tokens in level_costs(model, size):
+        cache = [f"{kv_cache_bytes(text, tokens) / MIB:.2f}"] if columns else []
+        rows.append([str(level.tokens), f"{level.grid[0]} x {level.grid[1]}", f"{tokens:,}", *cache])
+    return markdown_table(rows)
 
 
 def _measured(report: Mapping[str, Any]) -> str:
-    """A report's rows that a user can ask for."""
     try:
         facts = [report["task"], f"{report['answered']} questions", report["device"], report["dtype"]]
-        given = [row for row in report["rows"] if row["kind"] in _MEASURED]
-        rows = [
-            [row["name"], f"{row['accuracy']:.1f}", " to ".join(f"{end:.1f}" for end in row["interval"] or ()), f"{row['tokens']:.1f}"]
-            for row in given
-        ]
+        shown = measured_table(report)
     except (KeyError, TypeError) as error:
         raise ValueError(f"The report lacks {error}; expected report.json of llava.eval.granularity_report.") from error
-    header = ["setting", "accuracy, %", "95 % interval", "visual tokens"]
-    return f"By `llava.eval.granularity_report`: {', '.join(map(str, facts))}.\n\n{_table([header, *rows])}"
+    return f"By `llava.eval.granularity_report`: {', '.join(map(str, facts))}.\n\n{shown}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def measured_table(report: Mapping[str, Any]) -> str:
+    """The rows of a granularity report that a user can ask for."""
+    rows = [["setting", "accuracy, %", "95 % interval", "visual tokens"]]
+    for row in report["rows"]:
+        if row["kind"] in _MEASURED:
+            interval = " to ".join(f"{end:.1f}" for end in row["interval"] or ())
+            rows.append([row["name"], f"{row['accuracy']:.1f}", interval, f"{row['tokens']:.1f}"])
+    return markdown_table(rows)
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows under the first as a header."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], f"| {' | '.join('---' for _ in rows[0])} |", *lines[1:]])
