@@ -15,14 +15,14 @@ from llava.model.native.model_card import measured_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "ModelZoo.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^```bash\n(.*?)\n```\n\n(.*?\n\n(?:\|.*\n)+)", PAGE, re.DOTALL | re.MULTILINE)
+COMMANDS = re.findall(r"^```bash\n(.*?)\n```\n\n([^\n]*\n\n(?:\|[^\n]*\n)+)", PAGE, re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize(("command", "shown"), COMMANDS, ids=[command for command, _ in COMMANDS])
 def test_a_command_prints_the_table_below_it(command: str, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
     program, *arguments = shlex.split(command)
     assert program == "avg-llava" and main(arguments) == 0
-    assert capsys.readouterr().out == shown
+    assert capsys.readouterr().out.endswith(shown)  # deepspeed, where it is installed, says at its import that it found no GPU
 
 
 def test_three_shapes_are_shown() -> None:
@@ -48,7 +48,10 @@ def test_the_code_runs_as_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["nowhere"], "nowhere"), (["vicuna-7b", "--image-size", "3"], "--image_size is '3'; give WIDTHxHEIGHT in pixels")],
+    [
+        (["nowhere"], "nowhere is no checkpoint folder and no published shape"),
+        (["vicuna-7b", "--image-size", "3"], "--image_size is '3'; give WIDTHxHEIGHT in pixels"),
+    ],
 )
 def test_what_has_no_table_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["memory", *arguments]) == 1

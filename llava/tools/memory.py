@@ -11,7 +11,6 @@ from llava.interrupts import run_program
 from llava.train.presets import PRESETS
 
 PROG = "python -m llava.tools.memory"
-FIRST = ("--image-size",)
 DESCRIPTION = """Memory of weights and KV cache for one image at every granularity, computed from the configuration.
 
 Needs: a checkpoint folder, of which config.json alone is read, or the name of a published shape. Working memory of a forward pass, the
@@ -20,7 +19,7 @@ text of a prompt and what a framework keeps for itself are not in it."""
 
 def build_parser(prog: str = PROG) -> Parser:
     """The command line's flags."""
-    parser = Parser(prog, DESCRIPTION, FIRST)
+    parser = Parser(prog, DESCRIPTION)
     parser.add_argument("model", metavar="MODEL", help=f"checkpoint folder, or one of {', '.join(PRESETS)}")
     parser.add_argument("--image-size", metavar="WxH", help="width and height in pixels (default: of the largest canvas)")
     return parser

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig
@@ -30,7 +30,7 @@ def table(config: AvgLlavaConfig, size: tuple[int, int] | None = None) -> str:
         ValueError: the text model keeps something else than keys and values.
     """
     if not has_known_cache(config.text):
-        raise ValueError(f"The text model is {config.text.model_type!r}, some of whose layers keep no keys and values; nothing is known here.")
+        raise ValueError(f"The text model is {config.text.model_type!r}, not all of whose layers keep keys and values.")
     with torch.device("meta"):
         model = AvgLlavaForConditionalGeneration(config)
     width, height = size or largest_image(config)
@@ -54,11 +54,9 @@ def read_config(name: str) -> AvgLlavaConfig:
     Raises:
         ValueError: neither.
     """
-    if name in PRESETS:
-        config: Any = preset_config(name)
-    else:
-        config = AutoConfig.from_pretrained(name)
-        if config.model_type == AvgLlavaConfig.model_type:
-            return config
-        config = read_model_config(name)
+    if name not in PRESETS and not Path(name).is_dir():
+        raise ValueError(f"{name} is no checkpoint folder and no published shape; the shapes are {', '.join(PRESETS)}.")
+    if name not in PRESETS and isinstance(stored := AutoConfig.from_pretrained(name), AvgLlavaConfig):
+        return stored
+    config = preset_config(name) if name in PRESETS else read_model_config(name)
     return native_config(config, 0, config.vocab_size)
