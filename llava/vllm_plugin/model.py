@@ -100,6 +100,7 @@ class AvgLlavaForVllm(nn.Module, Composer, SupportsMultiModal, SupportsLoRA, Sup
     # ---- images --------------------------------------------------------------------------------------------------------------
 
     newline = AvgLlavaModel.newline
+    tower_state = AvgLlavaModel.tower_state
     encode_images = AvgLlavaModel.encode_images
 
     def embed_multimodal(self, **kwargs: Any) -> list[Tensor]:
