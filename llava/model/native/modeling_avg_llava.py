@@ -3,8 +3,8 @@
     ids with ONE image token per image ──expand──> ids with T of them ──as LlavaNext──> logits ──collapse──> one position per given id
 
 `expand` composes (`llava.model.compose`): it encodes, routes, pools and merges, and repeats the image tokens. Ids that have T tokens per
-image already are decided: the level is read off the length of their run and no router is asked. `generate` expands before transformers
-looks at the prompt, so that every way of decoding sees a LlavaNext prompt, and puts the caller's own prompt back in front of the new ids.
+image already are decided: the level is read off the length of their run and no router is asked. How prompts are answered:
+`generation_avg_llava.py`.
 
 Legend: B rows, L given positions, L' expanded ones, N images, C views, P patches, T visual tokens, D width, G levels, V vocabulary.
 """
@@ -18,22 +18,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.utils import torch_compilable_check
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import is_tracing, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from llava.checkpoint_files import hub_options
-from llava.constants import IGNORE_INDEX
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.crops import get_anyres_image_grid_shape
 from llava.messages import RoutingRequest
 from llava.model.compose import Composer, ImageInput, Size
 from llava.model.loading import check_stored
 from llava.model.merge import MergedLayout
 from llava.model.native.configuration_avg_llava import AvgLlavaConfig
+from llava.model.native.expanded_prompt import ExpandedPrompt, ImageFeatures
+from llava.model.native.generation_avg_llava import AvgLlavaGenerationMixin
 from llava.model.native.hub import HubFolder
-from llava.model.native.image_tokens import expand, images_behind, images_per_row, levels_of_runs
+from llava.model.native.image_tokens import expand, levels_of_runs
 from llava.model.native.outline import check_outline
 from llava.model.projector import build_projector
 from llava.model.router import GranularityRouter, register_stored_names
@@ -55,28 +57,6 @@ class AvgLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
 
     image_hidden_states: Tensor | None = None
     routing: list[RoutingReport] | None = None
-
-
-@dataclass
-class ImageFeatures(BaseModelOutputWithPooling):
-    """`pooler_output`: N tensors (T, D), by transformers' name for them; `routing`: N reports."""
-
-    routing: list[RoutingReport] | None = None
-
-
-@dataclass(frozen=True)
-class ExpandedPrompt:
-    """Prompts as LlavaNext knows them.
-
-    input_ids, inputs_embeds: (B, L') or (B, L', D), whichever was given. attention_mask: (B, L').
-    last: (B, L) where each given position went; `None` where nothing was expanded.
-    """
-
-    input_ids: Tensor | None
-    inputs_embeds: Tensor | None
-    attention_mask: Tensor
-    image: ImageFeatures
-    last: Tensor | None
 
 
 class Newline(nn.Module):
@@ -149,16 +129,23 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel, Composer):
     def newline(self) -> Tensor | None:  # type: ignore[override]
         return None if self.image_newline is None else self.image_newline()
 
-    def tower_state(self, views: Tensor, **kwargs: Any) -> Tensor:
-        """The tower's hidden state that the features are part of: (N, 3, S, S) -> (N, Q + P, Dv), with Q tokens before the patches."""
-        output = self.vision_tower(views.to(self.vision_tower.dtype), output_hidden_states=True, return_dict=True, **kwargs)
-        return output.hidden_states[self.config.vision_feature_layer]
+    def tower_output(self, views: Tensor, **kwargs: Any) -> Any:
+        """The tower's output for views (N, 3, S, S), hidden states included."""
+        return self.vision_tower(views.to(self.vision_tower.dtype), **{**kwargs, "output_hidden_states": True, "return_dict": True})
 
-    def encode_images(self, images: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def tower_state(self, views: Tensor) -> Tensor:
+        """The tower's hidden state that the features are part of: (N, 3, S, S) -> (N, Q + P, Dv), with Q tokens before the patches."""
+        return self.tower_output(views).hidden_states[self.config.vision_feature_layer]
+
+    def encode_images(self, images: Tensor) -> Tensor:  # type: ignore[override]
         """Encode and project views: (N, 3, S, S) -> (N, P, D)."""
+        return self._project(self.tower_state(images))
+
+    def _project(self, state: Tensor) -> Tensor:
+        """A tower's hidden state to features of the text model's width: (N, Q + P, Dv) -> (N, P, D)."""
         height, width = self.config.patch_grid
         # Class and register tokens stand in front of the patches, in every tower.
-        return self.multi_modal_projector(self.tower_state(images, **kwargs)[:, -height * width :])
+        return self.multi_modal_projector(state[:, -height * width :])
 
     def embed_text(self, ids: Tensor) -> Tensor:  # type: ignore[override]
         """Token ids (L,) -> (L, D)."""
@@ -202,21 +189,34 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel, Composer):
     def get_image_features(
         self, pixel_values: Tensor, image_sizes: Tensor | None = None, vis_token_granularity: int | None = None, **kwargs: Any
     ) -> tuple | ImageFeatures:
-        """Visual tokens at one granularity, by default the finest, without a router: `pooler_output` has N tensors (T, D)."""
+        """Visual tokens at one granularity, by default the finest, without a router: `pooler_output` has N tensors (T, D).
+
+        `hidden_states` and `attentions` are the tower's, of all views, where they are asked for as of any model.
+        """
         images = self.image_inputs(pixel_values, image_sizes)
         level = len(self.levels) - 1 if vis_token_granularity is None else self.level_of(vis_token_granularity)
-        layouts = [self.layouts(len(image.views), image.size) for image in images]
-        tokens = [
-            self.visual_tokens(image.features, level, layout[level])
-            for image, layout in zip(self.with_features(images), layouts, strict=True)
-        ]
-        return ImageFeatures(pooler_output=tokens)  # type: ignore[arg-type]
+        output = self.tower_output(torch.cat([image.views for image in images]), **kwargs)
+        state = output.hidden_states[self.config.vision_feature_layer]
+        features = self._project(state).split([len(image.views) for image in images])
+        layouts = [self.layouts(len(image.views), image.size)[level] for image in images]
+        keeps = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        return ImageFeatures(
+            last_hidden_state=output.last_hidden_state,
+            pooler_output=[self.visual_tokens(own, level, layout) for own, layout in zip(features, layouts, strict=True)],  # type: ignore[arg-type]
+            hidden_states=output.hidden_states if keeps else None,
+            attentions=output.attentions,
+        )
 
     # ---- a prompt to an expanded prompt --------------------------------------------------------------------------------------
 
     def image_positions(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """(B, L) true at image tokens, which are recognised by their embedding where there are no ids."""
         if input_ids is not None:
+            torch_compilable_check(
+                (input_ids != IMAGE_TOKEN_INDEX).all(),
+                f"The prompts have {IMAGE_TOKEN_INDEX}, LLaVA's placeholder for an image, which is no token here; write the image token, "
+                f"{self.config.image_token_id}, as the processor saved with the model does.",
+            )
             return input_ids == self.config.image_token_id
         assert inputs_embeds is not None, "a prompt has ids or embeddings"
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
@@ -233,6 +233,7 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel, Composer):
         labels: Tensor | None = None,
         request: RoutingRequest | None = None,
         padding_side: str = "left",
+        gives_way: bool = False,
     ) -> ExpandedPrompt:
         """Encode the images, decide their granularities, and give each as many image tokens as it takes.
 
@@ -241,6 +242,8 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel, Composer):
             input_ids, inputs_embeds: (B, L) or (B, L, D) with one image token per image, or with those of a level. One of the two.
             attention_mask: (B, L). labels: (B, L), by which the router tells answers where the ids do not mark them.
             request: by default the router chooses.
+            padding_side: of the expanded prompts.
+            gives_way: whether the request is a default, which counts for nothing where image tokens decide already.
 
         Raises:
             ValueError: images and image tokens that do not match, or a request that cannot be met.
@@ -249,7 +252,7 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel, Composer):
         is_image = self.image_positions(input_ids, inputs_embeds)
         mask = torch.ones_like(is_image, dtype=torch.long) if attention_mask is None else attention_mask
         if int((is_image & mask.bool()).sum()) != len(images):
-            return self._decided(images, is_image, mask, input_ids, inputs_embeds, request)
+            return self._decided(images, is_image, mask, input_ids, inputs_embeds, None if gives_way else request)
         rows = self._rows(is_image, mask, input_ids, inputs_embeds, labels)
         plan = self.plan(rows, images, request)
         images = self.with_features(images)
@@ -355,7 +358,8 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel, Composer):
             if last is not None:
                 attention_mask = torch.cat([behind, prompt.attention_mask], dim=1)
                 position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, behind.shape[1] :]
-        if image is None and (past_key_values is None or past_key_values.get_seq_length() == 0):
+        # A step of decoding has no image token to look for, and a compiled one no branch on a static cache's length.
+        if image is None and not is_tracing() and (past_key_values is None or past_key_values.get_seq_length() == 0):
             self._check_no_image_token(input_ids)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -402,7 +406,7 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel, Composer):
         return tokens, inputs_embeds.masked_scatter(is_image[..., None], tokens)
 
 
-class AvgLlavaForConditionalGeneration(HubFolder, AvgLlavaPreTrainedModel, GenerationMixin):
+class AvgLlavaForConditionalGeneration(HubFolder, AvgLlavaPreTrainedModel, AvgLlavaGenerationMixin):
     """The model with its head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -491,210 +495,8 @@ class AvgLlavaForConditionalGeneration(HubFolder, AvgLlavaPreTrainedModel, Gener
             ignored[:, 1:] |= hidden[:, :-1]
         return labels.masked_fill(ignored, IGNORE_INDEX)
 
-    # ---- generation ----------------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        *args: Any,
-        vis_token_granularity: int | Sequence[int] | None = None,
-        max_visual_tokens: int | None = None,
-        granularity_bias: float | None = None,
-        output_routing: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """transformers' `generate` on prompts with images: the given prompt, then the new ids.
-
-        Args:
-            inputs: (B, L) ids with one image token per image, or with those of a level; `input_ids=` and `inputs_embeds=` as well.
-            vis_token_granularity: `None` lets the router choose where the model has one, a number fixes the tokens per view, a list limits
-                the router to those. It may stand in the generation config, as may the next two.
-            max_visual_tokens: a budget for the images of each row together.
-            granularity_bias: added to the router's logits per log2 of the tokens; negative is cheaper.
-            output_routing: also return one `RoutingReport` per image.
-            kwargs: what the processor gives and what transformers' `generate` takes. `max_length` counts the given prompt.
-
-        Returns:
-            (B, L + new), or what `return_dict_in_generate` asks for; with `output_routing`, a pair with the reports.
-
-        Raises:
-            ValueError: as `AvgLlavaModel.expand`, or a cache that holds another prompt.
-        """
-        settings = generation_config or self.generation_config
-        request = RoutingRequest(
-            _setting(vis_token_granularity, settings, "vis_token_granularity", None),
-            _setting(max_visual_tokens, settings, "max_visual_tokens", None),
-            _setting(granularity_bias, settings, "granularity_bias", 0.0),
-        )
-        # An image token is no answer, and must not be drafted by prompt lookup.
-        suppressed = {self.config.image_token_id, *(_setting(kwargs.get("suppress_tokens"), settings, "suppress_tokens", ()))}
-        kwargs |= {"generation_config": generation_config, "suppress_tokens": sorted(suppressed)}
-        given = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        kwargs.pop("input_ids", None)
-        prompt = self._expand_turn(given, request, kwargs)
-        if prompt is None:
-            output = super().generate(given, *args, **kwargs)
-            return (output, []) if output_routing else output
-        if prompt.inputs_embeds is not None:
-            kwargs["inputs_embeds"] = prompt.inputs_embeds
-        kwargs["mm_encoder_outputs"] = {"image": prompt.image} if prompt.image.pooler_output else None
-        added = 0
-        if given is not None and prompt.input_ids is not None:
-            added = prompt.input_ids.shape[1] - given.shape[1]
-            for name in ("max_length", "min_length"):  # of what comes back, in which an image is one token again
-                if (length := _setting(kwargs.get(name), settings, name, None)) is not None:
-                    kwargs[name] = length + added
-        output = super().generate(None, *args, input_ids=prompt.input_ids, attention_mask=prompt.attention_mask, **kwargs)
-        if added:
-            output = _with_given_prompt(output, given, prompt, kwargs.get("past_key_values"))  # type: ignore[arg-type]
-        return (output, prompt.image.routing or []) if output_routing else output
-
-    def _expand_turn(self, given: Tensor | None, request: RoutingRequest, kwargs: dict[str, Any]) -> ExpandedPrompt | None:
-        """The prompt of a call, expanded; `None` where there is nothing to expand, and `kwargs` are left as they are.
-
-        What a cache from an earlier call holds stays as it was expanded then; only what stands behind it is expanded now.
-        """
-        pixel_values = kwargs.get("pixel_values")
-        has_images = pixel_values is not None and len(pixel_values) > 0
-        mask = kwargs.get("attention_mask")
-        if mask is None and given is not None:
-            mask = self._mask_of_padding(given)
-        turn = Turn.of(kwargs.get("past_key_values"), given, mask, has_images)
-        if not has_images and turn is None:
-            return None
-        image_sizes, embeds = kwargs.pop("image_sizes", None), kwargs.pop("inputs_embeds", None)
-        for name in ("pixel_values", "position_ids", "attention_mask"):
-            kwargs.pop(name, None)
-        if turn is None:
-            return self.model.expand(pixel_values, image_sizes, given, embeds, mask, request=request)
-        assert given is not None and mask is not None, "a turn is known by its ids"
-        known = turn.given.shape[1]
-        ids, mask = given[:, known:], mask[:, known:]
-        behind = (ids == self.config.image_token_id).sum(-1).tolist()
-        if pixel_values is None or not has_images or not sum(behind):
-            return turn.followed_by(ExpandedPrompt(ids, None, mask, ImageFeatures(), None))
-        before = (turn.given == self.config.image_token_id).sum(-1).tolist()
-        if len(pixel_values) == sum(before) + sum(behind):
-            chosen = images_behind(before, behind)
-            pixel_values, image_sizes = (None if each is None else each[chosen] for each in (pixel_values, image_sizes))
-        return turn.followed_by(self.model.expand(pixel_values, image_sizes, ids, embeds, mask, request=request))
-
-    def _mask_of_padding(self, input_ids: Tensor) -> Tensor:
-        """What transformers infers where no mask is given: padding is the pad token, unless that also ends answers."""
-        pad, eos = self.generation_config.pad_token_id, self.generation_config.eos_token_id
-        if pad is None or pad == eos or (isinstance(eos, list) and pad in eos):
-            return torch.ones_like(input_ids)
-        return (input_ids != pad).long()
-
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self,
-        input_ids: Any,
-        past_key_values: Any = None,
-        inputs_embeds: Any = None,
-        is_first_iteration: bool | None = False,
-        mm_encoder_outputs: Any = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """transformers' own. Images count when their tokens are read: in the first step, also of an assistant, or without a cache."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
-        )
-        if is_first_iteration or past_key_values is None or past_key_values.get_seq_length() == 0:
-            inputs["mm_encoder_outputs"] = mm_encoder_outputs
-        return inputs
-
-    def _expand_inputs_for_generation(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """transformers' own; a row that is repeated has its images repeated, all of them together."""
-        encoded = kwargs.pop("mm_encoder_outputs", None)
-        ids = kwargs.get("input_ids")
-        if encoded and expand_size > 1:
-            image: ImageFeatures = encoded["image"]
-            tokens = list(image.pooler_output)  # type: ignore[arg-type]
-            is_image = self.model.image_positions(ids if ids is not None and ids.numel() else None, kwargs.get("inputs_embeds"))
-            repeated: list[Tensor] = []
-            for count in images_per_row(is_image, [len(each) for each in tokens]):
-                repeated += tokens[:count] * expand_size
-                tokens = tokens[count:]
-            encoded = {"image": ImageFeatures(pooler_output=repeated, routing=image.routing)}  # type: ignore[arg-type]
-        ids, kwargs = super()._expand_inputs_for_generation(expand_size, *args, **kwargs)
-        return ids, kwargs if encoded is None else {**kwargs, "mm_encoder_outputs": encoded}
-
 
 register_stored_names(AvgLlavaConfig.model_type)
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What a cache holds: the prompt as the caller knows it and as it was expanded. It stays on the cache, for the next turn.
-
-    given: (B, L). expanded, attention_mask: (B, L').
-    """
-
-    given: Tensor
-    expanded: Tensor
-    attention_mask: Tensor
-
-    @staticmethod
-    def of(cache: Any, input_ids: Tensor | None, attention_mask: Tensor | None, has_images: bool) -> Turn | None:
-        """The turn that a cache remembers; where it remembers none and images are given, the ids that it holds, as they are.
-
-        Raises:
-            ValueError: ids that do not continue it: their positions are not the cache's, and the answer would be noise.
-        """
-        length = 0 if cache is None or input_ids is None else cache.get_seq_length()
-        if input_ids is None or length == 0:
-            return None
-        turn: Turn | None = getattr(cache, "avg_llava_turn", None)
-        if turn is not None and not _starts_with(input_ids, turn.expanded):
-            if not _starts_with(input_ids, turn.given):
-                raise ValueError(
-                    "input_ids do not continue what past_key_values holds; give the whole conversation, as generate returned it, or no "
-                    "cache."
-                )
-            return turn
-        if not has_images:
-            return None
-        if input_ids.shape[1] <= length or attention_mask is None:
-            raise ValueError(
-                f"past_key_values holds {length} positions, and input_ids have {input_ids.shape[1]}; give the whole conversation with the "
-                "cache of an earlier generate, or no cache."
-            )
-        return Turn(input_ids[:, :length], input_ids[:, :length], attention_mask[:, :length])
-
-    def followed_by(self, prompt: ExpandedPrompt) -> ExpandedPrompt:
-        """A prompt behind this one."""
-        assert prompt.input_ids is not None, "a turn is continued by ids"
-        ids = torch.cat([self.expanded, prompt.input_ids], dim=1)
-        return ExpandedPrompt(ids, None, torch.cat([self.attention_mask, prompt.attention_mask], dim=1), prompt.image, None)
-
-
-def _setting(given: Any, settings: Any, name: str, default: Any) -> Any:
-    """An argument of `generate`, else what a generation config says."""
-    stored = getattr(settings, name, None)
-    return given if given is not None else default if stored is None else stored
-
-
-def _starts_with(ids: Tensor, prefix: Tensor) -> bool:
-    return len(ids) == len(prefix) and ids.shape[1] >= prefix.shape[1] and torch.equal(ids[:, : prefix.shape[1]], prefix)
-
-
-def _with_given_prompt(output: Any, given: Tensor, prompt: ExpandedPrompt, cache: Any) -> Any:
-    """Put the caller's own prompt back in front of the new ids, and remember on the cache how it was expanded."""
-    assert prompt.input_ids is not None, "what was expanded has ids"
-    sequences = output if isinstance(output, Tensor) else output.sequences
-    per_prompt = len(sequences) // len(given)
-    new = sequences[:, prompt.input_ids.shape[1] :]
-    sequences = torch.cat([given.to(sequences.device).repeat_interleave(per_prompt, dim=0), new], dim=1)
-    cache = getattr(output, "past_key_values", None) or cache
-    if cache is not None:
-        parts = (given, prompt.input_ids, prompt.attention_mask)
-        cache.avg_llava_turn = Turn(*(part.repeat_interleave(per_prompt, dim=0) for part in parts))
-    if isinstance(output, Tensor):
-        return sequences
-    output.sequences = sequences
-    return output
 
 
 def _split_mask(attention_mask: Tensor | None, prompt: Tensor | None, cache: Any) -> tuple[Tensor, Tensor | None]:

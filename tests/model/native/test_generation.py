@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,9 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, StaticCache
 from transformers.generation import BaseStreamer, GenerationMixin
 
+from llava.messages import RoutingRequest
 from llava.model.native import AvgLlavaForConditionalGeneration
-from tests.model.native.conftest import IMAGE, Batch, make_batch
+from tests.model.native.conftest import IMAGE, Batch, make_batch, native_twin
 
 NEW = 6
 DECODING: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": -1, "pad_token_id": 0, "do_sample": False}
@@ -240,3 +243,79 @@ def test_a_level_that_does_not_exist_and_missing_images_are_refused(native: AvgL
         native.generate(**mixed.kwargs(), vis_token_granularity=7)
     with pytest.raises(ValueError, match="The prompts have 4 image tokens but no image"):
         native.generate(input_ids=mixed.input_ids, attention_mask=mixed.attention_mask, **DECODING)
+
+
+def test_a_default_of_the_generation_config_gives_way_to_decided_prompts_and_an_argument_does_not(
+    native: AvgLlavaForConditionalGeneration, mixed: Batch, tmp_path: Path
+) -> None:
+    GenerationConfig(**DECODING, vis_token_granularity=32, max_visual_tokens=900, granularity_bias=-0.5).save_pretrained(tmp_path)
+    settings = GenerationConfig.from_pretrained(tmp_path)
+    images = {"pixel_values": mixed.pixel_values, "image_sizes": mixed.image_sizes}
+    request = RoutingRequest(8)
+    prompt = native.model.expand(*images.values(), mixed.input_ids, attention_mask=mixed.attention_mask, request=request)
+    decided = {"input_ids": prompt.input_ids, "attention_mask": prompt.attention_mask, **images}
+    _, found = native.generate(**mixed.kwargs(), generation_config=settings, output_routing=True)
+    assert [report.granularity for report in found] == [32] * 4
+    output, found = native.generate(**decided, generation_config=settings, output_routing=True)
+    assert [report.granularity for report in found] == [8] * 4
+    expected = native.generate(**mixed.kwargs(), **DECODING, vis_token_granularity=8)
+    assert torch.equal(output[:, -NEW:], expected[:, -NEW:])
+    with pytest.raises(ValueError, match="so a granularity, budget or bias cannot count"):
+        native.generate(**decided, generation_config=settings, max_visual_tokens=900)
+
+
+def test_only_the_last_position_of_a_prompt_has_logits(native: AvgLlavaForConditionalGeneration, mixed: Batch) -> None:
+    seen: list[int] = []
+    handle = native.lm_head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[1]))
+    native.generate(**mixed.kwargs(), **DECODING)
+    handle.remove()
+    assert seen == [1] * NEW
+
+
+def test_scores_are_per_new_token_and_states_those_of_the_expanded_prompt(
+    pair: tuple[Any, AvgLlavaForConditionalGeneration], mixed: Batch
+) -> None:
+    native = copy.deepcopy(pair[1])
+    native.set_attn_implementation("eager")
+    wanted = ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "return_dict_in_generate")
+    found = native.generate(**mixed.kwargs(), **DECODING, **dict.fromkeys(wanted, True))
+    prompt = native.model.expand(mixed.pixel_values, mixed.image_sizes, mixed.input_ids, attention_mask=mixed.attention_mask)
+    rows, length = prompt.input_ids.shape  # type: ignore[union-attr]
+    assert found.sequences.shape == (rows, mixed.input_ids.shape[1] + NEW)
+    for scores in (found.scores, found.logits):
+        assert [tuple(step.shape) for step in scores] == [(rows, 64)] * NEW
+    assert found.hidden_states[0][0].shape == (rows, length, 32) and found.hidden_states[1][0].shape == (rows, 1, 32)
+    assert found.attentions[0][0].shape == (rows, 4, length, length) and found.attentions[1][0].shape == (rows, 4, 1, length + 1)
+    assert found.past_key_values.get_seq_length() == length + NEW - 1
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_embeddings_with_image_tokens_are_answered_as_ids(
+    native: AvgLlavaForConditionalGeneration, mixed: Batch, num_beams: int
+) -> None:
+    kwargs, settings = mixed.kwargs(), {**DECODING, "num_beams": num_beams}
+    expected = native.generate(**kwargs, **settings)
+    embeds = native.get_input_embeddings()(kwargs.pop("input_ids"))
+    assert torch.equal(native.generate(inputs_embeds=embeds, **kwargs, **settings), expected[:, -NEW:])
+
+
+def test_a_model_is_copied_after_it_has_answered(pair: tuple[Any, AvgLlavaForConditionalGeneration], mixed: Batch) -> None:
+    native = native_twin(pair[0])
+    expected = native.generate(**mixed.kwargs(), **DECODING)
+    native(**mixed.kwargs(), labels=mixed.input_ids).loss.backward()
+    assert torch.equal(copy.deepcopy(native).generate(**mixed.kwargs(), **DECODING), expected)
+
+
+def test_llavas_placeholder_is_no_token_and_images_need_one(native: AvgLlavaForConditionalGeneration) -> None:
+    batch = make_batch([(6, ["square"])])
+    placeholder = {**batch.kwargs(), "input_ids": batch.input_ids.masked_fill(batch.input_ids == IMAGE, -200)}
+    without_image = {name: placeholder[name] for name in ("input_ids", "attention_mask")}
+    without_token = {**batch.kwargs(), "input_ids": batch.input_ids.masked_fill(batch.input_ids == IMAGE, 5)}
+    for ask in (native, lambda **kwargs: native.generate(**kwargs, **DECODING)):
+        for wrong, message in (
+            (placeholder, r"The prompts have -200, LLaVA's placeholder .* write the image token, 60"),
+            (without_image, r"The prompts have -200, LLaVA's placeholder"),
+            (without_token, r"Image features and image tokens do not match: .* runs of \[\] image tokens, and the 1 images"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                ask(**wrong)
