@@ -55,7 +55,8 @@ FOREIGN = {
     "--tasks", "--model_args", "--output_path", "--log_samples", "--include_path", "--use_cache", "--offset",  # lmms-eval's
     "--shell", "--home-dir", "--system", "--now", "--gpus", "--rm", "--stop-timeout",  # useradd's, systemctl's and docker's
     "--partition", "--gres",  # Slurm's
-    "--enable-prompt-tokens-details", "--trust-request-mm-kwargs",  # vllm serve's
+    "--enable-prompt-tokens-details", "--trust-request-mm-kwargs", "--enable-mm-embeds", "--limit-mm-per-prompt",  # vllm serve's
+    "--tensor-parallel-size", "--gpu-memory-utilization",
     "--slow", "--serve",  # scripts/test.sh's and scripts/docs.sh's
 }  # fmt: skip
 """Flags of other people's programs, and of shell scripts."""

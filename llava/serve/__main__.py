@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from llava.flags import Parser
 from llava.interrupts import run_program
 from llava.serve.http.listen_address import check_address, shown_url
-from llava.serve.model_worker import add_engine_flags, check_arguments, load_engine
+from llava.serve.model_worker import add_engine_flags, check_arguments, engine_options, load_engine
 from llava.serve.page.flags import add_page_flags, check_port, read_names
 from llava.serve.worker_flags import NOT_SERVING_YET, add_address_flags, add_guard_flags, read_worker_options, start_logging
 
@@ -56,7 +56,7 @@ def build_app(args: argparse.Namespace) -> FastAPI:
     check_port(args)
     options, names = read_worker_options(args), read_names(args)
     check_address(args.host, args.port)
-    worker = create_worker_app(load_engine(args), concurrency=args.max_batch_rows, **options)
+    worker = create_worker_app(load_engine(args), **engine_options(args), **options)
     app = join_apps(worker, None if args.no_page else _page(args, options["api_keys"]))
     if names is not None:
         app.add_middleware(AllowedHosts, names=names)
@@ -78,7 +78,8 @@ def _page(args: argparse.Namespace, keys: tuple[str, ...]) -> FastAPI:
 
 def _greeting(args: argparse.Namespace, model: str) -> str:
     url = shown_url(args.host, args.port)
-    lines = [f"Model {model} is ready.", f"  API   {url}/v1  (OpenAI's; metrics at {url}/metrics)"]
+    state = {"embedded": "is ready", "vllm": f"is ready when {url}/ready says so: its vLLM may take a minute"}[args.engine]
+    lines = [f"Model {model} {state}.", f"  API   {url}/v1  (OpenAI's; metrics at {url}/metrics)"]
     return "\n".join([*lines, *([f"  Page  {url}/"] if not args.no_page else []), "Ctrl-C ends it."])
 
 

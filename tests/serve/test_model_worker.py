@@ -88,6 +88,11 @@ def test_the_registration_token(tmp_path):
         ("--controller http://c --port 0", "--port is 0"),
         ("--api-key-file /nonexistent", "cannot be read"),
         ("--log-file /nonexistent/x", "cannot be written"),
+        ("--vllm http://v:1", "--vllm: of --engine vllm, but --engine is embedded"),
+        ("--engine vllm --load-4bit --prefix-cache-mb 3", "--prefix-cache-mb, --load-4bit: of --engine embedded, but --engine is vllm"),
+        ("--engine vllm --vllm http://v:1 --vllm-args=--enforce-eager", "--vllm-args: for a vLLM that is started here"),
+        ("--engine vllm --vllm-api-key-file f", "--vllm-api-key-file: for a vLLM that runs"),
+        ("--engine vllm --vllm http://v:1 --vllm-timeout 0", "--vllm-timeout is 0, expected 0.001 or more"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_loaded(line, message, capsys, monkeypatch):
@@ -167,6 +172,38 @@ def test_the_model_is_loaded_as_the_flags_say(monkeypatch):
         "load_4bit": False, "max_batch_rows": 3, "max_batch_tokens": 99, "max_queue": 4, "cache_bytes": 2_000_000,
         "prefix_cache_bytes": 3_000_000, "max_images": 5,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--engine vllm --vllm-python /nowhere/python", "no Python of vLLM's at '/nowhere/python'"),
+        ("--engine vllm --vllm ftp://v", "--vllm is 'ftp://v', expected http(s)://host:port"),
+        ("--engine vllm --vllm http://v:1 --vllm-api-key-file /nonexistent", "cannot be read"),
+    ],
+)
+def test_a_vllm_that_cannot_be_used_is_one_sentence(line, message, capsys):
+    assert main(f"{line} --device cpu --port 0".split()) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_vllm_is_started_with_what_the_flags_say(tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.touch(0o755)
+    args = parsed(f"--engine vllm --vllm-python {python} --vllm-args=--enforce-eager --model-name own --device cpu --max-batch-rows 7")
+    engine = load_engine(args)
+    arguments = engine.child.command
+    assert arguments[0] == str(python) and arguments[-1] == "--enforce-eager"
+    wanted = {"--served-model-name": "own", "--max-num-seqs": "7", "--dtype": "float32", "--max-model-len": "2048"}
+    assert {flag: arguments[arguments.index(flag) + 1] for flag in wanted} == wanted
+    assert engine.backend.concurrency == 7 and engine.backend.url.startswith("http://127.0.0.1:")
+    assert build_app(args).state.limiter.capacity == 7 + args.max_queue
+
+
+def test_a_vllm_that_runs_gets_more_requests_at_once():
+    engine = load_engine(parsed("--engine vllm --vllm http://v:8000/v1 --device cpu --vllm-timeout 9"))
+    assert engine.child is None and engine.backend.concurrency == 128 and engine.backend.timeouts.read == 9
+    assert engine.card.name == "avg-llava-micro" and not engine.ready
 
 
 def test_flags_without_effect_say_so(monkeypatch, caplog):

@@ -7,12 +7,14 @@ import logging
 import os
 import secrets
 import shlex
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import llava
 from llava.serve.split import leash
 
 logger = logging.getLogger(__name__)
@@ -23,6 +25,22 @@ FAILED_STARTS = 5
 """Starts in a row that end before the server was ready; then it is given up."""
 _LINE_BYTES = 4096
 """Of a line of its output that are logged."""
+
+
+def vllm_python(given: str | None) -> str:
+    """The Python of vLLM's environment: the given one, else that of `scripts/setup_vllm.sh`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = os.environ.get("VLLM_ENV") or str(Path(llava.__file__).parents[1] / ".venv-vllm")
+    found = shutil.which(given or str(Path(folder) / "bin" / "python"))
+    if found is None:
+        raise ValueError(
+            f"There is no Python of vLLM's at {given or folder!r}; run scripts/setup_vllm.sh, name one with --vllm-python, or a running "
+            "vLLM with --vllm."
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,7 @@ class ServerCommand:
             *(self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model, "--served-model-name", self.name),
             *("--host", "127.0.0.1", "--port", str(self.port), "--dtype", self.dtype, "--max-model-len", str(self.context_length)),
             *("--max-num-seqs", str(self.concurrency), "--enable-mm-embeds", "--limit-mm-per-prompt", '{"image": 0}'),
+            "--disable-uvicorn-access-log",
             *shlex.split(self.extra),
         ]
 
