@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Case:
     name: str
     turns: tuple[Message, ...]
     images: tuple[Image.Image, ...] = ()
-    routing: RoutingRequest = RoutingRequest()
+    routing: RoutingRequest = field(default_factory=RoutingRequest)
 
 
 @dataclass(frozen=True)
