@@ -18,7 +18,6 @@ from torch import Tensor
 
 from llava.messages import RoutingRequest
 from llava.model.compose import ImageInput
-from llava.model.native import AvgLlavaModel
 from llava.model.splice import prompt_rows
 from llava.rules import Integer, Rule, Text, faults, refuse
 from llava.vllm_plugin.served import ServedModel
@@ -106,7 +105,7 @@ class Decider:
         self._cache = FeatureCache(options.router_cache_mib * 2**20)
 
     @cached_property
-    def _front(self) -> AvgLlavaModel:
+    def _front(self) -> Any:
         return self._served.load_front(self._options.router_device, self._dtype)
 
     @torch.inference_mode()

@@ -18,21 +18,20 @@ from torch import Tensor
 
 from llava.checkpoint_files import read_object, stored_file
 from llava.crops import get_anyres_image_grid_shape
+from llava.model.builder import load_pretrained_model
 from llava.model.chat_template import add_image_token
 from llava.model.compose import ImageInput, Size
 from llava.model.config import MultimodalFields
 from llava.model.loading import read_tower_config, resolve_tower
 from llava.model.native import AvgLlavaConfig, AvgLlavaModel
 from llava.model.native.image_processing_avg_llava import AvgLlavaImageProcessor
-from llava.model.native.llava_layout import TO_NATIVE, native_config
+from llava.model.native.llava_layout import native_config
 from llava.tokenizer import load_tokenizer
 from llava.tools.llava_next import KEPT_KEY
 from llava.vllm_plugin.wishes import RULES, check_wishes
 
 IMAGE_TOKEN_FIELD = "image_token_id"
 """Where a configuration of either layout says which id stands for an image; in LLaVA's it is put there by `complete`."""
-STORED_ROWS_FIELD = "stored_vocab_size"
-"""Where `complete` keeps how many rows the stored vocabulary has; `vocab_size` counts one more where `<image>` needed it."""
 
 
 def complete(config: Any, path: str, hub: Mapping[str, Any] | None = None) -> None:
@@ -55,7 +54,6 @@ def complete(config: Any, path: str, hub: Mapping[str, Any] | None = None) -> No
     if image_token > rows:
         raise ValueError(f"The tokenizer of {path} has {image_token} tokens, but the model {rows} rows; give the tokenizer saved with it.")
     config.vocab_size = max(rows, image_token + 1)  # type: ignore[attr-defined]
-    setattr(config, STORED_ROWS_FIELD, rows)
     setattr(config, IMAGE_TOKEN_FIELD, image_token)
 
 
@@ -160,37 +158,16 @@ class ServedModel:
     @cached_property
     def planner(self) -> AvgLlavaModel:
         """The model without language layers and without weights: it plans."""
-        with torch.device("meta"):
-            return AvgLlavaModel(self._front_config())
-
-    def load_front(self, device: str, dtype: torch.dtype) -> AvgLlavaModel:
-        """The model without language layers, which encodes and routes.
-
-        Raises:
-            ValueError: weights that are missing.
-        """
-        options: dict[str, Any] = {"config": self._front_config(), "dtype": dtype, "output_loading_info": True, **self.hub}
-        if isinstance(self.stored, MultimodalFields):
-            options["key_mapping"] = dict(TO_NATIVE)
-            options["config"].text.vocab_size = getattr(self.stored, STORED_ROWS_FIELD)
-        loaded: Any = Front.from_pretrained(self.path, **options)
-        model, info = loaded
-        if info["missing_keys"]:
-            raise ValueError(f"{self.path} has no weights for {', '.join(sorted(info['missing_keys'])[:3])}; copy the checkpoint again.")
-        return model.to(device).eval()
-
-    def _front_config(self) -> AvgLlavaConfig:
         config = copy.deepcopy(self.config)
         config.text.num_hidden_layers = 0
         if getattr(config.text, "layer_types", None):
             config.text.layer_types = []
-        return config
+        with torch.device("meta"):
+            return AvgLlavaModel(config)
 
-
-class Front(AvgLlavaModel):
-    """The native model, read from a checkpoint whose language layers and head are left there."""
-
-    _keys_to_ignore_on_load_unexpected = [r"language_model\.layers\.", r"^lm_head\.", r"\.position_ids$", r"rotary_emb\.inv_freq$"]
+    def load_front(self, device: str, dtype: torch.dtype) -> Any:
+        """The model without language layers, which encodes and routes; errors as in `load_pretrained_model`."""
+        return load_pretrained_model(self.path, None, "", device=device, dtype=dtype, front_only=True, **self.hub)[1]
 
 
 def native_view(stored: Any) -> AvgLlavaConfig:

@@ -68,6 +68,12 @@ def expected(cases: list[Case], scratch: Path) -> dict[str, Outcome]:
 
 
 @pytest.fixture(scope="session")
+def expected_native(few: list[Case], native_folder: Path) -> dict[str, Outcome]:
+    """Our own answers from the native folder, whose router tells earlier answers from the question by the marks in its configuration."""
+    return answers_of(Assistant.load(str(native_folder), device="cpu"), few)
+
+
+@pytest.fixture(scope="session")
 def few(cases: list[Case]) -> list[Case]:
     """A tenth of the cases, for servers that differ in a flag; all special ones are among them."""
     special = [case for case in cases if not case.name.isdigit()]

@@ -23,8 +23,8 @@ def test_all_questions_and_policies(
     assert differences(serve(llava_folder, *TRUSTED), asked, expected, clients, seed=clients) == []
 
 
-def test_the_native_layout(serve: Serve, native_folder: Path, few: list[Case], expected: dict[str, Outcome]) -> None:
-    assert differences(serve(native_folder, *TRUSTED), few, expected) == []
+def test_the_native_layout(serve: Serve, native_folder: Path, few: list[Case], expected_native: dict[str, Outcome]) -> None:
+    assert differences(serve(native_folder, *TRUSTED), few, expected_native) == []
 
 
 NO_CACHES = ("--no-enable-prefix-caching", "--mm-processor-cache-gb", "0")
