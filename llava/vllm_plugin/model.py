@@ -24,10 +24,10 @@ from vllm.sequence import IntermediateTensors
 
 from llava.checkpoint_files import is_stored_buffer
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.model.compose import Composer, ImageInput
-from llava.model.native import AvgLlavaConfig, AvgLlavaModel
+from llava.model.compose import ImageInput
+from llava.model.native import AvgLlavaConfig
 from llava.model.native.llava_layout import TO_NATIVE, TOWER
-from llava.model.native.modeling_avg_llava import Newline
+from llava.model.native.modeling_avg_llava import NativeEncoder, Newline
 from llava.model.projector import build_projector
 from llava.tools.llava_next import append_mean_row
 from llava.vllm_plugin.processing import AvgLlavaDummyInputs, AvgLlavaInfo, AvgLlavaProcessor
@@ -67,7 +67,7 @@ def build_tower(config: Any, layer: int, num_ranks: int) -> nn.Module:
 
 
 @MULTIMODAL_REGISTRY.register_processor(AvgLlavaProcessor, info=AvgLlavaInfo, dummy_inputs=AvgLlavaDummyInputs)
-class AvgLlavaForVllm(nn.Module, Composer, SupportsMultiModal, SupportsLoRA, SupportsPP):
+class AvgLlavaForVllm(nn.Module, NativeEncoder, SupportsMultiModal, SupportsLoRA, SupportsPP):
     """Tower, projector, newline vector and vLLM's language model, for checkpoints of both layouts."""
 
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -98,10 +98,6 @@ class AvgLlavaForVllm(nn.Module, Composer, SupportsMultiModal, SupportsLoRA, Sup
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
     # ---- images --------------------------------------------------------------------------------------------------------------
-
-    newline = AvgLlavaModel.newline
-    tower_state = AvgLlavaModel.tower_state
-    encode_images = AvgLlavaModel.encode_images
 
     def embed_multimodal(self, **kwargs: Any) -> list[Tensor]:
         """Visual tokens (T, D) of each image, in the order of the prompt.

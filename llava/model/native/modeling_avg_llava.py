@@ -110,20 +110,16 @@ class AvgLlavaPreTrainedModel(PreTrainedModel):
             module.reset_parameters()
 
 
-class AvgLlavaModel(AvgLlavaPreTrainedModel, Composer):
-    """Tower, projector, newline vector, router and text model, without the head."""
+class NativeEncoder(Composer):
+    """The composer's steps from views to features, for a module that has the parts of `AvgLlavaModel` under their names there.
 
-    def __init__(self, config: AvgLlavaConfig) -> None:
-        super().__init__(config)
-        text = config.text
-        self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = build_projector(config.mm_projector_type, config.vision.hidden_size, text.hidden_size)
-        self.image_newline = Newline(text.hidden_size) if config.mm_patch_merge_type == "spatial_unpad" else None
-        self.router = GranularityRouter.from_config(config, text.hidden_size) if config.router_select else None
-        self.language_model = AutoModel.from_config(config.text_config)
-        self.post_init()
+    vision_tower: gives its hidden states as transformers' towers do. multi_modal_projector. image_newline: `None` where there is none.
+    """
 
-    # ---- parts of the composer -----------------------------------------------------------------------------------------------
+    config: AvgLlavaConfig
+    vision_tower: Any
+    multi_modal_projector: nn.Module
+    image_newline: Newline | None
 
     @property
     def newline(self) -> Tensor | None:  # type: ignore[override]
@@ -146,6 +142,22 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel, Composer):
         height, width = self.config.patch_grid
         # Class and register tokens stand in front of the patches, in every tower.
         return self.multi_modal_projector(state[:, -height * width :])
+
+
+class AvgLlavaModel(AvgLlavaPreTrainedModel, NativeEncoder):
+    """Tower, projector, newline vector, router and text model, without the head."""
+
+    def __init__(self, config: AvgLlavaConfig) -> None:
+        super().__init__(config)
+        text = config.text
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = build_projector(config.mm_projector_type, config.vision.hidden_size, text.hidden_size)
+        self.image_newline = Newline(text.hidden_size) if config.mm_patch_merge_type == "spatial_unpad" else None
+        self.router = GranularityRouter.from_config(config, text.hidden_size) if config.router_select else None
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    # ---- parts of the composer -----------------------------------------------------------------------------------------------
 
     def embed_text(self, ids: Tensor) -> Tensor:  # type: ignore[override]
         """Token ids (L,) -> (L, D)."""
