@@ -28,7 +28,8 @@ class AvgLlavaImageProcessor(PilBackend):
     """LLaVA-NeXT's views, to the bit those that `llava.mm_utils.process_images` gives.
 
     An image is whatever `llava.model.image_inputs.read_image` takes: PIL's, a path, a web address, a data URL, base64, or pixels as an
-    array or tensor, where shares from 0 to 1 count as 0 to 255 (so that `do_rescale` stays on for them too).
+    array or tensor: whole numbers from 0 to 255, or shares from 0 to 1, which are shares before they are normalised, with `do_rescale` or
+    without.
 
     image_grid_pinpoints: canvases, (height, width) in pixels.
     image_aspect_ratio: one of `llava.crops.IMAGE_MODES`. All but `anyres` give one view, for which no canvases are needed.
@@ -53,7 +54,8 @@ class AvgLlavaImageProcessor(PilBackend):
     image_aspect_ratio = "anyres"
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """RGB images in place of whatever names them; lists keep their shape, and `None` for the images of a prompt is no image.
+        """RGB images in place of whatever names them, arrays (H, W, 3) of shares where shares are given; lists keep their shape, and `None`
+        for the images of a prompt is no image.
 
         Raises:
             ValueError: an image that cannot be used (`llava.images`).
@@ -67,7 +69,9 @@ class AvgLlavaImageProcessor(PilBackend):
             return [self.fetch_images(each) for each in given]
         image = read_image(given)
         check_aspect_ratio(image.size)
-        return to_rgb(image)
+        rgb = to_rgb(image)
+        is_shares = not isinstance(given, Image.Image) and hasattr(given, "__array__") and np.asarray(given).dtype.kind == "f"
+        return np.asarray(rgb, dtype=np.float32) / 255 if is_shares else rgb
 
     def _preprocess(  # type: ignore[override]
         self,
@@ -88,8 +92,11 @@ class AvgLlavaImageProcessor(PilBackend):
         views_of = _Steps(self, **{name: steps[name] for name in _Steps.__dataclass_fields__ if name != "backend"})
         views = []
         for image in images:
-            picture = Image.fromarray(np.ascontiguousarray(np.moveaxis(image, 0, -1)))
-            found = process_image_for_mode(picture, views_of, image_aspect_ratio, canvases).numpy()  # type: ignore[arg-type]
+            is_shares = image.dtype.kind == "f"
+            pixels = (image * 255).round().astype(np.uint8) if is_shares else image
+            picture = Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)))
+            how = replace(views_of, do_rescale=True) if is_shares else views_of
+            found = process_image_for_mode(picture, how, image_aspect_ratio, canvases).numpy()  # type: ignore[arg-type]
             views.append(found if found.ndim == 4 else found[None])
         if do_pad:
             most = max(map(len, views))

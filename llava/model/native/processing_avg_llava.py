@@ -53,8 +53,8 @@ class AvgLlavaProcessor(ProcessorMixin):
     Args:
         image_processor: for the views of the vision tower. tokenizer: one that knows `image_token`.
         patch_size: of the vision tower, in pixels.
-        vision_feature_select_strategy, num_additional_image_tokens: `LlavaNextProcessor`'s, for code that reads them. The model takes a
-            tower's patches alone, which is `default`, however many tokens the tower has besides.
+        vision_feature_select_strategy, num_additional_image_tokens: `LlavaNextProcessor`'s, for code that reads them: the model takes a
+            tower's patches alone, however many tokens it has besides, which by LlavaNext's formula are `default` and 1.
         image_token: stands for an image. chat_template: see `llava.model.chat_template`.
         granularity_tokens, granularity_grids, patch_merge_type, unpad_rule: the config's `vis_token_granularity`, `vis_token_grids`,
             `mm_patch_merge_type` and `unpad_rule`, from which an image's number of tokens follows.
@@ -73,7 +73,7 @@ class AvgLlavaProcessor(ProcessorMixin):
         vision_feature_select_strategy: str = "default",
         chat_template: Any = None,
         image_token: str = DEFAULT_IMAGE_TOKEN,
-        num_additional_image_tokens: int = 0,
+        num_additional_image_tokens: int = 1,
         granularity_tokens: list[int] | None = None,
         granularity_grids: list[list[int]] | None = None,
         patch_merge_type: str = "spatial_unpad",
