@@ -56,7 +56,8 @@ FOREIGN = {
     "--shell", "--home-dir", "--system", "--now", "--gpus", "--rm", "--stop-timeout",  # useradd's, systemctl's and docker's
     "--partition", "--gres",  # Slurm's
     "--enable-prompt-tokens-details", "--trust-request-mm-kwargs", "--enable-mm-embeds", "--limit-mm-per-prompt",  # vllm serve's
-    "--tensor-parallel-size", "--gpu-memory-utilization",
+    "--tensor-parallel-size", "--gpu-memory-utilization", "--served-model-name", "--max-model-len", "--mm-processor-kwargs",
+    "--additional-config", "--media-io-kwargs",
     "--slow", "--serve",  # scripts/test.sh's and scripts/docs.sh's
 }  # fmt: skip
 """Flags of other people's programs, and of shell scripts."""

@@ -37,7 +37,7 @@ FROM_NATIVE = (
     (r"^model\.router\.", None),
     (r"^model\.(vision_tower|multi_modal_projector|image_newline)\.", r"\1."),
     (r"^model\.language_model\.", "language_model.model."),
-    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^lm_head\b", "language_model.lm_head"),
 )
 """Native names -> names here; the router's weights are left out."""
 VOCABULARY = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")

@@ -12,7 +12,7 @@ from llava.messages import RoutingRequest
 from llava.rules import Choice, Either, Integer, ListOf, Number, Rule, optional
 
 AUTO = "auto"
-"""The router's choice among all levels; vLLM itself takes this value for one that was not given, see `docs/vLLM.md`."""
+"""The router's choice among all levels."""
 
 _LEVEL = Integer(1, 2**26)
 RULES: dict[str, Rule] = {

@@ -55,8 +55,8 @@ class VllmServer:
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **fields: Any) -> httpx.Response:
         """Ask for a greedy answer of up to 24 tokens, with their ids."""
-        settings = {"temperature": 0, "max_tokens": 24, "return_token_ids": True, **fields}
-        return self.post("/v1/chat/completions", {"model": NAME, "messages": list(messages), **settings})
+        settings = {"model": NAME, "temperature": 0, "max_tokens": 24, "return_token_ids": True, **fields}
+        return self.post("/v1/chat/completions", {"messages": list(messages), **settings})
 
     def is_well(self) -> bool:
         """Whether the server and its engine answer."""

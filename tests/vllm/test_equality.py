@@ -6,8 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig
 
-from tests.vllm.cases import Case, Outcome, differences
+from llava.inference import Assistant
+from llava.model.adapter import attach_adapter
+from tests.vllm.cases import Case, Outcome, answers_of, differences
 from tests.vllm.conftest import TRUSTED
 from tests.vllm.server import VllmServer
 
@@ -40,3 +44,22 @@ NO_CACHES = ("--no-enable-prefix-caching", "--mm-processor-cache-gb", "0")
 )
 def test_other_flags(flags: tuple[str, ...], serve: Serve, llava_folder: Path, few: list[Case], expected: dict[str, Outcome]) -> None:
     assert differences(serve(llava_folder, *TRUSTED, *flags), few, expected) == []
+
+
+def test_lora_on_the_language_layers(
+    serve: Serve, llava_folder: Path, scratch: Path, few: list[Case], expected: dict[str, Outcome]
+) -> None:
+    folder = scratch / "adapter"
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=r"model\.layers\.\d+\..*_proj", base_model_name_or_path=str(llava_folder))
+    assistant = Assistant.load(str(llava_folder), device="cpu")
+    attach_adapter(assistant.model, config)
+    generator = torch.Generator().manual_seed(0)
+    for name, matrix in assistant.model.named_parameters():
+        if ".lora_B." in name:
+            matrix.data = 0.05 * torch.randn(matrix.shape, generator=generator)
+    assistant.model.save_pretrained(folder)
+    adapted = answers_of(assistant, few)
+    assert sum(adapted[case.name] != expected[case.name] for case in few) > 10, "the adapter has to change answers"
+    server = serve(llava_folder, *TRUSTED, "--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"adapted={folder}")
+    assert differences(server, few, adapted, model="adapted") == []
+    assert differences(server, few, expected) == []
