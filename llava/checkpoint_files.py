@@ -87,18 +87,20 @@ def read_object(file: Path, most_bytes: int = MOST_JSON_BYTES) -> dict[str, Any]
         raise ValueError(f"{file} is not valid JSON ({error}); copy it again.") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds a {type(found).__name__}, expected an object, as in {{...}}.")
-    _check_depth(found, file)
+    if is_deeper(found):
+        raise ValueError(f"{file} is nested more than {DEEPEST_JSON} levels deep; use the file that was saved with the weights.")
     return found
 
 
-def _check_depth(found: Any, file: Path) -> None:
+def is_deeper(found: Any, levels: int = DEEPEST_JSON) -> bool:
+    """Whether a JSON value has objects and lists within one another beyond some levels."""
     level: list[Any] = [found]
-    for _ in range(DEEPEST_JSON):
+    for _ in range(levels):
         inner = [item for item in level if isinstance(item, (dict, list))]
         level = [value for item in inner for value in (item.values() if isinstance(item, dict) else item)]
         if not level:
-            return
-    raise ValueError(f"{file} is nested more than {DEEPEST_JSON} levels deep; use the file that was saved with the weights.")
+            return False
+    return True
 
 
 def weight_files(path: str | Path, hub: Mapping[str, Any] | None = None) -> list[Path]:

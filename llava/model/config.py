@@ -417,11 +417,13 @@ def _defaults(config_class: Any) -> dict[str, Any]:
     return {each.name: each.default for each in fields(config_class) if each.default is not MISSING}
 
 
-def _foreign(stored: Mapping[str, Any], config_class: Any, rules: Mapping[str, Rule], inside: str = "") -> list[str]:
+def foreign_names(stored: Mapping[str, Any], config_class: Any, rules: Mapping[str, Rule], inside: str = "") -> list[str]:
     """Names in a file that would replace what a configuration class is made of; those that it does not know are kept, unread."""
     known = {each.name for each in fields(config_class)} | set(rules)
     prefix = f"{inside}." if inside else ""
-    return [f"{prefix}{shown(name)} is no field of a configuration" for name in stored if name not in known and hasattr(config_class, name)]
+    taken = [name for name in stored if name not in known and hasattr(config_class, name)]
+    fixed = [name for name in taken if getattr(getattr(config_class, name), "fset", None) is None]  # a property may be there to be set
+    return [f"{prefix}{shown(name)} is no field of a configuration" for name in fixed]
 
 
 def check_language_fields(stored: Mapping[str, Any], config_class: Any) -> None:
@@ -433,7 +435,7 @@ def check_language_fields(stored: Mapping[str, Any], config_class: Any) -> None:
     Raises:
         ValueError: naming every such field.
     """
-    found = faults(stored, LANGUAGE_RULES) + _foreign(stored, config_class, LANGUAGE_RULES)
+    found = faults(stored, LANGUAGE_RULES) + foreign_names(stored, config_class, LANGUAGE_RULES)
     for name in ("rope_parameters", "rope_scaling"):
         if isinstance(stored.get(name), Mapping):
             found += faults(stored[name], ROPE_RULES, name)
@@ -539,7 +541,7 @@ def _sides(crop_size: Any) -> set[int]:
 def _vision_faults(vision: Mapping[str, Any], processor: Mapping[str, Any] | None) -> list[str]:
     """What is wrong with the vision tower's configuration and its image processor's."""
     missing = [f"vision_config has no {name}" for name in ("image_size", "patch_size") if name not in vision]
-    found = missing + faults(vision, VISION_RULES, "vision_config") + _foreign(vision, CLIPVisionConfig, VISION_RULES, "vision_config")
+    found = missing + faults(vision, VISION_RULES, "vision_config") + foreign_names(vision, CLIPVisionConfig, VISION_RULES, "vision_config")
     found += faults(processor or {}, IMAGE_PROCESSOR_RULES, "image_processor")
     if found:
         return found

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import field, fields
 from typing import Any, ClassVar
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+import torch
+from transformers import AutoConfig, PreTrainedConfig
 
-from llava.model.config import CANVASES, MOST_TILES, TOKEN_ID, GranularityFields, ruled
-from llava.rules import Integer, faults, refuse, shown
+from llava.checkpoint_files import LIBRARY_ERRORS, is_deeper, one_line
+from llava.model.config import CANVASES, COMMON_RULES, MOST_TILES, TOKEN_ID, GranularityFields, foreign_names, ruled
+from llava.model.native.parts import read_part
+from llava.rules import Anything, Choice, Flag, Integer, Rule, faults, optional, refuse
 
-TEXT_MODEL: dict[str, Any] = {"model_type": "llama", "vocab_size": 32064}
-"""Where no text model is given: as `llava-hf/llava-v1.6-vicuna-7b-hf`, whose image token is 32000."""
 _LOGIT_FIELDS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
 """What text models do to their logits beyond a linear head, with the value that does nothing."""
-VISION_MODEL: dict[str, Any] = {"model_type": "clip_vision_model"}
+_TOP_RULES: dict[str, Rule] = {**COMMON_RULES, "quantization_config": optional(Anything()), "llava_fields": optional(Anything())}
+"""Values of config.json beside the fields of `AvgLlavaConfig`."""
 
 
 class AvgLlavaConfig(GranularityFields, PreTrainedConfig):
@@ -39,21 +41,43 @@ class AvgLlavaConfig(GranularityFields, PreTrainedConfig):
     vision_config: dict[str, Any] | PreTrainedConfig | None = None
     image_token_id: int = field(default=32000, metadata=ruled(TOKEN_ID))
     vision_feature_layer: int = field(default=-2, metadata=ruled(Integer(-2049, 2048)))
-    image_grid_pinpoints: list[list[int]] = field(default_factory=list, metadata=ruled(CANVASES))
-    tie_word_embeddings: bool | None = None
+    image_grid_pinpoints: list[list[int]] = field(default_factory=list, metadata=ruled(optional(CANVASES)))
+    tie_word_embeddings: bool | None = field(default=None, metadata=ruled(optional(Flag())))
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.text_config = _sub_config("text_config", self.text_config, TEXT_MODEL)
-        self.vision_config = _sub_config("vision_config", self.vision_config, VISION_MODEL)
-        self.image_grid_pinpoints = [list(canvas) for canvas in self.image_grid_pinpoints or []]
+        self.text_config = read_part("text_config", self.text_config)
+        self.vision_config = read_part("vision_config", self.vision_config)
+        if self.image_grid_pinpoints is None:
+            self.image_grid_pinpoints = []
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__post_init__(**kwargs)
         self.check_multimodal_fields()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read a stored configuration.
+
+        Raises:
+            ValueError: values that cannot work, all of them at once where they are wrong alone.
+        """
+        if is_deeper(config_dict):
+            raise ValueError("The configuration is nested too deeply; use the config.json that was saved with the weights.")
+        rules = {**_TOP_RULES, "model_type": Choice((cls.model_type,)), **cls._rules()}
+        judged = {name: value for name, value in config_dict.items() if not isinstance(value, torch.dtype)}
+        refuse("The configuration", faults(judged, rules) + foreign_names(config_dict, cls, rules))
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except LIBRARY_ERRORS as error:
+            raise ValueError(f"The configuration cannot work: {one_line(error)}.") from error
+
+    @classmethod
+    def _rules(cls) -> dict[str, Rule]:
+        return {each.name: each.metadata["rule"] for each in fields(cls) if "rule" in each.metadata}
+
     def check_multimodal_fields(self) -> None:
         """Raise one `ValueError` that names every field whose value cannot work."""
-        rules = {each.name: each.metadata["rule"] for each in fields(self) if "rule" in each.metadata}
+        rules = self._rules()
         found = faults({name: getattr(self, name) for name in rules}, rules)
         refuse("The configuration", found or list(self._contradictions()))
 
@@ -108,20 +132,3 @@ class AvgLlavaConfig(GranularityFields, PreTrainedConfig):
     @property
     def context_length(self) -> int:
         return int(self.text.max_position_embeddings)
-
-
-def _sub_config(name: str, given: Any, default: Mapping[str, Any]) -> PreTrainedConfig:
-    """A part's configuration as an object.
-
-    Raises:
-        ValueError: no configuration, or of a model type that this transformers does not know.
-    """
-    if isinstance(given, PreTrainedConfig):
-        return given
-    if given is not None and not isinstance(given, Mapping):
-        raise ValueError(f"{name} is {shown(given)}, expected the values of a configuration.")
-    values = dict(default if given is None else given)
-    kind = values.pop("model_type", default["model_type"])
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise ValueError(f"{name}.model_type is {shown(kind)}, expected one that this transformers knows, such as {default['model_type']}.")
-    return CONFIG_MAPPING[kind](**values)

@@ -34,9 +34,12 @@ def check_outline(model_class: Any, config: AvgLlavaConfig, stored: Mapping[str,
         declared = getattr(getattr(config, part), "num_hidden_layers", None)
         if declared is not None:
             compare_layers(f"{part}.num_hidden_layers", declared, before_number, stored, source)
+    config = copy.deepcopy(config)
+    for each in (config, config.text, config.vision):
+        each._attn_implementation = "eager"  # which is there for every model, and needs no package
     try:
         with torch.device("meta"):
-            outline = model_class(copy.deepcopy(config))
+            outline = model_class(config)
     except (ValueError, *LIBRARY_ERRORS) as error:
         raise ValueError(f"The configuration of {source} makes no model ({one_line(error)}); {CURE}") from error
     compare_shapes({name: tuple(tensor.shape) for name, tensor in outline.state_dict().items()}, stored, source)
@@ -49,7 +52,6 @@ def check_outline(model_class: Any, config: AvgLlavaConfig, stored: Mapping[str,
 def _run(outline: Any) -> None:
     """One view through the tower and the projector, and two positions through the text model."""
     inner = getattr(outline, "model", outline)
-    outline.set_attn_implementation("eager")
     side, width = inner.config.view_side, inner.config.text.hidden_size
     with torch.no_grad():
         features = inner.encode_images(torch.empty(1, 3, side, side, device="meta"))
