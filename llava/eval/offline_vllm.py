@@ -30,6 +30,7 @@ class Offline:
         self.llm, self.options, self.image_folder, self.in_flight = llm, options, image_folder, in_flight
         self.model_id = model_id
         self._sampling = SamplingParams(**sampling_fields(options))
+        self._image_token = int(llm.llm_engine.model_config.hf_config.image_token_id)
         self._wishes = processor_kwargs(options.routing) or None
 
     def check(self, rows: Iterable[Row]) -> None:
@@ -57,7 +58,7 @@ class Offline:
             elif not waiting:
                 return
             if waiting and (finished := [output for output in self.llm.llm_engine.step() if output.finished]):
-                yield [(waiting.pop(output.request_id), self._reply(output)) for output in finished]
+                yield [self._outcome(waiting.pop(output.request_id), output) for output in finished]
 
     def close(self) -> None:
         """The engine ends with the process."""
@@ -65,16 +66,16 @@ class Offline:
     def _enqueue(self, row: Row) -> str:
         messages = chat_of(row, self.image_folder)
         ids: Sequence[str] = self.llm.enqueue_chat(messages, self._sampling, use_tqdm=False, mm_processor_kwargs=self._wishes)
-        return ids[0]
+        return ids[0].rpartition("-")[0]  # the engine adds a random part of its own, which outputs lack
 
-    def _reply(self, output: Any) -> Reply:
-        places = (output.multi_modal_placeholders or {}).get("image", [])
+    def _outcome(self, row: Row, output: Any) -> tuple[Row, Reply]:
         fixed = self.options.routing.granularity
-        return Reply(
+        reply = Reply(
             text=output.outputs[0].text.strip(),
             finish_reason=str(output.outputs[0].finish_reason),
             prompt_tokens=len(output.prompt_token_ids),
             new_tokens=len(output.outputs[0].token_ids),
-            granularity=[fixed if isinstance(fixed, int) else None] * len(places),
-            visual_tokens=sum(place.length for place in places),
+            granularity=[fixed if isinstance(fixed, int) else None] * len(row.images),
+            visual_tokens=list(output.prompt_token_ids).count(self._image_token),
         )
+        return row, reply
