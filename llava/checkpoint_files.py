@@ -32,7 +32,7 @@ DEEPEST_JSON = 32
 """Objects and lists within one another; what is deeper breaks the libraries that copy it."""
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-QUANTISED = {"bitsandbytes": ("U8", "I8")}
+QUANTISED = {"bitsandbytes": ("U8", "I8"), "compressed-tensors": ("I8", "I32", "I64", "F8_E4M3")}
 """Quantisation method in config.json -> dtypes of safetensors that its packed weights have."""
 STORED_BUFFERS = (r"rotary_emb\.inv_freq$", r"embeddings\.position_ids$")
 """Buffers that older libraries stored and today's compute: never read, whatever they hold."""

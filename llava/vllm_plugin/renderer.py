@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from PIL import Image
 from vllm.config import VllmConfig
 from vllm.inputs import TokensPrompt
 from vllm.renderers.base import BaseRenderer
@@ -51,11 +54,13 @@ class AvgLlavaRenderer(BaseRenderer):
     # ---- messages ------------------------------------------------------------------------------------------------------------
 
     def render_messages(self, messages: list[Any], params: ChatParams) -> tuple[list[Any], Any]:
-        parsed = parse_chat_messages(messages, self.model_config, **_parsing(params))
+        with _reading_files():
+            parsed = parse_chat_messages(messages, self.model_config, **_parsing(params))
         return parsed[0], _prompt(self._chat_ids(parsed[0], params), *parsed[1:])
 
     async def render_messages_async(self, messages: list[Any], params: ChatParams) -> tuple[list[Any], Any]:
-        parsed = await parse_chat_messages_async(messages, self.model_config, **_parsing(params))
+        with _reading_files():
+            parsed = await parse_chat_messages_async(messages, self.model_config, **_parsing(params))
         return parsed[0], _prompt(await self._chat_ids_async(parsed[0], params), *parsed[1:])
 
     def _chat_ids(self, conversation: Sequence[Any], params: ChatParams) -> list[int]:
@@ -94,6 +99,15 @@ class AvgLlavaRenderer(BaseRenderer):
         check_wishes(prompt.get("mm_processor_kwargs") or {})
         if not prompt.get("multi_modal_data") and self._served.image_token_id in prompt["prompt_token_ids"]:
             raise ValueError("The prompt has an image token but no image; send one, or leave the token out.")
+
+
+@contextmanager
+def _reading_files() -> Iterator[None]:
+    """What torch and Pillow raise at files that are none, as vLLM expects bad input to be told."""
+    try:
+        yield
+    except (EOFError, pickle.UnpicklingError, Image.DecompressionBombError) as error:
+        raise ValueError("An image's file cannot be read, expected a whole image, or a tensor that torch.save wrote.") from error
 
 
 def _parsing(params: ChatParams) -> dict[str, Any]:

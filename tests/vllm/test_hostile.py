@@ -28,7 +28,7 @@ WIDTH = 192
 EMBEDDING_ONLY = ("--enable-mm-embeds", "--limit-mm-per-prompt", '{"image": 0}', "--enforce-eager")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def server(serve: Callable[..., VllmServer], llava_folder: Path) -> VllmServer:
     return serve(llava_folder, *TRUSTED)
 
@@ -107,10 +107,6 @@ def test_a_bias_that_is_no_number(server: VllmServer, value: str) -> None:
 
 def test_wishes_are_judged_without_an_image_too(server: VllmServer) -> None:
     refused(server.chat(user("Hello"), mm_processor_kwargs={"x": 1}), LEVEL)
-
-
-def test_a_server_that_trusts_nobody_takes_no_wishes(serve: Callable[..., VllmServer], llava_folder: Path) -> None:
-    refused(serve(llava_folder, "--enforce-eager").chat(user(image(), "Hi"), mm_processor_kwargs={LEVEL: 4}), "--trust-request-mm-kwargs")
 
 
 # ---- prompts -----------------------------------------------------------------------------------------------------------------
@@ -271,3 +267,7 @@ def test_embeddings(serve: Callable[..., VllmServer], llava_folder: Path) -> Non
     statuses["wishes"] = only.chat(good, mm_processor_kwargs={LEVEL: 4}).status_code
     assert statuses == dict.fromkeys(statuses, 400)
     assert only.chat(good).json()["choices"][0]["token_ids"] == before["choices"][0]["token_ids"]
+
+
+def test_a_server_that_trusts_nobody_takes_no_wishes(serve: Callable[..., VllmServer], llava_folder: Path) -> None:
+    refused(serve(llava_folder, "--enforce-eager").chat(user(image(), "Hi"), mm_processor_kwargs={LEVEL: 4}), "--trust-request-mm-kwargs")

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from transformers import AutoConfig
 
+from llava.convert import layout_of
 from llava.convert import main as convert
 from llava.inference import Assistant, micro_model_path
 from llava.vllm_plugin.served import ServedModel, complete
@@ -20,12 +21,19 @@ def assistant() -> Assistant:
     return Assistant.load(device="cpu")
 
 
-@pytest.fixture(scope="session", params=["llava", "native"])
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The shipped model in each layout."""
-    output = tmp_path_factory.mktemp("layouts") / request.param
-    shipped = micro_model_path()
-    path = str(output) if convert([shipped, str(output), "--to", request.param]) == 0 else shipped
+    output, shipped = tmp_path_factory.mktemp("layouts"), micro_model_path()
+    own = layout_of(Path(shipped))
+    other = {"llava": "native", "native": "llava"}[own]
+    assert convert([shipped, str(output / other), "--to", other]) == 0
+    return {own: shipped, other: str(output / other)}
+
+
+@pytest.fixture(scope="session", params=["llava", "native"])
+def served(request: pytest.FixtureRequest, folders: dict[str, str]) -> ServedModel:
+    path = folders[request.param]
     config = AutoConfig.from_pretrained(path)
     complete(config, path)
     return ServedModel(config, path, {})

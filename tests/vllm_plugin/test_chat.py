@@ -54,7 +54,11 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[Message]]] = {
     ),
     "spaces": ([{"role": "user", "content": [IMAGE, text("  two  spaces ")]}], [Message("user", "<image>\n  two  spaces ")]),
     "an answer of parts": (
-        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": [text("Yes"), text("No")]}, {"role": "user", "content": "Eh?"}],
+        [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": [text("Yes"), text("No")]},
+            {"role": "user", "content": "Eh?"},
+        ],
         [Message("user", "Hi"), Message("assistant", "Yes\nNo"), Message("user", "Eh?")],
     ),
 }

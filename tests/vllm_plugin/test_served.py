@@ -50,13 +50,11 @@ def test_completing_twice_changes_nothing(served: ServedModel) -> None:
     assert served.stored.to_dict() == before
 
 
-def test_a_checkpoint_of_single_views_is_laid_out_as_llava_does(assistant: Assistant, images: list[Image.Image]) -> None:
-    stored = AutoConfig.from_pretrained(assistant.model.config._name_or_path)
-    if isinstance(stored, AvgLlavaConfig):
-        pytest.skip("only LLaVA's layout has flat views")
+def test_a_checkpoint_of_single_views_is_laid_out_as_llava_does(folders: dict[str, str], images: list[Image.Image]) -> None:
+    stored = AutoConfig.from_pretrained(folders["llava"])
     stored.image_aspect_ratio = "pad"
-    complete(stored, stored._name_or_path)
-    served = ServedModel(stored, stored._name_or_path, {})
+    complete(stored, folders["llava"])
+    served = ServedModel(stored, folders["llava"], {})
     assert served.views(images[0]).shape == (3, 64, 64)
     unseen = served.unseen(images[0].size)
     assert unseen.is_flat and served.most_tokens(images[0].size) == 64
