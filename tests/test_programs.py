@@ -22,7 +22,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-FRONT = ("llava.serve.controller", "llava.serve.gradio_web_server", "llava.serve.sglang_worker")
+FRONT = ("llava.serve.controller", "llava.serve.gradio_web_server", "llava.serve.sglang_worker", "llava.serve.openai_worker")
 """Programs that have no model in their process."""
 PROGRAMS = (
     *("llava.serve", *FRONT, "llava.serve.model_worker", "llava.serve.cli"),

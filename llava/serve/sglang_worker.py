@@ -1,4 +1,5 @@
-"""`python -m llava.serve.sglang_worker`: register a running SGLang, vLLM or other OpenAI-compatible server with our controller.
+"""`python -m llava.serve.sglang_worker`, or `openai_worker`: register a running SGLang, vLLM or other OpenAI-compatible server with our
+controller.
 
     controller <──registers── this worker ──/v1/chat/completions──> backend
 
@@ -51,6 +52,17 @@ IGNORED = {"--multi-modal": "images are passed on to the backend"}
 """A flag of LLaVA's worker, and why it changes nothing."""
 
 
+def granularity_list(text: str) -> tuple[int, ...]:
+    """Read numbers separated by commas, in ascending order."""
+    try:
+        levels = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        levels = ()
+    if not levels or list(levels) != sorted(set(levels)) or levels[0] < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no ascending list of tokens per view, such as 36,72,144,288,576")
+    return levels
+
+
 def build_parser(prog: str = PROG) -> Parser:
     """The command line's flags."""
     parser = Parser(prog, "Serve the model of another server.", FIRST)
@@ -62,6 +74,9 @@ def build_parser(prog: str = PROG) -> Parser:
     group.add_argument("--model-name", metavar="NAME", help="what our clients call it (default: the same)")
     group.add_argument("--backend-api-key", metavar="KEY", help="shown to the backend; the process list shows it too")
     group.add_argument("--backend-api-key-file", metavar="FILE", help="the same, read from a file")
+    group.add_argument("--granularities", type=granularity_list, metavar="N,N", default=(),
+                       help="tokens per view of its model, where the backend is a vLLM with this project's plug-in")  # fmt: skip
+    group.add_argument("--without-router", action="store_true", help="the plug-in's model has no router")
     group.add_argument("--backend-timeout", type=float, default=120.0, metavar="SECONDS", help="how long the backend may be silent")
     group.add_argument("--context-length", type=int, default=4096, metavar="N", help="reported to clients where the backend reports none")
     group.add_argument("--limit-model-concurrency", type=int, default=32, metavar="N", help="requests that the backend gets at once")
@@ -84,12 +99,16 @@ def backend_from(args: argparse.Namespace, limits: Limits) -> Backend:
     keys = read_secrets([args.backend_api_key] if args.backend_api_key else [], args.backend_api_key_file)
     if len(keys) > 1:
         raise ValueError("More than one key for the backend is given; give one, by flag or by file.")
+    if args.without_router and not args.granularities:
+        raise ValueError("--without-router says something of a backend with --granularities; give both or neither.")
     seconds = args.backend_timeout
     backend = Backend(
         url=args.backend,
         model=args.model or "",
         name=args.model_name,
         api_key=keys[0] if keys else None,
+        granularities=args.granularities,
+        has_router=not args.without_router,
         context_length=args.context_length,
         max_images=limits.max_images,
         concurrency=args.limit_model_concurrency,

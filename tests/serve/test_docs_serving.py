@@ -182,6 +182,7 @@ def test_every_flag_in_the_text_is_a_programs() -> None:
     known = {flag for program in PROGRAMS for action in parser_of(program)._actions for flag in action.option_strings}
     others = {"--gpus", "--stop-timeout"}  # docker's
     others |= {"--enable-mm-embeds", "--limit-mm-per-prompt", "--tensor-parallel-size", "--gpu-memory-utilization"}  # vLLM's
+    others |= {"--trust-request-mm-kwargs", "--enable-prompt-tokens-details"}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", prose)) - others <= known
 
 

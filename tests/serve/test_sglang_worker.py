@@ -183,12 +183,41 @@ def test_the_published_flags_and_their_other_names() -> None:
         (("--backend", "http://127.0.0.1:30000", "--backend-timeout", "0"), "--backend-timeout"),
         (("--backend", "http://127.0.0.1:30000", "--backend-api-key-file", "/nowhere"), "key file"),
         (("--backend", "http://127.0.0.1:30000", "--max-queue", "-1"), "--max-queue"),
+        (("--backend", "http://127.0.0.1:30000", "--without-router"), "give both or neither"),
     ],
 )
 def test_flags_that_cannot_work_are_one_sentence(flags: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*flags, "--model", "m", "--port", "0"]) == 1
     told = capsys.readouterr().err
     assert said in told and "Traceback" not in told
+
+
+def test_a_plug_ins_granularities_come_from_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    args = parsed("--backend", "http://127.0.0.1:30000", "--granularities", "4,16,64", "--without-router")
+    backend = backend_from(args, read_limits(args))
+    assert backend.granularities == (4, 16, 64) and not backend.has_router
+    for wrong in ("64,16", "4,4", "0,4", "4,x", ""):
+        with pytest.raises(SystemExit, match="2"):
+            parsed("--backend", "http://127.0.0.1:30000", "--granularities", wrong)
+        assert "is no ascending list of tokens per view" in capsys.readouterr().err
+
+
+def test_visual_tokens_of_a_vllm_reach_the_client() -> None:
+    def answer(exchange: Exchange) -> None:
+        exchange.begin_stream()
+        exchange.event({"choices": [{"index": 0, "delta": {"content": "red"}, "finish_reason": "stop"}]})
+        details = {"multimodal_tokens": {"image": 24}}
+        exchange.event({"choices": [], "usage": {"prompt_tokens": 40, "completion_tokens": 1, "prompt_tokens_details": details}})
+        exchange.event("[DONE]")
+        exchange.end_stream()
+
+    with FakeBackend(answer) as fake, bridge_to(fake.url, "other", name="fake", granularities=(4, 16)) as bridge:
+        wait_until(lambda: is_ready(bridge))
+        usage = HTTP.post(bridge.url + "/v1/chat/completions", json=chat(granularity=16)).json()["usage"]
+        assert usage["visual_tokens"] == 24 and fake.requests[-1].json["mm_processor_kwargs"] == {"vis_token_granularity": 16}
+        refused = HTTP.post(bridge.url + "/v1/chat/completions", json=chat(granularity=5))
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "granularity"
+        assert "avg_llava_visual_tokens_total 24.0" in HTTP.get(bridge.url + "/metrics").text
 
 
 def test_without_a_model_name_the_only_one_of_the_backend_is_taken(capsys: pytest.CaptureFixture[str]) -> None:

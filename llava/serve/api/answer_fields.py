@@ -87,7 +87,7 @@ def usage_fields(endings: Sequence[Finished], n: int = 0) -> dict[str, Any]:
         "prompt_tokens": read,
         "completion_tokens": written,
         "total_tokens": read + written,
-        "visual_tokens": sum(image.visual_tokens for image in images),
+        "visual_tokens": sum(image.visual_tokens for image in images) + sum(ending.visual_tokens for ending in prompts),
         "full_visual_tokens": sum(image.full_visual_tokens for image in images),
         "granularities": [image.granularity for image in images],
     }

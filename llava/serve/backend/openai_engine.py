@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from llava.messages import RoutingRequest
+from llava.messages import Message, RoutingRequest
 from llava.serve.api.paths import CHAT_PATH, DETOKENIZE_PATH, TOKENIZE_PATH
 from llava.serve.backend.openai_request import chat_body, check_sampling, data_url
 from llava.serve.backend.openai_server import Backend, BackendModel, list_models
@@ -25,13 +25,25 @@ from llava.serve.backend.openai_stream import check_head, read_stream
 from llava.serve.backend.openai_tokens import prompt_tokens, tokenize_body
 from llava.serve.http.client import BoundedClient, BrokenResponse, Reply, Unreachable
 from llava.serve.http.json_response import compact_json
-from llava.serve.protocol import EngineImage, EngineStats, ErrorKind, Event, GenerationRequest, ModelCard, PromptTokens, ServeError
+from llava.serve.protocol import (
+    EngineImage,
+    EngineStats,
+    ErrorKind,
+    Event,
+    GenerationRequest,
+    ModelCard,
+    PromptTokens,
+    Sampling,
+    ServeError,
+)
 from llava.serve.protocol.error_templates import BACKEND_LACKS_GRANULARITIES, BACKEND_LACKS_TOKENS
 
 logger = logging.getLogger(__name__)
 
 MAX_STREAM_BYTES = 256_000_000
 """Of one answer."""
+_NO_BIAS = 1e-9
+"""Changes no choice, and is refused by a server whose model has no router."""
 _MAX_TOKENS_BYTES = 64_000_000
 _WAITING_EVENTS = 64
 """Events of one answer that may wait for a slow reader; beyond that the backend's stream is not read on."""
@@ -166,15 +178,23 @@ class RemoteEngine(ServerEngine):
         return ModelCard(
             name=self.backend.name or self.backend.model,
             context_length=(model.context_length if model else None) or self.backend.context_length,
-            granularities=model.granularities if model else (),
-            has_router=model.has_router if model else False,
+            granularities=self.backend.granularities or (model.granularities if model else ()),
+            has_router=self.backend.has_router if self.backend.granularities else bool(model and model.has_router),
             takes_images=True,
             max_images=self.backend.max_images,
             description=model.description if model else None,
         )
 
     async def _admit(self, model: BackendModel) -> None:
-        """A server that lists the model is good enough; what it refuses, it refuses by request."""
+        """Ask a vLLM that is said to have our plug-in about an image at its granularities; others only have to list the model."""
+        levels = self.backend.granularities
+        if not levels:
+            return
+        image = await asyncio.to_thread(self.prepare_image, Image.new("RGB", (64, 64)))
+        routing = RoutingRequest(levels, bias=_NO_BIAS if self.backend.has_router else 0.0)
+        asked = GenerationRequest("probe", (Message("user", "?"),), None, (image,), Sampling(max_new_tokens=1), routing)
+        async for _ in self._answered(asked, model.owner, monotonic()):
+            pass
 
     def prepare_image(self, image: Image.Image) -> EngineImage:
         """The image as a data URL."""
@@ -184,7 +204,7 @@ class RemoteEngine(ServerEngine):
 
     async def tokenize(self, request: GenerationRequest, special: bool = True) -> PromptTokens:
         self._check(request)
-        body = await asyncio.to_thread(tokenize_body, request, special, self.backend.model)
+        body = await asyncio.to_thread(tokenize_body, request, special, self.backend.model, self.backend.granularities)
         try:
             return prompt_tokens(await self._post(TOKENIZE_PATH, body))
         except BrokenResponse as error:
@@ -218,12 +238,16 @@ class RemoteEngine(ServerEngine):
         self._check(request)
         async with self._concurrency:
             generation.running = True
-            queued = monotonic()
-            content = await asyncio.to_thread(self._body, request)
-            async with self.ask(CHAT_PATH, content, "text/event-stream", MAX_STREAM_BYTES) as reply:
-                await check_head(reply)
-                async for event in read_stream(reply, begun, queued):
-                    yield event
+            async for event in self._answered(request, self._owner, begun):
+                yield event
+
+    async def _answered(self, request: GenerationRequest, owner: str, begun: float) -> AsyncIterator[Event]:
+        queued = monotonic()
+        content = await asyncio.to_thread(self._body, request, owner)
+        async with self.ask(CHAT_PATH, content, "text/event-stream", MAX_STREAM_BYTES) as reply:
+            await check_head(reply)
+            async for event in read_stream(reply, begun, queued):
+                yield event
 
     @property
     def _owner(self) -> str:
@@ -239,8 +263,8 @@ class RemoteEngine(ServerEngine):
                 ErrorKind.INVALID_REQUEST, f"The request holds {len(request.images)} images, expected at most {self.backend.max_images}."
             )
 
-    def _body(self, request: GenerationRequest) -> bytes:
-        return compact_json(chat_body(request, self.backend.model, self._owner))
+    def _body(self, request: GenerationRequest, owner: str) -> bytes:
+        return compact_json(chat_body(request, self.backend.model, owner, self.backend.granularities))
 
 
 class RemoteGeneration:

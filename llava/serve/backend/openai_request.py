@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from llava import openai_chat
 from llava.messages import Message, RoutingRequest, normalise_turns
 from llava.openai_chat import data_url as data_url
-from llava.openai_chat import routing_fields as routing_fields
+from llava.openai_chat import processor_kwargs, routing_fields
 from llava.serve.api.guide_fields import ANY_OBJECT
 from llava.serve.api.read_prompt import read_prompt
 from llava.serve.protocol import EngineImage, ErrorKind, GenerationRequest, Guide, GuideKind, Sampling, ServeError
-from llava.serve.protocol.error_templates import BACKEND_LACKS_FIELD, UNKNOWN_TEMPLATE
+from llava.serve.protocol.error_templates import BACKEND_LACKS_DETAIL, BACKEND_LACKS_FIELD, UNKNOWN_TEMPLATE
 
 _OPENAI_FIELDS = {"seed": "seed", "stop": "stop", "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty"}
 _EXTENSION_FIELDS = {
@@ -66,14 +67,42 @@ def _is_set(sampling: Sampling, name: str) -> bool:
     return bool(getattr(sampling, name) != getattr(Sampling, name))
 
 
-def chat_body(request: GenerationRequest, model: str, owner: str = "") -> dict[str, Any]:
+def chat_body(request: GenerationRequest, model: str, owner: str = "", levels: Sequence[int] = ()) -> dict[str, Any]:
     """A request as the body of a chat completion; images become PNG data URLs.
+
+    Args:
+        owner: of the model, as the backend reports it. levels: see `granularity_fields`.
 
     Raises:
         ServeError: the turns or their placeholders do not fit the images, or a finished prompt is of no known template.
     """
-    messages = chat_messages(request_turns(request), request.images, request.routing)
-    return {"model": model, "messages": messages, **sampling_fields(request.sampling, owner), **routing_fields(request.routing)}
+    routing, fields = granularity_fields(request.routing, levels)
+    messages = chat_messages(request_turns(request), request.images, routing)
+    return {"model": model, "messages": messages, **sampling_fields(request.sampling, owner), **fields}
+
+
+def granularity_fields(routing: RoutingRequest, levels: Sequence[int]) -> tuple[RoutingRequest, dict[str, Any]]:
+    """What a backend is told of the granularity.
+
+    Args:
+        levels: of a vLLM with our plug-in, tokens per view, coarse to fine; it takes `mm_processor_kwargs`, the same for all images.
+
+    Returns:
+        What is left to say of each image by itself, and fields of the body.
+
+    Raises:
+        ServeError: details of images that cannot be said that way.
+    """
+    if not levels:
+        return routing, routing_fields(routing)
+    details, granularity = set(routing.details), routing.granularity
+    if any(details) and not isinstance(granularity, int):
+        if len(details) > 1 or routing.max_visual_tokens is not None:
+            raise ServeError(ErrorKind.INVALID_REQUEST, BACKEND_LACKS_DETAIL, "images")
+        granularity = (min if "low" in details else max)(levels if granularity is None else granularity)
+    decided = replace(routing, granularity=granularity, details=())
+    kwargs = processor_kwargs(decided)
+    return decided, {"mm_processor_kwargs": kwargs} if kwargs else {}
 
 
 def sampling_fields(sampling: Sampling, owner: str) -> dict[str, Any]:

@@ -19,6 +19,8 @@ class Backend:
 
     url: `http(s)://host:port`, with `/v1` or without. model: the name the backend knows the model by. api_key: sent as a bearer token.
     name: what our clients call the model; by default the same.
+    granularities: tokens per view, coarse to fine, of a vLLM with this project's plug-in; it takes them as `mm_processor_kwargs`, and its
+    model list does not name them. has_router: whether that model has one.
     context_length: reported to clients where the backend reports none. max_images: per request.
     concurrency: requests sent to the backend at once; at most max_queue further ones wait here.
     timeouts: seconds for an answer. poll_seconds: between two requests of its model list.
@@ -28,6 +30,8 @@ class Backend:
     model: str
     name: str | None = None
     api_key: str | None = None
+    granularities: tuple[int, ...] = ()
+    has_router: bool = True
     context_length: int = 4096
     max_images: int = 8
     concurrency: int = 32

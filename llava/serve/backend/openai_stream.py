@@ -168,7 +168,9 @@ class _StreamParser:
         milliseconds |= {"decode": 1000 * (now - (self._first or now)), "total": 1000 * (now - self._begun)}
         # A server that counts no tokens still sends about one per chunk.
         completion = _count(self._usage, "completion_tokens") or self._chunks_with_text
-        return Finished(self._reason, _count(self._usage, "prompt_tokens"), completion, image_reports(self._report), milliseconds)
+        reports = image_reports(self._report)
+        visual = 0 if reports else _visual_tokens(self._usage)
+        return Finished(self._reason, _count(self._usage, "prompt_tokens"), completion, reports, milliseconds, visual)
 
     def _milliseconds(self, first: float) -> dict[str, float]:
         """The backend's own parts where it reports them, and the sums as measured here."""
@@ -189,6 +191,13 @@ def is_number(value: object) -> bool:
 def _count(usage: dict[str, Any], key: str) -> int:
     value = usage.get(key)
     return value if isinstance(value, int) and is_count(value) else 0
+
+
+def _visual_tokens(usage: dict[str, Any]) -> int:
+    """Positions of a prompt that its images take, as vLLM reports them with `--enable-prompt-tokens-details`."""
+    details = usage.get("prompt_tokens_details")
+    by_modality = details.get("multimodal_tokens") if isinstance(details, dict) else None
+    return _count(by_modality, "image") if isinstance(by_modality, dict) else 0
 
 
 def _scores(logprobs: object) -> tuple[TokenScore, ...]:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from llava.serve.backend.openai_request import chat_messages, request_turns, routing_fields
+from llava.serve.backend.openai_request import chat_messages, granularity_fields, request_turns
 from llava.serve.backend.openai_stream import is_count
 from llava.serve.http.client import BrokenResponse
 from llava.serve.protocol import GenerationRequest, PromptTokens
 
 
-def tokenize_body(request: GenerationRequest, special: bool, model: str) -> dict[str, Any]:
+def tokenize_body(request: GenerationRequest, special: bool, model: str, levels: Sequence[int] = ()) -> dict[str, Any]:
     """The body that asks for the tokens of a request's prompt.
 
     Args:
-        special: whether a finished prompt's tokens begin with the BOS token.
+        special: whether a finished prompt's tokens begin with the BOS token. levels: see `granularity_fields`.
 
     Raises:
         ServeError: the turns or their placeholders do not fit the images.
     """
-    body: dict[str, Any] = {"model": model, "return_token_strs": True, **routing_fields(request.routing)}
+    routing, fields = granularity_fields(request.routing, levels)
+    body: dict[str, Any] = {"model": model, "return_token_strs": True, **fields}
     if request.prompt is None:
-        return body | {"messages": chat_messages(request_turns(request), request.images, request.routing)}
+        return body | {"messages": chat_messages(request_turns(request), request.images, routing)}
     images = {"images": [image.content for image in request.images]} if request.images else {}
     return body | {"prompt": request.prompt, "add_special_tokens": special, **images}
 

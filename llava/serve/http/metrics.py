@@ -75,6 +75,7 @@ class Metrics:
         self._requests.labels(event.finish_reason).inc()
         self._prompt_tokens.inc(event.prompt_tokens)
         self._new_tokens.inc(event.completion_tokens)
+        self._spent.inc(event.visual_tokens)
         self._total.observe(event.milliseconds.get("total", 0.0) / 1000)
         decode = event.milliseconds.get("decode", 0.0)
         if decode > 0 and event.completion_tokens:

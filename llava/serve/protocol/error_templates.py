@@ -27,6 +27,10 @@ BACKEND_LACKS_FIELD = "The server behind this model is not known to support {par
 BACKEND_LACKS_GRANULARITIES = (
     "The server behind this model has no granularities to choose from; leave out granularity, max_visual_tokens and granularity_bias."
 )
+BACKEND_LACKS_DETAIL = (
+    "The server behind this model takes one granularity for all images of a request; give all of them the same detail, and none together "
+    "with max_visual_tokens."
+)
 BACKEND_LACKS_TOKENS = "The server behind this model does not return tokens."
 BACKEND_READS_OTHERWISE = (
     "The server behind this model would read this prompt in another way: it is of another conversation template, or has an image within a "
@@ -50,6 +54,7 @@ ERROR_TEMPLATES = (
     GUIDES_UNSUPPORTED,
     BACKEND_LACKS_FIELD,
     BACKEND_LACKS_GRANULARITIES,
+    BACKEND_LACKS_DETAIL,
     BACKEND_LACKS_TOKENS,
     BACKEND_READS_OTHERWISE,
     UNKNOWN_TEMPLATE,

@@ -168,13 +168,18 @@ class Piece:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end. finish_reason: `stop` or `length`. completion_tokens: new tokens. milliseconds: those of `Started`, `decode` and `total`."""
+    """The end.
+
+    finish_reason: `stop` or `length`. completion_tokens: new tokens. milliseconds: those of `Started`, `decode` and `total`.
+    visual_tokens: of all images together, where their sum is known and nothing of each.
+    """
 
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
     images: tuple[ImageReport, ...]
     milliseconds: dict[str, float]
+    visual_tokens: int = 0
 
 
 Event = Started | Piece | Finished

@@ -636,3 +636,79 @@ def test_a_backends_url_is_checked(url: str) -> None:
     with pytest.raises(ValueError):
         _ = Backend(url, "m").endpoint
     assert Backend("http://localhost:30000/v1/", "m").endpoint.url.port == 30000
+
+
+# ---- a vLLM with the plug-in
+
+
+def plugin(exchange: Exchange) -> None:
+    """A whole answer whose usage counts the positions of its images."""
+    exchange.begin_stream()
+    exchange.event({"choices": [{"index": 0, "delta": {"content": "red"}, "finish_reason": "stop"}]})
+    exchange.event({
+        "choices": [],
+        "usage": {"prompt_tokens": 40, "completion_tokens": 1, "prompt_tokens_details": {"multimodal_tokens": {"image": 24}}},
+    })  # fmt: skip
+    exchange.event("[DONE]")
+    exchange.end_stream()
+
+
+LEVELS = {"granularities": (4, 16, 64)}
+
+
+@pytest.mark.parametrize(
+    ("routing", "kwargs"),
+    [
+        (RoutingRequest(), None),
+        (RoutingRequest(16), {"vis_token_granularity": 16}),
+        (RoutingRequest((4, 16), 90, -0.5), {"vis_token_granularity": [4, 16], "max_visual_tokens": 90, "granularity_bias": -0.5}),
+        (RoutingRequest(details=("low", "low")), {"vis_token_granularity": 4}),
+        (RoutingRequest((4, 16), details=("high", "high")), {"vis_token_granularity": 16}),
+        (RoutingRequest(16, details=("high", None)), {"vis_token_granularity": 16}),
+    ],
+)
+def test_a_vllm_with_the_plug_in_gets_granularities_in_its_own_form(routing: RoutingRequest, kwargs: Any) -> None:
+    async def work(engine: RemoteEngine) -> list[Event]:
+        return await collected(engine, asking("<image>\n<image>\nWhich?", images=(RED, BLUE), routing=routing))
+
+    with FakeBackend(plugin) as fake:
+        end = with_engine(fake, work, **LEVELS)[-1]
+        body = fake.requests[-1].json
+    assert body.get("mm_processor_kwargs") == kwargs and not {"granularity", "max_visual_tokens", "granularity_bias"} & body.keys()
+    assert all("detail" not in part.get("image_url", {}) for part in body["messages"][0]["content"])
+    assert end.visual_tokens == 24 and end.images == ()
+
+
+@pytest.mark.parametrize(
+    "routing", [RoutingRequest(details=("low", None)), RoutingRequest(details=("low", "high")),
+                RoutingRequest(max_visual_tokens=50, details=("high", "high"))]
+)  # fmt: skip
+def test_details_that_differ_cannot_be_said_to_the_plug_in(routing: RoutingRequest) -> None:
+    async def work(engine: RemoteEngine) -> ServeError:
+        with pytest.raises(ServeError) as caught:
+            await collected(engine, asking("<image>\n<image>\nWhich?", images=(RED, BLUE), routing=routing))
+        return caught.value
+
+    with FakeBackend(plugin) as fake:
+        error = with_engine(fake, work, **LEVELS)
+    assert error.kind is ErrorKind.INVALID_REQUEST and error.param == "images" and "the same detail" in error.detail
+
+
+@pytest.mark.parametrize(("has_router", "bias"), [(True, True), (False, False)])
+def test_the_plug_in_is_asked_about_its_granularities_first(has_router: bool, bias: bool) -> None:
+    async def work(engine: RemoteEngine) -> tuple[bool, Any]:
+        return engine.ready, engine.card
+
+    with FakeBackend(plugin) as fake:
+        ready, card = with_engine(fake, work, has_router=has_router, **LEVELS)
+        kwargs = fake.requests[0].json["mm_processor_kwargs"]
+    assert ready and card.granularities == (4, 16, 64) and card.has_router is has_router
+    assert kwargs["vis_token_granularity"] == [4, 16, 64] and ("granularity_bias" in kwargs) is bias
+
+
+def test_a_server_that_refuses_granularities_is_not_ready() -> None:
+    async def work(engine: RemoteEngine) -> bool:
+        return engine.ready
+
+    with FakeBackend(lambda exchange: exchange.reply({"error": {"message": "--trust-request-mm-kwargs"}}, 400)) as fake:
+        assert not with_engine(fake, work, **LEVELS)
