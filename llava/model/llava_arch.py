@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers import initialization as init
@@ -84,7 +85,8 @@ class InnerModel(nn.Module):
     @property
     def newline(self) -> Tensor | None:
         """The vector (D,) that ends a row of tiles, where the model has one."""
-        return getattr(self, "image_newline", None)
+        with align_module_device(self):  # an offloaded weight is there while its module runs, and this one is read before
+            return getattr(self, "image_newline", None)
 
     def initialize_newline(self) -> None:
         """Draw a vector that ends rows of tiles, where there is none."""

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig
 
 WHOLE_PARTS = ["model.mm_projector", "model.multi_modal_projector", "model.vision_tower", "model.router", "lm_head"]
 """Never quantised: small, and what the answers' precision hangs on."""
+
+
+def kept_in_float32(config: Any) -> list[str] | None:
+    """`_keep_in_fp32_modules` of a model that is being built: its router, where a stock configuration quantises every linear layer.
+
+    Quantisers leave alone what is named here, and compare with the start of a module's name. Without one the router has the dtype of the
+    rest.
+    """
+    return None if getattr(config, "quantization_config", None) is None else ["model.router"]
 
 
 def quantization_config(

@@ -141,7 +141,8 @@ class TowerNames:
         size = self.image_size
         if views.shape[1:] != (3, size, size):
             raise ValueError(f"Views have shape {tuple(views.shape[1:])}, expected (3, {size}, {size}); prepare them with process_images.")
-        return self._features(self.hidden_state(views.to(self.device, self.dtype)))
+        device = views.device if self.device.type == "meta" else self.device  # offloaded weights come to where the views are
+        return self._features(self.hidden_state(views.to(device, self.dtype)))
 
 
 class CLIPVisionTower(TowerNames, nn.Module):

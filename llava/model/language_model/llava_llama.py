@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Lla
 from llava.model.config import LlavaConfig
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 from llava.model.loading import CheckpointLoading
+from llava.model.quantization import kept_in_float32
 from llava.model.router import register_stored_names
 
 
@@ -33,6 +34,7 @@ class LlavaLlamaForCausalLM(CheckpointLoading, LlavaMetaForCausalLM, LlamaForCau
 
     def __init__(self, config: LlavaConfig) -> None:
         super(LlamaForCausalLM, self).__init__(config)
+        self._keep_in_fp32_modules = kept_in_float32(config)
         self.model = LlavaLlamaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralForCausalLM, M
 from llava.model.config import LlavaMistralConfig
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 from llava.model.loading import CheckpointLoading
+from llava.model.quantization import kept_in_float32
 from llava.model.router import register_stored_names
 
 
@@ -33,6 +34,7 @@ class LlavaMistralForCausalLM(CheckpointLoading, LlavaMetaForCausalLM, MistralFo
 
     def __init__(self, config: LlavaMistralConfig) -> None:
         super(MistralForCausalLM, self).__init__(config)
+        self._keep_in_fp32_modules = kept_in_float32(config)
         self.model = LlavaMistralModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -38,6 +38,7 @@ from llava.model.native.hub import HubFolder
 from llava.model.native.image_tokens import expand, levels_of_runs
 from llava.model.native.outline import check_outline
 from llava.model.projector import build_projector
+from llava.model.quantization import kept_in_float32
 from llava.model.router import GranularityRouter, register_stored_names
 from llava.model.routing import RoutingReport
 from llava.model.splice import PromptRow, check_context
@@ -428,6 +429,7 @@ class AvgLlavaForConditionalGeneration(HubFolder, AvgLlavaPreTrainedModel, AvgLl
     def __init__(self, config: AvgLlavaConfig) -> None:
         super().__init__(config)
         text = config.text
+        self._keep_in_fp32_modules = kept_in_float32(config)
         self.model = self.inner_class(config)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
