@@ -265,7 +265,10 @@ class ScoreArguments:
     index_cache: str | None = field(default=None, metadata={"help": "Folder for the index; beside the data by default."})
     version: str | None = field(default=None, metadata={"help": "Conversation template; the checkpoint's by default."})
     vis_token_granularity: str | None = field(default=None, metadata={"help": "Granularities; the checkpoint's by default."})
-    batch_size: int = field(default=8, metadata={"help": "Rows per pass of the language model."})
+    batch_size: int = field(
+        default=8, metadata={"help": "Rows per pass of the language model; rows about one image share a pass, however many."}
+    )
+    num_workers: int = field(default=2, metadata={"help": "Processes that read rows and images ahead; 0: none."})
     part_rows: int = field(default=512, metadata={"help": "Rows per part; an interrupted pass repeats at most one part."})
     device: str | None = field(default=None, metadata={"help": "cuda, mps or cpu; by default the best that is available."})
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})

@@ -27,6 +27,7 @@ from llava.train.distributed import forward_replaced
 from llava.train.features import FeatureCache
 from llava.train.losses import cost_adjusted, mean_over, rglf_losses, router_feedback, token_losses_in_chunks, tokens_at_once
 from llava.train.packing import PADDING_OWNER, pack
+from llava.train.shared_prefix import hidden_states_behind_a_prefix, reads_behind_a_prefix, shared_prefix
 
 Batch = dict[str, Any]
 
@@ -84,8 +85,8 @@ def image_features(model: Any, batch: Batch, cache: FeatureCache | None = None) 
 
     Pixels become the values that the tower reads here, on its device; views that are of a floating type have them already.
 
-    With a cache, images are encoded one at a time, so that cached features never depend on the rest of the batch and a
-    resumed run sees the same bits.
+    With a cache, images are encoded one at a time, and once where several rows are about one, so that cached features never depend on the
+    rest of the batch and a resumed run sees the same bits.
 
     Args:
         model: the multimodal language model.
@@ -99,12 +100,13 @@ def image_features(model: Any, batch: Batch, cache: FeatureCache | None = None) 
         return model.encode_views([torch.zeros(1, 3, side, side)])
     if cache is None:
         return model.encode_views([pixel_values(views.to(tower.device), table) for views in batch["images"]])
-    encoded = [
-        _tower_features(tower, table, views, key, size, cache)
-        for views, key, size in zip(batch["images"], batch["image_keys"], batch["image_sizes"], strict=True)
-    ]
-    projected = model.model.mm_projector(torch.cat(encoded))
-    return list(projected.split([len(views) for views in encoded]))
+    encoded: dict[str, Tensor] = {}
+    for views, key, size in zip(batch["images"], batch["image_keys"], batch["image_sizes"], strict=True):
+        if key not in encoded:
+            encoded[key] = _tower_features(tower, table, views, key, size, cache)
+    projected = model.model.mm_projector(torch.cat(list(encoded.values())))
+    by_key = dict(zip(encoded, projected.split([len(views) for views in encoded.values()]), strict=True))
+    return [by_key[key] for key in batch["image_keys"]]
 
 
 def _tower_features(
@@ -300,6 +302,23 @@ def score_rows(model: Any, batch: Batch, features: Sequence[Tensor]) -> tuple[Te
     with evaluating(model):
         answers = answer_losses(model, batch, detached, granularities(model))
     return answers.sums / answers.labels[:, None].to(answers.sums.device), visual_token_counts(model, batch, detached)
+
+
+@torch.no_grad()
+def score_rows_of_one_image(model: Any, batch: Batch, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """As `score_rows`, up to rounding; what rows about the same images have in common is read once per granularity."""
+    prefix = shared_prefix(batch)
+    tokens = visual_token_counts(model, batch, features)
+    longest = int(batch["attention_mask"].sum(dim=1).max() + tokens.max())
+    if not prefix or not reads_behind_a_prefix(model, longest):
+        return score_rows(model, batch, features)
+    levels = granularities(model)
+    sums = features[0].new_zeros(len(tokens), len(levels), dtype=torch.float32)
+    with evaluating(model):
+        for row, column, hidden, ids in hidden_states_behind_a_prefix(model, batch, features, levels, prefix):
+            sums[row, column] = _losses_of_head(model, hidden, ids).sum()
+    labels = (batch["labels"] != IGNORE_INDEX).sum(dim=1)
+    return sums / labels[:, None].to(sums.device), tokens
 
 
 def visual_token_counts(model: Any, batch: Batch, features: Sequence[Tensor]) -> Tensor:

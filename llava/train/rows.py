@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from torch import Tensor
 from llava.conversation import Conversation
 from llava.crops import cut_into_views, get_anyres_image_grid_shape
 from llava.images import check_aspect_ratio, to_rgb
-from llava.train.features import FeatureCache
 from llava.train.shards import ImageFolder, ImageSource
 from llava.train.targets import Targets, build_targets, count_words, has_answer, place_images
 
@@ -150,6 +149,15 @@ def visual_token_costs(model: Any, image_size: tuple[int, int]) -> list[int]:
     return [layout.num_tokens for layout in model.layouts(num_views(model.config, image_size), image_size)]
 
 
+class KnownImages(Protocol):
+    """Images that need not be opened."""
+
+    def __contains__(self, key: str, /) -> bool: ...
+
+    def image_size(self, key: str, /) -> tuple[int, int]:
+        """(width, height) of one of them."""
+
+
 @dataclass(frozen=True)
 class RowReader:
     """Reads a row into what a batch holds.
@@ -163,7 +171,7 @@ class RowReader:
         visual_tokens: (width, height) of an image -> most visual tokens it can cost in this run.
         images: where the images of rows without a source of their own are.
         is_multimodal: whether rows may have images.
-        cache: images in it are not opened.
+        cache: images in it are not opened; their features are known, or stand in the same batch.
     """
 
     tokenizer: Any
@@ -174,7 +182,7 @@ class RowReader:
     visual_tokens: Callable[[tuple[int, int]], int]
     images: ImageSource = field(default_factory=ImageFolder)
     is_multimodal: bool = True
-    cache: FeatureCache | None = None
+    cache: KnownImages | None = None
 
     def targets(self, row: Row) -> Targets:
         """Ids and labels of a row.

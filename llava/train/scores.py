@@ -4,20 +4,24 @@
         --output_file scores.parquet
 
 The language model is frozen in stage 4, so these losses are constants; with `--granularity_scores scores.parquet` the
-router then trains without the language model. Rows about one image are scored together and the image is encoded once.
+router then trains without the language model. Rows about one image are scored together: the image is encoded once, and
+the beginning that they share is read once.
 Finished parts are kept in `scores.parquet.parts/`, and an interrupted pass resumes after them. The file records which weights,
 rows and settings it belongs to, and the trainer refuses it for others.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import itertools
 import json
 import logging
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from llava.conversation import conv_templates
@@ -38,7 +43,7 @@ from llava.train.data import Collator, ConversationDataset, check_rows, make_dat
 from llava.train.features import FeatureCache
 from llava.train.flags import DataArguments, ModelArguments, ScoreArguments
 from llava.train.mixture import Mixture
-from llava.train.objectives import granularities, image_features, score_rows
+from llava.train.objectives import Batch, granularities, image_features, score_rows_of_one_image
 from llava.train.rows import Row
 from llava.train.stages import part_of
 from llava.utils import pick_device
@@ -47,6 +52,8 @@ logger = logging.getLogger(__name__)
 
 FEATURES_KEPT = 2**30
 """Bytes of cached features above which scoring drops the cache."""
+ROWS_OF_AN_IMAGE = 64
+"""Rows about the same images in one batch."""
 SCHEMA_VERSION = "2"
 SCHEMA = pa.schema(
     [
@@ -136,11 +143,12 @@ class GranularityScores:
                 f"the scores in {path} are for another {' and '.join(different)} than this run's; score again with "
                 "python -m llava.train.score_granularities."
             )
-        rows = torch.tensor(table["row"].to_pylist())
+        rows = torch.tensor(table["row"].to_numpy())
         losses = torch.full((int(rows.max()) + 1, len(levels)), torch.nan)
-        tokens = torch.zeros(losses.shape, dtype=torch.long)
-        losses[rows] = torch.tensor(table["losses"].to_pylist())
-        tokens[rows] = torch.tensor(table["visual_tokens"].to_pylist())
+        tokens = torch.zeros(losses.shape, dtype=torch.int32)
+        for column, target in (("losses", losses), ("visual_tokens", tokens)):
+            values = table[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            target[rows] = torch.tensor(values.reshape(len(rows), len(levels)))
         return cls(losses, tokens)
 
     def lookup(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -172,25 +180,67 @@ def parts_of_rows(rows: Sequence[Row], part_size: int) -> list[list[int]]:
     return parts
 
 
+class _ImagesSeen(dict[str, tuple[int, int]]):
+    """Sizes of the images that a batch holds already; `RowReader` opens none of them again."""
+
+    image_size = dict.__getitem__
+
+
+class _BatchReader(Dataset[Batch]):
+    """Batches by number, for a data loader whose workers read whole ones; an image is opened once in each."""
+
+    def __init__(self, dataset: ConversationDataset, batches: Sequence[Sequence[int]], collator: Collator) -> None:
+        self.dataset, self.batches, self.collator = dataset, batches, collator
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> Batch:
+        seen, dataset = _ImagesSeen(), copy.copy(self.dataset)
+        dataset.reader = replace(dataset.reader, cache=seen)
+        items = []
+        for row in self.batches[number]:
+            items.append(dataset[row])
+            seen.update(zip(items[-1]["image_keys"], items[-1]["image_sizes"], strict=True))
+        return self.collator(items)
+
+
+def batches_of_part(rows: Sequence[int], groups: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Rows about the same images in batches of their own of up to `ROWS_OF_AN_IMAGE`, the others in batches of `batch_size`.
+
+    Args:
+        groups: as in `RowColumns.image_groups`, of these rows; equal ones follow each other.
+    """
+    shared: list[list[int]] = []
+    alone: list[int] = []
+    for group, pairs in itertools.groupby(zip(groups, rows, strict=True), key=itemgetter(0)):
+        members = [row for _, row in pairs]
+        if group >= 0 and len(members) > 1:
+            shared += [members[start : start + ROWS_OF_AN_IMAGE] for start in range(0, len(members), ROWS_OF_AN_IMAGE)]
+        else:
+            alone += members
+    return shared + [alone[start : start + batch_size] for start in range(0, len(alone), batch_size)]
+
+
 @torch.no_grad()
 def score_part(
-    model: Any, dataset: ConversationDataset, rows: Sequence[int], batch_size: int, collator: Collator
+    model: Any, dataset: ConversationDataset, rows: Sequence[int], batch_size: int, collator: Collator, num_workers: int = 0
 ) -> pa.Table:
-    """Score some rows; every image among them is encoded once."""
-    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    """Score some rows; every image among them is encoded once, and what rows about it have in common is read once."""
+    found: dict[int, tuple[Any, ...]] = {}
     device = next(model.parameters()).device
     cache = FeatureCache(limit_bytes=2**62)
-    for start in range(0, len(rows), batch_size):
+    batches = batches_of_part(rows, row_columns(dataset.rows).image_groups[list(rows)].tolist(), batch_size)
+    reader = _BatchReader(dataset, batches, collator)
+    for batch in DataLoader(reader, batch_size=None, num_workers=min(num_workers, len(batches))):
         if cache.used_bytes > FEATURES_KEPT:  # rows about one image follow each other, so older features are not needed again
             cache = FeatureCache(limit_bytes=2**62)
-        batch = collator([dataset[index] for index in rows[start : start + batch_size]])
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        losses, tokens = score_rows(model, batch, image_features(model, batch, cache))
-        columns["row"] += batch["rows"]
-        columns["id"] += batch["ids"]
-        columns["losses"] += losses.float().cpu().tolist()
-        columns["visual_tokens"] += tokens.tolist()
-    return pa.table(columns, schema=SCHEMA)
+        losses, tokens = score_rows_of_one_image(model, batch, image_features(model, batch, cache))
+        lines = zip(batch["rows"], batch["ids"], losses.float().cpu().tolist(), tokens.tolist(), strict=True)
+        found.update((line[0], line) for line in lines)
+    columns = zip(*(found[row] for row in rows), strict=True)
+    return pa.table(dict(zip(SCHEMA.names, columns, strict=True)), schema=SCHEMA)
 
 
 def score(args: ScoreArguments) -> Path:
@@ -227,7 +277,7 @@ def score(args: ScoreArguments) -> Path:
                 continue
             if _is_done(output, metadata):  # another process has joined the parts
                 break
-            table = score_part(model, dataset, rows, args.batch_size, collator)
+            table = score_part(model, dataset, rows, args.batch_size, collator, args.num_workers)
             _write(table.replace_schema_metadata(metadata), file)
         with filelock.FileLock(output.with_name(f".{output.name}.lock")):
             _join(folder, files, metadata, output)

@@ -12,10 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from llava.conversation import conv_templates
 from llava.images import load_image
 from llava.mm_utils import process_images
 from llava.model import LlavaLlamaForCausalLM
 from llava.tokenizer import load_tokenizer
+from llava.train.rows import RowReader, visual_token_costs
+from llava.train.shards import ImageFolder
 from tests.stage_runs import make_language_model
 
 ORACLE = Path(__file__).parents[1] / "oracle"
@@ -75,6 +78,20 @@ def recorded_batch(tiny_model: Any, training_records: Any, train_rows: Any) -> C
         }
 
     return make
+
+
+@pytest.fixture
+def reader(tiny_model: Any, tokenizer: Any) -> RowReader:
+    """Reads rows about the recorded images for the tiny model."""
+    return RowReader(
+        tokenizer=tokenizer,
+        template=conv_templates["v1"],
+        image_processor=tiny_model.get_vision_tower().image_processor,
+        model_config=tiny_model.config,
+        max_length=2048,
+        visual_tokens=lambda size: visual_token_costs(tiny_model, size)[-1],
+        images=ImageFolder(ORACLE / "images"),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -15,27 +15,13 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from llava.constants import IGNORE_INDEX
-from llava.conversation import conv_templates
 from llava.crops import pixel_table, pixel_values
 from llava.train.data import Collator, ConversationDataset, check_rows
 from llava.train.mixture import open_rows
-from llava.train.rows import BadSampleError, RowReader, visual_token_costs
+from llava.train.rows import BadSampleError, RowReader
 from llava.train.shards import ImageFolder
 
 ORACLE = Path(__file__).parents[1] / "oracle"
-
-
-@pytest.fixture
-def reader(tiny_model: Any, tokenizer: Any) -> RowReader:
-    return RowReader(
-        tokenizer=tokenizer,
-        template=conv_templates["v1"],
-        image_processor=tiny_model.get_vision_tower().image_processor,
-        model_config=tiny_model.config,
-        max_length=2048,
-        visual_tokens=lambda size: visual_token_costs(tiny_model, size)[-1],
-        images=ImageFolder(ORACLE / "images"),
-    )
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import pytest
 import llava.train.scores as scoring
 from llava.durable import NoSpaceError, held_alone
 from llava.interrupts import INTERRUPTED
+from llava.train.data import ConversationDataset
 from llava.train.flags import ScoreArguments
 from llava.train.score_granularities import main
 from llava.train.scores import GranularityScores, score
@@ -27,7 +28,8 @@ def arguments(folder: Path, **changes: Any) -> ScoreArguments:
     given = {
         "model_name_or_path": str(ORACLE / "checkpoint"), "data_path": str(ORACLE / "train_data.json"),
         "image_folder": str(ORACLE / "images"), "output_file": str(folder / "scores.parquet"),
-        "index_cache": str(folder / "index"), "version": "v1", "batch_size": 2, "part_rows": 2, "device": "cpu", **changes,
+        "index_cache": str(folder / "index"), "version": "v1", "batch_size": 2, "part_rows": 2, "device": "cpu",
+        "num_workers": 0, **changes,
     }  # fmt: skip
     return ScoreArguments(**given)
 
@@ -50,6 +52,35 @@ def same(one: Path, two: Path) -> bool:
     """Whether two files of scores say the same; rows without labels have nan."""
     tables = [pq.read_table(file) for file in (one, two)]
     return str(tables[0].to_pylist()) == str(tables[1].to_pylist()) and tables[0].schema.equals(tables[1].schema, check_metadata=True)
+
+
+def test_workers_read_ahead(whole: Path, tmp_path: Path) -> None:
+    assert same(score(arguments(tmp_path, num_workers=2)), whole)
+
+
+def test_rows_about_one_image_are_read_together_and_it_is_opened_once(prepared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, dataset, collator = prepared
+    rows = [row for row in dataset.rows if "image" in row]
+    names = sorted(row["image"] for row in rows)[:2]
+    talk = [row["conversations"] for row in rows]
+    listed = [{"conversations": turns, "image": name} for name in names for turns in talk] + [dataset.rows[2]]
+    several = ConversationDataset(listed, dataset.reader)
+    opened: list[str] = []
+    load = type(dataset.reader.images).load
+    monkeypatch.setattr(type(dataset.reader.images), "load", lambda self, name: opened.append(name) or load(self, name))
+    together = scoring.score_part(model, several, range(len(listed)), 2, collator)
+    assert opened == names
+    alone = [scoring.score_part(model, several, [number], 2, collator) for number in range(len(listed))]
+    assert together["row"].to_pylist() == list(range(len(listed)))
+    for number, line in enumerate(alone):
+        found, expected = together.slice(number, 1).to_pylist()[0], line.to_pylist()[0]
+        assert found.pop("losses") == pytest.approx(expected.pop("losses"), rel=1e-4, nan_ok=True) and found == expected
+
+
+def test_batches_of_a_part() -> None:
+    groups = [-1, -1, 3, 3, 3, 5, 7, 8, 8]
+    assert scoring.batches_of_part(range(9), groups, 2) == [[2, 3, 4], [7, 8], [0, 1], [5, 6]]
+    assert [len(batch) for batch in scoring.batches_of_part(range(130), [4] * 130, 2)] == [64, 64, 2]
 
 
 @pytest.mark.parametrize("at", ["a part", "the joined file"])
