@@ -11,6 +11,8 @@ RGLF step               the same without gradients, then the router   for each g
                                                                       again), row by row losses; then the router
 router epoch            scores from a file, features of images        the RGLF step of ours on every batch
                         seen before kept in memory
+scoring pass            questions about one image together, behind    the same rows, one question each, as padded batches;
+                        one reading of what they share                the tower once per image on both sides
 ======================  ============================================  ====================================================
 
 Sizes: the shipped micro model, and random models of the same recipe that are wider and deeper. Sides alternate; medians of this
@@ -35,6 +37,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava.constants import IGNORE_INDEX
+from llava.crops import pixel_table, pixel_values
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.train.arguments import DataArguments
@@ -50,6 +53,7 @@ from llava.train.objectives import (
     rglf_loss,
     score_rows,
 )
+from llava.train.scores import score_part
 from llava.train.stages import STAGES, apply_stage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,24 +68,28 @@ SIZES: dict[str, dict[str, int]] = {
 """Changes to the micro model's language model; its heads stay 32 wide."""
 
 
-def write_rows(folder: Path, rows: int) -> Path:
-    """The first images of the evaluation split as training rows, with several questions each."""
+def write_rows(folder: Path, rows: int) -> tuple[Path, Path]:
+    """The first images of the evaluation split as training rows: with several questions each, and each question as a row of its own."""
     asked: dict[str, list[dict[str, Any]]] = {}
     for line in (EVAL / "test.jsonl").read_text().splitlines():
         question = json.loads(line)
         asked.setdefault(question["image"], []).append(question)
-    records = []
+    records, single = [], []
     for image, questions in list(asked.items())[:rows]:
-        turns = []
+        turns: list[dict[str, str]] = []
         for number, question in enumerate(questions[:QUESTIONS_PER_ROW]):
             turns += [
                 {"from": "human", "value": ("" if number else "<image>\n") + question["text"]},
                 {"from": "gpt", "value": question["answer"]},
             ]
         records.append({"id": image, "image": image, "conversations": turns})
-    path = folder / "rows.json"
-    path.write_text(json.dumps(records))
-    return path
+        for question in questions:
+            ask = {"from": "human", "value": "<image>\n" + question["text"]}
+            single.append({"id": len(single), "image": image, "conversations": [ask, {"from": "gpt", "value": question["answer"]}]})
+    paths = folder / "rows.json", folder / "questions.json"
+    for path, written in zip(paths, (records, single), strict=True):
+        path.write_text(json.dumps(written))
+    return paths
 
 
 def make_model(changes: dict[str, int]) -> tuple[Any, Any]:
@@ -97,13 +105,19 @@ def make_model(changes: dict[str, int]) -> tuple[Any, Any]:
     return tokenizer, model.train()
 
 
+def values(model: Any, batch: dict[str, Any]) -> list[Tensor]:
+    """The views of a batch as the model's own forward takes them."""
+    table = pixel_table(model.get_vision_tower().image_processor)
+    return [pixel_values(views, table) for views in batch["images"]]
+
+
 def plain_losses(model: Any, batch: dict[str, Any], level: int) -> Any:
     """The model's own forward with labels: images encoded again, rows padded."""
     return model(
         batch["input_ids"],
         attention_mask=batch["attention_mask"],
         labels=batch["labels"],
-        images=batch["images"],
+        images=values(model, batch),
         image_sizes=batch["image_sizes"],
         vis_token_granularity=level,
     )
@@ -132,10 +146,11 @@ def _rows_of(logits: Tensor, labels: Tensor) -> Tensor:
 def plain_rglf_step(model: Any, batch: dict[str, Any]) -> None:
     """Stage 4 online as a loop: tower and language model for every granularity, then the router."""
     columns = []
+    images = values(model, batch)
     with torch.no_grad(), evaluating(model):
         for level in granularities(model):
             spliced = model.prepare_inputs_labels_for_multimodal(
-                batch["input_ids"], None, batch["attention_mask"], None, batch["labels"], batch["images"], batch["image_sizes"], level
+                batch["input_ids"], None, batch["attention_mask"], None, batch["labels"], images, batch["image_sizes"], level
             )
             logits = model(inputs_embeds=spliced[4], attention_mask=spliced[2]).logits
             columns.append(_rows_of(logits, spliced[5]))
@@ -197,10 +212,27 @@ def compare_epochs(model: Any, dataset: Any, collator: Collator, batch_size: int
     return {"ours_s": offline, "plain_s": online, "ratio": online / offline}
 
 
+@torch.no_grad()
+def compare_scoring(model: Any, dataset: Any, collator: Collator, batch_size: int) -> dict[str, float]:
+    """The offline pass over single questions: `score_part` against padded batches."""
+    rows = range(len(dataset))
+    began = time.process_time()
+    ours = score_part(model, dataset, rows, batch_size, collator)
+    shared = time.process_time() - began
+    began = time.process_time()
+    cache, found = FeatureCache(2**34), []
+    for start in range(0, len(dataset), batch_size):
+        batch = collator([dataset[row] for row in rows[start : start + batch_size]])
+        found.append(score_rows(model, batch, image_features(model, batch, cache))[0])
+    plain = time.process_time() - began
+    gap = float((torch.tensor(ours["losses"].to_pylist()) - torch.cat(found)).abs().max())
+    return {"ours_s": shared, "plain_s": plain, "ratio": plain / shared, "largest_difference": gap}
+
+
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every comparison at every size."""
     results = []
-    path = write_rows(args.work, args.rows)
+    path, single = write_rows(args.work, args.rows)
     for size, changes in SIZES.items():
         tokenizer, model = make_model(changes)
         model.config.tokenizer_model_max_length = model.config.context_length
@@ -219,6 +251,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 report(results[-1])
         apply_stage(model, STAGES["rglf"])
         results.append({"what": "router epoch", "size": size, "batch": 8, **compare_epochs(model, dataset, collator, 8)})
+        report(results[-1])
+        questions = make_dataset(str(single), model, tokenizer, "v1", data_args)
+        results.append({"what": "scoring pass", "size": size, "batch": 8, **compare_scoring(model, questions, collator, 8)})
         report(results[-1])
     return results
 
