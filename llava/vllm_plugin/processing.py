@@ -24,6 +24,8 @@ from llava.vllm_plugin.deciding import Decider, RequestedImage, RouterOptions
 from llava.vllm_plugin.served import ServedModel
 from llava.vllm_plugin.wishes import routing_request
 
+NO_PIXELS = "An image came without pixels, by its uuid alone or in another form, expected the image: its granularity cannot be decided."
+
 
 class DecidedImage:
     """An image and the index of its level."""
@@ -54,10 +56,7 @@ class AvgLlavaDataParser(MultiModalDataParser):
             for index in range(len(items)):
                 _check_embedding(items.get(index))
         elif items is not None and not all(isinstance(image, Image.Image) for image in items.get_all()):
-            raise ValueError(
-                "An image of the prompt has no pixels, expected a PIL image or a file's bytes, or image_embeds of shape (tokens, width): "
-                "its granularity could not be decided."
-            )
+            raise ValueError(NO_PIXELS)
         return items
 
 
@@ -129,7 +128,7 @@ class AvgLlavaProcessor(BaseMultiModalProcessor[AvgLlavaInfo]):
             if inputs.hf_processor_mm_kwargs:
                 raise ValueError("mm_processor_kwargs came with image_embeds, whose granularity is decided; leave them out.")
         elif items is None:
-            raise ValueError("An image came by its uuid alone, expected its pixels too: its granularity could not be decided.")
+            raise ValueError(NO_PIXELS)
         return super().apply(inputs, timing_ctx)
 
     def _decided(self, inputs: Any, items: ImageProcessorItems) -> Any:

@@ -121,13 +121,17 @@ def ask(server: VllmServer, case: Case, **fields: Any) -> Outcome:
     return Outcome(choice["message"]["content"].strip(), tuple(choice["token_ids"]), answer["usage"]["prompt_tokens"])
 
 
-def differences(
-    server: VllmServer, cases: Iterable[Case], expected: dict[str, Outcome], clients: int = 8, seed: int = 0, **fields: Any
-) -> list[str]:
-    """The cases, shuffled, whose outcome is not the expected one, when `clients` ask at once."""
+def outcomes_of(server: VllmServer, cases: Iterable[Case], clients: int = 8, seed: int = 0, **fields: Any) -> dict[str, Outcome]:
+    """A server's answers by the cases' names; `clients` ask at once, in a shuffled order."""
     shuffled = list(cases)
     random.Random(seed).shuffle(shuffled)
     with ThreadPoolExecutor(clients) as pool:
-        outcomes = list(pool.map(lambda case: ask(server, case, **fields), shuffled))
-    pairs = [(case, outcome, expected[case.name]) for case, outcome in zip(shuffled, outcomes, strict=True)]
-    return [f"{case.name} ({case.routing}): {found}, expected {wanted}" for case, found, wanted in pairs if found != wanted]
+        found = list(pool.map(lambda case: ask(server, case, **fields), shuffled))
+    return {case.name: outcome for case, outcome in zip(shuffled, found, strict=True)}
+
+
+def differences(server: VllmServer, cases: Sequence[Case], expected: dict[str, Outcome], **options: Any) -> list[str]:
+    """The cases whose outcome is not the expected one; options as in `outcomes_of`."""
+    found = outcomes_of(server, cases, **options)
+    wrong = [case for case in cases if found[case.name] != expected[case.name]]
+    return [f"{case.name} ({case.routing}): {found[case.name]}, expected {expected[case.name]}" for case in wrong]

