@@ -15,6 +15,7 @@ from tests.vllm.cases import Case, Outcome, answers_of, differences, outcomes_of
 from tests.vllm.conftest import TRUSTED
 from tests.vllm.quantised import quantise
 from tests.vllm.server import VllmServer
+from tests.vllm.text_models import with_text_model
 
 pytestmark = pytest.mark.slow
 Serve = Callable[..., VllmServer]
@@ -78,3 +79,14 @@ def test_eight_bit_weights_and_activations(
     found = outcomes_of(serve(quantise(llava_folder, scratch / "quantised"), *TRUSTED), few)
     assert [case.name for case in few if found[case.name].prompt_tokens != expected[case.name].prompt_tokens] == []
     assert sum(found[case.name] != expected[case.name] for case in few) <= 0.03 * len(few)
+
+
+@pytest.mark.parametrize("text_model", ["mistral", "qwen2", "qwen3"])
+def test_other_text_models(text_model: str, serve: Serve, native_folder: Path, scratch: Path, few: list[Case]) -> None:
+    """The shipped model's tower and router before random layers of another kind, in the native layout."""
+    folder = scratch / text_model
+    asked = few[-20:]
+    with_text_model(native_folder, text_model, folder)
+    wanted = answers_of(Assistant.load(str(folder), device="cpu"), asked)
+    assert len({outcome.token_ids for outcome in wanted.values()}) > 3, "the answers have to depend on the question"
+    assert differences(serve(folder, *TRUSTED), asked, wanted) == []
