@@ -1,9 +1,10 @@
-"""AVG-LLaVA inside the stock lmms-eval: the model `avg_llava`, local tasks, and a command that fails when a run fails.
+"""AVG-LLaVA inside the stock lmms-eval: the models `avg_llava` and `avg_llava_hf`, local tasks, and a command that fails when a run fails.
 
-The harness finds the model through the entry point `lmms_eval.models` of this package; nothing of the harness is copied or changed.
+The harness finds the models through the entry point `lmms_eval.models` of this package; nothing of the harness is copied or changed.
 
 ====================  ====================================================================================
 ``model.py``          the harness's view: `generate_until`, `loglikelihood`, processes
+``hf.py``             the harness's own `llava_hf`, which then loads native folders too
 ``arguments.py``      what may stand in ``--model_args``
 ``generation.py``     a task's generation settings as `llava.inference.Options`
 ``asking.py``         batches, failures by sample, counts; knows nothing of the harness
@@ -26,7 +27,9 @@ TASKS = Path(__file__).resolve().parent / "tasks"
 
 
 def manifest() -> Any:
-    """What the harness reads from the entry point: where the model's class is."""
+    """What the harness reads from the entry point: where each model's class is."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest(model_id="avg_llava", simple_class_path="avg_llava_lmms_eval.model.AvgLlava")
+    ours = ModelManifest(model_id="avg_llava", simple_class_path="avg_llava_lmms_eval.model.AvgLlava")
+    stock = {"simple_class_path": "avg_llava_lmms_eval.hf.LlavaHf", "chat_class_path": "avg_llava_lmms_eval.hf.LlavaHfChat"}
+    return [ours, ModelManifest(model_id="avg_llava_hf", **stock)]

@@ -10,7 +10,7 @@
 # Makes  runs/lmms_eval/MODEL-GRANULARITY: the harness's results and samples, and a line per sample of granularity, visual tokens and
 #        milliseconds. Another model, granularity or other MODEL_ARGS make another folder.
 # Knobs  MODEL_PATH: checkpoint folder or hub id.           TASKS (playground,easy_vqa): comma-separated.
-#        MODEL (avg_llava): or llava, the harness's own.     MODEL_ARGS: further arguments of the model, comma-separated.
+#        MODEL (avg_llava): or llava, avg_llava_hf.         MODEL_ARGS: further arguments of the model, comma-separated.
 #        BATCH_SIZE (8): questions per batch.                OUTPUT: where results go, in place of that folder.
 #        NUM_PROCESSES (1): one model per process, for as many GPUs (or CPU processes). LMMS_EVAL_ENV: the environment's folder.
 # Exits  with 1 if anything failed: a task or model that is not there, an argument that cannot be, a question that crashed, results that

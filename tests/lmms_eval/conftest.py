@@ -59,6 +59,7 @@ class StandInResult:
 class StandInManifest:
     model_id: str
     simple_class_path: str
+    chat_class_path: str | None = None
 
 
 def parse(text):

@@ -151,11 +151,14 @@ def test_flags_and_model_args_are_one_set(harness):
         merge({}, {"max_batch_size": 64})
 
 
-def test_the_entry_point_names_the_model(harness):
-    found = manifest()
-    assert found.model_id == "avg_llava"
+def test_the_entry_point_names_the_models(harness):
+    found, stock = manifest()
+    assert (found.model_id, stock.model_id) == ("avg_llava", "avg_llava_hf")
     module, name = found.simple_class_path.rsplit(".", 1)
     assert module == harness.model.__name__ and name == harness.model.AvgLlava.__name__
+    for path in (stock.simple_class_path, stock.chat_class_path):
+        module, name = path.rsplit(".", 1)
+        assert f'"{name}"' in (PLUGIN / Path(*module.split("."))).with_suffix(".py").read_text()
     assert 'avg_llava = "avg_llava_lmms_eval:manifest"' in (PLUGIN / "pyproject.toml").read_text()
 
 

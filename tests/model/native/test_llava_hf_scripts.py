@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from llava.constants import MICRO_MODEL
 from llava.convert import main as convert
-from llava.inference import MICRO_MODEL
 
 MODEL = "llava-hf/llava-v1.6-vicuna-7b-hf"
 ROOT = MICRO_MODEL.parents[1]

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from llava.inference import MICRO_MODEL
+from llava.constants import MICRO_MODEL
 from llava.tools.native_checkpoint import to_native
 
 pytestmark = pytest.mark.slow
