@@ -16,7 +16,10 @@ from llava.rules import Anything, Choice, Flag, Integer, Rule, faults, optional,
 
 _LOGIT_FIELDS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
 """What text models do to their logits beyond a linear head, with the value that does nothing."""
-_TOP_RULES: dict[str, Rule] = {**COMMON_RULES, "quantization_config": optional(Anything()), "llava_fields": optional(Anything())}
+_TOP_RULES: dict[str, Rule] = {
+    **COMMON_RULES,
+    **dict.fromkeys(("quantization_config", "llava_fields", "auto_map"), optional(Anything())),
+}
 """Values of config.json beside the fields of `AvgLlavaConfig`."""
 
 
