@@ -104,10 +104,10 @@ look() {
   done
 }
 
-# until_healthy NAME ADDRESS
+# until_healthy NAME URL
 until_healthy() {
   local waited=0
-  until curl -sf -o /dev/null --max-time 5 "$2/health"; do
+  until curl -sf -o /dev/null --max-time 5 "$2"; do
     look
     [[ $waited -lt ${START_SECONDS:-1800} ]] || stop "$1 is not ready after $waited s (START_SECONDS); its log ends with: $(tail -n 5 "$logs/$1.log")"
     sleep 1
@@ -137,11 +137,13 @@ for ((place = 0; place < replicas; place++)); do
   fi
   addresses+=("http://127.0.0.1:$own_port")
 done
-for place in "${!addresses[@]}"; do until_healthy "replica-$place" "${addresses[$place]}"; done
+probe=health # a worker is ready when the vLLM behind it is
+if $split; then probe=ready; fi
+for place in "${!addresses[@]}"; do until_healthy "replica-$place" "${addresses[$place]}/$probe"; done
 if [[ $replicas -gt 1 ]]; then
   start router "$router" --host "$host" --port "$port" --policy power_of_two --worker-urls "${addresses[@]}" \
     --health-check-interval-secs 5 --health-failure-threshold 2 --cb-timeout-duration-secs 10
-  until_healthy router "http://127.0.0.1:$port"
+  until_healthy router "http://127.0.0.1:$port/health"
 fi
 
 granularity='"mm_processor_kwargs": {"vis_token_granularity": "auto"}'

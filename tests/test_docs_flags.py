@@ -57,7 +57,9 @@ FOREIGN = {
     "--partition", "--gres",  # Slurm's
     "--enable-prompt-tokens-details", "--trust-request-mm-kwargs", "--enable-mm-embeds", "--limit-mm-per-prompt",  # vllm serve's
     "--tensor-parallel-size", "--gpu-memory-utilization", "--served-model-name", "--max-model-len", "--mm-processor-kwargs",
-    "--additional-config", "--media-io-kwargs",
+    "--additional-config", "--media-io-kwargs", "--max-num-seqs", "--max-num-batched-tokens", "--mm-processor-cache-gb",
+    "--api-server-count", "--pipeline-parallel-size", "--profile", "--from-file",  # of docker compose and kubectl the last two
+    "--replicas", "--split",  # scripts/serve_vllm.sh's
     "--slow", "--serve",  # scripts/test.sh's and scripts/docs.sh's
 }  # fmt: skip
 """Flags of other people's programs, and of shell scripts."""

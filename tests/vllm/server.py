@@ -26,11 +26,13 @@ class VllmServer:
 
     Args:
         environment: folder that scripts/setup_vllm.sh made. model: checkpoint folder. flags: of `vllm serve`.
-        log: file for its output. variables: of its process.
+        log: file for its output. variables: of its process. port: a free one where none is given.
     """
 
-    def __init__(self, environment: Path, model: Path, *flags: str, log: Path, variables: Mapping[str, str] | None = None) -> None:
-        self.port, self.log = free_port(), log
+    def __init__(
+        self, environment: Path, model: Path, *flags: str, log: Path, variables: Mapping[str, str] | None = None, port: int | None = None
+    ) -> None:
+        self.port, self.log = port or free_port(), log
         common = ["--served-model-name", NAME, "--dtype", "float32", "--max-model-len", "1024", "--host", "127.0.0.1"]
         self._command = [str(environment / "bin" / "vllm"), "serve", str(model), *common, "--port", str(self.port), *flags]
         self._variables = {
@@ -83,6 +85,11 @@ class VllmServer:
             time.sleep(0.5)
         self._stop()
         raise RuntimeError(f"vLLM did not start; the end of {self.log}:\n" + self.log.read_text(errors="replace")[-6000:])
+
+    def kill(self) -> None:
+        """End all of its processes at once, as a lost machine does."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(20)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop()
