@@ -137,3 +137,25 @@ def test_the_block_of_the_page_runs_as_pasted(folder: Path, tmp_path: Path) -> N
     ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "tuned" / "adapter_model.safetensors").is_file()
+
+
+def test_the_router_sees_no_answer(folder: Path, tmp_path: Path) -> None:
+    """TRL calls the model without its head and without labels: the level is the prompt's, of what is preferred and what is rejected."""
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    batch = trainer(folder, tmp_path, "preferences", False).data_collator(list(dataset("preferences")))
+    batch.pop("completion_mask")
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "path": str(EVAL / row["image"])}, {"type": "text", "text": row["text"]}]}]
+        for row in ROWS
+    ]
+    prompts = processor.apply_chat_template(
+        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
+    )
+    with torch.no_grad():
+        found, expected = (model.model(**inputs).routing for inputs in (batch, prompts))
+    assert len(found) == 2 * len(expected) == 16 and len({report.granularity for report in expected}) > 1
+    for place, report in enumerate(expected):
+        for answered_too in (found[place], found[place + len(expected)]):
+            assert answered_too.granularity == report.granularity
+            torch.testing.assert_close(answered_too.logits, report.logits, atol=1e-4, rtol=0)
