@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,10 +85,14 @@ def test_eight_bit_weights_and_activations(
 
 @pytest.mark.parametrize("text_model", ["mistral", "qwen2", "qwen3"])
 def test_other_text_models(text_model: str, serve: Serve, native_folder: Path, scratch: Path, few: list[Case]) -> None:
-    """The shipped model's tower and router before random layers of another kind, in the native layout."""
+    """The shipped model's tower and router before random layers of another kind, in the native layout.
+
+    What random layers say is no text: vLLM decodes such bytes one by one and we all at once, so that ids and lengths are compared.
+    """
     folder = scratch / text_model
     asked = few[-20:]
     with_text_model(native_folder, text_model, folder)
     wanted = answers_of(Assistant.load(str(folder), device="cpu"), asked)
     assert len({outcome.token_ids for outcome in wanted.values()}) > 3, "the answers have to depend on the question"
-    assert differences(serve(folder, *TRUSTED), asked, wanted) == []
+    found = outcomes_of(serve(folder, *TRUSTED), asked)
+    assert {name: replace(each, text="") for name, each in found.items()} == {name: replace(each, text="") for name, each in wanted.items()}
