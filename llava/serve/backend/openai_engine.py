@@ -61,6 +61,7 @@ class ServerEngine(ABC):
         self.backend = backend
         self.outbound = outbound or BoundedClient()
         self._model: BackendModel | None = None
+        self._problem: str | None = None  # why there is none
         self._concurrency = asyncio.Semaphore(backend.concurrency)
         self._generations: set[RemoteGeneration] = set()
         self._draining = False
@@ -108,11 +109,12 @@ class ServerEngine(ABC):
         """
 
     def _note(self, model: BackendModel | None, problem: str) -> None:
-        if model is None and (self._model is not None or self._watch is None):
+        """Keep what was found, and log it where that is news."""
+        if model is None and problem != self._problem:
             logger.warning("%s", problem)
         if model is not None and self._model is None:
             logger.info("the backend %s serves %r", self.backend.url, model.name)
-        self._model = model
+        self._model, self._problem = model, problem if model is None else None
 
     async def _poll(self) -> None:
         while True:

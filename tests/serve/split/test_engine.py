@@ -291,9 +291,13 @@ def other_prompt(exchange: Exchange) -> None:
         (lambda exchange: pytest.fail("was asked"), {"data": [{"id": "a"}, {"id": "b"}]}),
     ],
 )
-def test_a_server_that_cannot_take_rows_gets_no_requests(answer: Any, models: Any, front: Assistant) -> None:
+def test_a_server_that_cannot_take_rows_gets_no_requests(
+    answer: Any, models: Any, front: Assistant, caplog: pytest.LogCaptureFixture
+) -> None:
     async def work(engine: SplitEngine) -> None:
-        assert not await engine.look() and not engine.ready
+        for _ in range(2):
+            assert not await engine.look() and not engine.ready
+        assert caplog.text.count(f"the backend {engine.backend.url} ") == 1  # why, once
         with pytest.raises(ServeError) as caught:
             await collect(engine, request(engine, [], "What?"))
         assert caught.value.kind is ErrorKind.BACKEND_UNREACHABLE
