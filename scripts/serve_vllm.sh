@@ -37,7 +37,7 @@ while [[ $# -gt 0 ]]; do
   esac
 done
 [[ $replicas =~ ^[1-9][0-9]*$ ]] || stop "--replicas is $replicas, expected 1 or more."
-[[ $port =~ ^[1-9][0-9]*$ && $((port + replicas)) -lt 65536 ]] || stop "--port is $port, expected a port with room for $replicas replicas behind it."
+[[ $port =~ ^[1-9][0-9]*$ && $((port + replicas + 1)) -lt 65536 ]] || stop "--port is $port, expected a port with room for $replicas replicas behind it."
 [[ ! -e $model || -f $model/config.json ]] || stop "$model holds no config.json; give a checkpoint folder or a hub id."
 
 # ---- what is needed
@@ -142,6 +142,7 @@ if $split; then probe=ready; fi
 for place in "${!addresses[@]}"; do until_healthy "replica-$place" "${addresses[$place]}/$probe"; done
 if [[ $replicas -gt 1 ]]; then
   start router "$router" --host "$host" --port "$port" --policy power_of_two --worker-urls "${addresses[@]}" \
+    --prometheus-host 127.0.0.1 --prometheus-port "$((port + replicas + 1))" \
     --health-check-interval-secs 5 --health-failure-threshold 2 --cb-timeout-duration-secs 10
   until_healthy router "http://127.0.0.1:$port/health"
 fi
