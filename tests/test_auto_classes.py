@@ -59,6 +59,8 @@ def test_importing_auto_classes_loads_no_model() -> None:
         ("transformers first", "AutoImageProcessor.from_pretrained(native)", "AvgLlavaImageProcessor"),
         ("Auto classes first", "AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(native))", NATIVE_MODEL),
         ("transformers first", "AutoTokenizer.from_pretrained(native)", "TokenizersBackend"),
+        ("transformers first", "AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(native))", NATIVE_MODEL),
+        ("llava first", "AutoModel.from_config(AutoConfig.from_pretrained(native))", "AvgLlavaModel"),
         ("llava first", "AutoConfig.for_model('llava_mistral')", "LlavaMistralConfig"),
         ("Auto classes first", "AutoProcessor.from_pretrained(micro)", "LlavaLayoutProcessor"),
     ],
@@ -66,7 +68,7 @@ def test_importing_auto_classes_loads_no_model() -> None:
 def test_any_auto_class_may_be_the_first(order: str, call: str, expected: str, native_folder: Path) -> None:
     code = (
         f"{ORDERS[order]}\n"
-        "from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer\n"
+        "from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer\n"
         "from transformers.models.auto.image_processing_auto import AutoImageProcessor\n"
         f"native, micro = {str(native_folder)!r}, {str(MICRO_MODEL)!r}\n"
         f"print(type({call}).__name__)"

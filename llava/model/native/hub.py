@@ -39,7 +39,7 @@ class HubFolder:
         super().save_pretrained(save_directory, is_main_process, state_dict, token=hub.get("token"), **kwargs)  # type: ignore[misc]
         if not is_main_process:
             return
-        repo_id, tags = hub.pop("repo_id", folder.name), hub.pop("tags", None) or ()
+        repo_id, tags = hub.pop("repo_id", folder.name if push_to_hub else None), hub.pop("tags", None) or ()
         if not (folder / CARD).exists() and not getattr(model, "_hf_peft_config_loaded", False):
             (folder / CARD).write_text(model_card(model, repo_id, tags=tags), encoding="utf-8")
         if push_to_hub:

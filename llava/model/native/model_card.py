@@ -21,7 +21,7 @@ _MEASURED = ("fixed", "adaptive", "bias", "budget")
 """Kinds of a report's rows that a user can ask for; the others are yardsticks computed from these."""
 
 _BODY = """
-# {name}
+# {title}
 
 {description}
 
@@ -57,7 +57,7 @@ Of an image of {image_width} x {image_height} pixels. Computed from the configur
 
 def model_card(
     model: Any,
-    name: str,
+    name: str | None,
     report: Mapping[str, Any] | None = None,
     license_id: str | None = None,
     base_models: Sequence[str] = (),
@@ -67,7 +67,7 @@ def model_card(
 
     Args:
         model: an `AvgLlavaForConditionalGeneration`, whose weights are not looked at.
-        name: what it is loaded by. report: report.json of a granularity report on it.
+        name: what it is loaded by, where that is known: a folder may be moved. report: report.json of a granularity report on it.
         license_id, base_models: as the hub names them. tags: besides `TAGS`.
 
     Raises:
@@ -83,7 +83,8 @@ def model_card(
     )
     width, height = largest_image(config)
     body = _BODY.format(
-        name=name,
+        title=name or "AVG-LLaVA",
+        name=name or "path/to/this/folder",
         description=config.description or "No description was stored with this model.",
         router=", of which a router chooses one by image and instruction" if config.router_select else "",
         text=config.text.model_type,

@@ -77,7 +77,7 @@ def test_a_saved_folder_has_a_card_with_computed_costs(model: AvgLlavaForConditi
     level, layout = model.model.levels[0], model.model.layouts(5, (64, 64))[0]
     cache = 2 * 2 * layout.num_tokens * 32 * 2 / 2**20  # keys and values, 2 layers, 32 wide, 2 bytes
     assert f"| {level.tokens} | {level.grid[0]} x {level.grid[1]} | {layout.num_tokens} | {cache:.2f} |" in card.text
-    assert 'from_pretrained("mine")' in card.text
+    assert 'from_pretrained("path/to/this/folder")' in card.text
 
 
 def test_a_card_that_is_there_stays(model: AvgLlavaForConditionalGeneration, uploads: Path, tmp_path: Path) -> None:
