@@ -359,7 +359,7 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel, NativeEncoder):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
         image: ImageFeatures | None = (mm_encoder_outputs or {}).get("image")
-        last = None
+        last = silent = None
         if pixel_values is not None and len(pixel_values) > 0:
             if image is not None:
                 raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time.")
@@ -371,11 +371,15 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel, NativeEncoder):
             if last is not None:
                 attention_mask = torch.cat([behind, prompt.attention_mask], dim=1)
                 position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, behind.shape[1] :]
+        elif image is None and input_ids is not None and self.training and torch.is_grad_enabled():
+            silent = self._silent_image(vis_token_granularity)
         # A step of decoding has no image token to look for, and a compiled one no branch on a static cache's length.
         if image is None and not is_tracing() and (past_key_values is None or past_key_values.get_seq_length() == 0):
             self._check_no_image_token(input_ids)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        if silent is not None:
+            inputs_embeds = inputs_embeds + silent.to(inputs_embeds.dtype)
         tokens = None
         if image is not None:
             tokens, inputs_embeds = self._with_images(image, input_ids, inputs_embeds)
@@ -398,6 +402,17 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel, NativeEncoder):
             image_hidden_states=tokens,
             routing=None if image is None else image.routing,
         )
+
+    def _silent_image(self, granularity: int | Sequence[int] | None) -> Tensor:
+        """A zero that went the way of an image, for a batch of text to train with: its gradients are zeros where they would be missing.
+
+        Processes that train together wait for one another's gradients, and under ZeRO-3 for one another's use of every module.
+        """
+        side = self.config.view_side
+        token = torch.tensor([[self.config.image_token_id]], device=self.device)
+        view = torch.zeros(1, 1, 3, side, side, device=self.device)
+        prompt = self.expand(view, torch.tensor([[side, side]]), token, request=RoutingRequest(granularity))
+        return 0.0 * prompt.image.pooler_output[0].sum()  # type: ignore[index]
 
     def _check_no_image_token(self, input_ids: Tensor | None) -> None:
         """Refuse image tokens in a prompt without images, whose embedding means nothing."""
