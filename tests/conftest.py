@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from llava.constants import MICRO_MODEL
+from tests.micro import llava_micro_folder
 
 
 @pytest.fixture(scope="session")
@@ -18,19 +19,15 @@ def oracle() -> Path:
 
 
 @pytest.fixture(scope="session")
-def llava_micro() -> Path:
-    """The shipped micro model, in LLaVA's layout."""
+def native_micro() -> Path:
+    """The shipped micro model, in the native layout."""
     return MICRO_MODEL
 
 
 @pytest.fixture(scope="session")
-def native_micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in the native layout."""
-    from llava.tools.native_checkpoint import to_native
-
-    folder = tmp_path_factory.mktemp("micro") / "native"
-    to_native(MICRO_MODEL, folder)
-    return folder
+def llava_micro() -> Path:
+    """The same in LLaVA's layout."""
+    return llava_micro_folder()
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from llava.inference import MICRO_MODEL
 from llava.model import AvgLlavaProcessor, LlavaConfig
 from llava.model.chat_template import add_image_token
 from llava.model.native.llava_layout import native_config
 from llava.tokenizer import load_tokenizer
+from tests.micro import llava_micro_folder
 
 NATIVE_MODEL = "AvgLlavaForConditionalGeneration"
 ORDERS = {
@@ -33,8 +33,8 @@ def run(code: str) -> str:
 def native_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Configuration and processor of the micro model's native twin."""
     folder = tmp_path_factory.mktemp("native")
-    config = LlavaConfig.from_pretrained(MICRO_MODEL)
-    tokenizer = load_tokenizer(MICRO_MODEL)
+    config = LlavaConfig.from_pretrained(llava_micro_folder())
+    tokenizer = load_tokenizer(llava_micro_folder())
     image = add_image_token(tokenizer)
     native = native_config(config, image, image + 1)
     native.save_pretrained(folder)
@@ -70,7 +70,7 @@ def test_any_auto_class_may_be_the_first(order: str, call: str, expected: str, n
         f"{ORDERS[order]}\n"
         "from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer\n"
         "from transformers.models.auto.image_processing_auto import AutoImageProcessor\n"
-        f"native, micro = {str(native_folder)!r}, {str(MICRO_MODEL)!r}\n"
+        f"native, micro = {str(native_folder)!r}, {str(llava_micro_folder())!r}\n"
         f"print(type({call}).__name__)"
     )
     assert run(code) == expected
@@ -81,12 +81,12 @@ def test_folders_of_earlier_releases_give_their_own_processor(with_config: bool,
     """They name `AvgLlavaProcessor`, which was the name of the LLaVA layout's."""
     from transformers import AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(MICRO_MODEL)
+    processor = AutoProcessor.from_pretrained(llava_micro_folder())
     processor.save_pretrained(tmp_path)
     file = tmp_path / "processor_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "processor_class": "AvgLlavaProcessor"}))
     if with_config:
-        LlavaConfig.from_pretrained(MICRO_MODEL).save_pretrained(tmp_path)
+        LlavaConfig.from_pretrained(llava_micro_folder()).save_pretrained(tmp_path)
     found = AutoProcessor.from_pretrained(tmp_path)
     assert type(found) is type(processor) and type(processor).__name__ == "LlavaLayoutProcessor"
     assert found(text="What?")["input_ids"] == processor(text="What?")["input_ids"]

@@ -19,6 +19,7 @@ from llava.images import load_image
 from llava.inference import Assistant
 from llava.model.answers import in_answers
 from llava.model.native import AvgLlavaForConditionalGeneration
+from tests.micro import llava_micro_folder
 
 PLAYGROUND = Path(MICRO_MODEL).parent
 
@@ -26,7 +27,7 @@ PLAYGROUND = Path(MICRO_MODEL).parent
 @pytest.fixture(scope="module")
 def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("native") / "micro"
-    assert main([str(MICRO_MODEL), str(output), "--to", "native"]) == 0
+    assert main([str(llava_micro_folder()), str(output), "--to", "native"]) == 0
     return output
 
 
@@ -41,11 +42,11 @@ def same_weights(first: Path, second: Path) -> bool:
 
 def test_the_way_there_and_back_is_exact(native: Path, tmp_path: Path) -> None:
     assert main([str(native), str(tmp_path / "back"), "--to", "llava"]) == 0
-    assert same_weights(tmp_path / "back", Path(MICRO_MODEL))
+    assert same_weights(tmp_path / "back", llava_micro_folder())
     marks = {name: json.loads((native / "config.json").read_text())[name] for name in ("answer_start", "answer_end")}
     assert all(marks.values())
     for name, added in {"config.json": marks, "generation_config.json": {}, "tokenizer.json": {}}.items():
-        back, given = (json.loads((folder / name).read_text()) for folder in (tmp_path / "back", Path(MICRO_MODEL)))
+        back, given = (json.loads((folder / name).read_text()) for folder in (tmp_path / "back", llava_micro_folder()))
         if "transformers_version" in given:
             added = {**added, "transformers_version": transformers.__version__}
         assert back == {**given, **added}
@@ -64,7 +65,7 @@ def test_stock_code_gives_the_answers_of_our_own(native: Path) -> None:
     """Processor, chat template, generate and trimming as for any LLaVA-NeXT of transformers, in one padded batch."""
     rows = [json.loads(line) for line in (PLAYGROUND / "eval" / "test.jsonl").read_text().splitlines()[:2400:200]]
     images = [load_image(PLAYGROUND / "eval" / row["image"]) for row in rows]
-    assistant = Assistant.load(str(MICRO_MODEL))
+    assistant = Assistant.load(str(llava_micro_folder()))
     ours = [assistant.answer([image], row["text"]) for row, image in zip(rows, images, strict=True)]
     model, processor = AutoModelForImageTextToText.from_pretrained(native).eval(), AutoProcessor.from_pretrained(native)
     assert isinstance(model, AvgLlavaForConditionalGeneration)
@@ -107,10 +108,10 @@ def test_a_native_folder_is_written_anew_with_a_card_and_code(native: Path, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([str(MICRO_MODEL), "OUT", "--to", "transformers", "--with-code"], "--with-code is for native folders; leave it out"),
-        ([str(MICRO_MODEL), "OUT", "--to", "llava"], "has the llava layout already; choose another with --to"),
+        ([str(llava_micro_folder()), "OUT", "--to", "transformers", "--with-code"], "--with-code is for native folders; leave it out"),
+        ([str(llava_micro_folder()), "OUT", "--to", "llava"], "has the llava layout already; choose another with --to"),
         (["OUT", "OUT", "--to", "native"], "is not a folder; give a downloaded checkpoint"),
-        ([str(MICRO_MODEL), "OUT", "--to", "transformers"], "(--drop-router leaves it out)"),
+        ([str(llava_micro_folder()), "OUT", "--to", "transformers"], "(--drop-router leaves it out)"),
     ],
 )
 def test_what_cannot_be_converted_is_named(

@@ -22,7 +22,8 @@ def hostile(tmp_path: Path) -> Path:
     for file in MICRO_MODEL.iterdir():
         (folder / file.name).symlink_to(file)
     (folder / "config.json").unlink()
-    (folder / "config.json").write_text(json.dumps({**json.loads((MICRO_MODEL / "config.json").read_text()), "num_hidden_layers": 10**7}))
+    stored = json.loads((MICRO_MODEL / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**stored, "text_config": {**stored["text_config"], "num_hidden_layers": 10**7}}))
     return folder
 
 
@@ -57,4 +58,4 @@ def test_programs_end_with_one_sentence(
     captured = capsys.readouterr()
     told += captured.err + captured.out
     assert status == 1 and "Traceback" not in told
-    assert told.count("num_hidden_layers is 10000000, expected a whole number from 1 to 2048") == 1, told
+    assert told.count("text_config.num_hidden_layers is 10000000, expected a whole number from 1 to 2048") == 1, told

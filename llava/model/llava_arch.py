@@ -88,6 +88,30 @@ class InnerModel(nn.Module):
         with align_module_device(self):  # an offloaded weight is there while its module runs, and this one is read before
             return getattr(self, "image_newline", None)
 
+    def initialize_vision_modules(self, model_args: Any, fsdp: Any = None) -> None:
+        """Add a tower, read and frozen, and a fresh projector to a plain language model; a model that has them keeps them (LLaVA's name).
+
+        Args:
+            model_args: `vision_tower` (folder or hub id), the fields of `NEW_MODEL_FIELDS`, each `None` or missing for the
+                configuration's own, and `pretrain_mm_mlp_adapter`, a projector to start from.
+            fsdp: accepted for LLaVA's callers; the tower is a module like any other here.
+
+        Raises:
+            ValueError: no tower, or values that do not fit.
+        """
+        config = self.config
+        tower = self.get_vision_tower()  # type: ignore[operator]
+        if tower is None:
+            self._add_vision_modules(model_args)  # type: ignore[operator]
+        else:
+            self.mm_projector.requires_grad_(True)  # type: ignore[union-attr, operator]
+            if getattr(model_args, "mm_vision_select_layer", None) is not None:
+                config.mm_vision_select_layer = model_args.mm_vision_select_layer
+                tower.choose_layer(config.mm_vision_select_layer)
+        adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
+        if adapter is not None:
+            load_projector(self, Path(adapter), getattr(model_args, "allow_bin_weights", False))
+
     def initialize_newline(self) -> None:
         """Draw a vector that ends rows of tiles, where there is none."""
         if self.newline is None:
@@ -137,29 +161,6 @@ class LlavaMetaModel(InnerModel):
     def get_vision_tower(self) -> CLIPVisionTower | None:
         """The vision tower; `None` for a plain language model (LLaVA's name)."""
         return self.vision_tower
-
-    def initialize_vision_modules(self, model_args: Any, fsdp: Any = None) -> None:
-        """Add a tower, read and frozen, and a fresh projector to a plain language model; a model that has them keeps them (LLaVA's name).
-
-        Args:
-            model_args: `vision_tower` (folder or hub id), the fields of `NEW_MODEL_FIELDS`, each `None` or missing for the
-                configuration's own, and `pretrain_mm_mlp_adapter`, a projector to start from.
-            fsdp: accepted for LLaVA's callers; the tower is a module like any other here.
-
-        Raises:
-            ValueError: no tower, or values that do not fit.
-        """
-        config = self.config
-        if self.vision_tower is None:
-            self._add_vision_modules(model_args)
-        else:
-            self.mm_projector.requires_grad_(True)
-            if getattr(model_args, "mm_vision_select_layer", None) is not None:
-                config.mm_vision_select_layer = model_args.mm_vision_select_layer
-                self.vision_tower.choose_layer(config.mm_vision_select_layer)
-        adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
-        if adapter is not None:
-            load_projector(self, Path(adapter), getattr(model_args, "allow_bin_weights", False))
 
     def _add_vision_modules(self, model_args: Any) -> None:
         config = self.config

@@ -26,6 +26,7 @@ from llava.messages import Message, fill_template, prompt_spans, text_of_parts
 from llava.mm_utils import process_images, text_of_ids, tokenize_spans, tokenizer_image_token
 from llava.model.config import LlavaConfig, LlavaMistralConfig, check_processor_fields
 from llava.model.image_inputs import image_of_part, images_of_rows
+from llava.model.language_model.llava_native import LlavaNativeConfig
 from llava.model.loading import read_stored_config, read_tower_config, resolve_tower
 from llava.model.text_options import TextOptions, read_options, stack_rows
 from llava.model.vision_tower import make_image_processor
@@ -33,7 +34,7 @@ from llava.rules import shown
 from llava.tokenizer import load_tokenizer
 
 _SETTINGS = ("image_aspect_ratio", "image_grid_pinpoints", "conv_version", "mm_use_im_start_end", "mm_use_im_patch_token")
-_CONFIG_CLASSES: dict[str, Any] = {each.model_type: each for each in (LlavaConfig, LlavaMistralConfig)}
+_CONFIG_CLASSES: dict[str, Any] = {each.model_type: each for each in (LlavaConfig, LlavaMistralConfig, LlavaNativeConfig)}
 _AUTO_OPTIONS = ("_from_auto", "trust_remote_code")
 _IMAGE_PARTS = ("image", "image_url")
 _OTHER_TEMPLATES = ("chat_template", "tools", "documents", "return_assistant_tokens_mask", "load_audio_from_video")
@@ -229,6 +230,8 @@ def _from_model_config(path: str, hub: dict[str, Any]) -> tuple[dict[str, Any], 
     if kind not in _CONFIG_CLASSES:
         raise ValueError(f"{path} is of model type {shown(kind)}, expected {' or '.join(_CONFIG_CLASSES)}.")
     config = _CONFIG_CLASSES[kind].from_dict(stored)
+    if isinstance(config, LlavaNativeConfig):
+        config.read_image_processor(path, hub)
     if config.vision_config is None:
         if config.mm_vision_tower is None:
             raise ValueError(f"{path} is a plain language model without a vision tower; use its tokenizer.")
@@ -237,7 +240,7 @@ def _from_model_config(path: str, hub: dict[str, Any]) -> tuple[dict[str, Any], 
         )
         config.check_multimodal_fields()
     settings = {name: getattr(config, name) for name in _SETTINGS}
-    return settings, make_image_processor(config.image_processor, config.vision_config["image_size"])
+    return settings, make_image_processor(config.image_processor, config.view_side)
 
 
 def _from_processor_config(path: str, hub: dict[str, Any]) -> tuple[dict[str, Any], CLIPImageProcessorPil]:
@@ -276,6 +279,6 @@ def images_of_messages(messages: Sequence[dict[str, Any]]) -> list[Image.Image]:
     return [image_of_part(part) for message in messages for part in _parts(message) if part["type"] in _IMAGE_PARTS]
 
 
-for _config_class in _CONFIG_CLASSES.values():
+for _config_class in (LlavaConfig, LlavaMistralConfig):  # over a native folder, AutoProcessor gives the native one
     # transformers compares class names only and has a LlavaConfig of its own; the entry itself is kept by class.
     AutoProcessor.register(_config_class, LlavaLayoutProcessor, exist_ok=True)

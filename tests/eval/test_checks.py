@@ -57,7 +57,7 @@ def test_after_a_hundred_refusals_no_more_are_opened(micro: Assistant) -> None:
 
 
 def test_a_context_that_holds_no_prompt_is_a_matter_of_the_config(micro: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(micro.model.config, "max_position_embeddings", 40)
+    monkeypatch.setattr(micro.model.config.text, "max_position_embeddings", 40)
     with pytest.raises(ValueError, match=r"takes \d+ positions, 10 of them visual tokens, but the context has 40 \(max_position_emb"):
         check_questions(micro, asked(Question([SMALL], "Which? " * 9))[1], Options())
 
@@ -89,7 +89,8 @@ def test_a_fault_of_flags_or_config_ends_a_run_before_its_first_question(
     def changed(*args: Any, **options: Any) -> Assistant:
         assistant = load(device="cpu")
         for name, value in changes.get(str(more[1]), {}).items():
-            setattr(assistant.model.config, name, value)
+            config = assistant.model.config
+            setattr(config.text if hasattr(config.text, name) else config, name, value)
         return assistant
 
     monkeypatch.setattr(Assistant, "load", changed)

@@ -20,6 +20,7 @@ from llava.constants import IMAGE_TOKEN_INDEX, MICRO_MODEL
 from llava.mm_utils import KeywordsStoppingCriteria, get_model_name_from_path, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.tools.native_checkpoint import to_native
+from tests.micro import llava_micro_folder
 
 EVAL = MICRO_MODEL.parent / "eval"
 ROWS = [json.loads(line) for line in (EVAL / "test.jsonl").read_text().splitlines()[::333]][:12]
@@ -33,7 +34,7 @@ GREEDY: dict[str, Any] = {"do_sample": False, "temperature": 0, "max_new_tokens"
 @pytest.fixture(scope="module")
 def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("vlmevalkit") / "native"
-    to_native(MICRO_MODEL, made)
+    to_native(llava_micro_folder(), made)
     return made
 
 
@@ -77,7 +78,7 @@ def num_right(answers: list[str]) -> int:
 
 
 def test_both_layouts_answer_its_llava_alike(native: Path) -> None:
-    said = [[llava(loaded, messages_of(row)) for row in ROWS] for loaded in (load(MICRO_MODEL), load(native))]
+    said = [[llava(loaded, messages_of(row)) for row in ROWS] for loaded in (load(llava_micro_folder()), load(native))]
     assert said[0] == said[1] and len(ROWS) == 12
     assert num_right(said[0]) >= 8, "of 12, 9 where this was written: the model was trained on tiles, and this class pads"
     loaded = load(native)

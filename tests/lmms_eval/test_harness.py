@@ -17,10 +17,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from llava.constants import MICRO_MODEL
 from llava.eval.run_llava import eval_model
 from llava.inference import micro_model_path
 from llava.tools.native_checkpoint import to_native
+from tests.micro import llava_micro_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 30
@@ -90,7 +90,7 @@ def test_answers_are_those_of_batch_one(alone, tmp_path, knobs):
 
 @pytest.mark.parametrize("flags", [(), ("--force_simple",)], ids=["chat", "simple"])
 def test_its_own_llava_hf_answers_alike_on_a_native_folder(alone, tmp_path, flags):
-    to_native(MICRO_MODEL, tmp_path / "native")
+    to_native(llava_micro_folder(), tmp_path / "native")
     knobs = {"MODEL": "avg_llava_hf", "MODEL_PATH": str(tmp_path / "native"), "MODEL_ARGS": "device=cpu,device_map=auto", "BATCH_SIZE": "1"}
     finished = run(tmp_path / "out", "--limit", str(LIMIT), *flags, **knobs)
     assert finished.returncode == 0, finished.stdout + finished.stderr

@@ -10,10 +10,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from llava.checkpoint_files import StoredTensor, read_headers, weight_files
-from llava.inference import MICRO_MODEL
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM, LlavaMistralConfig, LlavaMistralForCausalLM
 from llava.model.router import name_in_checkpoint
 from llava.model.shapes import check_shapes, declared_shapes
+from tests.micro import llava_micro_folder
 
 LANGUAGE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 40}
 VISION = {
@@ -58,9 +58,9 @@ def test_declared_shapes_are_those_of_the_built_model(model_class: Any, config: 
     ],
 )
 def test_every_size_is_held_against_the_headers(changes: dict[str, Any], message: str | None) -> None:
-    stored = json.loads((MICRO_MODEL / "config.json").read_text())
+    stored = json.loads((llava_micro_folder() / "config.json").read_text())
     changed = {name: {**stored[name], **value} if isinstance(value, dict) else value for name, value in changes.items()}
-    config, headers = LlavaConfig.from_dict({**stored, **changed}), read_headers(weight_files(MICRO_MODEL))
+    config, headers = LlavaConfig.from_dict({**stored, **changed}), read_headers(weight_files(llava_micro_folder()))
     if message is None:
         check_shapes(config, headers, "here")
         return

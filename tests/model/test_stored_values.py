@@ -16,7 +16,6 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from llava.checkpoint_files import read_headers, read_object, weight_files
-from llava.inference import MICRO_MODEL
 from llava.model import LlavaConfig, LlavaLayoutProcessor, LlavaLlamaForCausalLM
 from llava.model.adapter import attach_adapter, load_lora, read_lora_config
 from llava.model.builder import load_pretrained_model
@@ -25,8 +24,10 @@ from llava.model.loading import read_tower_config
 from llava.model.shapes import check_shapes
 from llava.model.vision_tower import make_image_processor
 from llava.tokenizer import load_tokenizer
+from tests.micro import llava_micro_folder
 
-STORED = json.loads((MICRO_MODEL / "config.json").read_text())
+MICRO = llava_micro_folder()
+STORED = json.loads((MICRO / "config.json").read_text())
 MULTIMODAL = [each.name for each in fields(MultimodalFields)]
 
 
@@ -76,7 +77,7 @@ def ends_well(judge: Callable[[], Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def headers() -> dict[str, Any]:
-    return read_headers(weight_files(MICRO_MODEL))
+    return read_headers(weight_files(MICRO))
 
 
 def judge_config(stored: dict[str, Any], headers: dict[str, Any]) -> LlavaConfig:
@@ -157,7 +158,7 @@ def test_a_file_that_is_no_object(text: str, tmp_path: Path) -> None:
 
 
 GENERATION = {
-    **json.loads((MICRO_MODEL / "generation_config.json").read_text()),
+    **json.loads((MICRO / "generation_config.json").read_text()),
     "temperature": 0.5, "top_p": 0.9, "top_k": 5, "num_beams": 1, "max_length": 20, "stop_strings": ["a"], "suppress_tokens": [1],
     "watermarking_config": {"bias": 1.0}, "to_dict": None, "compile_config": None,
 }  # fmt: skip
@@ -179,9 +180,9 @@ def test_every_value_of_a_plain_models_config_json(path: tuple[Any, ...]) -> Non
 
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
-BACKEND = json.loads((MICRO_MODEL / "tokenizer.json").read_text())
+BACKEND = json.loads((MICRO / "tokenizer.json").read_text())
 SMALL: dict[str, Any] = {
-    "tokenizer_config.json": json.loads((MICRO_MODEL / "tokenizer_config.json").read_text()),
+    "tokenizer_config.json": json.loads((MICRO / "tokenizer_config.json").read_text()),
     "tokenizer.json": {**BACKEND, "model": {**BACKEND["model"], "vocab": {"a": 0}, "merges": BACKEND["model"]["merges"][:1]}},
 }
 TOKENIZER_CASES = [(name, path) for name in TOKENIZER_FILES for path in places(SMALL[name])]
@@ -191,7 +192,7 @@ TOKENIZER_CASES = [(name, path) for name in TOKENIZER_FILES for path in places(S
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     for name in ("config.json", *TOKENIZER_FILES):
-        shutil.copy(MICRO_MODEL / name, folder)
+        shutil.copy(MICRO / name, folder)
     return folder
 
 
@@ -201,14 +202,14 @@ def named(value: Any) -> str:
 
 @pytest.mark.parametrize(("name", "path"), TOKENIZER_CASES, ids=named)
 def test_every_value_of_the_tokenizers_files(name: str, path: tuple[Any, ...], tokenizer_folder: Path) -> None:
-    whole = json.loads((MICRO_MODEL / name).read_text())
+    whole = json.loads((MICRO / name).read_text())
     for value in WRONG:
         if value == 10**400:
             continue
         (tokenizer_folder / name).write_text(json.dumps(replaced(SMALL[name] if path[:2] == ("model", "vocab") else whole, path, value)))
         tokenizer = ends_well(lambda: load_tokenizer(tokenizer_folder))
         assert tokenizer is None or tokenizer("Which colour?").input_ids
-    shutil.copy(MICRO_MODEL / name, tokenizer_folder)
+    shutil.copy(MICRO / name, tokenizer_folder)
 
 
 def altered(folder: Path, name: str) -> Iterator[tuple[str, Any]]:
@@ -234,7 +235,7 @@ def test_every_value_of_a_towers_preprocessor_config_json(oracle: Path, tmp_path
 
 
 def test_every_value_of_a_processor_saved_alone(tmp_path: Path) -> None:
-    LlavaLayoutProcessor.from_pretrained(MICRO_MODEL).save_pretrained(tmp_path)
+    LlavaLayoutProcessor.from_pretrained(MICRO).save_pretrained(tmp_path)
     for place, value in altered(tmp_path, "processor_config.json"):
         processor = ends_well(lambda: LlavaLayoutProcessor.from_pretrained(tmp_path))
         assert processor is None or processor.image_processor.crop_size, (place, value)
@@ -245,13 +246,13 @@ LAYERS = r"model[.]layers[.][0-9]+[.].*[.](q_proj)"
 
 @pytest.fixture(scope="module")
 def adapted() -> LlavaLlamaForCausalLM:
-    return LlavaLlamaForCausalLM.from_pretrained(MICRO_MODEL, dtype=torch.float32)
+    return LlavaLlamaForCausalLM.from_pretrained(MICRO, dtype=torch.float32)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_every_value_of_adapter_config_json(adapted: Any, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, lora_alpha=4, lora_dropout=0.1, target_modules=LAYERS, base_model_name_or_path=str(MICRO_MODEL))
+    config = peft.LoraConfig(r=2, lora_alpha=4, lora_dropout=0.1, target_modules=LAYERS, base_model_name_or_path=str(MICRO))
     attach_adapter(adapted, config)
     adapted.save_pretrained(tmp_path)
     adapted.delete_adapter("default")
@@ -292,9 +293,9 @@ HOSTILE: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize(("name", "changes"), HOSTILE, ids=lambda value: value if isinstance(value, str) else next(iter(value)))
 def test_a_hostile_folder_is_refused_by_the_door(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    for file in MICRO_MODEL.iterdir():
+    for file in MICRO.iterdir():
         (tmp_path / file.name).symlink_to(file)
-    stored = json.loads((MICRO_MODEL / name).read_text())
+    stored = json.loads((MICRO / name).read_text())
     (tmp_path / name).unlink()
     (tmp_path / name).write_text(json.dumps({**stored, **changes}))
     assert ends_well(lambda: load_pretrained_model(str(tmp_path), device="cpu")) is None

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from llava.constants import MICRO_MODEL
 from llava.convert import main
 from llava.tools.portable_code import AUTO_MAP, portable_modules, write_code
+from tests.micro import llava_micro_folder
 
 ROOT = Path(__file__).parents[2]
 QUESTION = [
@@ -53,7 +53,7 @@ save_file({"logits": logits, "output": output, "granularity": torch.tensor(routi
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("native") / "micro"
-    assert main([str(MICRO_MODEL), str(output), "--to", "native", "--with_code"]) == 0
+    assert main([str(llava_micro_folder()), str(output), "--to", "native", "--with_code"]) == 0
     return output
 
 

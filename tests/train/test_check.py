@@ -101,7 +101,7 @@ def test_the_recorded_rows_have_the_recorded_lengths(tmp_path: Path) -> None:
 
 
 def test_no_weights_are_read(tmp_path: Path) -> None:
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+    for name in ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MICRO / name, tmp_path)
     assert {parameter.device.type for parameter in model_outline(read_model_config(str(tmp_path))).parameters()} == {"meta"}
     (tmp_path / "rows.json").write_text(json.dumps([row("<image>\nWhat?", image="scene_pink.png")]))

@@ -66,6 +66,24 @@ class LlavaNativeConfig(LlavaFields, AvgLlavaConfig):
             KEPT_KEY: {**(values.get(KEPT_KEY) or {}), **kept},
         }
 
+    def read_image_processor(self, path: Any, hub: Mapping[str, Any] | None = None) -> None:
+        """Take the settings of the image processor that is saved beside a native config.json.
+
+        Raises:
+            ValueError: there is none, or it cannot work.
+        """
+        files = {name: stored_file(path, name, hub) for name in ("processor_config.json", "preprocessor_config.json")}
+        if not any(files.values()):
+            raise ValueError(f"{path} has neither {' nor '.join(files)}; save the model's processor with it.")
+        whole, views = ({} if file is None else read_object(file) for file in files.values())
+        stored = whole.get("image_processor", views)
+        check_image_processor(stored, f"The image processor of {path}")
+        self.image_processor = {name: stored[name] for name in IMAGE_PROCESSOR_RULES if name in stored} or None
+        self.image_aspect_ratio = stored.get("image_aspect_ratio", "pad")
+        if self.image_grid_pinpoints:
+            self.image_aspect_ratio = "anyres"
+        self.check_multimodal_fields()
+
     @property
     def canvases(self) -> list[tuple[int, int]]:
         return [(width, height) for width, height in self.image_grid_pinpoints]
@@ -179,15 +197,5 @@ class LlavaNativeForCausalLM(CheckpointLoading, LlavaMetaForCausalLM, AvgLlavaFo
 
     @staticmethod
     def _complete_tower(config: Any, path: Any, hub: Mapping[str, Any] | None = None) -> None:
-        """Put the image processor's settings into the configuration; the tower itself is always in the folder."""
-        files = {name: stored_file(path, name, hub) for name in ("processor_config.json", "preprocessor_config.json")}
-        if not any(files.values()):
-            raise ValueError(f"{path} has neither {' nor '.join(files)}; save the model's processor with it.")
-        whole, views = ({} if file is None else read_object(file) for file in files.values())
-        stored = whole.get("image_processor", views)
-        check_image_processor(stored, f"The image processor of {path}")
-        config.image_processor = {name: stored[name] for name in IMAGE_PROCESSOR_RULES if name in stored} or None
-        config.image_aspect_ratio = stored.get("image_aspect_ratio", "pad")
-        if config.image_grid_pinpoints:
-            config.image_aspect_ratio = "anyres"
-        config.check_multimodal_fields()
+        """Complete the configuration with the image processor's settings; the tower itself is always in the folder."""
+        config.read_image_processor(path, hub)

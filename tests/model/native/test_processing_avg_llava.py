@@ -28,6 +28,7 @@ from llava.model.native import AvgLlavaImageProcessor
 from llava.model.native.llava_layout import TO_NATIVE, native_config, rename
 from llava.tokenizer import load_tokenizer
 from llava.tools.llava_next import VOCABULARY, append_mean_row
+from tests.micro import llava_micro_folder
 
 QUESTIONS = [json.loads(line) for line in (MICRO_MODEL.parent / "eval" / "test.jsonl").read_text().splitlines()[::37]][:12]
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
@@ -287,15 +288,15 @@ class Faces:
 
 @pytest.fixture(scope="module")
 def faces() -> Faces:
-    model = LlavaLlamaForCausalLM.from_pretrained(MICRO_MODEL).eval()
-    tokenizer = load_tokenizer(MICRO_MODEL)
+    model = LlavaLlamaForCausalLM.from_pretrained(llava_micro_folder()).eval()
+    tokenizer = load_tokenizer(llava_micro_folder())
     image = add_image_token(tokenizer)
     native = AvgLlavaForConditionalGeneration(native_config(model.config, image, image + 1)).eval()
     weights = {name: append_mean_row(value) if name in VOCABULARY else value for name, value in model.state_dict().items()}
     native.load_state_dict({rename(name, TO_NATIVE): value for name, value in weights.items()})
     native.generation_config = model.generation_config
     processor = AvgLlavaProcessor.for_model(native.config, tokenizer, model.config.image_processor)
-    return Faces(model, LlavaLayoutProcessor.from_pretrained(MICRO_MODEL), native, processor)
+    return Faces(model, LlavaLayoutProcessor.from_pretrained(llava_micro_folder()), native, processor)
 
 
 def chat(question: dict[str, Any]) -> list[dict[str, Any]]:
@@ -365,8 +366,8 @@ def test_a_written_prompt_is_that_of_a_tokenised_conversation_whoever_adds_the_b
     """The two steps of a model card, the one step of a newer script, and trainers and servers that add no special token."""
     config = copy.deepcopy(faces.native.config)
     config.conv_version = kind
-    reader = load_tokenizer(MICRO_MODEL, legacy=legacy)
-    expected = load_tokenizer(MICRO_MODEL, legacy=legacy)
+    reader = load_tokenizer(llava_micro_folder(), legacy=legacy)
+    expected = load_tokenizer(llava_micro_folder(), legacy=legacy)
     add_image_token(reader)
     processor = AvgLlavaProcessor.for_model(config, reader, faces.model.config.image_processor)
     written = processor.apply_chat_template(TURNS, add_generation_prompt=True)
@@ -388,7 +389,7 @@ def test_a_written_prompt_is_that_of_a_tokenised_conversation_whoever_adds_the_b
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_an_answer_alone_has_the_ids_that_it_has_behind_its_prompt(faces: Faces, legacy: bool) -> None:
-    tokenizer = load_tokenizer(MICRO_MODEL, legacy=legacy)
+    tokenizer = load_tokenizer(llava_micro_folder(), legacy=legacy)
     add_image_token(tokenizer)
     processor = AvgLlavaProcessor.for_model(faces.native.config, tokenizer, faces.model.config.image_processor)
     prompt, answer = "<s> USER: What? ASSISTANT:", " Yes, it is.</s>"

@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava.constants import MICRO_MODEL
 from llava.tools.native_checkpoint import to_native
+from tests.micro import llava_micro_folder
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +61,7 @@ def dataset(form: str) -> Any:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("trl") / "native"
-    to_native(MICRO_MODEL, made)
+    to_native(llava_micro_folder(), made)
     return made
 
 

@@ -358,13 +358,13 @@ def test_an_answer_that_cannot_be_what_it_has_to_be_fails_alone(micro, asked):
     assert good.text == "xxx" and free.text == alone(micro, request(*asked[1]))
 
 
-@pytest.mark.parametrize(("name", "value"), [("logit_bias", ((10**6, 1.0),)), ("stop_token_ids", (640,))])
+@pytest.mark.parametrize(("name", "value"), [("logit_bias", ((10**6, 1.0),)), ("stop_token_ids", (641,))])
 def test_a_token_that_the_vocabulary_has_not_is_refused_by_the_name_of_its_field(micro, asked, name, value):
-    assert micro.model.config.vocab_size == 640
+    assert micro.model.config.vocab_size == 641
     wanted = request(*asked[0], sampling=Sampling(**{name: value}))
     [refused] = serve(micro, all_at_once(wanted))
     assert isinstance(refused, ServeError) and refused.kind is ErrorKind.INVALID_REQUEST and refused.param == name
-    assert "vocabulary has 640" in refused.detail
+    assert "vocabulary has 641" in refused.detail
 
 
 def test_a_seed_repeats_whatever_else_is_in_the_batch(micro, asked):
@@ -1043,6 +1043,6 @@ def test_sizes_that_cannot_work_are_refused(micro, options, sentence):
 
 
 def test_an_attention_that_the_batches_cannot_use_is_refused(micro, monkeypatch):
-    monkeypatch.setattr(micro.model.config, "_attn_implementation_internal", "flash_attention_2")
+    monkeypatch.setattr(micro.model.config.text, "_attn_implementation_internal", "flash_attention_2")
     with pytest.raises(ValueError, match="flash_attention_2, but this engine's batches need sdpa or eager"):
         EmbeddedEngine(micro, "micro")

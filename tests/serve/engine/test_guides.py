@@ -17,7 +17,7 @@ from llava.serve.engine.guides import KEPT, Guides, allowed, grammar_error, to_g
 from llava.serve.protocol import ErrorKind, Guide, GuideKind, ServeError
 from llava.tokenizer import load_tokenizer
 
-SIZE, END = 640, 2
+SIZE, END = 641, 2
 CPU = torch.device("cpu")
 
 
