@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from llava.checkpoint_files import LIBRARY_ERRORS, one_line
@@ -64,6 +65,8 @@ class TowerNames:
     num_layers_used: int
     dtype: torch.dtype
     device: torch.device
+    encoder: nn.Module
+    """The module that holds the weights."""
     hidden_state: Callable[[Tensor], Tensor]
     """Views (N, 3, S, S) to the selected hidden state (N, Q + P, Dv), with Q tokens before the patches."""
 
@@ -124,6 +127,20 @@ class TowerNames:
         # Class and register tokens stand before the patches, in every tower.
         return hidden[:, -self.num_patches :] if self.select_feature == "patch" else hidden
 
+    def unused_weights(self) -> list[nn.Parameter]:
+        """Weights that no feature depends on: layers behind the selected one, a head that pools.
+
+        Found by asking autograd on the meta device, so that it holds for any tower.
+        """
+        own = dict(self.encoder.named_parameters())
+        weights = {name: torch.empty_like(weight, device="meta", requires_grad=True) for name, weight in own.items()}
+        buffers = {name: torch.empty_like(buffer, device="meta") for name, buffer in self.encoder.named_buffers()}
+        views = torch.empty(1, 3, self.image_size, self.image_size, device="meta")
+        replaced = {f"encoder.{name}": tensor for name, tensor in {**weights, **buffers}.items()}
+        features = functional_call(_Call(self.encoder, self.forward), replaced, views)
+        gradients = torch.autograd.grad(features.sum(), list(weights.values()), allow_unused=True)
+        return [own[name] for name, gradient in zip(weights, gradients, strict=True) if gradient is None]
+
     def forward(self, views: Tensor | list[Tensor]) -> Any:
         """Encode views.
 
@@ -143,6 +160,18 @@ class TowerNames:
             raise ValueError(f"Views have shape {tuple(views.shape[1:])}, expected (3, {size}, {size}); prepare them with process_images.")
         device = views.device if self.device.type == "meta" else self.device  # offloaded weights come to where the views are
         return self._features(self.hidden_state(views.to(device, self.dtype)))
+
+
+class _Call(nn.Module):
+    """A function that uses a module's weights, as a module that has them."""
+
+    def __init__(self, encoder: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.function = function
+
+    def forward(self, views: Tensor) -> Tensor:
+        return self.function(views)
 
 
 class CLIPVisionTower(TowerNames, nn.Module):
@@ -168,6 +197,10 @@ class CLIPVisionTower(TowerNames, nn.Module):
         self.choose_layer(select_layer)
         self.vision_tower = _NamedEncoder(CLIPVisionModel._from_config(self.config))
         self.image_processor = make_image_processor(image_processor, self.config.image_size)  # type: ignore[arg-type]
+
+    @property
+    def encoder(self) -> nn.Module:  # type: ignore[override]
+        return self
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]

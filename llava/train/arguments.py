@@ -36,7 +36,7 @@ class TrainingArguments(StageFlags, RouterFlags, LoraFlags, transformers.Trainin
         if self.mm_vision_tower_lr is None and stage is not None:
             self.mm_vision_tower_lr = stage.mm_vision_tower_lr
         if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = True  # the tower's layers above the chosen one get no gradient
+            self.ddp_find_unused_parameters = False  # whatever trains gets a gradient in every step, see `apply_stage` and `objectives`
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy
         if self.warmup_ratio is None and not self.warmup_steps:

@@ -95,6 +95,9 @@ def part_of(parameter_name: str) -> str:
 def apply_stage(model: nn.Module, stage: Stage, frozen: Collection[str] = ()) -> list[PartSummary]:
     """Make exactly the parts of `stage` that are not in `frozen` trainable; an attached adapter stands for its `llm`.
 
+    Of the vision tower, weights that no feature depends on stay frozen: they would never get a gradient, yet DDP would wait for one, weight
+    decay would shrink them and the optimizer would keep their averages.
+
     Args:
         model: the multimodal language model.
         stage: a line of `STAGES`.
@@ -111,11 +114,14 @@ def apply_stage(model: nn.Module, stage: Stage, frozen: Collection[str] = ()) ->
         training = (training - {"llm"}) | {"lora"}
     totals = dict.fromkeys(PARTS, 0)
     trainable = dict.fromkeys(PARTS, 0)
+    unused = model.get_vision_tower().unused_weights() if "vision_tower" in training else []  # type: ignore[operator]
+    never_read = {id(weight) for weight in unused}
     for name, parameter in model.named_parameters():
         part = part_of(name)
-        parameter.requires_grad_(part in training)
+        trains = part in training and id(parameter) not in never_read
+        parameter.requires_grad_(trains)
         totals[part] += _elements(parameter)
-        trainable[part] += _elements(parameter) if part in training else 0
+        trainable[part] += _elements(parameter) if trains else 0
     if not sum(trainable.values()):
         raise ValueError(
             f"stage {stage.name} trains {', '.join(sorted(training)) or 'nothing'}, of which this model has no "

@@ -42,6 +42,16 @@ def trio() -> tuple[LlavaLlamaForCausalLM, AvgLlavaForConditionalGeneration, Lla
     return llava, native, face
 
 
+def test_no_feature_depends_on_an_unused_weight(trio: Any) -> None:
+    for model in (trio[0], trio[2]):
+        tower = model.get_vision_tower()
+        unused = {id(weight) for weight in tower.unused_weights()}
+        tower(torch.rand(2, 3, tower.image_size, tower.image_size)).square().sum().backward()
+        without = {id(weight) for weight in tower.encoder.parameters() if weight.grad is None}
+        model.zero_grad(set_to_none=True)
+        assert unused == without and unused
+
+
 @pytest.mark.parametrize("granularity", [None, 4, 64])
 def test_the_three_give_the_same_logits_and_answers(trio: Any, granularity: int | None) -> None:
     """Batches of unequal rows with one image, two, none; bit for bit, the image token aside, which is no answer."""

@@ -18,6 +18,17 @@ def test_gradients_follow_the_table(stage: Any, tiny_model: Any) -> None:
     assert sum(line.parameters for line in summaries) == sum(p.numel() for p in tiny_model.parameters())
 
 
+def test_what_no_feature_depends_on_stays_frozen(tiny_model: Any) -> None:
+    tower = tiny_model.get_vision_tower()
+    tower.choose_layer(1)
+    summaries = {line.part: line for line in apply_stage(tiny_model, STAGES["instruct"])}
+    encoder = tower.vision_tower.vision_model
+    frozen = [*encoder.encoder.layers[1:].parameters(), *encoder.post_layernorm.parameters()]
+    assert {id(p) for p in tower.parameters() if not p.requires_grad} == {id(p) for p in frozen}
+    line = summaries["vision_tower"]
+    assert line.trainable == line.parameters - sum(parameter.numel() for parameter in frozen)
+
+
 def test_a_part_can_be_frozen_and_the_table_says_so(tiny_model: Any, caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("llava").propagate = True
     summaries = apply_stage(tiny_model, STAGES["instruct"], frozen={"vision_tower"})

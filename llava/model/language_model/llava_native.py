@@ -132,6 +132,10 @@ class NativeTower(TowerNames):
             raise AttributeError(name)
         return getattr(self.model.vision_tower, name)
 
+    @property
+    def encoder(self) -> nn.Module:  # type: ignore[override]
+        return self.model.vision_tower
+
     def hidden_state(self, views: Tensor) -> Tensor:  # type: ignore[override]
         return self.model.tower_state(views)
 
