@@ -86,7 +86,9 @@ def _unpack(staging: Path, version: str) -> Path:
     with tarfile.open(archive) as package:
         members = [member for member in package.getmembers() if "/tests/" in member.name]
         package.extractall(staging, members=members, filter="data")
-    return staging / f"transformers-{version}"
+    root = staging / f"transformers-{version}"
+    (root / "tests" / "__init__.py").touch()  # left out there, and without it another package of the name would go first
+    return root
 
 
 def _run(command: Sequence[str]) -> None:
