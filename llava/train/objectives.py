@@ -346,7 +346,8 @@ def _blank(batch: Batch, features: Sequence[Tensor], model: Any) -> Tensor | Non
     if batch["images"]:
         return None
     newline = model.newline
-    return 0.0 * (features[0].sum() + (0.0 if newline is None else newline.sum()))
+    blank = (0.0 * features[0]).sum()  # a sum of features may leave float16, and 0 * inf is nan
+    return blank if newline is None else blank + 0.0 * newline.sum()
 
 
 def _padding_metrics(answers: AnswerLosses) -> dict[str, tuple[Tensor | float, float]]:
