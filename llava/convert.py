@@ -6,7 +6,6 @@ What a layout has no place for, and what becomes of it: `llava/tools/native_chec
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 import tempfile
@@ -58,12 +57,11 @@ def layout_of(source: Path) -> str:
     Raises:
         ValueError: no checkpoint folder, or of another model type.
     """
-    file = source / "config.json"
+    from llava.model.loading import read_stored_config
+
     if not source.is_dir():
         raise ValueError(f"{source} is not a folder; give a downloaded checkpoint.")
-    if not file.is_file():
-        raise ValueError(f"{source} has no config.json, so it is not a checkpoint folder.")
-    kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    kind = read_stored_config(source).get("model_type")
     if kind not in LAYOUTS:
         raise ValueError(f"{source} is of model type {kind!r}, expected {', '.join(LAYOUTS)}.")
     return LAYOUTS[kind]

@@ -123,6 +123,14 @@ def test_what_cannot_be_converted_is_named(
     assert not output.exists()
 
 
+@pytest.mark.parametrize("stored", ["[]", '{"model_type": ["avg_llava"]}', "{", "[" * 100000], ids=["list", "kind", "cut", "deep"])
+def test_a_config_that_is_none_is_refused_in_a_sentence(stored: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(stored)
+    assert main([str(tmp_path), str(tmp_path / "out"), "--to", "native"]) == 1
+    said = capsys.readouterr().err
+    assert "config.json" in said and said.count("\n") == 1
+
+
 def test_the_granularity_does_not_depend_on_an_answer_behind_the_prompt(native: Path) -> None:
     """As a loss outside the model or a reward asks for it: a forward pass without labels over prompt and answer."""
     model, processor = AutoModelForImageTextToText.from_pretrained(native).eval(), AutoProcessor.from_pretrained(native)
