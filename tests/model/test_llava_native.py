@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPImagePr
 
 from llava.images import load_image
 from llava.inference import Assistant, Question
-from llava.messages import Options, RoutingRequest
+from llava.messages import Message, Options, RoutingRequest
 from llava.model import AvgLlavaConfig, AvgLlavaForConditionalGeneration, AvgLlavaProcessor, LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_native import LlavaNativeConfig, LlavaNativeForCausalLM
@@ -132,6 +132,30 @@ def test_a_folder_of_either_layout_answers_alike(assistants: tuple[Assistant, As
         assert torch.equal(ours.reports[0].logits, theirs.reports[0].logits)
     scores = [assistant.log_likelihoods(questions[:3], ["red"] * 3) for assistant in assistants]
     assert [each.log_probability for each in scores[0]] == pytest.approx([each.log_probability for each in scores[1]], abs=1e-4)
+
+
+def test_both_layouts_and_both_faces_decide_alike_in_a_later_turn(
+    assistants: tuple[Assistant, Assistant], native_micro: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier answer is hidden from the router wherever the configuration has the ids around one, and shown, as published, without."""
+    model, processor = AutoModelForImageTextToText.from_pretrained(native_micro).eval(), AutoProcessor.from_pretrained(native_micro)
+    first, *rest = asked(100)
+    options = Options(max_new_tokens=8)
+    for later in rest[:3]:
+        talk = [("user", first.messages), ("assistant", "It is blue, like all the digits in the row."), ("user", later.messages)]
+        turns = [Message(role, str(text)) for role, text in talk]
+        native, llava = (assistant.answer(first.images, turns, options) for assistant in assistants)
+        parts: list[Any] = [{"role": role, "content": text} for role, text in talk]
+        parts[0]["content"] = [{"type": "image"}, {"type": "text", "text": talk[0][1]}]
+        prompt = processor.apply_chat_template(parts, add_generation_prompt=True)
+        inputs = processor(images=list(first.images), text=prompt, return_tensors="pt")
+        output, (report,) = model.generate(**inputs, max_new_tokens=8, do_sample=False, output_routing=True)
+        assert native.token_ids == llava.token_ids == output[0, inputs["input_ids"].shape[1] :].tolist()
+        assert torch.equal(native.reports[0].logits, llava.reports[0].logits) and torch.equal(native.reports[0].logits, report.logits)
+    with monkeypatch.context() as patched:
+        patched.setattr(assistants[1].model.config, "answer_start", None)
+        published = assistants[1].answer(first.images, turns, options)
+    assert not torch.equal(published.reports[0].logits, llava.reports[0].logits)
 
 
 def test_the_image_token_is_never_drawn(assistants: tuple[Assistant, Assistant]) -> None:
