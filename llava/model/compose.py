@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from llava.crops import get_anyres_image_grid_shape
 from llava.messages import RoutingRequest
 from llava.model.answers import in_answers
 from llava.model.config import GranularityFields
@@ -282,7 +281,7 @@ class Composer:
         if num_views > 1 and merge_type != "flat":
             if image_size is None:
                 raise ValueError(f"An image of {num_views} views came without its size; give image_sizes=[(width, height), ...].")
-            across, down = get_anyres_image_grid_shape(image_size, config.canvases, config.view_side)
+            across, down = config.tiles_of(image_size)
             tiles = (down, across)
         return [
             merged_layout(level, num_views, tiles, image_size or (1, 1), merge_type, config.unpad_rule) for level in self.levels

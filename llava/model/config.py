@@ -22,7 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llava.checkpoint_files import LIBRARY_ERRORS, QUANTISED, one_line
-from llava.crops import parse_pinpoints
+from llava.crops import get_anyres_image_grid_shape, parse_pinpoints
 from llava.model.granularity import Granularity, granularity_levels
 from llava.rules import (
     Anything,
@@ -275,12 +275,25 @@ class GranularityFields:
         """The granularities of this model, coarse to fine; a model without any has its full patch grid as the only level."""
         return granularity_levels(self.patch_grid, self.vis_token_granularity, self.vis_token_grids)
 
+    def tiles_of(self, image_size: Sequence[int]) -> tuple[int, int]:
+        """How many tiles across and down an image of (width, height) pixels is cut into, where there are canvases."""
+        return get_anyres_image_grid_shape(image_size, self.canvases, self.view_side)
+
+    def num_views_of(self, image_size: Sequence[int]) -> int:
+        """Views of an image of (width, height) pixels: the whole one, and its tiles where there are canvases."""
+        across, down = self.tiles_of(image_size) if self.canvases else (0, 0)
+        return 1 + across * down
+
     def router_contradictions(self) -> Iterator[str]:
         """What is wrong with the fields of the router beside one another."""
         if self.router_select is True and not self.vis_token_granularity:
             yield "router_select is on but vis_token_granularity is empty: give the levels to choose from"
         if isinstance(self.router_hidden_size, int) and self.router_hidden_size % 8:
             yield f"router_hidden_size is {self.router_hidden_size}, expected a multiple of its 8 attention heads"
+
+
+KEPT_KEY = "llava_fields"
+"""Where a config.json of another layout keeps LLaVA's fields that it has no place for."""
 
 
 @dataclass(kw_only=True)

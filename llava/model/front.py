@@ -26,9 +26,9 @@ class FrontOnly:
 
     def __init__(self, config: Any) -> None:
         config = copy.deepcopy(config)
-        for part in (config, config.get_text_config()):
-            part.tie_word_embeddings = False
-        part.num_hidden_layers = 0
+        language = config.get_text_config()
+        config.tie_word_embeddings = language.tie_word_embeddings = False
+        language.num_hidden_layers = 0
         super().__init__(config)  # type: ignore[call-arg]
         text: Any = getattr(self.model, "language_model", self.model)  # type: ignore[attr-defined]
         text.norm = self.lm_head = nn.Identity()

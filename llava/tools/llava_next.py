@@ -46,6 +46,7 @@ from llava.conversation import get_template
 from llava.durable import whole_folder
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM, LlavaMistralConfig, LlavaMistralForCausalLM
 from llava.model.chat_template import add_image_token, jinja_template, own_text_behind
+from llava.model.config import KEPT_KEY
 from llava.model.loading import check_folder, read_tower_config, resolve_tower
 from llava.model.native.llava_layout import Rules, rename
 from llava.model.router import name_in_checkpoint
@@ -59,7 +60,6 @@ FAMILIES: dict[str, tuple[Any, Any, Any]] = {
 }
 """Model type of the language model -> its config, ours, our model."""
 
-KEPT_KEY = "llava_fields"
 KEPT_FIELDS = (
     "mm_vision_tower",
     "unpad_rule",

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from llava.conversation import get_template
 from llava.model.answers import answer_marks
-from llava.model.config import GranularityFields
+from llava.model.config import KEPT_KEY, GranularityFields
 from llava.model.loading import check_folder, read_tower_config, resolve_tower
 from llava.model.native import AvgLlavaConfig, AvgLlavaForConditionalGeneration
 from llava.model.native.hub import CARD
@@ -30,7 +30,6 @@ from llava.tools.llava_next import (
     FAMILIES,
     IMAGE_PROCESSOR_FIELDS,
     KEPT_FIELDS,
-    KEPT_KEY,
     TOWER_RULE,
     VOCABULARY,
     Edits,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llava.conversation import Conversation
-from llava.crops import cut_into_views, get_anyres_image_grid_shape
+from llava.crops import cut_into_views
 from llava.images import check_aspect_ratio, to_rgb
 from llava.train.shards import ImageFolder, ImageSource
 from llava.train.targets import Targets, build_targets, count_words, has_answer, place_images
@@ -138,10 +138,7 @@ def measure(row: Any) -> RowMeasures:
 
 def num_views(config: Any, image_size: tuple[int, int]) -> int:
     """Views of an image of (width, height) `image_size`: one, or under anyres the whole view and its tiles."""
-    if config.image_aspect_ratio != "anyres":
-        return 1
-    across, down = get_anyres_image_grid_shape(image_size, config.image_grid_pinpoints, config.view_side)
-    return 1 + across * down
+    return config.num_views_of(image_size) if config.image_aspect_ratio == "anyres" else 1
 
 
 def visual_token_costs(model: Any, image_size: tuple[int, int]) -> list[int]:

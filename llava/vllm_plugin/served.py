@@ -17,17 +17,15 @@ from PIL import Image
 from torch import Tensor
 
 from llava.checkpoint_files import read_object, stored_file
-from llava.crops import get_anyres_image_grid_shape
 from llava.model.builder import load_pretrained_model
 from llava.model.chat_template import add_image_token
 from llava.model.compose import ImageInput, Size
-from llava.model.config import MultimodalFields
+from llava.model.config import KEPT_KEY, MultimodalFields
 from llava.model.loading import read_tower_config, resolve_tower
 from llava.model.native import AvgLlavaConfig, AvgLlavaModel
 from llava.model.native.image_processing_avg_llava import AvgLlavaImageProcessor
 from llava.model.native.llava_layout import native_config
 from llava.tokenizer import load_tokenizer
-from llava.tools.llava_next import KEPT_KEY
 from llava.vllm_plugin.wishes import RULES, check_wishes
 
 IMAGE_TOKEN_FIELD = "image_token_id"
@@ -112,13 +110,7 @@ class ServedModel:
     def image_processor(self) -> AvgLlavaImageProcessor:
         if isinstance(self.stored, AvgLlavaConfig):
             return AvgLlavaImageProcessor.from_pretrained(self.path, **self.hub)
-        side = self.config.view_side
-        given = self.stored.image_processor or {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-        return AvgLlavaImageProcessor(
-            **{name: value for name, value in given.items() if name != "image_processor_type"},
-            image_grid_pinpoints=self.config.image_grid_pinpoints,
-            image_aspect_ratio=self.stored.image_aspect_ratio,
-        )
+        return AvgLlavaImageProcessor.for_model(self.config, self.stored.image_processor, self.stored.image_aspect_ratio)
 
     @property
     def is_flat(self) -> bool:
@@ -136,10 +128,7 @@ class ServedModel:
 
     def unseen(self, size: Size) -> ImageInput:
         """An image of (width, height) pixels of which nothing has been computed; it tells what it costs."""
-        side, num_views = self.config.view_side, 1
-        if self.config.canvases and not self.is_flat:
-            across, down = get_anyres_image_grid_shape(size, self.config.canvases, side)
-            num_views += across * down
+        side, num_views = self.config.view_side, 1 if self.is_flat else self.config.num_views_of(size)
         views = torch.empty(num_views, 3, side, side, device="meta")
         return ImageInput(views[0] if self.is_flat else views, size)
 

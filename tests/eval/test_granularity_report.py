@@ -22,7 +22,7 @@ from llava.eval.report.answers_file import earlier_answers, key_of, read_answers
 from llava.eval.report.baseline import Baseline, compare, read_baseline
 from llava.eval.report.contents import oracle_gap
 from llava.eval.report.examples import pick_examples
-from llava.eval.report.measure import PARTS, Cost, balanced_sample, kv_cache_bytes, measure, mixed, peak_bytes, summarise
+from llava.eval.report.measure import PARTS, Cost, balanced_sample, measure, mixed, peak_bytes, summarise
 from llava.eval.report.outcomes import Outcomes, tail
 from llava.eval.report.page import write_page
 from llava.eval.report.policies import Policy, apply_policies
@@ -32,6 +32,7 @@ from llava.eval.report.texts import NO_ROUTER, cards
 from llava.images import load_image
 from llava.inference import MICRO_MODEL, Assistant, Options
 from llava.messages import RoutingRequest
+from llava.model.memory import kv_cache_bytes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EVALUATION = REPOSITORY / "playground" / "eval"
@@ -310,7 +311,7 @@ def test_the_cache_is_as_large_as_the_tensors_in_it(micro: Assistant) -> None:
         max_new_tokens=1, do_sample=False, return_dict_in_generate=True,
     )  # fmt: skip
     held = sum(tensor.nbytes for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values))
-    assert kv_cache_bytes(micro.model, 7) == held
+    assert kv_cache_bytes(micro.model.config.get_text_config(), 7, micro.model.dtype.itemsize) == held
 
 
 def test_case_and_space_do_not_matter() -> None:

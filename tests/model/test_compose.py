@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llava.crops import get_anyres_image_grid_shape
 from llava.messages import RoutingRequest
 from llava.model.compose import Composer, ImageInput
 from llava.model.granularity import granularity_levels
@@ -21,8 +22,7 @@ CONFIG = SimpleNamespace(
     patch_grid=(2, 2),
     mm_patch_merge_type="spatial_unpad",
     unpad_rule="picture",
-    canvases=[[2, 4], [4, 2], [4, 4]],
-    view_side=2,
+    tiles_of=lambda size: get_anyres_image_grid_shape(size, [[2, 4], [4, 2], [4, 4]], 2),
     context_length=30,
 )
 

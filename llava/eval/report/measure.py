@@ -24,6 +24,7 @@ from llava.eval.report.answers import Record
 from llava.images import load_image
 from llava.inference import Answer, Assistant, Options
 from llava.messages import RoutingRequest
+from llava.model.memory import kv_cache_bytes
 
 PARTS = ("views", "vision", "router", "splice", "prefill", "decode", "other")
 """Where an answer's time goes, in order; `other` is the rest: tokenisation, detokenisation, bookkeeping."""
@@ -129,17 +130,9 @@ def _cost(model: Any, runs: Sequence[tuple[Answer, float]], peak: float | None) 
         ttft=answer.milliseconds["ttft"],
         total=total,
         new_tokens=new_tokens,
-        kv_bytes=kv_cache_bytes(model, answer.prompt_tokens + new_tokens),
+        kv_bytes=kv_cache_bytes(model.config.get_text_config(), answer.prompt_tokens + new_tokens, model.dtype.itemsize),
         peak_bytes=peak,
     )
-
-
-def kv_cache_bytes(model: Any, positions: int) -> int:
-    """Size in bytes of the language model's KV cache for some positions; computed, not measured."""
-    config = model.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kept = min(positions, getattr(config, "sliding_window", None) or positions)
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * width * kept * model.dtype.itemsize
 
 
 def peak_bytes(requests: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:

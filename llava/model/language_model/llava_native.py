@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.checkpoint_files import read_object, stored_file
-from llava.model.config import IMAGE_PROCESSOR_RULES, LlavaFields, check_image_processor
+from llava.model.config import IMAGE_PROCESSOR_RULES, KEPT_KEY, LlavaFields, check_image_processor
 from llava.model.llava_arch import InnerModel, LlavaMetaForCausalLM
 from llava.model.loading import CheckpointLoading
 from llava.model.native.configuration_avg_llava import AvgLlavaConfig
@@ -24,11 +24,10 @@ from llava.model.native.modeling_avg_llava import AvgLlavaForConditionalGenerati
 from llava.model.native.processing_avg_llava import AvgLlavaProcessor
 from llava.model.vision_tower import TowerNames, make_image_processor
 
-KEPT_KEY = "llava_fields"
-"""Where a native config.json keeps LLaVA's fields."""
 OF_THE_PROCESSOR = ("image_processor", "image_aspect_ratio")
-"""Those of them that the image processor's own file holds."""
+"""LLaVA's fields that the image processor's own file holds."""
 KEPT = tuple(each.name for each in fields(LlavaFields) if each.name not in OF_THE_PROCESSOR)
+"""Those that a native config.json keeps under `KEPT_KEY`."""
 
 
 class LlavaNativeConfig(LlavaFields, AvgLlavaConfig):

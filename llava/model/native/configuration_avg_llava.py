@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from llava.checkpoint_files import LIBRARY_ERRORS, is_deeper, one_line
-from llava.model.config import CANVASES, COMMON_RULES, MOST_TILES, TOKEN_ID, GranularityFields, foreign_names, ruled
+from llava.model.config import CANVASES, COMMON_RULES, KEPT_KEY, MOST_TILES, TOKEN_ID, GranularityFields, foreign_names, ruled
 from llava.model.native.parts import read_part
 from llava.rules import Anything, Choice, Flag, Integer, Rule, faults, optional, refuse
 
@@ -18,7 +18,7 @@ _LOGIT_FIELDS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_sc
 """What text models do to their logits beyond a linear head, with the value that does nothing."""
 _TOP_RULES: dict[str, Rule] = {
     **COMMON_RULES,
-    **dict.fromkeys(("quantization_config", "llava_fields", "auto_map"), optional(Anything())),
+    **dict.fromkeys(("quantization_config", KEPT_KEY, "auto_map"), optional(Anything())),
 }
 """Values of config.json beside the fields of `AvgLlavaConfig`."""
 

@@ -53,6 +53,22 @@ class AvgLlavaImageProcessor(PilBackend):
     image_grid_pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
     image_aspect_ratio = "anyres"
 
+    @classmethod
+    def for_model(cls, config: Any, arguments: dict[str, Any] | None, image_aspect_ratio: str) -> "AvgLlavaImageProcessor":
+        """The image processor of a model.
+
+        Args:
+            config: an `AvgLlavaConfig`. arguments: of the tower's image processor; `None` gives CLIP's own at that size.
+            image_aspect_ratio: of a model without canvases, one of `llava.crops.IMAGE_MODES`.
+        """
+        side = config.view_side
+        given = arguments or {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+        return cls(
+            **{name: value for name, value in given.items() if name != "image_processor_type"},
+            image_grid_pinpoints=config.image_grid_pinpoints,
+            image_aspect_ratio="anyres" if config.image_grid_pinpoints else image_aspect_ratio,
+        )
+
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """RGB images in place of whatever names them, arrays (H, W, 3) of shares where shares are given; lists keep their shape, and `None`
         for the images of a prompt is no image.

@@ -11,7 +11,6 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from llava.crops import get_anyres_image_grid_shape
 from llava.model.granularity import Granularity
 from llava.model.memory import has_known_cache, kv_cache_bytes
 
@@ -108,11 +107,7 @@ def largest_image(config: Any) -> tuple[int, int]:
 
 def level_costs(model: Any, size: tuple[int, int]) -> list[tuple[Granularity, int]]:
     """The levels, coarse to fine, each with the visual tokens of an image of (width, height) pixels."""
-    config, num_views = model.config, 1
-    if config.canvases:
-        across, down = get_anyres_image_grid_shape(size, config.canvases, config.view_side)
-        num_views += across * down
-    layouts = model.model.layouts(num_views, size)
+    layouts = model.model.layouts(model.config.num_views_of(size), size)
     return [(level, layout.num_tokens) for level, layout in zip(model.model.levels, layouts, strict=True)]
 
 

@@ -26,7 +26,6 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 
 from llava.checkpoint_files import hub_options
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.crops import get_anyres_image_grid_shape
 from llava.messages import RoutingRequest
 from llava.model.compose import Composer, ImageInput, Size
 from llava.model.loading import check_stored
@@ -193,10 +192,7 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel, NativeEncoder):
 
     def _num_views(self, size: Size | None, given: int) -> int:
         """Views of an image of (width, height) pixels, of those that a batch has a place for."""
-        if size is None or given == 1:
-            return given
-        across, down = get_anyres_image_grid_shape(size, self.config.canvases, self.config.view_side)
-        return 1 + across * down
+        return given if size is None or given == 1 else self.config.num_views_of(size)
 
     @can_return_tuple
     def get_image_features(
@@ -412,7 +408,7 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel, NativeEncoder):
         token = torch.tensor([[self.config.image_token_id]], device=self.device)
         view = torch.zeros(1, 1, 3, side, side, device=self.device)
         prompt = self.expand(view, torch.tensor([[side, side]]), token, request=RoutingRequest(granularity))
-        return 0.0 * prompt.image.pooler_output[0].sum()  # type: ignore[index]
+        return (0.0 * prompt.image.pooler_output[0]).sum()  # type: ignore[index]  # a sum of features may leave float16, and 0 * inf is nan
 
     def _check_no_image_token(self, input_ids: Tensor | None) -> None:
         """Refuse image tokens in a prompt without images, whose embedding means nothing."""

@@ -108,20 +108,12 @@ class AvgLlavaProcessor(ProcessorMixin):
         Args:
             tokenizer: its tokenizer, with `<image>`; it is set to pad on the left, as prompts in a batch need it, and to read a text that
                 begins with a space as transformers' tokenizers do, for code that tokenises an answer alone.
-            image_processor: arguments of the tower's image processor; `None` gives CLIP's own at that size.
-            image_aspect_ratio: of a model without canvases, one of `llava.crops.IMAGE_MODES`.
+            image_processor, image_aspect_ratio: see `AvgLlavaImageProcessor.for_model`.
         """
-        side = config.view_side
-        given = image_processor or {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-        views = AvgLlavaImageProcessor(
-            **{name: value for name, value in given.items() if name != "image_processor_type"},
-            image_grid_pinpoints=config.image_grid_pinpoints,
-            image_aspect_ratio="anyres" if config.image_grid_pinpoints else image_aspect_ratio,
-        )
         tokenizer.padding_side = "left"
         prefix_like_transformers(tokenizer)
         return cls(
-            views,
+            AvgLlavaImageProcessor.for_model(config, image_processor, image_aspect_ratio),
             tokenizer,
             patch_size=config.vision.patch_size,
             chat_template=jinja_template(get_template(config.conv_version), text_begin(tokenizer)),
