@@ -56,3 +56,10 @@ def test_the_code_runs_as_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_what_has_no_table_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["memory", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stored", ["[]", '{"model_type": ["avg_llava"]}', '{"model_type": "avg_llava", "text_config": 3}', "{"])
+def test_a_folder_whose_config_is_none_is_named(stored: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(stored)
+    assert main(["memory", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
+from llava.model.loading import read_stored_config
 from llava.model.memory import has_known_cache, kv_cache_bytes, weight_bytes
 from llava.model.native import AvgLlavaConfig, AvgLlavaForConditionalGeneration
 from llava.model.native.llava_layout import native_config
@@ -56,7 +56,7 @@ def read_config(name: str) -> AvgLlavaConfig:
     """
     if name not in PRESETS and not Path(name).is_dir():
         raise ValueError(f"{name} is no checkpoint folder and no published shape; the shapes are {', '.join(PRESETS)}.")
-    if name not in PRESETS and isinstance(stored := AutoConfig.from_pretrained(name), AvgLlavaConfig):
-        return stored
+    if name not in PRESETS and read_stored_config(name).get("model_type") == AvgLlavaConfig.model_type:
+        return AvgLlavaConfig.from_pretrained(name)
     config = preset_config(name) if name in PRESETS else read_model_config(name)
     return native_config(config, 0, config.vocab_size)
