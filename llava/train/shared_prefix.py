@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.utils.generic import is_flash_attention_requested
 
 from llava.constants import IGNORE_INDEX
+from llava.model.memory import has_known_cache
 from llava.model.splice import check_context, prompt_rows
 
 POSITIONS_AT_ONCE = 1024
@@ -41,9 +42,10 @@ def shared_prefix(batch: dict[str, Any]) -> int:
 
 def reads_behind_a_prefix(model: Any, length: int) -> bool:
     """Whether a model's attention can be told what each position sees, in rows of this length: flash attention takes no mask, and one
-    that is given takes the place of a sliding window's."""
-    window = getattr(model.config, "sliding_window", None)
-    return not is_flash_attention_requested(config=model.config) and (window is None or length <= window)
+    that is given takes the place of a sliding window's. Layers without keys and values cannot be told."""
+    text = model.config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    return has_known_cache(text) and not is_flash_attention_requested(config=model.config) and (window is None or length <= window)
 
 
 def hidden_states_behind_a_prefix(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.model.language_model.llava_native import LlavaNativeConfig
 from llava.model.splice import ContextLengthError
 from llava.train import shared_prefix
 from llava.train.data import Collator, ConversationDataset
@@ -79,6 +81,15 @@ def test_what_cannot_share_is_read_row_by_row(reader: RowReader, tiny_model: Any
             patch.setattr(config, field, value, raising=False)
             assert not shared_prefix.reads_behind_a_prefix(tiny_model, 17)
     assert shared_prefix.reads_behind_a_prefix(tiny_model, 17)
+
+
+def test_a_native_models_window_is_its_text_models() -> None:
+    parts: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
+    tower = {"model_type": "clip_vision_model", **parts, "image_size": 8, "patch_size": 4}
+    for window, reads in ((16, False), (17, True), (None, True)):
+        text = {"model_type": "mistral", "num_key_value_heads": 2, **parts, "sliding_window": window}
+        config = LlavaNativeConfig(text_config=text, vision_config=tower, image_token_id=3, image_aspect_ratio="pad")
+        assert shared_prefix.reads_behind_a_prefix(SimpleNamespace(config=config), 17) == reads
 
 
 def test_answers_are_never_shared(reader: RowReader) -> None:
