@@ -11,6 +11,7 @@ sequence that the encoder layer sees.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,13 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.in_proj, self.out_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
+        """Take the names of torch's own attention too: DeepSpeed's checkpoints hold those that a model once had in memory."""
+        for kind in ("weight", "bias"):
+            if (stored := state_dict.pop(f"{prefix}in_proj_{kind}", None)) is not None:
+                state_dict[f"{prefix}in_proj.{kind}"] = stored
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def forward(self, tokens: Tensor, absent: Tensor | None = None) -> Tensor:
         """(S, N, R) -> (S, N, R); `absent` (N, S) is true where there is nothing to attend to."""

@@ -145,6 +145,16 @@ def test_every_product_is_a_linear_on_at_most_three_axes():
     assert bare == {"voter"}  # of the router itself, and read in its own forward
 
 
+def test_a_checkpoint_of_torchs_own_layer_is_gone_on_with():
+    """Optimizers store their state by number, DeepSpeed the weights by the names in memory."""
+    ours = [name_in_checkpoint(f"router.{name}") for name, _ in router("views").named_parameters() if name.startswith("merger.")]
+    theirs = torch.nn.TransformerEncoderLayer(8, 8, 8)
+    assert ours == [f"router.merger.{name}" for name, _ in theirs.named_parameters()]
+    layer = EncoderLayer(8, 0.0)
+    layer.load_state_dict(theirs.state_dict())
+    assert all(torch.equal(*both) for both in zip(layer.state_dict().values(), theirs.state_dict().values(), strict=True))
+
+
 def test_names_go_to_the_released_ones_and_come_back(oracle):
     stored = set(json.loads((oracle / "checkpoint" / "model.safetensors.index.json").read_text())["weight_map"])
     routers = {name for name in stored if name.startswith("model.router.")}
