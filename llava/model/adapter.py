@@ -8,7 +8,8 @@
 
 A folder is an adapter because `adapter_config.json` is in it. The matrices are injected into the language model in place, so
 the model keeps its class, and parameters that are not LoRA's keep their names. LLaVA's
-own adapter folders are read too; their pickled files only if the caller allows it.
+own adapter folders are read too; their pickled files only if the caller allows it. Folders that PEFT alone wrote, the first two files, may
+change any part of a model and are merged into it.
 """
 
 from __future__ import annotations
@@ -62,11 +63,18 @@ LORA_RULES: dict[str, Rule] = {
     **dict.fromkeys(("layers_pattern", "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters"), NONE),
 }
 """Fields of adapter_config.json; LoRA in the language model's linear layers is all that such a folder holds."""
+STOCK_RULES = {**LORA_RULES, "modules_to_save": optional(ListOf(Text()))}
+"""The same in folders that PEFT alone wrote, which may have whole parts beside the matrices."""
 
 
 def is_adapter(path: str | Path) -> bool:
     """Whether a folder holds an adapter, by its content."""
     return (Path(path) / ADAPTER_CONFIG).is_file()
+
+
+def is_stock_adapter(path: str | Path) -> bool:
+    """Whether a folder holds an adapter as PEFT alone writes it: nothing in it says what model it changes, or has parts of our own."""
+    return is_adapter(path) and not any((Path(path) / name).is_file() for name in ("config.json", *REST_FILES))
 
 
 def has_adapter(model: Any) -> bool:
@@ -82,7 +90,8 @@ def adapter_base(folder: str | Path, model_base: str | None = None) -> str:
     """
     base = model_base
     if base is None:
-        base = _read_adapter_config(folder).get("base_model_name_or_path")
+        rules = STOCK_RULES if is_stock_adapter(folder) else LORA_RULES
+        base = _read_adapter_config(folder, rules).get("base_model_name_or_path")
         if not base:
             raise ValueError(f"{folder} does not name the model it belongs to; give it as model_base.")
         near = [Path(base), Path(folder) / base, Path(folder).parent / base]
@@ -95,12 +104,17 @@ def adapter_base(folder: str | Path, model_base: str | None = None) -> str:
 
 
 def tokenizer_source(folder: str | Path, base: str) -> str:
-    """Where an adapter's tokenizer is: in its folder, or, for LLaVA's own folders, with the base model."""
+    """Where an adapter's tokenizer is: in its folder, or, for folders of LLaVA or PEFT alone, with the base model."""
+    if is_stock_adapter(folder):
+        return base
     return str(folder) if any((Path(folder) / name).is_file() for name in TOKENIZER_FILES) else base
 
 
-def read_lora_config(folder: str | Path) -> Any:
+def read_lora_config(folder: str | Path, any_part: bool = False) -> Any:
     """Peft's configuration of an adapter folder, limited to the language model.
+
+    Args:
+        any_part: do not limit it, and let it have whole parts, as in folders that PEFT alone wrote.
 
     Raises:
         ValueError: a method other than LoRA, or LoRA with biases of the base model.
@@ -114,7 +128,7 @@ def read_lora_config(folder: str | Path) -> Any:
             "scripts/merge_lora_weights.py."
         ) from error
 
-    stored = _read_adapter_config(folder)
+    stored = _read_adapter_config(folder, STOCK_RULES if any_part else LORA_RULES)
     if stored.get("peft_type") != "LORA" or stored.get("bias", "none") != "none":
         raise ValueError(
             f"{folder} holds an adapter of type {str(stored.get('peft_type'))[:40]} with bias {shown(stored.get('bias'))}; expected LORA "
@@ -125,17 +139,17 @@ def read_lora_config(folder: str | Path) -> Any:
     except (ValueError, *LIBRARY_ERRORS) as error:
         raise ValueError(f"The {ADAPTER_CONFIG} of {folder} cannot work: {one_line(error)}.") from error
     _check_ranks(Path(folder), config)
-    if config.exclude_modules is None:
+    if config.exclude_modules is None and not any_part:
         # LLaVA's adapters name layers by their last word (q_proj ...), which the vision tower has too.
         config.exclude_modules = rf"(?!{layer_pattern()}).*"
     return config
 
 
-def _read_adapter_config(folder: str | Path) -> dict[str, Any]:
-    """adapter_config.json, checked against `LORA_RULES`."""
+def _read_adapter_config(folder: str | Path, rules: Mapping[str, Rule]) -> dict[str, Any]:
+    """adapter_config.json, judged by `LORA_RULES` or `STOCK_RULES`."""
     file = Path(folder) / ADAPTER_CONFIG
     stored = read_object(file)
-    found = faults(stored, LORA_RULES)
+    found = faults(stored, rules)
     if not found:
         layers = [name for field in ("rank_pattern", "alpha_pattern") for name in stored.get(field) or ()]
         wrong = [name for name in layers if not re.fullmatch(r"\^?(?:\w|\\?\.)+\$?", name)]  # they are patterns, tried on every layer
@@ -197,6 +211,31 @@ def load_lora(model: Any, folder: str | Path, use_safetensors: bool = True) -> N
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     _check_names(f"{folder}: LoRA", own, stored)
     set_peft_model_state_dict(model, stored)
+
+
+def merge_stock_adapter(model: Any, folder: str | Path, use_safetensors: bool = True) -> Any:
+    """A model with what a folder that PEFT alone wrote changes in it, whichever its parts.
+
+    Args:
+        model: whole, not quantised; it is changed in place.
+        use_safetensors: `False` also reads a pickled `adapter_model.bin`, with `weights_only`.
+
+    Raises:
+        ValueError: the folder's matrices and parts are not exactly those that its configuration gives this model, or not finite.
+    """
+    config = read_lora_config(folder, any_part=True)  # which says what to install where peft is missing
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    stored = _read(Path(folder), ADAPTER_FILES, use_safetensors)
+    config.base_model_name_or_path = model.name_or_path  # PEFT would put it there with a warning, where the model has moved
+    try:
+        adapted = get_peft_model(model, config)
+    except (ValueError, *LIBRARY_ERRORS) as error:
+        raise ValueError(f"The adapter does not fit the model under it ({one_line(error)}); check its base.") from error
+    own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    _check_names(f"{folder}: LoRA", own, stored)
+    set_peft_model_state_dict(adapted, stored)
+    return adapted.merge_and_unload(safe_merge=True)
 
 
 def read_rest(folder: str | Path, use_safetensors: bool = True) -> dict[str, Tensor]:

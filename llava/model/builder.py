@@ -15,9 +15,11 @@ from llava.model.adapter import (
     adapter_base,
     attach_adapter,
     is_adapter,
+    is_stock_adapter,
     load_lora,
     load_rest,
     merge_adapter,
+    merge_stock_adapter,
     read_lora_config,
     read_rest,
     tokenizer_source,
@@ -69,7 +71,8 @@ def load_pretrained_model(
         model_base: the model that a projector-only or adapter folder belongs to; an adapter may name its own.
         model_name: accepted for LLaVA's callers; nothing is decided by a name.
         load_8bit, load_4bit: quantise the language model with bitsandbytes; tower, projector and router stay whole. An adapter is
-            merged into the language model otherwise; here it stays beside the quantised weights, as merging would round it away.
+            merged into the language model otherwise; here it stays beside the quantised weights, as merging would round it away. One that
+            PEFT alone wrote is merged first.
         device_map: "auto" puts the model on the best device here, and spreads it where there are several; otherwise transformers' own.
         device: cuda, mps or cpu; by default the best that is there. A device other than cuda overrides `device_map`.
         use_flash_attn: the language model uses flash attention 2.
@@ -176,6 +179,8 @@ def load_adapter_model(
         merge: put the matrices into the weights; otherwise they stay apart, in float32.
         with_lora: `False` leaves the matrices out, for a caller that attaches them itself.
 
+    A folder that PEFT alone wrote is always merged.
+
     Returns:
         (model, the model underneath by path or hub id).
 
@@ -184,6 +189,13 @@ def load_adapter_model(
     """
     base = adapter_base(folder, model_base)
     use_safetensors = options.get("use_safetensors", True)
+    if is_stock_adapter(folder):
+        if not (merge and with_lora):
+            raise ValueError(
+                f"{folder} was written by PEFT alone, so it can only be merged into the model under it, in 16 or 32 bits; write the merged "
+                "model with scripts/merge_lora_weights.py, and quantise or train that."
+            )
+        return merge_stock_adapter(_load_whole(base, options), folder, use_safetensors), base
     rest = read_rest(folder, use_safetensors)
     model_class = _model_class(folder)
     if model_class not in MODEL_CLASSES.values():
