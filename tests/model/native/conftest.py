@@ -64,14 +64,15 @@ class Batch:
 
 
 SIZES = {"square": (64, 64), "wide": (30, 64), "tall": (64, 28), "odd": (50, 61)}
-"""(height, width) in pixels."""
+"""(height, width) in pixels, for views of 32."""
 
 
-def make_batch(rows: list[tuple[int, list[str]]], seed: int = 0) -> Batch:
+def make_batch(rows: list[tuple[int, list[str]]], seed: int = 0, side: int = 32) -> Batch:
     """Prompts of random words.
 
     Args:
         rows: words of each prompt, and the shapes of its images, which stand one after the other behind the first word.
+        side: of a view in pixels, for which the shapes are scaled.
     """
     draw = torch.Generator().manual_seed(seed)
     prompts = []
@@ -82,11 +83,11 @@ def make_batch(rows: list[tuple[int, list[str]]], seed: int = 0) -> Batch:
     ids = torch.stack([torch.cat([torch.zeros(width - len(prompt), dtype=torch.long), prompt]) for prompt in prompts])
     mask = torch.stack([torch.arange(width) >= width - len(prompt) for prompt in prompts]).long()
     shapes = [shape for _, shapes in rows for shape in shapes]
-    pixels = torch.randn(len(shapes), 5, 3, 32, 32, generator=draw)
+    pixels = torch.randn(len(shapes), 5, 3, side, side, generator=draw)
     for index, shape in enumerate(shapes):
         if min(SIZES[shape]) <= 32:
             pixels[index, 3:] = 0
-    return Batch(ids, mask, pixels, torch.tensor([SIZES[shape] for shape in shapes]).reshape(-1, 2))
+    return Batch(ids, mask, pixels, torch.tensor([SIZES[shape] for shape in shapes]).reshape(-1, 2) * side // 32)
 
 
 @pytest.fixture(scope="module")
