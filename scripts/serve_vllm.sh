@@ -104,6 +104,9 @@ look() {
   done
 }
 
+# reached_at HOST: the host that a server which listens on HOST has for this machine.
+reached_at() { if [[ $1 == 0.0.0.0 ]]; then echo 127.0.0.1; else echo "$1"; fi; }
+
 # until_healthy NAME URL
 until_healthy() {
   local waited=0
@@ -135,7 +138,7 @@ for ((place = 0; place < replicas; place++)); do
     start "replica-$place" "$VLLM_ENV/bin/vllm" serve "$model" --served-model-name "$name" --host "$own_host" --port "$own_port" \
       --trust-request-mm-kwargs --enable-prompt-tokens-details ${flags[@]+"${flags[@]}"}
   fi
-  addresses+=("http://127.0.0.1:$own_port")
+  addresses+=("http://$(reached_at "$own_host"):$own_port")
 done
 probe=health # a worker is ready when the vLLM behind it is
 if $split; then probe=ready; fi
@@ -144,7 +147,7 @@ if [[ $replicas -gt 1 ]]; then
   start router "$router" --host "$host" --port "$port" --policy power_of_two --worker-urls "${addresses[@]}" \
     --prometheus-host 127.0.0.1 --prometheus-port "$((port + replicas + 1))" \
     --health-check-interval-secs 5 --health-failure-threshold 2 --cb-timeout-duration-secs 10
-  until_healthy router "http://127.0.0.1:$port/health"
+  until_healthy router "http://$(reached_at "$host"):$port/health"
 fi
 
 granularity='"mm_processor_kwargs": {"vis_token_granularity": "auto"}'
@@ -153,7 +156,7 @@ cat <<END
 
 $name is served at http://$host:$port/v1. Try it:
 
-curl -s http://127.0.0.1:$port/v1/chat/completions -H 'Content-Type: application/json' -d @- <<JSON
+curl -s http://$(reached_at "$host"):$port/v1/chat/completions -H 'Content-Type: application/json' -d @- <<JSON
 {"model": "$name", $granularity, "messages": [{"role": "user", "content": [
   {"type": "image_url", "image_url": {"url": "data:image/png;base64,\$(base64 <$root/playground/images/scene_pink.png | tr -d '\n')"}},
   {"type": "text", "text": "Which number does the sign show?"}]}]}

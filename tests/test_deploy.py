@@ -105,7 +105,9 @@ def test_the_language_models_port_is_private() -> None:
     assert callers == {"language": [{"app": "router"}, {"app.kubernetes.io/name": "prometheus"}], "router": [{"app": "encoder"}]}
     assert not {"NodePort", "LoadBalancer"} & {service.get("type") for service in of_kind("Service").values()}
     language = compose()["services"]["language"]
-    assert "ports" not in language and language["networks"] == ["inside"] and compose()["networks"]["inside"]["internal"]
+    assert "ports" not in language and language["networks"] == ["inside", "hub"] and compose()["networks"]["inside"]["internal"]
+    # The model is downloaded over a network on which nobody can call it.
+    assert [name for name, service in compose()["services"].items() if "hub" in service.get("networks", [])] == ["language"]
 
 
 def test_autoscaling_reads_the_queue_that_the_adapter_serves() -> None:

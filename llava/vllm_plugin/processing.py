@@ -135,8 +135,7 @@ class AvgLlavaProcessor(BaseMultiModalProcessor[AvgLlavaInfo]):
         self._check_count(inputs.prompt, len(items))
         context = self.info.ctx
         request = routing_request(context.get_merged_mm_kwargs(inputs.hf_processor_mm_kwargs), self.info.served.defaults)
-        uuids = (inputs.mm_uuid_items or {}).get("image") or [None] * len(items)
-        images = [self._requested(items, index, uuid) for index, uuid in enumerate(uuids)]
+        images = [self._requested(items, index) for index in range(len(items))]
         levels = self.decider.decide(inputs.prompt, images, request)
         decided = [DecidedImage(image, level) for image, level in zip(images, levels, strict=True)]
         return replace(
@@ -147,11 +146,10 @@ class AvgLlavaProcessor(BaseMultiModalProcessor[AvgLlavaInfo]):
             media_io_kwargs={},
         )
 
-    def _requested(self, items: ImageProcessorItems, index: int, uuid: str | None) -> RequestedImage:
-        algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
-        # A client's uuid and an image's digest are kept apart: nobody can name another image's digest.
-        named = {"uuid": uuid} if uuid is not None else {"image": items.get_item_for_hash(index)}
-        return RequestedImage(self.info.served, MultiModalHasher.hash_kwargs(algorithm, **named), items.get(index))
+    def _requested(self, items: ImageProcessorItems, index: int) -> RequestedImage:
+        """An image by its own digest: a client's uuid may name another image, of another client too."""
+        digest = MultiModalHasher.hash_kwargs(self.info.ctx.get_mm_config().mm_hasher_algorithm, image=items.get_item_for_hash(index))
+        return RequestedImage(self.info.served, digest, items.get(index))
 
     def _check_count(self, prompt: Sequence[int], num_images: int) -> None:
         """A prompt has one image token per image: another one would take an image's place."""

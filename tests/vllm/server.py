@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from llava.serve.split import leash
 from tests.serve.ports import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -71,9 +73,10 @@ class VllmServer:
 
     def __enter__(self) -> VllmServer:
         with self.log.open("wb") as output:
-            # A session of its own, so that the engine's processes end with it.
+            # On a leash: it ends with all its processes when this one does, however that ends.
+            leashed = [sys.executable, "-I", leash.__file__, *self._command]
             self._process = subprocess.Popen(
-                self._command, stdout=output, stderr=subprocess.STDOUT, env=self._variables, cwd=self.log.parent, start_new_session=True
+                leashed, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=self._variables, cwd=self.log.parent
             )
         end = time.monotonic() + SECONDS_TO_START
         while time.monotonic() < end and self._process.poll() is None:
@@ -88,16 +91,14 @@ class VllmServer:
 
     def kill(self) -> None:
         """End all of its processes at once, as a lost machine does."""
-        os.killpg(self._process.pid, signal.SIGKILL)
+        [server] = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        os.killpg(int(server), signal.SIGKILL)
         self._process.wait(20)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop()
 
     def _stop(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self._process.pid, number)
-                self._process.wait(20)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(leash.GRACE_SECONDS + 20)

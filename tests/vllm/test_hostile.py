@@ -18,14 +18,13 @@ from PIL import Image
 
 from llava.openai_chat import data_url
 from tests.vllm.cases import QUESTIONS, Case, Outcome, ask
-from tests.vllm.conftest import TRUSTED
+from tests.vllm.conftest import EMBEDDING_ONLY, TRUSTED
 from tests.vllm.server import NAME, VllmServer
 
 pytestmark = pytest.mark.slow
 PICTURE = data_url(Image.open(QUESTIONS.parent / "images" / "000.png").convert("RGB"))
 WIDTH = 192
 """Of the model's embeddings."""
-EMBEDDING_ONLY = ("--enable-mm-embeds", "--limit-mm-per-prompt", '{"image": 0}', "--enforce-eager")
 
 
 @pytest.fixture
@@ -182,6 +181,18 @@ def test_a_uuid_does_not_hide_the_granularity(server: VllmServer) -> None:
         answer = server.chat(user(image(uuid="same"), "Which shape?"), mm_processor_kwargs={LEVEL: level}).json()
         lengths.append(answer["usage"]["prompt_tokens"])
     assert lengths[0] == lengths[2] < lengths[1]
+
+
+def test_a_uuid_does_not_hide_the_image(server: VllmServer) -> None:
+    """An image is told from others by its pixels, whatever a client calls it, so that nobody gets answers about another's image."""
+    wide = data_url(Image.new("RGB", (300, 40), "red"))
+
+    def asked(url: str, **fields: Any) -> tuple[list[int], int]:
+        body = server.chat(user(image(url, **fields), "What is the background colour?")).json()
+        return body["choices"][0]["token_ids"], body["usage"]["prompt_tokens"]
+
+    unnamed = [asked(url) for url in (PICTURE, wide)]
+    assert unnamed[0] != unnamed[1] and [asked(url, uuid="one name") for url in (PICTURE, wide)] == unnamed
 
 
 def _bomb(side: int) -> bytes:

@@ -12,7 +12,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -25,21 +24,19 @@ import torch
 
 from llava.inference import Assistant
 from llava.model.image_embeds import image_embeds_part
-from llava.openai_chat import data_url
 from llava.serve.backend.openai_server import Backend
 from llava.serve.http.client import Timeouts
 from llava.serve.protocol import Event, Finished, GenerationRequest, Guide, GuideKind, Piece, Sampling
 from llava.serve.split import engine as split_engine
 from llava.serve.split.engine import SplitEngine
 from llava.text_stream import TextStream
-from tests.serve.ports import free_port
 from tests.vllm.cases import Case, Outcome
-from tests.vllm.server import ROOT, VllmServer
+from tests.vllm.conftest import EMBEDDING_ONLY
+from tests.vllm.programs import ask, program, wait_ready
+from tests.vllm.server import NAME, VllmServer
 
 pytestmark = pytest.mark.slow
 Serve = Callable[..., VllmServer]
-EMBEDS = ("--enable-mm-embeds", "--limit-mm-per-prompt", '{"image": 0}', "--enforce-eager")
-"""Flags of a vLLM that takes rows for images and loads no tower."""
 TIMEOUTS = Timeouts(connect=10.0, headers=300.0, read=300.0, total=600.0)
 STREAMS: ContextVar[list[TextStream]] = ContextVar("STREAMS")
 """The text of the answer that the current task asks for: an engine's events carry no token ids."""
@@ -107,14 +104,14 @@ def differences(front: Assistant, url: str, cases: Sequence[Case], expected: dic
 def test_all_questions_and_policies(
     serve: Serve, front: Assistant, llava_folder: Path, cases: list[Case], few: list[Case], expected: dict[str, Outcome]
 ) -> None:
-    server = serve(llava_folder, *EMBEDS)
+    server = serve(llava_folder, *EMBEDDING_ONLY)
     assert differences(front, server.url, cases, expected) == []
     assert differences(front, server.url, few, expected, clients=1) == []
     assert differences(front, server.url, few, expected, clients=64, cache_bytes=0) == []
 
 
 def test_a_cancelled_answer_frees_its_sequence(serve: Serve, front: Assistant, llava_folder: Path, few: list[Case]) -> None:
-    server = serve(llava_folder, *EMBEDS)
+    server = serve(llava_folder, *EMBEDDING_ONLY)
     sampling = Sampling(max_new_tokens=700, min_new_tokens=700, ignore_eos=True)
 
     async def work(engine: SplitEngine) -> None:
@@ -138,7 +135,7 @@ def test_a_cancelled_answer_frees_its_sequence(serve: Serve, front: Assistant, l
 def test_sampling_and_structure(
     serve: Serve, front: Assistant, llava_folder: Path, cases: list[Case], expected: dict[str, Outcome]
 ) -> None:
-    server, case = serve(llava_folder, *EMBEDS), cases[0]
+    server, case = serve(llava_folder, *EMBEDDING_ONLY), cases[0]
     whole = expected[case.name].text
 
     async def said(engine: SplitEngine, **sampling: Any) -> tuple[str, list[Any], Finished]:
@@ -167,7 +164,7 @@ def test_sampling_and_structure(
 def test_rows_that_get_past_us_are_refused_and_the_server_lives_on(
     fault: str, serve: Serve, front: Assistant, llava_folder: Path, few: list[Case], expected: dict[str, Outcome]
 ) -> None:
-    server, width = serve(llava_folder, *EMBEDS), front.model.config.hidden_size
+    server, width = serve(llava_folder, *EMBEDDING_ONLY), front.model.config.hidden_size
     rows = {"width": torch.zeros(24, width + 1), "none finite": torch.full((24, width), torch.nan), "no tensor": torch.zeros(())}[fault]
     part = image_embeds_part(rows)
     if fault == "no tensor":
@@ -182,38 +179,9 @@ def test_rows_that_get_past_us_are_refused_and_the_server_lives_on(
 @contextlib.contextmanager
 def worker(environment: Path, model: Path, log: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """A worker with a vLLM of its own, once it is ready."""
-    port = free_port()
-    command = [sys.executable, "-m", "llava.serve.model_worker", "--engine", "vllm", "--vllm-python", str(environment / "bin" / "python")]
-    command += ["--vllm-args=--enforce-eager", "--model-path", str(model), "--model-name", "micro", "--port", str(port), *flags]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_ready(url, process, log)
-        yield url, process
-    finally:
-        process.kill()
-        process.wait(30)
-
-
-def wait_ready(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        assert process.poll() is None, log.read_text(errors="replace")[-3000:]
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(url + "/ready", timeout=10).status_code == 200:
-                return
-        time.sleep(0.3)
-    pytest.fail(f"the worker is not ready; the end of its log:\n{log.read_text(errors='replace')[-3000:]}")
-
-
-def ask(url: str, case: Case, **fields: Any) -> httpx.Response:
-    images = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in case.images]
-    text = case.turns[-1].text.replace("<image>\n", "")
-    content = [*images, {"type": "text", "text": text}]
-    body = {"model": "micro", "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 24, **fields}
-    return httpx.post(url + "/v1/chat/completions", json=body, timeout=120)
+    own = ("--engine", "vllm", "--vllm-python", str(environment / "bin" / "python"), "--vllm-args=--enforce-eager")
+    with program("model_worker", log, *own, "--model-path", str(model), "--model-name", NAME, *flags) as started:
+        yield started
 
 
 def processes_of(parent: int) -> list[int]:
@@ -229,14 +197,13 @@ def test_a_worker_starts_a_vllm_and_ends_it(
     questions = [case for case in cases if case.name.isdigit()][::50]
     with worker(environment, llava_folder, log) as (url, process):
         for case in questions:
-            fields = {"granularity": case.routing.granularity, "max_visual_tokens": case.routing.max_visual_tokens}
-            answer = ask(url, case, granularity_bias=case.routing.bias, **{key: value for key, value in fields.items() if value}).json()
+            answer = ask(url, case).json()
             wanted = expected[case.name]
             assert answer["choices"][0]["message"]["content"] == wanted.text and answer["usage"]["prompt_tokens"] == wanted.prompt_tokens
         first, *rest = ask(url, questions[0], n=3, temperature=2.0).json()["choices"]
         assert len(rest) == 2 and {first["index"], *(each["index"] for each in rest)} == {0, 1, 2}
         hostile = {"type": "image_embeds", "image_embeds": "AAAA"}
-        body = {"model": "micro", "messages": [{"role": "user", "content": [hostile, {"type": "text", "text": "What?"}]}]}
+        body = {"model": NAME, "messages": [{"role": "user", "content": [hostile, {"type": "text", "text": "What?"}]}]}
         refused = httpx.post(url + "/v1/chat/completions", json=body, timeout=60)
         assert refused.status_code == 400 and "AAAA" not in refused.text
 

@@ -63,7 +63,7 @@ class ServerCommand:
 
     @property
     def url(self) -> str:
-        """A private address: rows are unpickled there, so nobody else may reach it."""
+        """A private address: tensors are loaded there, so nobody else may reach it."""
         return f"http://127.0.0.1:{self.port}"
 
     @property

@@ -153,12 +153,22 @@ class SplitEngine(ServerEngine):
     async def events(self, generation: RemoteGeneration) -> AsyncIterator[Event]:
         request = generation.request
         begun = monotonic() - sum(image.seconds for image in request.images)  # the time that its images took counts
-        if self._model is None:
-            raise ServeError(ErrorKind.BACKEND_UNREACHABLE)
+        self._served()  # before anything is computed
         async with self._concurrency:
             generation.running = True
-            async for event in self._answered(await self._encoded(request), self._model.name, begun):
+            sent = await self._encoded(request)
+            async for event in self._answered(sent, self._served(), begun):
                 yield event
+
+    def _served(self) -> str:
+        """The model's name at the server.
+
+        Raises:
+            ServeError: the server is not there, or no longer.
+        """
+        if self._model is None:
+            raise ServeError(ErrorKind.BACKEND_UNREACHABLE)
+        return self._model.name
 
     async def _encoded(self, request: GenerationRequest) -> _Sent:
         """A request with its images decided.

@@ -16,6 +16,7 @@ from llava.messages import Message, RoutingRequest
 from llava.serve.backend.openai_server import Backend
 from llava.serve.http.client import Timeouts
 from llava.serve.protocol import ErrorKind, Event, Finished, GenerationRequest, Piece, Sampling, ServeError, Started
+from llava.serve.split.encode import EncodedImages
 from llava.serve.split.engine import SplitEngine
 from tests.serve.fake_backend import Exchange, FakeBackend
 from tests.serve.split.fake_vllm import MODELS, FakeVllm, serving
@@ -338,3 +339,24 @@ def test_a_server_that_breaks_gives_a_typed_error(broken: Any, front: Assistant,
 
     with serving(lambda exchange: behave["answer"](exchange)) as fake:
         with_engine(front, fake.url, work)
+
+
+def test_a_server_that_goes_while_a_request_is_encoded_gives_a_typed_error(
+    monkeypatch: pytest.MonkeyPatch, front: Assistant, backend: FakeBackend, asked: list[Any]
+) -> None:
+    image, text = asked[0]
+
+    async def work(engine: SplitEngine) -> None:
+        encode = engine.encoder.encode
+
+        async def encode_and_lose(*given: Any) -> EncodedImages:
+            found = await encode(*given)
+            engine._lost()
+            return found
+
+        monkeypatch.setattr(engine.encoder, "encode", encode_and_lose)
+        with pytest.raises(ServeError) as caught:
+            await collect(engine, request(engine, [image], text))
+        assert caught.value.kind is ErrorKind.BACKEND_UNREACHABLE
+
+    with_engine(front, backend.url, work)
