@@ -131,7 +131,7 @@ for ((place = 0; place < replicas; place++)); do
   [[ ${#gpus[@]} -eq 0 ]] || export CUDA_VISIBLE_DEVICES=$(IFS=, && echo "${gpus[*]:$((place * per)):$per}")
   if $split; then
     own=(--host "$own_host" --port "$own_port" --model-path "$model" --model-name "$name" --engine vllm --vllm-python "$VLLM_ENV/bin/python")
-    [[ ${#flags[@]} -eq 0 ]] || own+=(--vllm-args "$(printf '%q ' "${flags[@]}")")
+    [[ ${#flags[@]} -eq 0 ]] || own+=("--vllm-args=$(printf '%q ' "${flags[@]}")")
     start "replica-$place" "$python" -m llava.serve.model_worker "${own[@]}"
   else
     # Kwargs of requests carry the granularity; usage says what images took.
