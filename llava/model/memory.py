@@ -13,6 +13,11 @@ def has_known_cache(config: Any) -> bool:
     return hasattr(config, "num_attention_heads") and set(_layer_kinds(config)) <= {"full_attention", "sliding_attention"}
 
 
+def head_width(config: Any) -> int:
+    """Numbers in a key of one attention head of a text model."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def kv_cache_bytes(config: Any, positions: int, bytes_each: int = 2) -> int:
     """Keys and values of some positions in all layers of a text model; Vicuna-7B: 0.5 MiB per position in bf16.
 
@@ -20,7 +25,7 @@ def kv_cache_bytes(config: Any, positions: int, bytes_each: int = 2) -> int:
         config: of a text model of which `has_known_cache` is true.
     """
     groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = head_width(config)
     window = min(positions, getattr(config, "sliding_window", None) or positions)
     kept = sum(positions if kind == "full_attention" else window for kind in _layer_kinds(config))
     return 2 * groups * width * kept * bytes_each

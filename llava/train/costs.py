@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from llava.model.config import vision_fields
+from llava.model.memory import head_width
 from llava.model.memory import weight_bytes as stored_bytes
 from llava.train.losses import tokens_at_once
 from llava.train.rows import num_views, visual_token_costs
@@ -213,7 +213,7 @@ def language_layer_kept(config: Any, precision: Precision, trained: bool) -> int
     gate, its activation, up, and if trained their product. Trained in bf16 with all heads: 24 D + 8 F.
     """
     d, f, c, heads = config.hidden_size, config.intermediate_size, precision.compute, config.num_attention_heads
-    attention = 2 * c * config.head_dim * (heads + config.num_key_value_heads) + 4 * heads
+    attention = 2 * c * head_width(config) * (heads + config.num_key_value_heads) + 4 * heads
     kept = 2 * (4 * d + 4) + attention + 3 * c * f
     if trained:
         kept += 2 * precision.residual * d + (5 if precision.casts else 2) * c * d + c * f
@@ -280,12 +280,13 @@ def activation_bytes(model: Any, stage: Stage, step: Step, precision: Precision)
 
 def _tower_memory(model: Any, stage: Stage, step: Step, precision: Precision) -> int:
     """Bytes per position of the tower: what a running layer works with, and where it trains what is kept."""
-    vision, layers = vision_fields(model.config.vision_config), model.get_vision_tower().num_layers_used
-    d = vision["hidden_size"]
-    working = precision.compute * (2 * vision["intermediate_size"] + 2 * d) + 4 * d
+    tower = model.get_vision_tower()
+    d, inner = tower.hidden_size, max(outputs for _, outputs in linears(tower.encoder))  # the latter has no name that all towers share
+    working = precision.compute * (2 * inner + 2 * d) + 4 * d
     if "vision_tower" not in stage.trains:
         return working
-    return working + layers_kept(layers, tower_layer_kept(vision, precision), precision.residual * d, step.checkpointing)
+    vision = {"hidden_size": d, "intermediate_size": inner, "num_attention_heads": tower.config.num_attention_heads}
+    return working + layers_kept(tower.num_layers_used, tower_layer_kept(vision, precision), precision.residual * d, step.checkpointing)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from llava.model.native import AvgLlavaConfig
 from llava.train.build import model_outline, read_model_config
+from llava.train.costs import Step, _tower_memory, precision_of
 from llava.train.estimation import estimate, preset_config, trained_parameters
 from llava.train.flags import EstimateArguments
 from llava.train.presets import PRESETS
@@ -64,6 +66,24 @@ def test_the_shipped_model_is_estimated_from_its_folder() -> None:
     assert found.parameters == {part.part: part.parameters for part in apply_stage(model, STAGES["align"])}
     assert found.settings["image_size"] == [128, 128] and found.settings["views"] == 5
     assert [line["visual_tokens"] for line in found.granularities] == [24, 48, 88, 176, 336]
+
+
+def test_a_native_folder_of_other_parts_is_estimated(tmp_path: Path) -> None:
+    """Qwen2 names no head_dim, and DINOv2 no intermediate_size; what that would be in a CLIP is not assumed."""
+    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tower: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+    AvgLlavaConfig(
+        text_config={"model_type": "qwen2", **text, "num_key_value_heads": 2},
+        vision_config={"model_type": "dinov2", **tower, "mlp_ratio": 3},
+        image_token_id=3,
+    ).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}')
+    found = estimate(EstimateArguments(model_name_or_path=str(tmp_path), stage="instruct", text_tokens=10))
+    assert found.granularities[0]["kv_cache_bytes"] == 2 * 2 * 8 * 2 * 2 * found.granularities[0]["positions"]
+    model = model_outline(read_model_config(str(tmp_path)))
+    step, precision = Step(rows=1, text_tokens=10, answer_tokens=10, image_size=(16, 16)), precision_of("bf16", "0")
+    working = precision.compute * (2 * 96 + 2 * 32) + 4 * 32  # of a feed-forward three times as wide as the tower
+    assert _tower_memory(model, STAGES["rglf"], step, precision) == working < _tower_memory(model, STAGES["instruct"], step, precision)
 
 
 def test_the_stages_of_a_model_with_one_granularity() -> None:
