@@ -60,7 +60,7 @@ def layout_of(source: Path) -> str:
     from llava.model.loading import read_stored_config
 
     if not source.is_dir():
-        raise ValueError(f"{source} is not a folder; give a downloaded checkpoint.")
+        raise ValueError(f"{source} is not a folder; give a downloaded checkpoint (hf download NAME --local-dir FOLDER).")
     kind = read_stored_config(source).get("model_type")
     if kind not in LAYOUTS:
         raise ValueError(f"{source} is of model type {kind!r}, expected {', '.join(LAYOUTS)}.")
@@ -80,8 +80,9 @@ def convert(args: argparse.Namespace) -> None:
     if for_native and args.to != "native":
         raise ValueError(f"--{for_native[0].replace('_', '-')} is for native folders; leave it out, or use --to native.")
     from llava.checkpoint_files import read_object
-    from llava.tools.llava_next import to_llava, to_transformers
-    from llava.tools.native_checkpoint import Extras, copy_native, from_native, to_native
+    from llava.model.native import AvgLlavaConfig
+    from llava.tools.llava_next import check_for_transformers, check_new, to_llava, to_transformers
+    from llava.tools.native_checkpoint import Extras, copy_native, from_native, read_as_llava, to_native
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     shard_bytes = int(args.max_shard_gb * 10**9)
@@ -101,6 +102,9 @@ def convert(args: argparse.Namespace) -> None:
     elif found == "llava":
         writing[args.to](args.source, args.output)
     else:
+        check_new(args.output)  # here what the second step would refuse only after the first has copied the weights
+        if found == "native":
+            check_for_transformers(read_as_llava(args.source, AvgLlavaConfig.from_pretrained(args.source)), args.source, args.drop_router)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=args.output.parent) as folder:
             reading[found](args.source, Path(folder) / args.source.name)

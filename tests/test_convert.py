@@ -131,6 +131,17 @@ def test_a_config_that_is_none_is_refused_in_a_sentence(stored: str, tmp_path: P
     assert "config.json" in said and said.count("\n") == 1
 
 
+def test_what_a_second_step_would_refuse_is_refused_first_and_of_the_folder_that_was_named(
+    native: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between a native folder and transformers' the weights are written twice: nothing is, if the second time cannot be."""
+    assert main([str(native), str(tmp_path / "new" / "next"), "--to", "transformers"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {native} cannot be converted: it has a router")
+    assert not (tmp_path / "new").exists()
+    assert main([str(native), str(tmp_path), "--to", "transformers", "--drop-router"]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path} exists already; name a folder that does not.\n"
+
+
 def test_the_granularity_does_not_depend_on_an_answer_behind_the_prompt(native: Path) -> None:
     """As a loss outside the model or a reward asks for it: a forward pass without labels over prompt and answer."""
     model, processor = AutoModelForImageTextToText.from_pretrained(native).eval(), AutoProcessor.from_pretrained(native)

@@ -49,7 +49,7 @@ def test_the_code_runs_as_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "nowhere is no checkpoint folder and no published shape"),
+        (["nowhere"], "nowhere is neither a checkpoint folder nor a published shape"),
         (["vicuna-7b", "--image-size", "3"], "--image_size is '3'; give WIDTHxHEIGHT in pixels"),
     ],
 )

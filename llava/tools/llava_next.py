@@ -323,6 +323,20 @@ def read_llava(source: Path, drop_router: bool) -> Any:
         if config.mm_vision_tower is None:
             raise ValueError(f"{source} has no vision tower, so it is a plain language model already; nothing is to be converted.")
         config.vision_config, config.image_processor = read_tower_config(resolve_tower(config.mm_vision_tower, source))
+    check_for_transformers(config, source, drop_router)
+    config.router_select, config.vis_token_granularity, config.vis_token_grids = False, None, None
+    return config
+
+
+def check_for_transformers(config: Any, source: Path, drop_router: bool) -> None:
+    """Refuse a configuration of LLaVA's layout that transformers' model cannot hold.
+
+    Args:
+        source: the folder that the sentence names.
+
+    Raises:
+        ValueError: one sentence that names every field in the way.
+    """
     expected = {
         "image_aspect_ratio": "anyres",
         "mm_patch_merge_type": "spatial_unpad",
@@ -339,8 +353,6 @@ def read_llava(source: Path, drop_router: bool) -> Any:
             f"it has granularities {config.vis_token_granularity}, of which transformers' model keeps all patches alone (--drop-router)"
         )
     _raise_together(source, errors)
-    config.router_select, config.vis_token_granularity, config.vis_token_grids = False, None, None
-    return config
 
 
 def llava_next_config(config: Any, image_token: int, vocab_size: int) -> Any:
@@ -408,6 +420,16 @@ def without_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokeniz
 # --- the two directions ---------------------------------------------------------------------------------------------------------
 
 
+def check_new(output: Path) -> None:
+    """Refuse to write over something.
+
+    Raises:
+        ValueError: `output` is there already.
+    """
+    if output.exists():
+        raise ValueError(f"{output} exists already; name a folder that does not.")
+
+
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """A folder beside `output` that takes its name once complete, and that disappears if anything goes wrong.
@@ -415,8 +437,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     Raises:
         ValueError: `output` is there already.
     """
-    if output.exists():
-        raise ValueError(f"{output} exists already; give an --output that does not.")
+    check_new(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(output) as staging:
         yield staging

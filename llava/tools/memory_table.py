@@ -55,7 +55,10 @@ def read_config(name: str) -> AvgLlavaConfig:
         ValueError: neither.
     """
     if name not in PRESETS and not Path(name).is_dir():
-        raise ValueError(f"{name} is no checkpoint folder and no published shape; the shapes are {', '.join(PRESETS)}.")
+        raise ValueError(
+            f"{name} is neither a checkpoint folder nor a published shape; the shapes are {', '.join(PRESETS)}, "
+            "and a checkpoint of the hub is downloaded first (hf download NAME --local-dir FOLDER)."
+        )
     if name not in PRESETS and read_stored_config(name).get("model_type") == AvgLlavaConfig.model_type:
         return AvgLlavaConfig.from_pretrained(name)
     config = preset_config(name) if name in PRESETS else read_model_config(name)

@@ -127,6 +127,24 @@ def copy_native(source: Path, output: Path, max_shard_bytes: int = 5 * 10**9, ex
         write_weights(tensors, {}, staging, max_shard_bytes)
 
 
+def read_as_llava(source: Path, config: AvgLlavaConfig) -> Any:
+    """LLaVA's configuration of a native folder.
+
+    Raises:
+        ValueError: a model that LLaVA's layout cannot hold.
+    """
+    views: Any = AvgLlavaImageProcessor.from_pretrained(source)
+    kept = getattr(config, KEPT_KEY, None) or {}
+    shared = {each.name for each in fields(GranularityFields)}
+    settings = {name: kept[name] for name in KEPT_FIELDS if name in kept and name not in shared}
+    arguments = views.to_dict()
+    return llava_config(
+        config,
+        {name: arguments[name] for name in IMAGE_PROCESSOR_FIELDS if name in arguments},
+        **{**settings, "image_aspect_ratio": views.image_aspect_ratio},
+    )
+
+
 def from_native(source: Path, output: Path, max_shard_bytes: int = 5 * 10**9) -> None:
     """Convert the native layout to LLaVA's.
 
@@ -135,16 +153,7 @@ def from_native(source: Path, output: Path, max_shard_bytes: int = 5 * 10**9) ->
     """
     check_folder(source, True)
     config: Any = AvgLlavaConfig.from_pretrained(source)
-    views: Any = AvgLlavaImageProcessor.from_pretrained(source)
-    kept = getattr(config, KEPT_KEY, None) or {}
-    shared = {each.name for each in fields(GranularityFields)}
-    settings = {name: kept[name] for name in KEPT_FIELDS if name in kept and name not in shared}
-    arguments = views.to_dict()
-    made = llava_config(
-        config,
-        {name: arguments[name] for name in IMAGE_PROCESSOR_FIELDS if name in arguments},
-        **{**settings, "image_aspect_ratio": views.image_aspect_ratio},
-    )
+    made = read_as_llava(source, config)
     model_class = FAMILIES[made.language_model_type][2]
     made.architectures = [model_class.__name__]
     tensors = stored_tensors(source, TO_LLAVA)
@@ -153,7 +162,7 @@ def from_native(source: Path, output: Path, max_shard_bytes: int = 5 * 10**9) ->
     tokenizer = load_tokenizer(source, processor_class=None)
     tokenizer.chat_template = None
     edits: Edits = {}
-    rows = kept.get("vocab_size")
+    rows = (getattr(config, KEPT_KEY, None) or {}).get("vocab_size")
     if rows is not None and config.image_token_id == rows and made.vocab_size == rows + 1:
         logger.info("the row of <image>, %d, which was appended for the native layout, is dropped", rows)
         made.vocab_size = rows
