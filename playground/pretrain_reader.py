@@ -1,4 +1,4 @@
-"""Reading warm-up of the micro model: the tongue learns to read vectors, and the projector to write them.
+"""Reading warm-up of the micro model: the language model learns to read vectors, and the projector to write them.
 
 The features of CLIP lie close to words; ours come from a tower that has never seen one. A language model that has only read
 words takes very long to find out, through a fresh projector, that one vector among three hundred says "marked, row 2, column 3":

@@ -8,10 +8,10 @@
 # Again  a step whose result exists is skipped, so an interrupted run resumes; the warm-ups resume within a step.
 # Ships  COPY=1 copies the finished checkpoint to playground/avg-llava-micro and the results to playground/results.
 #
-# The warm-ups stand for what CLIP and Vicuna bring to the real model: an eye that knows what it sees, a tongue that can read notes
-# and answer, and a common code between the two. The tower stays frozen afterwards: its features are settled so that pooling loses
-# order and place (see pretrain_vision.py), further training would pack them into the pooled tokens, and frozen features are computed
-# once.
+# The warm-ups stand for what CLIP and Vicuna bring to the real model: a vision tower that knows what it sees, a language model that can
+# read notes and answer, and a common code between the two. The tower stays frozen afterwards: its features are settled so that pooling
+# loses order and place (see pretrain_vision.py), further training would pack them into the pooled tokens, and frozen features are
+# computed once.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -35,11 +35,11 @@ say "World"
 shape=(--mm_projector_type mlp2x_gelu --mm_vision_select_layer -1 --image_aspect_ratio anyres --vis_token_granularity 4,8,16,32,64
   --image_grid_pinpoints "[[64,64],[64,128],[128,64],[128,128],[192,64],[64,192]]")
 
-say "Warm-up of the eye"
+say "Warm-up of the vision tower"
 [[ -e $out/vision/preprocessor_config.json ]] ||
   python -m playground.pretrain_vision --output "$out/vision" --threads "$threads" --steps "$(steps 4000)" --settle-steps "$(steps 700)"
 
-say "Warm-up of the tongue"
+say "Warm-up of the language model"
 [[ -e $out/language/model.safetensors ]] ||
   python -m playground.pretrain_language --output "$out/language" --threads "$threads" --steps "$(steps 1000)"
 

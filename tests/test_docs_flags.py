@@ -60,6 +60,7 @@ FOREIGN = {
     "--additional-config", "--media-io-kwargs", "--max-num-seqs", "--max-num-batched-tokens", "--mm-processor-cache-gb",
     "--api-server-count", "--pipeline-parallel-size", "--profile", "--from-file",  # of docker compose and kubectl the last two
     "--replicas", "--split",  # scripts/serve_vllm.sh's
+    "--local-dir",  # hf download's
     "--slow", "--serve",  # scripts/test.sh's and scripts/docs.sh's
 }  # fmt: skip
 """Flags of other people's programs, and of shell scripts."""
