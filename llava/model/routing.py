@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
 from llava.messages import Detail, RoutingRequest
+from llava.rules import shown
 
 logger = logging.getLogger(__name__)
+
+_LARGEST_BIAS = 1e30
+"""Times a logarithm it is still a number, in every dtype of 32 bits too."""
 
 
 class RoutingError(ValueError):
@@ -54,12 +60,14 @@ def allowed_levels(levels: Sequence[int], request: RoutingRequest, has_router: b
         has_router: without one, only the finest level is open unless a budget or list says otherwise.
 
     Raises:
-        RoutingError: a level the model does not have, an empty list, a budget below 1, or a bias that is not finite or without a router.
+        RoutingError: a level the model does not have, an empty list, a budget that is no whole number from 1 on, or a bias that is not
+            finite or without a router.
     """
-    if request.max_visual_tokens is not None and request.max_visual_tokens < 1:
-        raise RoutingError(f"max_visual_tokens is {request.max_visual_tokens}, expected 1 or more.", "max_visual_tokens")
-    if not math.isfinite(request.bias):
-        raise RoutingError(f"granularity_bias is {request.bias}, expected a finite number.", "bias")
+    budget = request.max_visual_tokens
+    if budget is not None and not (_is_whole(budget) and budget >= 1):
+        raise RoutingError(f"max_visual_tokens is {shown(budget)}, expected 1 or more.", "max_visual_tokens")
+    if not _is_finite(request.bias):
+        raise RoutingError(f"granularity_bias is {shown(request.bias)}, expected a finite number.", "bias")
     if request.bias and not has_router:
         raise RoutingError(
             f"granularity_bias is {request.bias}, but this model has no router to bias; choose vis_token_granularity instead.", "bias"
@@ -67,16 +75,27 @@ def allowed_levels(levels: Sequence[int], request: RoutingRequest, has_router: b
     wanted = request.granularity
     if wanted is None:
         return list(range(len(levels)))
-    if isinstance(wanted, int) and wanted > levels[-1]:
+    if _is_whole(wanted) and wanted > levels[-1]:
         logger.warning("vis_token_granularity is %d, more than this model has; its finest, %d, is used", wanted, levels[-1])
         return [len(levels) - 1]
-    names = [wanted] if isinstance(wanted, int) else list(wanted)
-    unknown = [name for name in names if name not in levels]
-    if unknown or not names:
+    names = list(wanted) if isinstance(wanted, (Sequence, Set)) else [wanted]
+    if not names or not all(_is_whole(name) and name in levels for name in names):
         raise RoutingError(
-            f"vis_token_granularity is {wanted}, but this model has {list(levels)} tokens per view; choose from these.", "granularity"
+            f"vis_token_granularity is {shown(wanted)}, but this model has {list(levels)} tokens per view; choose from these.",
+            "granularity",
         )
     return sorted(levels.index(name) for name in set(names))
+
+
+def _is_whole(value: Any) -> TypeGuard[int]:
+    """Whether a value is a whole number, of any library's; callers of `generate` write what they like."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a number that the logits' own arithmetic can hold."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    return is_number and bool(-_LARGEST_BIAS <= value <= _LARGEST_BIAS)
 
 
 def levels_per_image(allowed: Sequence[int], request: RoutingRequest, num_images: int) -> list[Sequence[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from llava.messages import RoutingRequest
@@ -103,10 +104,27 @@ def test_a_bias_needs_a_router():
         choose([None], RoutingRequest(bias=1.0), has_router=False)
 
 
-@pytest.mark.parametrize("bias", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("bias", [float("nan"), float("inf"), float("-inf"), 10**400, 1.7e308, "0.5", [1], True, None])
 def test_a_bias_is_a_finite_number(bias):
     with pytest.raises(ValueError, match="granularity_bias is .*expected a finite number"):
         choose([[0.0, 0.9, 1.7]], RoutingRequest(bias=bias))
+
+
+@pytest.mark.parametrize("budget", ["5", 2.5, float("nan"), True, [24]])
+def test_a_budget_is_a_whole_number(budget):
+    with pytest.raises(ValueError, match="max_visual_tokens is .*expected 1 or more"):
+        choose([[0.0, 0.9, 1.7]], RoutingRequest(max_visual_tokens=budget))
+
+
+@pytest.mark.parametrize("granularity", [36.0, "36", True, [[36]], [None], np.array(36.0)])
+def test_a_granularity_of_another_type_is_refused(granularity):
+    with pytest.raises(ValueError, match="vis_token_granularity is .*choose from these"):
+        choose([[0.0, 0.9, 1.7]], RoutingRequest(granularity))
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    assert choose([[1.7, 0.9, 0.0]], RoutingRequest(np.int64(36), np.int32(500))) == choose([[1.7, 0.9, 0.0]], RoutingRequest(36))
+    assert choose([[0.9, 0.1, 0.0]], RoutingRequest(bias=np.float32(9.0))) == [2]
 
 
 def test_more_than_the_finest_is_the_finest_and_is_said(caplog):
