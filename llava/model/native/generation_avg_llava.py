@@ -54,7 +54,7 @@ class AvgLlavaGenerationMixin(GenerationMixin):
             are one (B, V) per new id; `hidden_states`, `attentions` and `past_key_values` have the L' positions of the expanded prompt.
 
         Raises:
-            ValueError: as `AvgLlavaModel.expand`, or a cache that holds another prompt.
+            ValueError: as `AvgLlavaModel.expand`, a cache that holds another prompt, or a new image token without its image.
         """
         settings = generation_config or self.generation_config
         is_default = vis_token_granularity is None and max_visual_tokens is None and granularity_bias is None
@@ -99,8 +99,10 @@ class AvgLlavaGenerationMixin(GenerationMixin):
         if mask is None and given is not None:
             mask = self._mask_of_padding(given)
         turn = Turn.of(kwargs.get("past_key_values"), given, mask, has_images)
-        if not has_images and turn is None:
-            return None
+        if not has_images:
+            self._check_no_new_image(given, turn, kwargs.get("past_key_values"))
+            if turn is None:
+                return None
         image_sizes, embeds = kwargs.pop("image_sizes", None), kwargs.pop("inputs_embeds", None)
         for name in ("pixel_values", "position_ids", "attention_mask"):
             kwargs.pop(name, None)
@@ -118,6 +120,22 @@ class AvgLlavaGenerationMixin(GenerationMixin):
             pixel_values, image_sizes = (None if each is None else each[chosen] for each in (pixel_values, image_sizes))
         behind_it = self.model.expand(pixel_values, image_sizes, ids, embeds, mask, request=request, gives_way=is_default)
         return turn.followed_by(behind_it)
+
+    def _check_no_new_image(self, given: Tensor | None, turn: Turn | None, cache: Any) -> None:
+        """Refuse image tokens without images behind what a cache holds; `forward` does so where there is no cache.
+
+        Raises:
+            ValueError: there are some.
+        """
+        length = 0 if given is None or cache is None else cache.get_seq_length()
+        if given is None or length == 0:
+            return
+        new = given[:, length if turn is None else turn.given.shape[1] :]
+        if count := int((new == self.config.image_token_id).sum()):
+            raise ValueError(
+                f"The prompts have {count} image tokens behind what past_key_values holds, but no image; give pixel_values of the new "
+                "images, or of all of the conversation."
+            )
 
     def _mask_of_padding(self, input_ids: Tensor) -> Tensor:
         """What transformers infers where no mask is given: padding is the pad token, unless that also ends answers."""

@@ -185,7 +185,10 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel, NativeEncoder):
         if image_sizes is None:
             sizes: list[Size | None] = [None] * len(views)
         else:
-            sizes = [(int(width), int(height)) for height, width in torch.as_tensor(image_sizes).tolist()]
+            given = torch.as_tensor(image_sizes)
+            if given.ndim != 2 or given.shape[1] != 2:
+                raise ValueError(f"image_sizes have the shape {tuple(given.shape)}, expected ({len(views)}, 2), (height, width) per image.")
+            sizes = [(int(width), int(height)) for height, width in given.tolist()]
         if len(sizes) != len(views):
             raise ValueError(f"{len(views)} images came with {len(sizes)} image_sizes; give one (height, width) per image.")
         return [ImageInput(image[: self._num_views(size, len(image))], size) for image, size in zip(views, sizes, strict=True)]
@@ -227,7 +230,10 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel, NativeEncoder):
                 f"{self.config.image_token_id}, as the processor saved with the model does.",
             )
             return input_ids == self.config.image_token_id
-        assert inputs_embeds is not None, "a prompt has ids or embeddings"
+        width = self.config.text.hidden_size
+        if inputs_embeds is None or inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != width:
+            found = "missing" if inputs_embeds is None else f"of the shape {tuple(inputs_embeds.shape)}"
+            raise ValueError(f"inputs_embeds are {found}, expected (rows, positions, {width}); give input_ids or embeddings of that shape.")
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
@@ -255,11 +261,16 @@ class AvgLlavaModel(AvgLlavaPreTrainedModel, NativeEncoder):
             gives_way: whether the request is a default, which counts for nothing where image tokens decide already.
 
         Raises:
-            ValueError: images and image tokens that do not match, or a request that cannot be met.
+            ValueError: images and image tokens that do not match, other shapes, or a request that cannot be met.
         """
         images = self.image_inputs(pixel_values, image_sizes)
         is_image = self.image_positions(input_ids, inputs_embeds)
         mask = torch.ones_like(is_image, dtype=torch.long) if attention_mask is None else attention_mask
+        if is_image.ndim != 2 or mask.shape != is_image.shape:
+            raise ValueError(
+                f"The prompts have the shape {tuple(is_image.shape)} and attention_mask {tuple(mask.shape)}, expected (rows, positions) of "
+                "both; give the mask that the processor wrote for these prompts."
+            )
         if int((is_image & mask.bool()).sum()) != len(images):
             return self._decided(images, is_image, mask, input_ids, inputs_embeds, None if gives_way else request)
         rows = self._rows(is_image, mask, input_ids, inputs_embeds, labels)

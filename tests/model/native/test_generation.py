@@ -219,6 +219,22 @@ def test_the_cache_of_another_prompt_is_refused(native: AvgLlavaForConditionalGe
         native.generate(**other, past_key_values=first.past_key_values, **DECODING)
 
 
+@pytest.mark.parametrize("shapes", [["square"], []])
+def test_a_new_image_token_needs_its_image(native: AvgLlavaForConditionalGeneration, shapes: list[str]) -> None:
+    """Behind a cache no forward pass would look for it, and its embedding means nothing."""
+    first = native.generate(**make_batch([(6, shapes)]).kwargs(), **DECODING, return_dict_in_generate=True)
+    ids = torch.cat([first.sequences, torch.tensor([[5, IMAGE, 7]])], dim=1)
+    with pytest.raises(ValueError, match="1 image tokens behind what past_key_values holds, but no image; give pixel_values"):
+        native.generate(ids, past_key_values=first.past_key_values, **DECODING)
+
+
+def test_pixels_alone_are_no_prompt(native: AvgLlavaForConditionalGeneration) -> None:
+    batch = make_batch([(6, ["square"])])
+    with pytest.raises(ValueError, match="inputs_embeds are missing, expected .*; give input_ids or embeddings"):
+        native.generate(pixel_values=batch.pixel_values, image_sizes=batch.image_sizes, **DECODING)
+
+
+
 def test_the_cost_is_set_by_argument_and_by_generation_config(native: AvgLlavaForConditionalGeneration, mixed: Batch) -> None:
     def spent(**settings: Any) -> list[int]:
         return [report.granularity for report in native.generate(**mixed.kwargs(), **DECODING, output_routing=True, **settings)[1]]

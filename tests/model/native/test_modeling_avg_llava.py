@@ -200,6 +200,11 @@ def test_a_saved_model_is_loaded_by_transformers_auto_class(native: AvgLlavaForC
     [
         ({"pixel_values": torch.zeros(1, 5, 3, 8, 8)}, r"shape \(1, 5, 3, 8, 8\), expected \(images, views, 3, 32, 32\)"),
         ({"image_sizes": torch.tensor([[64, 64], [64, 64]])}, "1 images came with 2 image_sizes"),
+        ({"image_sizes": torch.tensor([64, 64])}, r"image_sizes have the shape \(2,\), expected \(1, 2\)"),
+        ({"image_sizes": torch.ones(1, 3)}, r"image_sizes have the shape \(1, 3\), expected \(1, 2\)"),
+        ({"attention_mask": torch.ones(1, 3)}, r"attention_mask \(1, 3\), expected \(rows, positions\) of both"),
+        ({"attention_mask": torch.ones(1, 1, 6, 6)}, r"attention_mask \(1, 1, 6, 6\), expected"),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(1, 6, 7)}, r"inputs_embeds are of the shape \(1, 6, 7\), expected"),
         ({"vis_token_granularity": 7}, "vis_token_granularity is 7, but this model has"),
         ({"max_visual_tokens": 1}, "max_visual_tokens is 1"),
         ({"pixel_values": None}, "The prompts have 1 image tokens but no image"),
