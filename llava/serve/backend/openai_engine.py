@@ -118,7 +118,11 @@ class ServerEngine(ABC):
 
     async def _poll(self) -> None:
         while True:
-            await self.look()
+            try:
+                await self.look()
+            except Exception:  # without this task nobody would look at the server again
+                logger.exception("looking at the backend %s failed in the bridge", self.backend.url)
+                self._model = None
             await asyncio.sleep(self.backend.poll_seconds)
 
     def submit(self, request: GenerationRequest) -> RemoteGeneration:

@@ -7,7 +7,7 @@ clients get the constant texts of `llava.serve.protocol`.
 from __future__ import annotations
 
 import logging
-import math
+import sys
 from collections.abc import AsyncIterator
 from time import monotonic
 from typing import Any
@@ -185,7 +185,8 @@ def is_count(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a finite number that a float holds; JSON's integers have no end."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _count(usage: dict[str, Any], key: str) -> int:

@@ -17,6 +17,8 @@ from llava.text_stream import TextStream
 
 _TOKEN = re.compile(r"token_id:(\d{1,10})", re.ASCII)
 """A token where `return_tokens_as_token_ids` is set."""
+_MOST_TOKEN = 2**31 - 1
+"""Largest id that a tokenizer can be asked about."""
 
 
 @dataclass
@@ -76,8 +78,8 @@ class AnswerStream:
                 self._reason = reason
         return events
 
-    def _start(self, ids: object) -> Started:
-        if not isinstance(ids, list):
+    def _start(self, ids: Any) -> Started:
+        if not _are_tokens(ids):
             raise BrokenResponse("the stream does not begin with the prompt's token ids; is the server a vLLM?")
         if not self.is_prompt(ids):
             raise BrokenResponse(f"it read the prompt as {len(ids)} other tokens; does it serve the same model, with the plug-in?")
@@ -99,9 +101,13 @@ def _piece(text: str, scores: tuple[Any, ...]) -> list[Event]:
     return [Piece(text, scores)] if text or scores else []
 
 
-def _picked(tokens: object, logprobs: object) -> list[Picked]:
+def _are_tokens(ids: object) -> bool:
+    return isinstance(ids, list) and all(type(token) is int and 0 <= token <= _MOST_TOKEN for token in ids)
+
+
+def _picked(tokens: Any, logprobs: object) -> list[Picked]:
     """The tokens of a chunk with their log probabilities, where it has any."""
-    if not isinstance(tokens, list) or not all(type(token) is int and token >= 0 for token in tokens):
+    if not _are_tokens(tokens):
         raise BrokenResponse("a chunk's token ids cannot be read")
     content = logprobs.get("content") if isinstance(logprobs, dict) else None
     if content is None:
@@ -109,12 +115,18 @@ def _picked(tokens: object, logprobs: object) -> list[Picked]:
     if not isinstance(content, list) or len(content) != len(tokens):
         raise BrokenResponse("a chunk's log probabilities are not those of its tokens")
     scored = [_scored(each) for each in content]
-    others = [[_scored(other) for other in each.get("top_logprobs") or []] for each in content]
+    others = [_scored_list(each.get("top_logprobs") or []) for each in content]
     return [Picked(token, score, tuple(alternatives)) for token, (_, score), alternatives in zip(tokens, scored, others, strict=True)]
 
 
-def _scored(token: object) -> tuple[int, float]:
+def _scored_list(tokens: object) -> list[tuple[int, float]]:
+    if not isinstance(tokens, list):
+        raise BrokenResponse("a token's likeliest alternatives cannot be read")
+    return [_scored(token) for token in tokens]
+
+
+def _scored(token: Any) -> tuple[int, float]:
     found = _TOKEN.fullmatch(str(token.get("token"))) if isinstance(token, dict) else None
-    if found is None or not is_number(token["logprob"]):  # type: ignore[index]
+    if found is None or int(found[1]) > _MOST_TOKEN or not is_number(token.get("logprob")):
         raise BrokenResponse("a token's log probability cannot be read")
-    return int(found[1]), float(token["logprob"])  # type: ignore[index]
+    return int(found[1]), float(token["logprob"])

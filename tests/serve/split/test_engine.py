@@ -14,10 +14,11 @@ from PIL import Image
 from llava.inference import Assistant, Options, write_prompt
 from llava.messages import Message, RoutingRequest
 from llava.serve.backend.openai_server import Backend
-from llava.serve.http.client import Timeouts
+from llava.serve.http.client import BrokenResponse, Timeouts
 from llava.serve.protocol import ErrorKind, Event, Finished, GenerationRequest, Piece, Sampling, ServeError, Started
 from llava.serve.split.encode import EncodedImages
 from llava.serve.split.engine import SplitEngine
+from llava.serve.split.token_stream import _picked
 from tests.serve.fake_backend import Exchange, FakeBackend
 from tests.serve.split.fake_vllm import MODELS, FakeVllm, serving
 
@@ -283,12 +284,25 @@ def other_prompt(exchange: Exchange) -> None:
     exchange.end_stream()
 
 
+def beginning(ids: Any) -> Callable[[Exchange], None]:
+    """A stream that says this of the prompt's ids."""
+
+    def answer(exchange: Exchange) -> None:
+        exchange.begin_stream()
+        exchange.event({"prompt_token_ids": ids, "choices": []})
+        exchange.event("[DONE]")
+        exchange.end_stream()
+
+    return answer
+
+
 @pytest.mark.parametrize(
     ("answer", "models"),
     [
         (refusing, MODELS),
         (other_prompt, MODELS),
         (lambda exchange: exchange.chat(["no", "ids"]), MODELS),
+        (beginning([[1], {"a": 2}]), MODELS),
         (lambda exchange: pytest.fail("was asked"), {"data": [{"id": "a"}, {"id": "b"}]}),
     ],
 )
@@ -324,6 +338,8 @@ def garbage(**choice: Any) -> Callable[[Exchange], None]:
     [
         garbage(),
         garbage(token_ids=["a"]),
+        beginning([[1], {"a": 2}]),
+        beginning([10**30]),
         lambda exchange: exchange.reply({"error": "?"}, 500),
         lambda exchange: exchange.die(),
     ],
@@ -360,3 +376,44 @@ def test_a_server_that_goes_while_a_request_is_encoded_gives_a_typed_error(
         assert caught.value.kind is ErrorKind.BACKEND_UNREACHABLE
 
     with_engine(front, backend.url, work)
+
+
+def scored_token(**token: Any) -> dict[str, Any]:
+    return {"token": "token_id:5", "logprob": -0.5, **token}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "content"),
+    [
+        ([10**30], None),
+        ([5], [{"token": "token_id:5"}]),
+        ([5], [scored_token(logprob=10**400)]),
+        ([5], [scored_token(token="token_id:9999999999")]),
+        ([5], [scored_token(top_logprobs=3)]),
+        ([5], [scored_token(top_logprobs=[scored_token(logprob=None)])]),
+    ],
+)
+def test_numbers_that_are_no_tokens_or_scores_are_a_broken_response(tokens: Any, content: Any) -> None:
+    with pytest.raises(BrokenResponse):
+        _picked(tokens, None if content is None else {"content": content})
+
+
+def test_a_look_that_fails_is_not_the_last(front: Assistant, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    admit = SplitEngine._admit
+
+    async def stumbling(engine: SplitEngine, model: Any) -> None:
+        looks.append(1)
+        if len(looks) < 3:
+            raise TypeError("a fault of ours")
+        await admit(engine, model)
+
+    monkeypatch.setattr(SplitEngine, "_admit", stumbling)
+
+    async def work(engine: SplitEngine) -> None:
+        engine.start()
+        while not engine.ready:
+            await asyncio.sleep(0.02)
+
+    with_engine(front, backend.url, work, look=False)
+    assert len(looks) == 3
