@@ -16,6 +16,7 @@ import httpx
 from llava.eval.answerers import Reply
 from llava.messages import Options
 from llava.openai_chat import processor_kwargs, routing_fields
+from llava.rules import Integer, ListOf, Number, Rule, Text, faults, optional, refuse
 
 RETRIED = frozenset((408, 425, 429, 500, 502, 503, 504))
 """HTTP statuses that may pass."""
@@ -30,6 +31,16 @@ OURS = "avg-llava"
 API_KEY = "VLLM_API_KEY"
 """The environment variable that holds the key, under the name that vLLM's own server reads."""
 REASON_CHARACTERS = 500
+_NUMBER = Number(-1e30, 1e30)
+_SAID: dict[str, Rule] = {
+    "text": Text(longest=2**24, shortest=0),
+    "finish_reason": Text(),
+    **dict.fromkeys(("prompt_tokens", "new_tokens"), Integer()),
+    **dict.fromkeys(("visual_tokens", "full_visual_tokens"), optional(Integer())),
+    "granularity": ListOf(optional(Integer(1))),
+    "logits": ListOf(optional(ListOf(_NUMBER))),
+}
+"""Fields of `Reply` -> what a server may say of them."""
 
 
 class GoneServerError(OSError):
@@ -55,9 +66,9 @@ class ChatServer:
 
     def __init__(self, address: str, model: str | None = None, seconds: float = 600.0) -> None:
         self.address = address.rstrip("/").removesuffix("/v1")
-        if not self.address.startswith(("http://", "https://")):
+        if not _is_address(self.address):
             raise ValueError(f"--vllm is {address!r}, expected the address of a server, as in http://localhost:8000.")
-        self.model, self.owner, self.root = model or "", "", ""
+        self.model, self.owner, self.root, self.seconds = model or "", "", "", seconds
         key = os.environ.get(API_KEY)
         self._client = httpx.AsyncClient(
             base_url=self.address,
@@ -101,8 +112,9 @@ class ChatServer:
         response = await self._sent("POST", "/v1/chat/completions", self._body(messages, options))
         try:
             return _reply(response.json(), num_images, options)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise RefusedError(f"{self.address} answered something other than a chat completion: {error!r}") from error
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+            reason = repr(error)[:REASON_CHARACTERS]
+            raise RefusedError(f"{self.address} answered something other than a chat completion: {reason}") from error
 
     def _body(self, messages: list[dict[str, Any]], options: Options) -> dict[str, Any]:
         body = {"model": self.model, "messages": messages, **sampling_fields(options)}
@@ -117,8 +129,9 @@ class ChatServer:
         for delay in (*DELAYS, None):
             wait = delay
             try:
-                response = await self._client.request(method, path, json=body)
-            except httpx.HTTPError as error:
+                # httpx's own limits are per read; a server may send a byte now and then
+                response = await asyncio.wait_for(self._client.request(method, path, json=body), self.seconds)
+            except (httpx.HTTPError, asyncio.TimeoutError) as error:
                 reason = f"{type(error).__name__}: {error}".rstrip(": ")
             else:
                 if response.status_code == 200:
@@ -177,20 +190,35 @@ def _asked_for(response: httpx.Response, delay: float | None) -> float | None:
     return min(max(float(asked), delay), LONGEST_DELAY) if delay is not None and asked.isdecimal() else delay
 
 
+def _is_address(text: str) -> bool:
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        return False
+    return url.scheme in ("http", "https") and bool(url.host)
+
+
 def _reply(body: Mapping[str, Any], num_images: int, options: Options) -> Reply:
+    """What a chat completion says; nothing of another form gets into an answers file.
+
+    Raises:
+        ValueError, KeyError, TypeError, IndexError, AttributeError: it is none.
+    """
     choice, usage = body["choices"][0], body["usage"]
     details = (usage.get("prompt_tokens_details") or {}).get("multimodal_tokens") or {}
     images = (body.get("avg_llava") or {}).get("images") or []
     fixed = options.routing.granularity if isinstance(options.routing.granularity, int) else None
     counted = usage.get("visual_tokens", details.get("image", None if num_images else 0))
-    return Reply(
-        text=str(choice["message"]["content"] or "").strip(),
-        finish_reason=str(choice["finish_reason"]),
-        prompt_tokens=int(usage["prompt_tokens"]),
-        new_tokens=int(usage["completion_tokens"]),
-        granularity=usage.get("granularities") or [fixed] * num_images,
-        visual_tokens=counted,
-        full_visual_tokens=usage.get("full_visual_tokens", None if num_images else 0),
-        logits=[image.get("logits") for image in images] or [None] * num_images,
-        milliseconds=(body.get("avg_llava") or {}).get("milliseconds") or {},
-    )
+    said: dict[str, Any] = {
+        "text": choice["message"]["content"] or "",
+        "finish_reason": choice["finish_reason"],
+        "prompt_tokens": usage["prompt_tokens"],
+        "new_tokens": usage["completion_tokens"],
+        "granularity": usage.get("granularities") or [fixed] * num_images,
+        "visual_tokens": counted,
+        "full_visual_tokens": usage.get("full_visual_tokens", None if num_images else 0),
+        "logits": [image.get("logits") for image in images] or [None] * num_images,
+    }
+    milliseconds = dict((body.get("avg_llava") or {}).get("milliseconds") or {})
+    refuse("The answer", faults(said, _SAID) + faults(milliseconds, dict.fromkeys(milliseconds, _NUMBER)))
+    return Reply(**{**said, "text": said["text"].strip()}, milliseconds=milliseconds)

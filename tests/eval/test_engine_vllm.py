@@ -8,6 +8,7 @@ import re
 import socket
 import sys
 import threading
+import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
@@ -16,11 +17,13 @@ from typing import Any
 
 import pytest
 
+from llava.eval.chat_server import ChatServer, FailedError
 from llava.eval.journal import Journal
 from llava.eval.model_vqa import main
 from llava.eval.one_by_one import Failure
 from llava.eval.questions import questions_between
 from llava.eval.served import in_window
+from llava.messages import Options
 from tests.serve.fake_backend import Exchange, FakeBackend
 
 PICTURES = Path(__file__).parents[2] / "playground" / "eval"
@@ -223,6 +226,8 @@ def test_a_server_that_has_come_to_fail_at_everything_ends_the_run(
     ("more", "said"),
     [
         (("--vllm", "localhost"), "--vllm is 'localhost', expected the address of a server"),
+        (("--vllm", "http://[::1"), "--vllm is 'http://[::1', expected the address of a server"),
+        (("--vllm", "http://"), "--vllm is 'http://', expected the address of a server"),
         (("--num-beams", 2), "--num-beams is 2, but vLLM has no beams"),
         (("--conv-mode", "v1"), "--conv-mode is v1, but a server writes its model's own template"),
         (("--load-4bit",), "--load-4bit is given, but with --engine vllm it is vLLM that loads the model"),
@@ -316,3 +321,48 @@ def test_questions_and_outcomes_take_a_few_bytes_each(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert read == size - 10 and last.endswith("x19999")
     assert peak < 20 * size + 8 * 2**20  # and the window of the reader of JSON
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"choices": [], "usage": {}},
+        {"choices": [{"message": {"content": ["yes"]}, "finish_reason": "stop"}], "usage": completion("")["usage"]},
+        completion("yes") | {"usage": "none"},
+        completion("yes") | {"usage": {"prompt_tokens": float("inf"), "completion_tokens": 1}},
+        completion("yes") | {"usage": {"prompt_tokens": 1, "completion_tokens": 1, "visual_tokens": "many"}},
+        completion("yes") | {"usage": {"prompt_tokens": 1, "completion_tokens": 1, "granularities": "many"}},
+        completion("yes", avg_llava={"images": [{"logits": [float("nan")]}]}),
+        completion("yes", avg_llava={"milliseconds": {"ttft": float("nan")}}),
+        completion("yes", avg_llava=[1]),
+    ],
+)
+def test_an_answer_of_another_form_fails_its_question_alone(broken: dict[str, Any], questions: Path) -> None:
+    def odd(exchange: Exchange) -> None:
+        exchange.reply(broken) if text_of(exchange) in ("Question 0?", "Question 7?") else echo(exchange)
+
+    with FakeBackend(odd, models=MODELS) as backend:
+        assert ask(questions, backend) == 1
+    errors = questions.with_name("out.jsonl.errors.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(answers(questions)) == 38 and [json.loads(line)["question_id"] for line in errors] == [0, 7]
+    assert all("answered something other than a chat completion" in line for line in errors)
+
+
+def test_a_server_that_trickles_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def asked() -> None:
+        server = ChatServer(backend.url, seconds=0.5)
+        await server.connect()
+        try:
+            await server.ask([{"role": "user", "content": "?"}], 0, Options())
+        finally:
+            await server.close()
+
+    def trickling(exchange: Exchange) -> None:
+        exchange.begin_stream()
+        for _ in range(100):
+            exchange.event({"choices": []})
+            time.sleep(0.1)
+
+    monkeypatch.setattr("llava.eval.chat_server.DELAYS", ())
+    with FakeBackend(trickling, models=MODELS) as backend, pytest.raises(FailedError, match="TimeoutError"):
+        asyncio.run(asyncio.wait_for(asked(), 8))
