@@ -55,7 +55,7 @@ def layout_of(source: Path) -> str:
     """The layout of a checkpoint folder, by the model type in its config.json.
 
     Raises:
-        ValueError: no checkpoint folder, or of another model type.
+        ValueError: no checkpoint folder, a config.json that cannot be read, or one of another model type.
     """
     from llava.model.loading import read_stored_config
 
@@ -63,7 +63,7 @@ def layout_of(source: Path) -> str:
         raise ValueError(f"{source} is not a folder; give a downloaded checkpoint (hf download NAME --local-dir FOLDER).")
     kind = read_stored_config(source).get("model_type")
     if kind not in LAYOUTS:
-        raise ValueError(f"{source} is of model type {kind!r}, expected {', '.join(LAYOUTS)}.")
+        raise ValueError(f"{source} is of model type {str(kind)[:100]!r}, expected {', '.join(LAYOUTS)}.")
     return LAYOUTS[kind]
 
 
@@ -76,6 +76,8 @@ def convert(args: argparse.Namespace) -> None:
     found = layout_of(args.source)
     if found == args.to != "native":
         raise ValueError(f"{args.source} has the {found} layout already; choose another with --to.")
+    if not 1e-9 <= args.max_shard_gb < 1e9:
+        raise ValueError(f"--max-shard-gb is {args.max_shard_gb}, expected the size of a weight file in GB, such as 5.")
     for_native = [name for name in FOR_NATIVE if getattr(args, name)]
     if for_native and args.to != "native":
         raise ValueError(f"--{for_native[0].replace('_', '-')} is for native folders; leave it out, or use --to native.")

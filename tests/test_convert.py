@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -182,3 +184,54 @@ def test_earlier_answers_of_a_conversation_are_hidden_as_training_with_labels_hi
         assert torch.equal(found.logits, trained.logits) and not torch.equal(found.logits, leaked.logits)
         seen.add(tuple(found.logits.tolist()))
     assert len(seen) == 1
+
+
+def truncated(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def of_whole_numbers(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = min(tensors)
+    save_file({**tensors, name: tensors[name].to(torch.int32)}, file)
+
+
+def settings_elsewhere(folder: Path) -> None:
+    (folder.parent / "secret").write_text("-----BEGIN KEY-----", encoding="utf-8")
+    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").symlink_to(folder.parent / "secret")
+
+
+def config_of(text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize("to", ["native", "llava"])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (truncated, "is no whole safetensors file"),
+        (of_whole_numbers, "holds 1 tensors that are no floating-point weights"),
+        (settings_elsewhere, "is not valid JSON"),
+        (config_of("[1]"), "holds a list, expected an object"),
+        (config_of('{"model_type": ["avg_llava"]}'), "model_type is ['avg_llava']"),
+        (config_of('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"), "is nested"),
+    ],
+)
+def test_a_damaged_source_is_one_sentence_and_leaves_nothing(
+    damage: Callable[[Path], object], said: str, to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = tmp_path / "source", tmp_path / "output"
+    shutil.copytree(MICRO_MODEL, source)
+    damage(source)
+    before = sorted(tmp_path.iterdir())
+    assert main([str(source), str(output), "--to", to]) == 1
+    assert said in capsys.readouterr().err and sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("size", ["nan", "inf", "-1", "0"])
+def test_a_shard_has_a_size(size: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(MICRO_MODEL), str(tmp_path / "output"), "--to", "native", "--max-shard-gb", size]) == 1
+    assert "--max-shard-gb is" in capsys.readouterr().err

@@ -40,14 +40,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from llava.checkpoint_files import is_stored_buffer, weight_files
+from llava.checkpoint_files import check_dtypes, is_stored_buffer, read_headers, read_object, weight_files
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import get_template
 from llava.durable import whole_folder
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM, LlavaMistralConfig, LlavaMistralForCausalLM
 from llava.model.chat_template import add_image_token, jinja_template, own_text_behind
 from llava.model.config import KEPT_KEY
-from llava.model.loading import check_folder, read_tower_config, resolve_tower
+from llava.model.loading import check_folder, read_stored_config, read_tower_config, resolve_tower
 from llava.model.native.llava_layout import Rules, rename
 from llava.model.router import name_in_checkpoint
 from llava.tokenizer import load_tokenizer
@@ -132,8 +132,9 @@ def stored_tensors(folder: Path, rules: Rules) -> dict[str, Stored]:
         rules: (pattern, replacement); the first that matches a name counts.
 
     Raises:
-        ValueError: two tensors with the same new name.
+        ValueError: two tensors with the same new name, a damaged file, or numbers that are no weights.
     """
+    check_dtypes(read_headers(weight_files(folder)), folder)
     found: dict[str, Stored] = {}
     for file in weight_files(folder):
         with safe_open(str(file), "pt") as tensors:
@@ -259,7 +260,7 @@ def read_llava_next(source: Path) -> Any:
     Raises:
         ValueError: another model type, or one sentence that names every field in the way.
     """
-    kind = json.loads((source / "config.json").read_text(encoding="utf-8")).get("model_type")
+    kind = read_stored_config(source).get("model_type")
     if kind != LlavaNextConfig.model_type:
         raise ValueError(f"{source} is of model type {kind!r}, expected {LlavaNextConfig.model_type!r} for --direction to-llava.")
     config: Any = LlavaNextConfig.from_pretrained(source)
@@ -315,7 +316,7 @@ def read_llava(source: Path, drop_router: bool) -> Any:
         ValueError: another model type, or one sentence that names every field in the way.
     """
     kinds = (LlavaConfig.model_type, LlavaMistralConfig.model_type)
-    kind = json.loads((source / "config.json").read_text(encoding="utf-8")).get("model_type")
+    kind = read_stored_config(source).get("model_type")
     if kind not in kinds:
         raise ValueError(f"{source} is of model type {kind!r}, expected {' or '.join(kinds)} for --direction to-transformers.")
     config = AutoConfig.from_pretrained(source)
@@ -525,7 +526,12 @@ def _llava_next_processor(config: Any, made: Any, tokenizer: PreTrainedTokenizer
 
 
 def copy_generation_config(source: Path, folder: Path) -> None:
-    """Take a checkpoint's generation settings along, where it has any."""
+    """Take a checkpoint's generation settings along, where it has any.
+
+    Raises:
+        ValueError: the file holds something else; a link might lead to what its owner does not mean to publish.
+    """
     file = source / "generation_config.json"
     if file.is_file():
+        read_object(file)
         shutil.copyfile(file, folder / file.name)
