@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -30,6 +31,9 @@ EXTRA_MODULES = {
     "playground": ("easy_vqa", "sklearn", "matplotlib", "pyarrow", "yaml"),
 }
 """Extra of pyproject.toml -> the modules that it brings."""
+
+_IN_WORKER = re.compile(r"Caught (?P<kind>\w+) in DataLoader worker process \d+\.\n.*\n(?:\w+\.)*(?P=kind): (?P<text>.*?)\s*\Z", re.DOTALL)
+"""The text that torch gives an error of a data loader's worker: its traceback, whose last error is the one."""
 
 
 class InterruptedWorkError(KeyboardInterrupt):
@@ -89,10 +93,12 @@ def _say(kept: str) -> None:
 
 
 def sentence_of(error: Exception) -> str:
-    """What a person has to read about an error; of a missing package, the extras that bring it."""
+    """What a person has to read about an error; of a missing package, the extras that bring it; of one from a data loader's worker, which
+    arrives with that process's traceback as its text, the text that it had there."""
     missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else None
     extras = [extra for extra, modules in EXTRA_MODULES.items() if missing in modules]
     if not extras:
-        return str(error)
+        in_worker = _IN_WORKER.match(str(error))
+        return in_worker["text"] if in_worker else str(error)
     commands = " or ".join(f'pip install -e ".[{extra}]"' for extra in extras)
     return f"{missing} is not installed; install the {' or '.join(extras)} extra: {commands}"

@@ -27,6 +27,7 @@ from llava.constants import IGNORE_INDEX
 from llava.conversation import conv_templates
 from llava.durable import whole_file, write_whole
 from llava.images import ImageError
+from llava.interrupts import sentence_of
 from llava.log import setup_logging
 from llava.model.native import AvgLlavaProcessor
 from llava.train.build import change_fields, model_outline, read_model_config
@@ -356,7 +357,7 @@ def run(check_args: CheckArguments, data_args: DataArguments) -> None:
             return
         report = check(check_args, data_args)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"the check stopped: {error}") from error
+        raise SystemExit(f"the check stopped: {sentence_of(error)}") from error
     print(report.text(check_args.show))
     if report.is_broken(data_args.max_bad_share):
         raise SystemExit(

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from llava.interrupts import keeping
+from llava.interrupts import keeping, sentence_of
 from llava.log import setup_logging
 from llava.train.arguments import TrainingArguments, check_arguments, ignored_flags, whole_parser
 from llava.train.build import load_model
@@ -151,7 +151,7 @@ def run(argv: Sequence[str] | None = None) -> None:
         train(argv)
     except (ValueError, FloatingPointError, OSError) as error:
         logger.debug("stopped", exc_info=True)
-        raise SystemExit(f"training stopped: {error}") from error
+        raise SystemExit(f"training stopped: {sentence_of(error)}") from error
     except RuntimeError as error:
         if not is_lost_process(error):
             raise

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from llava.conversation import conv_templates
 from llava.durable import held_alone, room_for, whole_file
-from llava.interrupts import keeping
+from llava.interrupts import keeping, sentence_of
 from llava.log import setup_logging
 from llava.model.builder import load_pretrained_model
 from llava.train.data import Collator, ConversationDataset, check_rows, make_dataset, row_columns
@@ -390,4 +390,4 @@ def run(args: ScoreArguments) -> None:
     try:
         score(args)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"scoring stopped: {error}") from error
+        raise SystemExit(f"scoring stopped: {sentence_of(error)}") from error

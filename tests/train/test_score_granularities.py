@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import resource
 import signal
 import sys
@@ -18,6 +19,7 @@ from llava.durable import NoSpaceError, held_alone
 from llava.interrupts import INTERRUPTED
 from llava.train.data import ConversationDataset
 from llava.train.flags import ScoreArguments
+from llava.train.rows import BadSampleError
 from llava.train.score_granularities import main
 from llava.train.scores import GranularityScores, score
 
@@ -56,6 +58,22 @@ def same(one: Path, two: Path) -> bool:
 
 def test_workers_read_ahead(whole: Path, tmp_path: Path) -> None:
     assert same(score(arguments(tmp_path, num_workers=2)), whole)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_row_is_one_sentence_whoever_reads_it(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch gives what a worker raises that process's traceback as its text."""
+
+    def broken(self: ConversationDataset, index: int) -> Any:
+        try:
+            raise FileNotFoundError("no such file")
+        except FileNotFoundError as error:
+            raise BadSampleError(f"row {index} of rows.json: there is no image a.png.") from error
+
+    monkeypatch.setattr(ConversationDataset, "read", broken)
+    with pytest.raises(SystemExit) as caught:
+        scoring.run(arguments(tmp_path, num_workers=workers))
+    assert re.fullmatch(r"scoring stopped: row \d+ of rows\.json: there is no image a\.png\.", str(caught.value))
 
 
 def test_rows_about_one_image_are_read_together_and_it_is_opened_once(prepared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
