@@ -21,8 +21,8 @@ logger = logging.getLogger("llava.eval.model_vqa")
 
 PROG = "python -m llava.eval.model_vqa"
 FIRST = (
-    *("--model-path", "--model-base", "--question-file", "--image-folder", "--answers-file", "--granularity", "--max-visual-tokens"),
-    *("--max-new-tokens", "--batch-size", "--device", "--engine", "--vllm"),
+    *("--model-path", "--question-file", "--image-folder", "--answers-file", "--granularity", "--max-visual-tokens"),
+    *("--max-new-tokens", "--batch-size", "--engine", "--vllm"),
 )
 
 

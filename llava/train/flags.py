@@ -268,7 +268,7 @@ class ScoreArguments:
     batch_size: int = field(
         default=8, metadata={"help": "Rows per pass of the language model; rows about one image share a pass, however many."}
     )
-    num_workers: int = field(default=2, metadata={"help": "Processes that read rows and images ahead; 0: none."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that read rows and images ahead; 0: none."})
     part_rows: int = field(default=512, metadata={"help": "Rows per part; an interrupted pass repeats at most one part."})
     device: str | None = field(default=None, metadata={"help": "cuda, mps or cpu; by default the best that is available."})
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pickle import UnpicklingError
 from typing import Any
 
 from PIL import Image
@@ -106,7 +106,7 @@ def _reading_files() -> Iterator[None]:
     """What torch and Pillow raise at files that are none, as vLLM expects bad input to be told."""
     try:
         yield
-    except (EOFError, pickle.UnpicklingError, Image.DecompressionBombError) as error:
+    except (EOFError, UnpicklingError, Image.DecompressionBombError) as error:
         raise ValueError("An image's file cannot be read, expected a whole image, or a tensor that torch.save wrote.") from error
 
 

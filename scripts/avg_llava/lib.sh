@@ -222,7 +222,7 @@ score() { # score FLAGS...: the flags that are passed on to the trainer; those t
   [[ $ZERO == none || $PRECISION != bf16 ]] || dtype=bfloat16
   [[ $ZERO == none || $PRECISION != fp16 ]] || dtype=float16
   local -a command=(-m llava.train.score_granularities --model_name_or_path "$MODEL" --data_path "$DATA_PATH"
-    --image_folder "$IMAGE_FOLDER" --output_file "$SCORES" --version v1 --batch_size "${SCORE_BATCH:-8}" --dtype "$dtype")
+    --image_folder "$IMAGE_FOLDER" --output_file "$SCORES" --version v1 --batch_size "${SCORE_BATCH:-8}" --num_workers "$WORKERS" --dtype "$dtype")
   [[ $DEVICE != cpu ]] || command+=(--device cpu)
   if [[ -e $SCORES ]]; then
     say "Scores: $SCORES is there; the trainer refuses it where it belongs to other weights or rows"

@@ -173,7 +173,8 @@ def test_flags_and_modules_in_the_text_exist() -> None:
     for module in re.findall(r"`python -m ([\w.]+)", prose):
         assert importlib.util.find_spec(module) is not None, module
     harness = {"--use_cache", "--offset", "--limit", "--include_path", "--multi_gpu", "--num_processes"}  # and accelerate's
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", prose)) - harness:
+    servers = {"--enable-prompt-tokens-details"}  # vLLM's
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", prose)) - harness - servers:
         shown = help_text("llava.eval.model_vqa") + help_text("llava.eval.granularity_report")
         assert re.search(rf"(?<![\w-]){flag}(?![\w-])", shown), flag
 

@@ -43,7 +43,7 @@ def test_answers_come_in_the_order_of_the_requests_and_padding_is_not_counted(ha
     requests = [ask(harness, NUMBER), ask(harness, SHAPE, settings={**SETTINGS, "max_new_tokens": 8}), ask(harness, SHAPE)]
     assert model.generate_until([*requests, ask(harness, SHAPE, __padding_only__=True)]) == ["658", "circle", "circle", "circle"]
     assert len([json.loads(line) for line in next(tmp_path.glob("*rank0.jsonl")).read_text().splitlines()]) == 3
-    assert (model.batch_size, model.rank, model.config.model_type) == (2, 0, "llava_llama")
+    assert (model.batch_size, model.rank, model.config.model_type) == (2, 0, "avg_llava")
     assert model.generate_until([]) == []
     assert model.loglikelihood([score(harness, "658")])[0][1]
     model.clean()
