@@ -203,13 +203,21 @@ def add_model_flags(group: FlagGroup) -> None:
     group.add_argument("--load-4bit", action="store_true", help="quantise the language model to 4 bits")
 
 
-def add_engine_flags(group: FlagGroup) -> None:
-    """Who answers a file of questions."""
+def add_engine_flags(group: FlagGroup, in_process: bool = True) -> None:
+    """Who answers a file of questions.
+
+    Args:
+        in_process: whether vLLM may run in the command's own process, so that an address is not needed.
+    """
+    which = (
+        "its model is asked, and --model-path chooses among several); without it vLLM runs in this process"
+        if in_process
+        else "it has the checkpoint of --model-path, of which this process loads all but the decoder layers)"
+    )
     group.add_argument("--engine", choices=ENGINES, default="embedded",
                        help="embedded: the model in this process; vllm: a stock vLLM with the plug-in, many questions at once")  # fmt: skip
     group.add_argument("--vllm", metavar="ADDRESS",
-                       help="with --engine vllm: the server to ask, as in http://localhost:8000 (its model is asked, and --model-path "
-                            "chooses among several); without it vLLM runs in this process")  # fmt: skip
+                       help=f"with --engine vllm: the server to ask, as in http://localhost:8000 ({which}")
 
 
 def add_routing_flags(group: FlagGroup, with_bias: bool = True) -> None:

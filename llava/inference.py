@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -69,6 +69,11 @@ class Answer:
     reports: list[RoutingReport]
     milliseconds: dict[str, float]
 
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens of the answer."""
+        return len(self.token_ids)
+
 
 @dataclass
 class Assistant:
@@ -77,6 +82,9 @@ class Assistant:
     tokenizer: PreTrainedTokenizerBase
     model: Any
     image_processor: Any
+
+    has_decoder: ClassVar[bool] = True
+    """Whether composed rows can be answered in this process."""
 
     @classmethod
     def load(cls, model_path: str | None = None, model_base: str | None = None, **options: Any) -> Assistant:

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 
 from llava.eval.answerers import Reply
+from llava.eval.one_by_one import GoneError
 from llava.messages import Options
 from llava.openai_chat import processor_kwargs, routing_fields
 from llava.rules import Integer, ListOf, Number, Rule, Text, faults, optional, refuse
@@ -43,7 +44,7 @@ _SAID: dict[str, Rule] = {
 """Fields of `Reply` -> what a server may say of them."""
 
 
-class GoneServerError(OSError):
+class GoneServerError(GoneError):
     """The server cannot be reached, refuses everybody, or is not what it should be; the run ends."""
 
 

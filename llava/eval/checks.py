@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from llava.conversation import get_template
+from llava.flags import ENGINES
 from llava.inference import Assistant, Options, Question
 from llava.messages import RoutingRequest
 from llava.model.llava_arch import LlavaMetaForCausalLM
@@ -13,6 +14,21 @@ from llava.model.routing import allowed_levels
 
 TRIED = 100
 """After this many questions that the model cannot answer, and none that it can, the flags are at fault."""
+
+
+def check_server(engine: str, address: str | None) -> None:
+    """Check that an engine's name and a server's address go together, where a server is the only vLLM that can be asked.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine is {engine!r}, expected one of {', '.join(ENGINES)}.")
+    if (engine == "vllm") != (address is not None):
+        raise ValueError(
+            f"engine is {engine} and vllm is {address!r}; the engine vllm needs the address of a server, as in http://localhost:8000, and "
+            "the embedded one takes none."
+        )
 
 
 def check_routing(assistant: Assistant, request: RoutingRequest) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.report.tasks import TASKS
-from llava.flags import Parser, add_log_level, start_logging
+from llava.flags import Parser, add_engine_flags, add_log_level, start_logging
 from llava.interrupts import run_program
 
 logger = logging.getLogger("llava.eval.granularity_report")
@@ -37,6 +37,7 @@ def build_parser(prog: str = PROG) -> Parser:
     model.add_argument("--model-base", metavar="PATH", help="base model of a projector-only or adapter checkpoint")
     model.add_argument("--device", help="cuda, mps or cpu; without it the best there is")
     model.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; without it PyTorch's choice")
+    add_engine_flags(model, in_process=False)
     questions = parser.add_argument_group("questions")
     source = questions.add_mutually_exclusive_group(required=True)
     source.add_argument("--task", help=f"questions that need no download: {', '.join(TASKS)}")
@@ -62,7 +63,8 @@ def build_parser(prog: str = PROG) -> Parser:
                         "granularities and --max-new-tokens: reuse its answers")  # fmt: skip
     report.add_argument("--baseline", type=Path, metavar="FOLDER",
                         help="an earlier report on these questions: paired differences to it, with intervals")  # fmt: skip
-    report.add_argument("--timing-samples", type=_count, default=40, metavar="N", help="questions to measure times on; 0: none")
+    report.add_argument("--timing-samples", type=_count, metavar="N",
+                        help="questions to measure times on, 40 by default; 0: none, as with --engine vllm always")  # fmt: skip
     report.add_argument("--timing-repeats", type=_positive, default=3, metavar="N",
                         help="requests per timed question and row; the one of median time counts")  # fmt: skip
     report.add_argument("--examples", type=_count, default=12, metavar="N", help="example images on the page")

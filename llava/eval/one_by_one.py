@@ -14,6 +14,10 @@ Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
 
 
+class GoneError(OSError):
+    """What answers is gone: no item can be processed any more, and trying the others is in vain."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """What was raised, as text: `reason` in one line, `details` with the traceback.
@@ -35,13 +39,15 @@ def attempt(
     """Process a batch; if that fails, process its items one by one, so that a bad item does not fail its neighbours.
 
     Args:
-        work: one outcome per item. Whatever `Exception` it raises is a failure.
+        work: one outcome per item. Whatever `Exception` it raises is a failure, apart from `GoneError`, which ends the run.
 
     Returns:
         Outcomes in the order of the items, `None` where one failed, and the failures by index.
     """
     try:
         return list(work(items)), {}
+    except GoneError:
+        raise
     except Exception as error:  # whatever an image, a prompt or a model may raise: recorded, and the others still get their turn
         failure = Failure.of(error)
     # Only here, after the except block, the exception and the batch's memory are freed: items that ran out of memory may now succeed.

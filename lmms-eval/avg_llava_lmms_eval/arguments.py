@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from llava.conversation import get_template
+from llava.eval.checks import check_server
 from llava.messages import RoutingRequest
 
 DTYPES = {
@@ -33,6 +34,7 @@ class ModelArguments:
     dtype: `None` takes the checkpoint's.
     attn_implementation: transformers' name; `None` takes its default.
     sample_log: folder of the log of samples; `None` takes the harness's output folder.
+    engine, vllm: who answers, see `llava.eval.checks.check_server`.
     """
 
     pretrained: str
@@ -43,11 +45,13 @@ class ModelArguments:
     dtype: torch.dtype | None
     attn_implementation: str | None
     sample_log: str | None
+    engine: str
+    vllm: str | None
 
 
 NAMES = (
     "pretrained", "granularity", "max_visual_tokens", "granularity_bias", "conv_template", "batch_size", "device", "dtype",
-    "attn_implementation", "sample_log",
+    "attn_implementation", "sample_log", "engine", "vllm",
 )  # fmt: skip
 """Every argument there is."""
 
@@ -73,6 +77,10 @@ def parse_arguments(given: Mapping[str, Any]) -> ModelArguments:
     template = given.get("conv_template")
     if template is not None:
         get_template(template)
+    engine, address = given.get("engine", "embedded"), given.get("vllm")
+    check_server(engine, address)
+    if engine == "vllm" and template is not None:
+        raise ValueError(f"conv_template is {template!r}, but a server writes its model's own template; leave it out.")
     return ModelArguments(
         pretrained=str(pretrained),
         routing=RoutingRequest(
@@ -86,6 +94,8 @@ def parse_arguments(given: Mapping[str, Any]) -> ModelArguments:
         dtype=DTYPES[dtype],
         attn_implementation=given.get("attn_implementation"),
         sample_log=given.get("sample_log"),
+        engine=engine,
+        vllm=address,
     )
 
 

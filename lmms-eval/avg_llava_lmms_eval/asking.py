@@ -73,7 +73,7 @@ def answer_all(assistant: Assistant, samples: Sequence[Sample], batch_size: int,
             "answer": answer.text,
             "finish_reason": answer.finish_reason,
             "prompt_tokens": answer.prompt_tokens,
-            "new_tokens": len(answer.token_ids),
+            "new_tokens": answer.num_new_tokens,
         }
 
     return _ask(samples, batch_size, work, record, log, show)
@@ -207,7 +207,7 @@ class Costs:
         self.visual_tokens += sum(report.num_visual_tokens for report in outcome.reports)
         self.full_visual_tokens += sum(report.full_visual_tokens for report in outcome.reports)
         if isinstance(outcome, Answer):
-            self.new_tokens += len(outcome.token_ids)
+            self.new_tokens += outcome.num_new_tokens
             self.empty += not outcome.text.strip()
         self.granularities.update(report.granularity for report in outcome.reports)
 

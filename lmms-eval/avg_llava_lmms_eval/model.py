@@ -29,7 +29,10 @@ from avg_llava_lmms_eval.generation import read_options
 from avg_llava_lmms_eval.processes import Tally
 from avg_llava_lmms_eval.sample_log import SampleLog, output_folder
 from llava.durable import NoSpaceError
+from llava.eval.chat_server import sampling_fields
 from llava.eval.checks import check_questions, check_routing
+from llava.eval.front import ServedAssistant
+from llava.eval.one_by_one import GoneError
 from llava.inference import Assistant, Options, Question
 
 SLOWEST_PROCESS = timedelta(hours=24)
@@ -148,8 +151,14 @@ class AvgLlava(lmms):
             with the smallest number, because its own models return a loss here. The router reads the context alone.
 
         Raises:
-            EvaluationError: as in `generate_until`.
+            EvaluationError: as in `generate_until`, or the engine is a server, which scores nothing.
         """
+        if self.arguments.engine == "vllm":
+            tasks = sorted({str(request.task_name) for request in requests})
+            raise EvaluationError(
+                f"error: {', '.join(tasks)} compares likelihoods of answers, which engine=vllm cannot give; leave engine and vllm out, or "
+                "choose tasks of output_type generate_until."
+            )
         scores = self._ask("loglikelihood", score_all, [self._to_scored_sample(request) for request in requests])
         return [Score(-score.log_probability, score.is_greedy) for score in scores]
 
@@ -173,6 +182,8 @@ class AvgLlava(lmms):
         """
         self._end_if_samples_failed()
         self._report()
+        if isinstance(self.assistant, ServedAssistant):
+            self.assistant.close()
         del self.assistant
         super().clean()
 
@@ -195,7 +206,10 @@ class AvgLlava(lmms):
 
     def _options(self, task: str, settings: Mapping[str, Any]) -> Options:
         try:
-            return read_options(settings, self.arguments.conv_template, self.arguments.routing)
+            options = read_options(settings, self.arguments.conv_template, self.arguments.routing)
+            if self.arguments.engine == "vllm":
+                sampling_fields(options)
+            return options
         except (TypeError, ValueError) as error:
             raise EvaluationError(f"error: {task}: {error}") from error
 
@@ -215,7 +229,7 @@ class AvgLlava(lmms):
         start = time.perf_counter()
         try:
             results = work(self.assistant, samples, self.batch_size, self.log, show=self._rank == 0)
-        except NoSpaceError as error:
+        except (NoSpaceError, GoneError) as error:
             raise EvaluationError(f"error: {error}") from error
         self._seconds += time.perf_counter() - start
         self.tally.note(kind, failed_of(samples, results))
@@ -238,7 +252,9 @@ class AvgLlava(lmms):
         for (task, options), group in groups.items():
             try:
                 check_questions(self.assistant, [(sample.doc_id, sample.load) for sample in group], options)
-            except ValueError as error:
+                if isinstance(self.assistant, ServedAssistant):
+                    self.assistant.check([(sample.doc_id, sample.load) for sample in group], options)
+            except (ValueError, GoneError) as error:
                 raise EvaluationError(f"error: {task}: {error}") from error
 
     def _end_if_samples_failed(self, besides: str | None = None) -> None:
@@ -358,11 +374,14 @@ def load_assistant(arguments: ModelArguments, device: str | None) -> Assistant:
     """Load the checkpoint and see that it can do what is asked of its granularities.
 
     Raises:
-        ValueError: no such checkpoint, or a granularity or bias that it does not have.
+        ValueError: no such checkpoint, or a granularity or bias that it does not have. OSError: there is no such server.
     """
     given = {"device": device, "dtype": arguments.dtype, "attn_implementation": arguments.attn_implementation}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    assistant = Assistant.load(arguments.pretrained, **options)
+    if arguments.vllm is None:
+        assistant = Assistant.load(arguments.pretrained, **options)
+    else:
+        assistant = ServedAssistant.connect(arguments.vllm, arguments.pretrained, **options)
     if assistant.image_processor is None:
         raise ValueError(f"{arguments.pretrained} is a plain language model, expected a checkpoint that takes images.")
     check_routing(assistant, arguments.routing)

@@ -59,6 +59,10 @@ def test_every_argument_reaches_its_place():
         ({"pretrained": "m", "granularity_bias": "low"}, "granularity_bias is 'low', expected a number"),
         ({"pretrained": "m", "granularity_bias": "-inf"}, "granularity_bias is '-inf', expected a finite number"),
         ({"pretrained": "m", "conv_template": "nobody"}, "nobody"),
+        ({"pretrained": "m", "engine": "sglang"}, "engine is 'sglang', expected one of embedded, vllm"),
+        ({"pretrained": "m", "engine": "vllm"}, "engine is vllm and vllm is None; the engine vllm needs the address"),
+        ({"pretrained": "m", "vllm": "http://x"}, "the embedded one takes none"),
+        ({"pretrained": "m", "engine": "vllm", "vllm": "http://x", "conv_template": "v1"}, "a server writes its model's own template"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(given, complaint):

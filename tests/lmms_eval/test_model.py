@@ -12,6 +12,7 @@ from avg_llava_lmms_eval import manifest
 from PIL import Image
 
 from llava.inference import micro_model_path
+from tests.eval.plugin_server import plugin_server
 
 PICTURE = Path(__file__).resolve().parents[2] / "playground" / "images" / "scene_beige.png"
 PLUGIN = Path(__file__).resolve().parents[2] / "lmms-eval"
@@ -49,6 +50,34 @@ def test_answers_come_in_the_order_of_the_requests_and_padding_is_not_counted(ha
     model.clean()
     ((seconds, tokens, speed, more),) = harness.told
     assert more["total_requests"] == 4 and more["visual_tokens_text"] > 0 and speed == tokens / seconds
+
+
+def test_a_server_answers_and_what_it_cannot_give_is_refused_before_anything_is_asked(harness, model, micro, tmp_path):
+    requests = [ask(harness, NUMBER), ask(harness, SHAPE)]
+    with plugin_server(micro) as server:
+        pair = f"engine=vllm,vllm={server.url}"
+        text = f"pretrained={micro_model_path()},{pair},device=cpu,batch_size=2,sample_log={tmp_path / 'served'}"
+        served = harness.model.AvgLlava.create_from_arg_string(text)
+        served.task_dict = DOCUMENTS
+        with pytest.raises(harness.model.EvaluationError, match="task compares likelihoods of answers, which engine=vllm cannot give"):
+            served.loglikelihood([score(harness, "658")])
+        with pytest.raises(harness.model.EvaluationError, match="num-beams is 2, but vLLM has no beams"):
+            served.generate_until([ask(harness, NUMBER, settings={"num_beams": 2})])
+        assert not server.requests
+        assert served.generate_until(requests) == model.generate_until(requests) == ["658", "circle"]
+        assert len(server.requests) == 3  # with the first question of the task, asked as a check
+        served.clean()
+    logs = [next(folder.glob("*rank0.jsonl")).read_text().splitlines() for folder in (tmp_path, tmp_path / "served")]
+    here, there = ([json.loads(line) for line in lines] for lines in logs)
+    for line in (*here, *there):
+        del line["milliseconds"], line["logits"], line["probabilities"]
+    assert here == there
+
+
+def test_a_server_that_is_not_there_is_one_sentence(harness, monkeypatch):
+    monkeypatch.setattr("llava.eval.chat_server.DELAYS", ())
+    with pytest.raises(SystemExit, match="error: Nothing answers at http://127.0.0.1:9"):
+        harness.model.AvgLlava.create_from_arg_string(f"pretrained={micro_model_path()},engine=vllm,vllm=http://127.0.0.1:9")
 
 
 def test_a_crashed_sample_ends_the_run_with_counts(harness, model):

@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from llava.eval.journal import Journal
@@ -22,7 +23,7 @@ from llava.eval.one_by_one import Failure, attempt
 from llava.eval.questions import NO_FAMILY
 from llava.eval.report.tasks import Item
 from llava.images import load_image
-from llava.inference import Assistant, Options
+from llava.inference import Assistant, Options, Question
 from llava.messages import RoutingRequest
 from llava.model.compose import ImageInput
 from llava.model.routing import RoutingReport
@@ -81,11 +82,21 @@ def batches(items: Sequence[Item], size: int) -> Iterator[list[int]]:
 
 @dataclass(frozen=True)
 class EncodedItems:
-    """B questions ready to be composed at any granularity: their prompts, and each one's encoded image."""
+    """B questions, and what composes them at any granularity: their prompts, and each one's encoded image."""
 
     items: list[Item]
+    questions: list[Question]
     rows: list[PromptRow]
     images: list[ImageInput]
+
+
+def open_item(item: Item, folder: Path) -> Question:
+    """A question with its image.
+
+    Raises:
+        ImageError: the image cannot be read.
+    """
+    return Question([load_image(folder / item.image)], item.text)
 
 
 class Encoder:
@@ -93,7 +104,7 @@ class Encoder:
 
     def __init__(self, assistant: Assistant, folder: Path) -> None:
         self.assistant, self.folder = assistant, folder
-        self._kept: dict[str, ImageInput] = {}
+        self._kept: dict[str, tuple[Image.Image, ImageInput]] = {}
 
     @torch.inference_mode()
     def __call__(self, items: Sequence[Item]) -> EncodedItems:
@@ -101,11 +112,13 @@ class Encoder:
         names = dict.fromkeys(item.image for item in items)
         self._kept = {name: self._kept[name] if name in self._kept else self._encoded(name) for name in names}
         rows = [self.assistant.prompt_row(item.text, 1) for item in items]
-        return EncodedItems(list(items), rows, [self._kept[item.image] for item in items])
+        questions = [Question([self._kept[item.image][0]], item.text) for item in items]
+        return EncodedItems(list(items), questions, rows, [self._kept[item.image][1] for item in items])
 
-    def _encoded(self, name: str) -> ImageInput:
+    def _encoded(self, name: str) -> tuple[Image.Image, ImageInput]:
         """One image by itself: in a batch its last digits would depend on its neighbours, which a resumed run may not have."""
-        return self.assistant.model.with_features([self.assistant.image_input(load_image(self.folder / name))])[0]
+        image = load_image(self.folder / name)
+        return image, self.assistant.model.with_features([self.assistant.image_input(image)])[0]
 
 
 @torch.inference_mode()
@@ -116,12 +129,10 @@ def ask(assistant: Assistant, batch: EncodedItems, levels: Sequence[int], max_ne
         levels: tokens per view, coarse to fine.
     """
     options = Options(max_new_tokens=max_new_tokens)
-    said: list[list[str]] = []
-    reports: list[RoutingReport] = []
-    for level in levels:
-        composed = assistant.model.compose(batch.rows, batch.images, RoutingRequest(level), always_route=not reports)
-        reports = reports or [each.reports[0] for each in composed]
-        said.append([answer.text for answer in assistant.answer_rows(composed, options)])
+    plan = assistant.model.plan(batch.rows, batch.images, RoutingRequest(levels[0]))
+    logits = assistant.model.logits_where_asked(batch.rows, batch.images, plan, always_route=True)
+    reports = [assistant.model.report(0, layouts, logits.get(index)) for index, layouts in enumerate(plan.layouts)]
+    said = [_texts_at(assistant, batch, replace(options, routing=RoutingRequest(level))) for level in levels]
     records = []
     for index, (item, report) in enumerate(zip(batch.items, reports, strict=True)):
         texts = [answers[index] for answers in said]
@@ -135,6 +146,14 @@ def ask(assistant: Assistant, batch: EncodedItems, levels: Sequence[int], max_ne
             )
         )  # fmt: skip
     return records
+
+
+def _texts_at(assistant: Assistant, batch: EncodedItems, options: Options) -> list[str]:
+    """The answers at the level of `options`: of the features that are here, or of a server, which takes images."""
+    if assistant.has_decoder:
+        composed = assistant.model.compose(batch.rows, batch.images, options.routing)
+        return [answer.text for answer in assistant.answer_rows(composed, options)]
+    return [answer.text for answer in assistant.answer_batch(batch.questions, options)]
 
 
 def _of_levels(report: RoutingReport, levels: Sequence[int]) -> list[float]:

@@ -85,6 +85,7 @@ def make_report(
         "rare_families": outcomes.rare_families,
         "granularities": list(granularities),
         "max_new_tokens": settings.max_new_tokens,
+        "engine": settings.engine,
         "device": str(assistant.model.device),
         "dtype": str(assistant.model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),

@@ -13,7 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from llava.durable import write_whole
 from llava.eval.checks import check_routing
 from llava.eval.engines import describe_model
 from llava.eval.journal import Journal
-from llava.eval.report.answers import Crash, Encoder, Record, answered, ask, ask_all
+from llava.eval.report.answers import Crash, Encoder, Record, answered, ask, ask_all, open_item
 from llava.eval.report.answers_file import earlier_answers, key_of, write_answers
 from llava.eval.report.baseline import REPORT, Baseline, read_baseline, read_report
 from llava.eval.report.contents import Failures, make_report
@@ -32,7 +34,7 @@ from llava.eval.report.policies import check_policies, fixed_policies, routed_po
 from llava.eval.report.settings import Settings
 from llava.eval.report.tables import csv_of, markdown
 from llava.eval.report.tasks import Item
-from llava.inference import Assistant, micro_model_path
+from llava.inference import Assistant, Options, micro_model_path
 from llava.interrupts import keeping
 from llava.messages import RoutingRequest
 
@@ -41,7 +43,8 @@ PARTS = "answers.parts"
 PAGES = ("report.html", "report.md", "report.csv")
 """What is written beside `REPORT`, which is written last and marks a report as finished."""
 ORIGIN_LABELS = {
-    "model": "--model-path", "model base": "--model-base", "granularities": "--granularities", "max new tokens": "--max-new-tokens",
+    "engine": "--engine", "model": "--model-path", "model base": "--model-base", "granularities": "--granularities",
+    "max new tokens": "--max-new-tokens",
     "questions": "the digest of the questions", "image folder": "the folder of the images",
 }  # fmt: skip
 """What error messages call the fields of `_origin` and of a run's description."""
@@ -79,8 +82,20 @@ def _make(settings: Settings, journal: Journal, baseline: Baseline | None) -> tu
     Returns:
         What crashed, in one sentence, or `None`; and the table.
     """
+    if settings.vllm is None:
+        return _made(Assistant.load(settings.model_path, settings.model_base, device=settings.device), settings, journal, baseline)
+    from llava.eval.front import ServedAssistant  # with what a client of HTTP needs
+
+    with closing(ServedAssistant.connect(settings.vllm, settings.model_path, device=settings.device)) as assistant:
+        check_routing(assistant, RoutingRequest())
+        coarsest = _granularities(assistant, settings.granularities)[0]
+        options = Options(max_new_tokens=settings.max_new_tokens, routing=RoutingRequest(coarsest))
+        assistant.check(((item.question_id, partial(open_item, item, settings.task.folder)) for item in settings.task.items), options)
+        return _made(assistant, settings, journal, baseline)
+
+
+def _made(assistant: Assistant, settings: Settings, journal: Journal, baseline: Baseline | None) -> tuple[str | None, str]:
     task = settings.task
-    assistant = Assistant.load(settings.model_path, settings.model_base, device=settings.device)
     check_routing(assistant, RoutingRequest())
     assistant.model.get_vision_tower()
     granularities = _granularities(assistant, settings.granularities)
@@ -164,6 +179,7 @@ def _page_writer() -> Callable[[Mapping[str, Any], Sequence[Image.Image]], str]:
 def _origin(granularities: Sequence[int], settings: Settings) -> dict[str, Any]:
     """What answers depend on besides their questions; the first line of answers.jsonl."""
     return {
+        "engine": None if settings.engine == "embedded" else settings.engine,
         "model": describe_model(settings.model_path or micro_model_path()),
         "model base": None if settings.model_base is None else describe_model(settings.model_base),
         "granularities": list(granularities),

@@ -12,6 +12,10 @@ from llava.eval.report.measure import MEMORY_QUESTIONS
 from llava.eval.report.outcomes import FEWEST_IMAGES, RESAMPLES
 
 NO_ROUTER = "This model has no router: the adaptive policies, random choice at their cost and the biases are left out."
+SERVED = (
+    "The answers are those of a vLLM server that was asked many questions at once; granularities, visual tokens and logits are computed "
+    "here. Times and memory of single requests are not measured."
+)
 LEAD = "Every question is answered at every granularity: how accurate the answers are, and what they cost."
 PEAK_METHODS = {"cuda": "by the GPU's allocator", "cpu": "by a profiler that sees every tensor allocation"}
 
@@ -137,6 +141,7 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     candidates = [
         "An answer is correct if it equals the expected text, ignoring case and surrounding space. Answers are greedy, with at most "
         f"{report['max_new_tokens']} new tokens.{family_means}",
+        report.get("engine") == "vllm" and SERVED,
         empty_answers(report),
         no_intervals(report) or _interval_note(report),
         "Visual tokens are the image's positions in the prompt, newline tokens included.",
