@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,3 +38,11 @@ def _programs_leave_no_log_handler() -> Iterator[None]:
     yield
     for logger, handlers, level, propagate in before:
         logger.handlers, logger.level, logger.propagate = handlers, level, propagate
+
+
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Takes Ctrl-C, also where these tests run in the background, and puts back the handler that a program gives up after its first."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -1,10 +1,9 @@
-"""Disks that fill up, and Ctrl-C, in the process of the tests."""
+"""Disks that fill up."""
 
 from __future__ import annotations
 
 import errno
 import os
-import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,11 +31,3 @@ class FullDisk:
 def disk_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None], None]]:
     """Gives what is appended so many bytes of room; `None` gives it all there is."""
     yield lambda room: monkeypatch.setattr("llava.durable.os", os if room is None else FullDisk(room))
-
-
-@pytest.fixture
-def interrupts() -> Iterator[None]:
-    """Takes Ctrl-C, also where these tests run in the background, and puts back the handler that a program gives up after its first."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)

@@ -94,7 +94,7 @@ def environment(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(environment: Path) -> Iterator[Callable[..., Script]]:
+def run(environment: Path, interrupts: None) -> Iterator[Callable[..., Script]]:
     scripts: list[Script] = []
 
     def start(*arguments: object) -> Script:
